@@ -1,0 +1,34 @@
+"""CacheBlend inside Hugging Face Transformers: reuse the KV cache of text chunks wherever they stand.
+
+    blender = hfblend.patch(model, tokenizer=tokenizer)
+    prompt = hfblend.Prompt.from_texts(tokenizer, prefix=system, chunks=documents, suffix=question)
+    output = model.generate(**prompt.inputs(), max_new_tokens=64)
+    blender.remove()
+
+Importing has no effect; `patch` touches one model instance, never a class.
+"""
+
+from .blending import BlendResult, blend
+from .chunks import ChunkKV, prefill_chunk
+from .config import BlendConfig
+from .host import UnsupportedModel
+from .patching import Blender, patch
+from .prompt import Prompt
+from .store import MemoryStore
+from .trace import BlendTrace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlendConfig",
+    "BlendResult",
+    "BlendTrace",
+    "Blender",
+    "ChunkKV",
+    "MemoryStore",
+    "Prompt",
+    "UnsupportedModel",
+    "blend",
+    "patch",
+    "prefill_chunk",
+]

@@ -1,0 +1,195 @@
+"""Attention of queries at given positions over all keys: key position ≤ query position, and nothing later.
+
+`attend` is the one front door. `attention_by_position` puts it in the place of a model's own attention for the length
+of a pass, so that a stock forward over scattered rows sees exactly what each row saw in a full prefill:
+
+        keys 0 1 2 3 4 5
+    row 1    ■ ■ ⬚ ⬚ ⬚ ⬚
+    row 3    ■ ■ ■ ■ ⬚ ⬚      not the bottom-right triangle over the rows, which would show row 1 the key of row 3
+    row 5    ■ ■ ■ ■ ■ ■
+
+Shapes: B batch, H query heads, Hkv KV heads, S query rows, T keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+
+def visible(positions: torch.Tensor, length: int, sliding_window: int | None = None) -> torch.Tensor:
+    """Which keys each row may see: key ≤ row, and with a window, key > row − window.
+
+    Args:
+        positions: (B, S) positions of the rows; keys stand at 0 … `length` − 1.
+
+    Returns:
+        (B, S, T) bool.
+    """
+    keys = torch.arange(length, device=positions.device)
+    seen = keys <= positions[..., None]
+    return seen if sliding_window is None else seen & (keys > positions[..., None] - sliding_window)
+
+
+def reference_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Plain attention in fp32, every option of `attend`. Slow and clear: what all faster ways are tested against."""
+    batch, heads, rows, head_dim = query.shape
+    groups = heads // key.shape[1]
+    grouped = query.float().view(batch, key.shape[1], groups, rows, head_dim)
+    scores = torch.einsum("bhgsd,bhtd->bhgst", grouped, key.float()) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible(positions, key.shape[2], sliding_window)[:, None, None], -torch.inf)
+    if sinks is not None:  # one more logit per head that takes weight and gives nothing
+        column = sinks.float().view(1, key.shape[1], groups, 1, 1).expand(batch, -1, -1, rows, 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    out = torch.einsum("bhgst,bhtd->bhgsd", weights, value.float())
+    return out.reshape(batch, heads, rows, value.shape[-1]).to(query.dtype)
+
+
+def sdpa_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """PyTorch's attention with K/V shared by a group of heads, not repeated: (B, Hkv) is the batch, the group the heads.
+
+    Args:
+        mask: (B, 1, S, T) additive, in the dtype of `query`.
+    """
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    groups = heads // kv_heads
+    mask = mask[:, None].expand(batch, kv_heads, 1, rows, length).reshape(batch * kv_heads, 1, rows, length)
+    key, value = (t.reshape(batch * kv_heads, 1, length, t.shape[-1]).expand(-1, groups, -1, -1) for t in (key, value))
+    query = query.reshape(batch * kv_heads, groups, rows, head_dim)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, heads, rows, -1)
+
+
+class QueryRows:
+    """The rows of one pass: their positions (B, S), and the masks made from them, each once a pass."""
+
+    def __init__(self, positions: torch.Tensor) -> None:
+        self.positions = positions
+        self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def additive_mask(self, length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """(B, 1, S, T): 0 where visible, the lowest number of `dtype` elsewhere; rows start 16-aligned."""
+        key = (length, window, dtype, device)
+        if key not in self._masks:
+            positions = self.positions.to(device)
+            padded = -(-length // 16) * 16
+            mask = torch.zeros(*positions.shape, padded, dtype=dtype, device=device)[..., :length]
+            mask.masked_fill_(~visible(positions, length, window), torch.finfo(dtype).min)
+            self._masks[key] = mask[:, None]
+        return self._masks[key]
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: QueryRows,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of the rows of a pass over all keys, the fastest way that is exact here.
+
+    Args:
+        query: (B, H, S, D); key, value: (B, Hkv, T, D), keys at positions 0 … T − 1.
+        rows: the positions of the queries.
+        sliding_window, softcap, sinks: as the model's own layers pass them.
+
+    Returns:
+        (B, H, S, D)
+    """
+    length = key.shape[2]
+    if sliding_window is not None and sliding_window >= length:
+        sliding_window = None
+    if softcap is not None or sinks is not None:
+        positions = rows.positions.to(query.device)
+        return reference_attention(query, key, value, positions, scaling, sliding_window, softcap, sinks)
+    mask = rows.additive_mask(length, sliding_window, query.dtype, query.device)
+    return sdpa_attention(query, key, value, mask, scaling)
+
+
+# --- in the place of a model's own attention ----------------------------------------------------------------------------
+
+_rows: ContextVar[QueryRows | None] = ContextVar("hfblend_query_rows", default=None)
+
+
+@contextlib.contextmanager
+def attention_by_position(config: Any, positions: torch.Tensor) -> Iterator[None]:
+    """While it lasts, layers of the model with this `config` attend through `attend`, their rows at `positions` (B, S).
+
+    The setting is model-wide; the caller keeps other forwards out. Code of other threads that only reads the setting
+    (mask builders) is served as before.
+    """
+    own = config._attn_implementation
+    config._attn_implementation_internal = _registered(own)
+    token = _rows.set(QueryRows(positions))
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+        config._attn_implementation_internal = own
+
+
+def _registered(implementation: str) -> str:
+    """The name under which our attention stands in for `implementation`."""
+    name = f"hfblend_{implementation}"
+    if name not in AttentionInterface._global_mapping:
+        own_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+        AttentionInterface.register(name, _attention_forward)
+        AttentionMaskInterface.register(name, _mask_for_others(own_mask))
+    return name
+
+
+def _mask_for_others(own_mask: Callable[..., Any] | None) -> Callable[..., Any]:
+    def make_mask(*args: Any, **kwargs: Any) -> Any:
+        if _rows.get() is not None or own_mask is None:
+            return None
+        return own_mask(*args, **kwargs)
+
+    return make_mask
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`attend` in the form that Transformers' layers call: returns (B, S, H, D) and no weights."""
+    rows = _rows.get()
+    if rows is None:
+        raise RuntimeError("hfblend's attention was called outside its pass; another thread reached a switched model.")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attend(query, key, value, rows, scaling, sliding_window, softcap, s_aux)
+    return out.transpose(1, 2).contiguous(), None

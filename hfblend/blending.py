@@ -1,0 +1,428 @@
+"""CacheBlend in five phases, each one or a few stock forwards with a cache of ours.
+
+    prefix | chunk 1 | chunk 2 | … | suffix          token ids and spans
+      1 look up     each chunk's KV in the store; what is missing is prefilled alone and stored
+      2 realign     cached keys move to their new positions, layer by layer, as each layer arrives
+      3 select      the reused tokens whose KV deviates most at the check layer
+      4 recompute   those tokens, the gaps and the suffix through all layers, over the reused KV of the rest
+      5 hand over   the KV goes into the user's cache, the last row to the LM head; decoding is stock
+
+Shapes: B batch (1 here: identical rows are blended once), Hkv KV heads, T all tokens, N reused tokens that could be
+recomputed, S rows of a pass, D head_dim, L layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from . import selection
+from .caches import KV, ROOM, BlendingCache, RecordingCache, StopForward, empty_kv, full_length_cache, hand_over
+from .chunks import ChunkKV, prefill
+from .config import BlendConfig
+from .models import BlendableModel, host_of
+from .prompt import ChunkSpans, Prompt, Span
+from .rope import Realigner
+from .store import MemoryStore, Reader, Store, chunk_key
+from .trace import BlendTrace, ChunkTrace, PhaseClock, Status
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class BlendResult:
+    """What `blend` returns.
+
+    Attributes:
+        logits: (1, vocabulary) of the first new token.
+        cache: KV of every prompt token but the last, so that `model.generate(ids, past_key_values=cache)` continues it.
+        trace: what was done.
+    """
+
+    logits: torch.Tensor
+    cache: DynamicCache
+    trace: BlendTrace
+
+
+def blend(
+    model: nn.Module,
+    prompt: Prompt,
+    *,
+    store: Store | None = None,
+    config: BlendConfig | None = None,
+) -> BlendResult:
+    """Blends one prompt, outside `generate`. The model may be patched or not; it is not changed.
+
+    >>> result = blend(model, prompt, store=store)  # doctest: +SKIP
+    >>> model.generate(prompt.input_ids, past_key_values=result.cache)  # doctest: +SKIP
+
+    Args:
+        model: a causal LM in eval mode.
+        prompt: any prompt; one without chunks is prefilled in full.
+        store: where chunk KV is looked up and kept; default, a new `MemoryStore`.
+        config: default `BlendConfig()`. `min_reused_tokens` is not applied here.
+
+    Raises:
+        UnsupportedModel: the model's KV cannot be moved.
+        ValueError: a check layer beyond the model, or a model in training mode.
+    """
+    host, config = host_of(model), config or BlendConfig()
+    if model.training:
+        raise ValueError("The model is in training mode; call model.eval() before blending.")
+    with torch.no_grad():
+        input_ids = prompt.input_ids.to(host.device)
+        state = Blending(host, input_ids, prompt.chunk_spans, MemoryStore() if store is None else store, config)
+        output = state.run(host.last_logits)
+        cache = DynamicCache(config=host.config)
+        hand_over(state.buffers, len(prompt) - 1, 1, cache)
+    return BlendResult(output.logits[:, -1], cache, state.trace)
+
+
+@dataclass
+class Piece:
+    """One reused span of the prompt and the entry that its KV comes from."""
+
+    span: Span
+    entry: Reader
+    exact: bool
+
+
+@dataclass
+class Reuse:
+    """What a prompt reuses, and what is left to compute; together they cover every token once.
+
+    Attributes:
+        exact, moved: pieces whose KV holds as it is, and pieces that stand elsewhere than where they were computed.
+        candidate_idx: (N,) tokens of `moved`, rising.
+        fresh_idx: (F,) all tokens that are not reused, and always the last one.
+    """
+
+    exact: list[Piece]
+    moved: list[Piece]
+    candidate_idx: torch.Tensor
+    fresh_idx: torch.Tensor
+
+
+@dataclass
+class Blending:
+    """The state of one blended prompt; `run` goes through the phases in order.
+
+    Args:
+        host: the model, past its self-test.
+        input_ids: (1, T) on the host's device.
+        spans: of the chunks.
+        store, config: as in `blend`.
+    """
+
+    host: BlendableModel
+    input_ids: torch.Tensor
+    spans: ChunkSpans
+    store: Store
+    config: BlendConfig
+    trace: BlendTrace = field(default_factory=BlendTrace)
+    buffers: dict[int, KV] = field(default_factory=dict)  # layer -> (1, Hkv, T + room, D), filled by the passes
+
+    def __post_init__(self) -> None:
+        check_layers_exist(self.config, self.host.num_layers)
+        self.length = self.input_ids.shape[1]
+        self.ids: list[int] = self.input_ids[0].tolist()
+        self.spans.check(self.length)
+        self.clock = PhaseClock(self.host.device)
+        trace = self.trace
+        trace.blended, trace.clock = True, self.clock
+        trace.num_tokens, trace.num_layers = self.length, self.host.num_layers
+        if self.spans.differs_from_joined_text:
+            trace.notes.append("The joined text would tokenise to other ids than its pieces do.")
+
+    def run(self, forward: Forward) -> Any:
+        """Phases 1 to 4. Returns the output of the last pass, whose last row belongs to the last token.
+
+        Args:
+            forward: the decoder's or the whole model's forward.
+        """
+        reuse = self.look_up()
+        reused = self.realign(reuse)
+        self.clock.end_of("look_up")
+        selected_idx = self.select(forward, reuse, reused)
+        self.clock.end_of("select")
+        output = self.recompute(forward, reuse, reused, selected_idx)
+        self.clock.end_of("recompute")
+        self.keep_fresh_chunks()
+        return output
+
+    # --- 1 look up ------------------------------------------------------------------------------------------------
+
+    def look_up(self) -> Reuse:
+        """Finds, or makes, the KV of the prefix and of every chunk."""
+        fingerprint = self.host.fingerprint.current(self.host.model)
+        self._key = partial(chunk_key, fingerprint, self.host.dtype, namespace=self.config.namespace)
+        pieces: list[Piece] = []
+        prefix_stop = self.spans[0][0] if self.spans else 0
+        if prefix_stop:
+            prefix, self.trace.prefix = self._find_or_prefill((0, prefix_stop), (), None)
+            pieces.append(prefix)
+        behind = self._chunk_prefix(prefix_stop)
+        continues = pieces[0].entry if pieces and self.config.chunk_prefix == "prompt" else None
+        for span in self.spans:
+            if self.config.on_miss == "isolated":
+                piece, chunk_trace = self._find_or_prefill(span, behind, continues)
+            else:
+                piece, chunk_trace = self._find(span, behind, accepts_in_context=True)
+            pieces += [piece] if piece else []
+            self.trace.chunks.append(chunk_trace)
+        self.trace.bytes_reused = sum(_num_bytes(piece.entry) for piece in pieces)
+        return self._partition(pieces)
+
+    def _chunk_prefix(self, prefix_stop: int) -> tuple[int, ...]:
+        """The ids that chunks are computed behind."""
+        if self.config.chunk_prefix == "prompt":
+            return tuple(self.ids[:prefix_stop])
+        if self.config.chunk_prefix == "none":
+            return ()
+        bos = getattr(self.host.config, "bos_token_id", None)
+        if bos is None:
+            raise ValueError('chunk_prefix="bos" needs a bos_token_id in the model\'s config, which has none.')
+        return (bos if isinstance(bos, int) else bos[0],)
+
+    def _find_or_prefill(
+        self, span: Span, behind: tuple[int, ...], continues: Reader | None
+    ) -> tuple[Piece, ChunkTrace]:
+        piece, chunk_trace = self._find(span, behind, accepts_in_context=False)
+        return (piece, chunk_trace) if piece else self._prefill(span, behind, continues)
+
+    def _find(self, span: Span, behind: tuple[int, ...], accepts_in_context: bool) -> tuple[Piece | None, ChunkTrace]:
+        """The span's entry in the store: computed alone behind those ids, else (if accepted) in some context."""
+        ids = self.ids[slice(*span)]
+        for key in [self._key(ids, behind)] + [self._key(ids, None)] * accepts_in_context:
+            entry = self.store.open(key)
+            if entry is not None and self._fits(entry, len(ids), key):
+                return self._piece(span, entry, key, "hit")
+        return None, ChunkTrace(span, key, "fresh")
+
+    def _prefill(self, span: Span, behind: tuple[int, ...], continues: Reader | None) -> tuple[Piece, ChunkTrace]:
+        """Prefills the span alone and stores it; from then on it is treated exactly like a hit."""
+        ids = self.ids[slice(*span)]
+        key = self._key(ids, behind)
+        self.clock.end_of("look_up")
+        chunk_kv = prefill(self.host, ids, behind, continues)
+        self.store.put(key, chunk_kv)
+        self.clock.end_of("prefill_chunks")
+        self.trace.isolated_pairs += len(ids) * self.host.num_layers
+        return self._piece(span, chunk_kv, key, "miss")
+
+    def _fits(self, entry: Reader, num_tokens: int, key: str) -> bool:
+        """Whether an entry can be this model's KV of that many tokens; if not, it is logged and treated as a miss."""
+        keys, _ = entry.layer(0)
+        got = (entry.num_layers, keys.shape[0], keys.shape[2], len(entry.cached_positions), keys.dtype)
+        expected = (self.host.num_layers, 1, num_tokens, num_tokens, self.host.dtype)
+        if got != expected:
+            logger.warning(
+                "The store's entry %s… is not this model's: (layers, batch, tokens, positions, dtype) are %s, expected "
+                "%s. The chunk is computed again.",
+                key[:12],
+                got,
+                expected,
+            )
+        return got == expected
+
+    def _piece(self, span: Span, entry: Reader, key: str, status: Status) -> tuple[Piece, ChunkTrace]:
+        """Exact is what stands where it was computed, behind the same ids, in the same RoPE regime."""
+        start, stop = span
+        exact = (
+            tuple(entry.behind_ids) == tuple(self.ids[:start])
+            and entry.cached_positions.tolist() == list(range(start, stop))
+            and self.host.same_regime(entry.regime, self.length)
+        )
+        return Piece(span, entry, exact), ChunkTrace(span, key, status, exact, int(entry.cached_positions[0]))
+
+    def _partition(self, pieces: list[Piece]) -> Reuse:
+        exact, moved = [p for p in pieces if p.exact], [p for p in pieces if not p.exact]
+        fresh = torch.ones(self.length, dtype=torch.bool)
+        candidates = torch.zeros(self.length, dtype=torch.bool)
+        for piece in pieces:
+            fresh[slice(*piece.span)] = False
+        for piece in moved:
+            candidates[slice(*piece.span)] = True
+        fresh[-1], candidates[-1] = True, False  # the last token's output is what is asked for
+        device = self.host.device
+        reuse = Reuse(exact, moved, candidates.nonzero()[:, 0].to(device), fresh.nonzero()[:, 0].to(device))
+        self.trace.candidate_idx, self.trace.fresh_idx = reuse.candidate_idx, reuse.fresh_idx
+        return reuse
+
+    # --- 2 realign ------------------------------------------------------------------------------------------------
+
+    def realign(self, reuse: Reuse) -> ReusedKV:
+        """Prepares the rotations; keys move when a layer is asked for."""
+        reused = ReusedKV(self.host, reuse, self.length)
+        if not self.config.layerwise:
+            reused.preload()
+        return reused
+
+    # --- 3 select -------------------------------------------------------------------------------------------------
+
+    def select(self, forward: Forward, reuse: Reuse, reused: ReusedKV) -> torch.Tensor:
+        """The reused tokens to recompute, (S,) rising.
+
+        One pass over all tokens stops at the first check layer; K/V up to there are fresh for every token and stay.
+        Each further check layer is one pass over the rows still in the running, stopped there, that ranks them again:
+        the paper's gradual filtering.
+        """
+        kept = reuse.candidate_idx
+        if kept.numel() == 0 or not self.config.check_layers:
+            return kept[:0]
+        everywhere = torch.arange(self.length, device=self.host.device)
+        for layer, ratio in zip(self.config.check_layers, self.config.recompute_ratios):
+            if self.buffers:
+                self._pass(forward, reused, torch.cat([kept, reuse.fresh_idx]).sort().values, stop_at=layer)
+            else:
+                cache = RecordingCache(self.host.num_layers, layer, room=ROOM)
+                with self.host.lock.shared():
+                    _until_stopped(forward, self.input_ids, everywhere, None, cache)
+                self.buffers.update(cache.recorded)
+                self.trace.computed_pairs += self.length * layer
+            kept = self._highest(kept, layer, ratio, reuse, reused)
+        self.trace.selected_idx = kept
+        return kept
+
+    def _highest(self, kept: torch.Tensor, layer: int, ratio: float, reuse: Reuse, reused: ReusedKV) -> torch.Tensor:
+        """Of the tokens still in the running, those with the largest deviation at this layer."""
+        candidates = reuse.candidate_idx
+        fresh = tuple(t.index_select(2, kept.to(t.device)) for t in self.buffers[layer])
+        keys, values = reused.moved_kv(layer, fresh)
+        places = torch.searchsorted(candidates, kept).to(keys.device)
+        stored = keys.index_select(2, places), values.index_select(2, places)
+        scores = selection.kv_deviation(fresh, stored, self.config.deviation)[0]  # type: ignore[arg-type]
+        if self.trace.deviation is None:
+            self.trace.deviation = scores
+        forced = selection.chunk_starts(kept, [p.span for p in reuse.moved], self.config.force_chunk_start)
+        count = selection.budget(ratio, candidates.numel())
+        return kept[selection.highest(scores, count, forced.to(scores.device)).to(kept.device)]
+
+    # --- 4 recompute ----------------------------------------------------------------------------------------------
+
+    def recompute(self, forward: Forward, reuse: Reuse, reused: ReusedKV, selected_idx: torch.Tensor) -> Any:
+        """One forward over the selected tokens, the gaps and the suffix; every other row of a layer is reused.
+
+        At ratio 1 every token of the prompt is a row, the prefix too: nothing reused is left.
+        """
+        if self.config.recomputes_all:
+            rows = torch.arange(self.length, device=self.host.device)
+        else:
+            rows = torch.cat([selected_idx, reuse.fresh_idx]).sort().values
+        self.trace.selected_idx = selected_idx
+        return self._pass(forward, reused, rows)
+
+    def _pass(self, forward: Forward, reused: ReusedKV, rows: torch.Tensor, stop_at: int | None = None) -> Any:
+        """A forward over `rows` (S,) that blends its K/V into the buffers, to the end or up to layer `stop_at`."""
+        num_layers = self.host.num_layers
+        cache = BlendingCache(num_layers, self.buffers, reused.layer, rows, self.length, stop_at)
+        self.trace.computed_pairs += len(rows) * (num_layers if stop_at is None else stop_at)
+        with self.host.rows_pass(rows, self.length) as attention_mask:
+            return _until_stopped(forward, self.input_ids[:, rows], rows, attention_mask, cache)
+
+    # --- 5 hand over ----------------------------------------------------------------------------------------------
+
+    def keep_fresh_chunks(self) -> None:
+        """Stores chunks computed inside this prompt, as long as nothing before them was reused from elsewhere."""
+        for chunk in self.trace.chunks:
+            start, stop = chunk.span
+            if chunk.status == "hit" and not chunk.exact:
+                return
+            if chunk.status != "fresh":
+                continue
+            kv = [
+                tuple(t[:, :, start:stop].clone() for t in self.buffers[i])  # (1, Hkv, n, D)
+                for i in range(self.host.num_layers)
+            ]
+            positions = torch.arange(start, stop)
+            behind = tuple(self.ids[:start])
+            regime = self.host.regime(torch.arange(self.length))
+            self.store.put(chunk.key, ChunkKV(full_length_cache(kv), positions, behind, "in_context", regime))  # type: ignore[arg-type]
+
+
+class ReusedKV:
+    """A layer's reused K/V at its new positions, assembled when asked for.
+
+    Args:
+        host, reuse: the model and the prompt's pieces.
+        length: T.
+    """
+
+    def __init__(self, host: BlendableModel, reuse: Reuse, length: int) -> None:
+        self.reuse, self.length = reuse, length
+        self._preloaded: dict[int, KV] = {}
+        self._num_layers = host.num_layers
+        moves = [(p.entry.cached_positions, torch.arange(*p.span), p.entry.regime) for p in reuse.moved]
+        self._realigner = Realigner(host, host.rotations, moves, host.regime(torch.arange(length)))
+
+    def preload(self) -> None:
+        """Reads and moves every layer now, instead of when its turn comes."""
+        for i in range(self._num_layers):
+            if self.reuse.moved:
+                self._preloaded[i] = self._read(i, None)
+
+    def moved_kv(self, layer_idx: int, like: KV) -> KV:
+        """K/V (1, Hkv, N, D) of the pieces that moved, realigned, on the device of `like`."""
+        if layer_idx in self._preloaded:
+            return self._preloaded[layer_idx]
+        return self._read(layer_idx, like[0].device)
+
+    def _read(self, layer_idx: int, device: torch.device | None) -> KV:
+        parts = [piece.entry.layer(layer_idx) for piece in self.reuse.moved]
+        device = device or parts[0][0].device
+        keys, values = (torch.cat([part[slot].to(device) for part in parts], 2) for slot in (0, 1))
+        return self._realigner(layer_idx, (keys, values))
+
+    def layer(self, layer_idx: int, fresh: KV) -> KV:
+        """The layer's buffers (1, Hkv, T + room, D) with every reused row in place; other rows are not yet written."""
+        buffers = empty_kv(fresh, self.length + ROOM)
+        for piece in self.reuse.exact:
+            for buffer, states in zip(buffers, piece.entry.layer(layer_idx)):
+                buffer[:, :, slice(*piece.span)] = states
+        if self.reuse.moved:
+            start = 0
+            moved = self.moved_kv(layer_idx, fresh)
+            for piece in self.reuse.moved:
+                size = piece.span[1] - piece.span[0]
+                for buffer, states in zip(buffers, moved):
+                    buffer[:, :, slice(*piece.span)] = states[:, :, start : start + size]
+                start += size
+        return buffers
+
+
+def check_layers_exist(config: BlendConfig, num_layers: int) -> None:
+    """Raises `ValueError` for a check layer that the model does not have."""
+    if config.check_layers and config.check_layers[-1] >= num_layers:
+        raise ValueError(
+            f"check_layers {config.check_layers} reach beyond this model of {num_layers} layers (0 … {num_layers - 1})."
+        )
+
+
+def _until_stopped(
+    forward: Forward, input_ids: torch.Tensor, positions: torch.Tensor, attention_mask: Any, cache: Any
+) -> Any:
+    """A forward over ids at `positions` (S,) that its cache may end early."""
+    try:
+        return forward(
+            input_ids=input_ids,
+            position_ids=positions[None],
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    except StopForward:
+        return None
+
+
+def _num_bytes(entry: Reader) -> int:
+    keys, values = entry.layer(0)
+    return entry.num_layers * (keys.numel() + values.numel()) * keys.element_size()

@@ -1,0 +1,183 @@
+"""Caches that make a stock forward do one phase of blending: record, stop, or mix fresh rows into reused KV.
+
+Shapes: B batch, Hkv KV heads, T all tokens, S selected rows, D head_dim, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+KV = tuple[torch.Tensor, torch.Tensor]  # keys and values, each (B, Hkv, T, D)
+
+ROOM = 256  # spare rows of a blended buffer, for the tokens that will be decoded
+
+
+class StopForward(Exception):
+    """Raised by a cache's `update` to end a forward right after the K/V of its last wanted layer."""
+
+
+class _PassCache(Cache):
+    """Empty full-length layers: every model then builds its ordinary masks, sliding models too."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[DynamicLayer() for _ in range(num_layers)])
+
+
+class RecordingCache(_PassCache):
+    """Keeps the fresh K/V of all tokens and ends the forward at layer `stop_at`, before that layer's attention.
+
+    Args:
+        num_layers: L of the model.
+        stop_at: 0-based layer to stop at; `None` runs all layers.
+        room: spare rows to keep behind each recorded buffer.
+    """
+
+    def __init__(self, num_layers: int, stop_at: int | None = None, room: int = 0) -> None:
+        super().__init__(num_layers)
+        self.stop_at, self.room = stop_at, room
+        self.recorded: dict[int, KV] = {}  # buffers (B, Hkv, T + room, D)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KV:
+        length = key_states.shape[2]
+        self.recorded[layer_idx] = kv = empty_kv((key_states, value_states), length + self.room)
+        for buffer, states in zip(kv, (key_states, value_states)):
+            buffer[:, :, :length] = states
+        if layer_idx == self.stop_at:
+            raise StopForward
+        return key_states, value_states
+
+
+class BlendingCache(_PassCache):
+    """Mixes the fresh K/V of a pass over some rows into full-length buffers, and hands the whole layer to attention.
+
+    A layer's reused KV is asked of `load` when the pass first reaches that layer, so loading runs a layer at a time.
+
+    Args:
+        num_layers: L of the model.
+        buffers: layer -> buffers (B, Hkv, T + room, D); filled as layers are reached, and read by the caller later.
+        load: layer, fresh K/V of the rows -> the layer's buffers, every reused row in place.
+        rows: (S,) token indices of the pass, rising.
+        length: T.
+        stop_at: end the forward after this layer's K/V.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        buffers: dict[int, KV],
+        load: Callable[[int, KV], KV],
+        rows: torch.Tensor,
+        length: int,
+        stop_at: int | None = None,
+    ) -> None:
+        super().__init__(num_layers)
+        self.buffers, self.load, self.rows, self.length, self.stop_at = buffers, load, rows, length, stop_at
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KV:
+        if layer_idx not in self.buffers:
+            self.buffers[layer_idx] = self.load(layer_idx, (key_states, value_states))
+        keys, values = (buffer[:, :, : self.length] for buffer in self.buffers[layer_idx])
+        rows = self.rows.to(keys.device)
+        keys.index_copy_(2, rows, key_states)
+        values.index_copy_(2, rows, value_states)
+        if layer_idx == self.stop_at:
+            raise StopForward
+        return keys, values
+
+
+class GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` with spare rows: decoding writes in place instead of copying the whole cache each step.
+
+    `keys` and `values` stay the exact views that callers expect. The buffer is trusted only while `keys` is a view of
+    it, so cropping, reordering and batch operations of the parent class keep working.
+    """
+
+    def __init__(self, room: int = ROOM) -> None:
+        super().__init__()
+        self.room = room
+        self._buffers: KV | None = None
+
+    @classmethod
+    def adopt(cls, buffers: KV, length: int, room: int = ROOM) -> GrowingLayer:
+        """Takes over buffers (B, Hkv, capacity, D) whose first `length` rows hold K/V, without a copy."""
+        layer = cls(room)
+        layer.lazy_initialization(*buffers)
+        layer._buffers = buffers
+        layer._show(length)
+        return layer
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        new_length = length + key_states.shape[2]
+        if not self._fits(new_length, key_states.shape[0]):
+            capacity = new_length + max(self.room, new_length // 8)
+            buffers = empty_kv((key_states, value_states), capacity)
+            if length:
+                buffers[0][:, :, :length] = self.keys
+                buffers[1][:, :, :length] = self.values
+            self._buffers = buffers
+        assert self._buffers is not None
+        self._buffers[0][:, :, length:new_length] = key_states
+        self._buffers[1][:, :, length:new_length] = value_states
+        self._show(new_length)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        super().reset()
+        self._buffers = None
+
+    def _show(self, length: int) -> None:
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+    def _fits(self, length: int, batch_size: int) -> bool:
+        if self._buffers is None or self.keys is None or self.keys.numel() == 0:
+            return False
+        keys, values = self._buffers
+        is_view = self.keys.data_ptr() == keys.data_ptr() and self.values.data_ptr() == values.data_ptr()
+        return is_view and keys.shape[0] == batch_size and length <= keys.shape[2]
+
+
+def empty_kv(like: KV, length: int) -> KV:
+    """Uninitialised buffers (B, Hkv, length, D) of the kind of `like`."""
+    keys, values = (t.new_empty(*t.shape[:2], length, t.shape[3]) for t in like)
+    return keys, values
+
+
+def full_length_cache(kv: list[KV]) -> DynamicCache:
+    """A `DynamicCache` of plain full-length layers around K/V (B, Hkv, n, D), without a copy (sliding models too)."""
+    cache = DynamicCache()
+    for keys, values in kv:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def hand_over(buffers: dict[int, KV], length: int, batch_size: int, cache: Cache) -> None:
+    """Puts blended K/V into the user's own (empty) cache, as a stock prefill would have left it.
+
+    Plain dynamic layers adopt the buffers and keep their spare room; any other kind (sliding, static, quantised,
+    offloaded) takes the rows through its own `update`. Rows are repeated for a batch of identical prompts.
+    """
+    adopts = type(cache) is DynamicCache and not cache.offloading
+    for i, kv in sorted(buffers.items()):
+        if batch_size > 1:
+            kv = tuple(t.repeat(batch_size, 1, 1, 1) for t in kv)  # type: ignore[assignment]
+        if adopts and cache.layer_class_to_replicate is DynamicLayer and len(cache.layers) == i:
+            cache.layers.append(DynamicLayer())
+        if adopts and i < len(cache.layers) and type(cache.layers[i]) is DynamicLayer:
+            cache.layers[i] = GrowingLayer.adopt(kv, length)
+        else:
+            cache.update(kv[0][:, :, :length], kv[1][:, :, :length], i)

@@ -1,0 +1,116 @@
+"""A chunk's KV cache, and how it is made: prefilled alone, behind the ids that it will find in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from .caches import KV, full_length_cache
+from .host import Host
+from .models import host_of
+
+Provenance = Literal["isolated", "in_context"]
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkKV:
+    """The K/V of one chunk, as computed, never moved: realigning always starts from this copy.
+
+    Args:
+        cache: full-length keys and values of every layer, each (B, Hkv, n, D), also for sliding models.
+        cached_positions: (n,) int64, where the tokens stood when this was computed.
+        behind_ids: the ids that stood before them then.
+        provenance: `"isolated"` (chunk alone behind those ids) or `"in_context"` (inside some prompt).
+        regime: prompt length that set length-dependent RoPE frequencies then; default, last position + 1.
+    """
+
+    cache: DynamicCache
+    cached_positions: torch.Tensor
+    behind_ids: tuple[int, ...] = ()
+    provenance: Provenance = "isolated"
+    regime: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.cache.layers or not all(layer.is_initialized for layer in self.cache.layers):
+            raise ValueError("A ChunkKV needs keys and values of every layer; this cache holds none.")
+        lengths = {layer.keys.shape[2] for layer in self.cache.layers}
+        if lengths != {len(self.cached_positions)}:
+            raise ValueError(
+                f"Every layer must hold K/V of the chunk's {len(self.cached_positions)} positions, got lengths "
+                f"{sorted(lengths)}. Sliding-window layers must be kept at full length."
+            )
+        object.__setattr__(self, "behind_ids", tuple(self.behind_ids))
+        object.__setattr__(self, "regime", max(self.regime, int(self.cached_positions.max()) + 1))
+
+    def __len__(self) -> int:
+        return len(self.cached_positions)
+
+    def layer(self, layer_idx: int) -> KV:
+        """Keys and values (B, Hkv, n, D) of one layer, as cached."""
+        layer = self.cache.layers[layer_idx]
+        return layer.keys, layer.values
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.cache.layers)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values, all layers."""
+        return sum(t.numel() * t.element_size() for i in range(self.num_layers) for t in self.layer(i))
+
+    def to(self, device: torch.device | str) -> ChunkKV:
+        """The same chunk with its tensors on another device."""
+        kv = [tuple(t.to(device) for t in self.layer(i)) for i in range(self.num_layers)]
+        return ChunkKV(full_length_cache(kv), self.cached_positions, self.behind_ids, self.provenance, self.regime)  # type: ignore[arg-type]
+
+
+def prefill_chunk(
+    model: nn.Module, ids: Sequence[int], behind_ids: Sequence[int] = (), *, behind: ChunkKV | None = None
+) -> ChunkKV:
+    """Computes a chunk's KV behind `behind_ids`, by one stock forward; the rows of `behind_ids` are dropped.
+
+    >>> chunk_kv = prefill_chunk(model, tokenizer(text).input_ids, behind_ids=system_ids)  # doctest: +SKIP
+
+    Args:
+        model: a causal LM, patched or not.
+        ids: the chunk's n token ids.
+        behind_ids: what it is computed behind (prefix, BOS, …).
+        behind: KV of the first of `behind_ids`, at positions 0 …, to continue from instead of computing them again.
+
+    Returns:
+        K/V at positions len(behind_ids) … len(behind_ids) + n − 1.
+
+    Raises:
+        ValueError: an empty chunk, or a model in training mode.
+    """
+    return prefill(host_of(model), ids, behind_ids, behind)
+
+
+@torch.no_grad()
+def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: ChunkKV | None) -> ChunkKV:
+    """`prefill_chunk` for a host that is already at hand."""
+    if not ids:
+        raise ValueError("A chunk needs at least one token id, got none.")
+    if host.model.training:
+        raise ValueError("The model is in training mode, where dropout would enter the cache; call model.eval().")
+    start, stop = len(behind_ids), len(behind_ids) + len(ids)
+    known = 0
+    if behind is not None and host.same_regime(behind.regime, stop):
+        known = len(behind)
+        cache = full_length_cache([behind.layer(i) for i in range(behind.num_layers)])
+    else:
+        cache = DynamicCache()  # full-length layers, unlike DynamicCache(config=...) of a sliding model
+    new_ids = torch.tensor([[*behind_ids[known:], *ids]], device=host.device)
+    positions = torch.arange(known, stop, device=host.device)
+    with host.lock.shared():
+        host.decoder_forward(input_ids=new_ids, position_ids=positions[None], past_key_values=cache, use_cache=True)
+    kv = [(layer.keys[:, :, start:].clone(), layer.values[:, :, start:].clone()) for layer in cache.layers]
+    return ChunkKV(
+        full_length_cache(kv), positions[start - known :].cpu(), tuple(behind_ids), "isolated", host.regime(positions)
+    )

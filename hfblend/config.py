@@ -1,0 +1,205 @@
+"""What a user decides about blending, validated once, and where it is read from the environment."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+logger = logging.getLogger(__name__)
+
+Deviation = Literal["value", "key", "key_value"]
+ChunkPrefix = Literal["prompt", "bos", "none"]
+OnMiss = Literal["isolated", "in_context"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendConfig:
+    """How a prompt is blended. Immutable; every value is checked when it is made.
+
+    >>> BlendConfig(recompute_ratios=(0.05,)).recompute_ratios
+    (0.05,)
+
+    Args:
+        enabled: `False` sends every call to stock `generate`.
+        separator: text, or token ids, at which plain `input_ids` are split into prefix, chunks and suffix.
+            `None` splits nothing: only prompts that bring their `chunk_spans` are blended.
+        check_layers: 0-based layers at which reused tokens are ranked, rising. Several mean the paper's gradual
+            filtering. `()` selects nothing and has no all-token layer: plain full reuse.
+        recompute_ratios: for each check layer, the share in [0, 1] of reused tokens that it keeps; never rising.
+            `ceil(ratio * reused tokens)` are kept; 1.0 recomputes every token of the prompt.
+        deviation: what is ranked: squared L2 distance (fp32) of the fresh from the reused `"value"`, of the realigned
+            `"key"`, or `"key_value"`, the sum of both, each divided by its mean.
+        min_reused_tokens: prompts with fewer chunk tokens go through stock `generate` (blending would not pay).
+        force_chunk_start: that many first tokens of every chunk are selected first, inside the budget.
+        chunk_prefix: what a chunk's KV is computed behind (those rows are then dropped): the `"prompt"`'s own prefix,
+            `"bos"` alone, or `"none"`.
+        on_miss: `"isolated"` prefills a missing chunk alone, stores it, and then treats it like a hit, so that an
+            answer never depends on what the store held. `"in_context"` computes it inside the prompt.
+        layerwise: assemble each layer's reused KV when the pass reaches it; `False` assembles all layers first.
+        namespace: keeps one tenant's entries apart from another's in a shared store.
+
+    Raises:
+        ValueError, TypeError: for any value outside these bounds, saying what was got and what is expected.
+
+    Source: CacheBlend (arXiv 2405.16444) sections 4.3 (selection, gradual filtering) and 7 (15 %).
+    """
+
+    enabled: bool = True
+    separator: str | tuple[int, ...] | None = " # # "
+    check_layers: tuple[int, ...] = (1,)
+    recompute_ratios: tuple[float, ...] = (0.15,)
+    deviation: Deviation = "value"
+    min_reused_tokens: int = 256
+    force_chunk_start: int = 0
+    chunk_prefix: ChunkPrefix = "prompt"
+    on_miss: OnMiss = "isolated"
+    layerwise: bool = True
+    namespace: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("enabled", "layerwise"):
+            _require_type(name, getattr(self, name), bool, "True or False")
+        _require_type("namespace", self.namespace, str, "text")
+        for name in ("min_reused_tokens", "force_chunk_start"):
+            value = getattr(self, name)
+            _require_int(name, value)
+            if value < 0:
+                raise ValueError(f"{name} must be 0 or more tokens, got {value}.")
+        for name, kind in (("deviation", Deviation), ("chunk_prefix", ChunkPrefix), ("on_miss", OnMiss)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
+        self._check_separator()
+        self._check_layers_and_ratios()
+
+    @property
+    def recomputes_all(self) -> bool:
+        """Whether every token of the prompt is recomputed (ratio 1 at every check layer)."""
+        return bool(self.recompute_ratios) and min(self.recompute_ratios) == 1.0
+
+    def _check_separator(self) -> None:
+        if self.separator is None or (isinstance(self.separator, str) and self.separator.strip()):
+            return
+        if isinstance(self.separator, str):
+            raise ValueError(
+                f"separator must hold visible text, got {self.separator!r}: white space alone would match anywhere. "
+                "Use a string such as ' # # ', token ids, or None."
+            )
+        ids = _as_tuple("separator", self.separator, int)
+        if not ids or min(ids) < 0:
+            raise ValueError(f"separator must be text or one or more token ids (0 or more), got {self.separator!r}.")
+        object.__setattr__(self, "separator", ids)
+
+    def _check_layers_and_ratios(self) -> None:
+        layers = _as_tuple("check_layers", self.check_layers, int)
+        ratios = tuple(float(r) for r in _as_tuple("recompute_ratios", self.recompute_ratios, (int, float)))
+        object.__setattr__(self, "check_layers", layers)
+        object.__setattr__(self, "recompute_ratios", ratios)
+        if len(layers) != len(ratios):
+            raise ValueError(
+                f"check_layers and recompute_ratios must have one entry each per check layer, got {layers} and {ratios}."
+            )
+        if any(layer < 1 for layer in layers):
+            raise ValueError(
+                f"check_layers must be 1 or more, got {layers}: at layer 0 keys and values do not depend on context, "
+                "so ranking there ranks noise. Use (1,)."
+            )
+        if list(layers) != sorted(set(layers)):
+            raise ValueError(f"check_layers must rise from one to the next, got {layers}.")
+        if any(not 0 <= ratio <= 1 for ratio in ratios):
+            raise ValueError(f"recompute_ratios must lie in [0, 1], got {ratios}.")
+        if list(ratios) != sorted(ratios, reverse=True):
+            raise ValueError(f"recompute_ratios must not rise, got {ratios}: each check layer filters the one before.")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> BlendConfig:
+        """Reads `HFBLEND_<FIELD>` (say `HFBLEND_CHECK_LAYERS=1,8`), else LMCache's names; the rest is default.
+
+        Several check layers with a single ratio use that ratio at each. `docs/configuration.md` has the table.
+
+        Args:
+            environ: variables to read; default `os.environ`.
+
+        Raises:
+            ValueError: a variable that cannot be read, named with its value.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        for field, (lmcache_name, read) in _ENVIRONMENT.items():
+            for name in (f"HFBLEND_{field.upper()}", lmcache_name):
+                if name in environ:
+                    values[field] = _read(name, environ[name], read)
+                    break
+        if "check_layers" in values and len(values.get("recompute_ratios", (0.15,))) == 1:
+            values["recompute_ratios"] = values.get("recompute_ratios", (0.15,)) * len(values["check_layers"])
+        _log_unused(environ)
+        return cls(**values)
+
+
+def _require_type(name: str, value: Any, kind: type, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {expected}, got {value!r}.")
+
+
+def _require_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+
+
+def _as_tuple(name: str, values: Any, kinds: type | tuple[type, ...]) -> tuple[Any, ...]:
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a tuple, got {values!r}: write ({values!r},).")
+    values = tuple(values)
+    if any(isinstance(v, bool) or not isinstance(v, kinds) for v in values):
+        raise TypeError(f"{name} must hold numbers only, got {values!r}.")
+    return values
+
+
+# --- the environment ----------------------------------------------------------------------------------------------
+
+
+def _flag(text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.strip().lower() not in words:
+        raise ValueError("expected true or false")
+    return words[text.strip().lower()]
+
+
+def _list_of(kind: type) -> Any:
+    return lambda text: tuple(kind(part) for part in text.strip().strip("[]()").split(",") if part.strip())
+
+
+_ENVIRONMENT: dict[str, tuple[str, Any]] = {
+    "enabled": ("LMCACHE_ENABLE_BLENDING", _flag),
+    "separator": ("LMCACHE_BLEND_SPECIAL_STR", str),
+    "check_layers": ("LMCACHE_BLEND_CHECK_LAYERS", _list_of(int)),
+    "recompute_ratios": ("LMCACHE_BLEND_RECOMPUTE_RATIOS", _list_of(float)),
+    "deviation": ("", str),
+    "min_reused_tokens": ("LMCACHE_BLEND_MIN_TOKENS", int),
+    "force_chunk_start": ("", int),
+    "chunk_prefix": ("", str),
+    "on_miss": ("", str),
+    "layerwise": ("LMCACHE_USE_LAYERWISE", _flag),
+    "namespace": ("", str),
+}
+
+
+def _read(name: str, text: str, read: Any) -> Any:
+    try:
+        return read(text)
+    except ValueError as error:
+        raise ValueError(f"Environment variable {name}={text!r} cannot be read: {error}.") from error
+
+
+def _log_unused(environ: Mapping[str, str]) -> None:
+    if "LMCACHE_BLEND_THRESHOLDS" in environ:
+        logger.info("LMCACHE_BLEND_THRESHOLDS is accepted and not used: tokens are chosen by ratio.")
+    text = environ.get("LMCACHE_EXTRA_CONFIG", "").strip()
+    if not text:
+        return
+    extra = _read("LMCACHE_EXTRA_CONFIG", text, json.loads)
+    if isinstance(extra, dict) and "enable_sparse" in extra:
+        logger.info("enable_sparse in LMCACHE_EXTRA_CONFIG is accepted and not used: the mask is always exact.")

@@ -1,0 +1,107 @@
+"""What makes a model's KV its own: a digest of every weight and of the configuration that attention depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import uuid
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CONFIG_NOISE = ("_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
+                 "architectures", "_attn_implementation", "attn_implementation", "output_attentions",
+                 "output_hidden_states", "return_dict")  # fmt: skip
+
+
+class Fingerprint:
+    """A model's fingerprint, taken again when a weight has changed.
+
+    A weight counts as changed when its storage or its version counter does: in-place operations, assignment, moving and
+    casting are seen. Writing through `.data` moves neither; call `refresh()` after that.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._state: tuple[Any, ...] | None = None
+        self._digest = ""
+        self._unreadable = uuid.uuid4().hex  # stands for weights that are not in memory (offloaded)
+        self._warned = False
+        self.current(model)
+
+    def current(self, model: nn.Module) -> str:
+        """The fingerprint as a hex digest. Costs a walk over the parameters; all weights are read only on a change."""
+        state = _cheap_state(model)
+        if state != self._state:
+            self._state, self._digest = state, self._take(model)
+        return self._digest
+
+    def refresh(self) -> None:
+        """Forgets the fingerprint: the next call reads every weight again."""
+        self._state = None
+
+    @torch.no_grad()
+    def _take(self, model: nn.Module) -> str:
+        digest = hashlib.sha256(_config_text(model.config).encode())
+        for name, tensor in _named_tensors(model):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            if tensor.device.type == "meta":
+                self._warn_unreadable()
+                digest.update(self._unreadable.encode())
+            else:
+                digest.update(_sums(tensor))
+        digest.update(repr(_adapter_state(model)).encode())
+        return digest.hexdigest()
+
+    def _warn_unreadable(self) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning("Some weights are offloaded and cannot be read: chunk KV is valid for this process only.")
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """All parameters, and buffers that are saved with the model (others, like rotary tables, follow from the config)."""
+    return [
+        (f"{path}.{name}", tensor)
+        for path, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+def _cheap_state(model: nn.Module) -> tuple[Any, ...]:
+    """Changes whenever a weight is written in place, replaced, moved or cast, or an adapter is switched."""
+    versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in _named_tensors(model)]
+    return versions, _adapter_state(model)
+
+
+def _adapter_state(model: nn.Module) -> tuple[Any, ...]:
+    """Which adapters (PEFT's tuner layers) act, and how strongly: they change KV without changing a weight."""
+    return tuple(
+        (str(m.active_adapters), bool(m.disable_adapters), str(getattr(m, "merged_adapters", ())),
+         str(getattr(m, "scaling", {})))
+        for m in model.modules()
+        if hasattr(m, "active_adapters") and hasattr(m, "disable_adapters") and hasattr(m, "base_layer")
+    )  # fmt: skip
+
+
+def _sums(tensor: torch.Tensor) -> bytes:
+    """Exact integer sums over a tensor's bits along its rows and its columns, on its own device.
+
+    Any single change shows, and so do swapped rows, columns or elements. Read once, in int64.
+    """
+    if tensor.numel() == 0:
+        return b""
+    matrix = tensor.detach().contiguous().view(-1, tensor.shape[-1] if tensor.ndim > 1 else tensor.numel())
+    bits = matrix.view(_INTEGERS[tensor.element_size()])
+    rows, columns = bits.sum(-1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
+    return rows.cpu().numpy().tobytes() + columns.cpu().numpy().tobytes()
+
+
+def _config_text(config: Any) -> str:
+    values = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_NOISE}
+    return json.dumps(values, sort_keys=True, default=str)

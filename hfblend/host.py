@@ -1,0 +1,310 @@
+"""The host model: the only file that knows Transformers' module names, signatures and versions."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_masks_for_generate
+
+from .attention import attention_by_position
+from .caches import KV, RecordingCache
+
+_MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+_SELF_TEST_TOKENS, _SELF_TEST_SHIFT = 8, 37
+
+
+class UnsupportedModel(ValueError):
+    """This model's cached KV cannot be moved and blended; the message says why."""
+
+
+@dataclass(frozen=True)
+class RotarySource:
+    """One table of rotary angles: a rotary module, and the layer type it is asked for (`None`: it has only one)."""
+
+    module: nn.Module
+    layer_type: str | None
+
+    @property
+    def length_in_force(self) -> int:
+        """The prompt length that dynamic NTK scaling has grown its frequencies to; 0 for every other RoPE."""
+        rope_type = getattr(self.module, "rope_type", "default")
+        if isinstance(rope_type, dict):
+            rope_type = rope_type.get(self.layer_type, "default")
+        if "dynamic" not in rope_type:
+            return 0
+        own = f"{self.layer_type}_max_seq_len_cached"
+        return int(getattr(self.module, own, getattr(self.module, "max_seq_len_cached", 0)))
+
+
+class Host:
+    """A causal language model as blending sees it: its decoder's own forward, layers, rotary tables and masks.
+
+    Args:
+        model: a Transformers causal LM in eval mode. Nothing of it is changed.
+
+    Raises:
+        UnsupportedModel: encoder-decoders, recurrent or convolutional state, no decoder layers to be found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        config = model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder; hfblend blends decoder-only models.")
+        self.config = config.get_text_config(decoder=True)
+        kinds = set(getattr(self.config, "layer_types", None) or ()) - _MOVABLE_LAYER_TYPES
+        if kinds:
+            raise UnsupportedModel(
+                f"{type(model).__name__} has layers of type {sorted(kinds)}: recurrent or convolutional state depends on "
+                "all tokens before it and cannot be reused by chunk."
+            )
+        self.num_layers: int = self.config.num_hidden_layers
+        self._decoder = weakref.ref(_find_decoder(model, self.num_layers))
+        self.decoder_parameters = list(inspect.signature(type(self.decoder).forward).parameters)[1:]
+        self.rotary_sources = _find_rotary_sources(self.decoder, self.config)
+        self.unwrapped_forward: Callable[..., Any] | None = None  # set while the decoder's forward is wrapped
+        self.lock = ForwardLock()
+
+    @property
+    def model(self) -> nn.Module:
+        return _alive(self._model)
+
+    @property
+    def decoder(self) -> nn.Module:
+        return _alive(self._decoder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go (offloaded parameters sit on `meta`; their hooks move inputs from the CPU)."""
+        device = next(self.decoder.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.decoder.parameters()).dtype
+
+    def decoder_forward(self, **kwargs: Any) -> Any:
+        """The decoder's own forward, past hfblend's wrapper if there is one."""
+        return (self.unwrapped_forward or self.decoder)(**kwargs)
+
+    def last_logits(self, **kwargs: Any) -> Any:
+        """The whole model's forward, asked for the logits of the last row only."""
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            kwargs["logits_to_keep"] = 1
+        return self.model(**kwargs)
+
+    # --- rotary tables --------------------------------------------------------------------------------------------
+
+    def regime(self, positions: torch.Tensor) -> int:
+        """The prompt length that sets length-dependent frequencies for a forward over `positions`.
+
+        Dynamic NTK keeps the frequencies of the longest prompt so far, so its own state is asked.
+        """
+        length = int(positions.max()) + 1 if positions.numel() else 0
+        trained = getattr(self.config, "max_position_embeddings", 0) or 0
+        grown = max((s.length_in_force for s in self.rotary_sources), default=0)
+        return max(length, grown) if grown > trained and length >= trained else length
+
+    def rotary_tables(self, source: int, positions: torch.Tensor, regime: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (N, 2R or R) in fp32 of a rotary source at `positions` (N,), in a given regime.
+
+        A shallow replica answers, so that the model's own rotary state (dynamic, longrope) stays as it is.
+        """
+        module, layer_type = self.rotary_sources[source].module, self.rotary_sources[source].layer_type
+        replica = copy.copy(module)
+        replica._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+        device = next((b.device for b in replica._buffers.values() if b is not None), positions.device)
+        x = torch.zeros((), dtype=torch.float32, device=device)
+        extra = () if layer_type is None else (layer_type,)
+        positions = positions.to(device)
+        forcing = torch.cat([positions, positions.new_tensor([max(regime - 1, 0)])])[None]
+        with torch.no_grad():
+            replica(
+                x, torch.zeros_like(forcing[:, :1]), *extra
+            )  # back to the short regime, then grow to the wanted one
+            tables = replica(x, forcing, *extra)
+        cos, sin = (tables.real, tables.imag) if torch.is_tensor(tables) else tables
+        return cos[0, :-1].float(), sin[0, :-1].float()
+
+    def rotary_tables_of_pieces(
+        self, source: int, pieces: list[tuple[torch.Tensor, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rotary_tables` of several (positions, regime), one behind the other."""
+        if not self.length_dependent:
+            pieces = [(torch.cat([positions for positions, _ in pieces]), 0)]
+        cos, sin = zip(*(self.rotary_tables(source, *piece) for piece in pieces))
+        return torch.cat(cos), torch.cat(sin)
+
+    @functools.cached_property
+    def length_dependent(self) -> bool:
+        """Whether frequencies depend on the prompt's length (dynamic, longrope), found by asking for two lengths."""
+        return not self._same_tables(1, 2**20)
+
+    def same_regime(self, one: int, other: int) -> bool:
+        """Whether two prompt lengths give every rotary source the same frequencies."""
+        return one == other or not self.length_dependent or self._same_tables(one, other)
+
+    def _same_tables(self, one: int, other: int) -> bool:
+        probe = torch.ones(1, dtype=torch.long)
+        return all(
+            torch.equal(a, b)
+            for i in range(len(self.rotary_sources))
+            for a, b in zip(self.rotary_tables(i, probe, one), self.rotary_tables(i, probe, other))
+        )
+
+    # --- the self-test's two forwards -----------------------------------------------------------------------------
+
+    def self_test_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two ranges of positions for the same ids, both inside the shortest context the RoPE was made for."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        lengths = [getattr(self.config, "max_position_embeddings", None), rope.get("original_max_position_embeddings")]
+        limit = min((n for n in lengths if n), default=_SELF_TEST_TOKENS + _SELF_TEST_SHIFT)
+        first = torch.arange(_SELF_TEST_TOKENS, device=self.device)
+        return first, first + max(1, min(_SELF_TEST_SHIFT, limit - _SELF_TEST_TOKENS))
+
+    @torch.no_grad()
+    def record(self, positions: torch.Tensor) -> dict[int, KV]:
+        """K/V of all layers for a few fixed ids at `positions` (N,), from a stock forward."""
+        ids = (torch.arange(len(positions), device=self.device) * 7 + 3) % self.config.vocab_size
+        cache = RecordingCache(self.num_layers)
+        try:
+            with self.lock.shared():
+                self.decoder_forward(
+                    input_ids=ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True
+                )
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} cannot run with explicit position_ids and a cache: {error}"
+            ) from error
+        if not cache.recorded:
+            raise UnsupportedModel(f"{type(self.model).__name__} caches no keys and values.")
+        return cache.recorded
+
+    # --- attention of selected rows -------------------------------------------------------------------------------
+
+    @property
+    def attends_by_position(self) -> bool:
+        """Whether attention can be replaced by ours for a pass (else rows of the host's own masks are used)."""
+        chunked = "chunked_attention" in (getattr(self.config, "layer_types", None) or ())
+        return bool(getattr(type(self.model), "_supports_attention_backend", False)) and not chunked
+
+    @contextlib.contextmanager
+    def rows_pass(self, rows: torch.Tensor, length: int) -> Iterator[Any]:
+        """Everything a forward over `rows` (S,) of a prompt of `length` tokens needs to see exactly its past.
+
+        Yields the `attention_mask` to pass. Where attention is replaced, the model-wide setting is switched for the
+        length of the pass, other threads' forwards of this model wait, and no mask is made at all.
+        """
+        if not self.attends_by_position:
+            with self.lock.shared():
+                yield self._mask_rows(rows, length)
+            return
+        with self.lock.exclusive(), attention_by_position(self.decoder.config, rows[None]):
+            yield None
+
+    def _mask_rows(self, rows: torch.Tensor, length: int) -> Any:
+        """The selected rows of the host's own masks, (1, 1, S, T) or a dict of them by layer type."""
+        embeds = torch.zeros(1, length, 0, dtype=self.dtype, device=rows.device)
+        positions = torch.arange(length, device=rows.device)[None]
+        masks = create_masks_for_generate(
+            config=self.config,
+            inputs_embeds=embeds,
+            attention_mask=torch.ones_like(positions),
+            past_key_values=None,
+            position_ids=positions,
+        )
+        if isinstance(masks, dict):
+            return {kind: self._take_rows(mask, rows, length) for kind, mask in masks.items()}
+        return self._take_rows(masks, rows, length)
+
+    def _take_rows(self, mask: torch.Tensor | None, rows: torch.Tensor, length: int) -> torch.Tensor:
+        if mask is None:  # the host would have used a causal kernel
+            return (torch.arange(length, device=rows.device) <= rows[:, None])[None, None]
+        return mask.index_select(2, rows.to(mask.device))
+
+
+def _alive(reference: weakref.ref[nn.Module]) -> nn.Module:
+    module = reference()
+    if module is None:
+        raise RuntimeError("The model that hfblend was given no longer exists.")
+    return module
+
+
+def _find_decoder(model: nn.Module, num_layers: int) -> nn.Module:
+    """The module that owns the decoder layers (`get_decoder()` is not it in every family)."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                return module
+    raise UnsupportedModel(f"{type(model).__name__} has no list of {num_layers} decoder layers.")
+
+
+def _find_rotary_sources(decoder: nn.Module, config: Any) -> list[RotarySource]:
+    sources: list[RotarySource] = []
+    for module in decoder.modules():
+        if "rotary" not in type(module).__name__.lower():
+            continue
+        per_type = "layer_type" in inspect.signature(module.forward).parameters and isinstance(
+            getattr(module, "rope_type", None), dict
+        )
+        kinds = sorted(set(config.layer_types)) if per_type else [None]
+        sources += [RotarySource(module, kind) for kind in kinds]
+    return sources
+
+
+class ForwardLock:
+    """Many stock forwards of a model at once, or one pass that has its attention switched.
+
+    The holder of the exclusive side may take the shared side again (a pass may run the whole model).
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._shared = 0
+        self._owner: int | None = None
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        me = threading.get_ident()
+        with self._changed:
+            nested = self._owner == me
+            if not nested:
+                self._changed.wait_for(lambda: self._owner is None)
+                self._shared += 1
+        try:
+            yield
+        finally:
+            if not nested:
+                with self._changed:
+                    self._shared -= 1
+                    self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._owner is None and self._shared == 0)
+            self._owner = threading.get_ident()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._owner = None
+                self._changed.notify_all()

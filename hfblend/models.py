@@ -1,0 +1,50 @@
+"""One `Host`, with its self-test done, per model: found again wherever the model is handed in."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import nn
+
+from .fingerprint import Fingerprint
+from .host import Host
+from .rope import KeyRotation, find_rotations
+
+
+class BlendableModel(Host):
+    """A host that has passed the self-test, with what blending needs to know of it.
+
+    Attributes:
+        rotations: per layer, how cached state turns with position.
+        fingerprint: of weights and configuration, for store keys.
+    """
+
+    rotations: list[KeyRotation | None]
+    fingerprint: Fingerprint
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.rotations = find_rotations(self)
+        self.fingerprint = Fingerprint(model)
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, BlendableModel] = weakref.WeakKeyDictionary()
+
+
+def host_of(model: nn.Module) -> BlendableModel:
+    """The model's host; the first call runs the self-test and reads every weight once.
+
+    Raises:
+        UnsupportedModel: with the reason.
+        ValueError: a model in training mode.
+    """
+    if model not in _known:
+        if model.training:
+            raise ValueError("The model is in training mode, where dropout would enter the cache; call model.eval().")
+        _known[model] = BlendableModel(model)
+    return _known[model]
+
+
+def forget(model: nn.Module) -> None:
+    """Drops what is known of a model; the next `host_of` finds it out anew."""
+    _known.pop(model, None)

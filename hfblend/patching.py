@@ -1,0 +1,281 @@
+"""`patch(model)`: plain `model.generate(...)` blends from then on; `remove()` leaves the model as it was.
+
+Two attributes of this one instance are set: `generate`, which scopes a call and takes its options, and the decoder's
+`forward`, which inside such a call, for the one forward that prefills the whole prompt, runs the phases of `blending.py`
+instead. Every other forward, decoding included, goes straight to the original.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from .blending import Blending, check_layers_exist
+from .caches import hand_over
+from .config import BlendConfig
+from .fallbacks import Fallback, generate_option, plan
+from .models import forget, host_of
+from .prompt import ChunkSpans, Separator
+from .store import MemoryStore, Store
+from .trace import BlendTrace
+
+logger = logging.getLogger(__name__)
+
+_DECODE_TOKENS = 2  # a forward this short is never a prompt with chunks
+
+
+@dataclass
+class _Call:
+    """One running `generate` of a patched model."""
+
+    blender: Blender
+    trace: BlendTrace
+    started: float
+    config: BlendConfig
+    input_ids: torch.Tensor | None  # (1, T) to be blended; None: this call is stock
+    spans: ChunkSpans
+    num_tokens: int
+    tokens_seen: int = 0
+
+    def note_forward(self, num_tokens: int) -> None:
+        """Called as a forward begins: the first one after the whole prompt was seen brings the first new token."""
+        if self.trace.ttft_ms is None and self.tokens_seen >= self.num_tokens:
+            self.trace.ttft_ms = 1000 * (time.perf_counter() - self.started)
+        self.tokens_seen += num_tokens
+
+
+# Per thread and task, so that many may generate on one patched model at once.
+_call: ContextVar[_Call | None] = ContextVar("hfblend_call", default=None)
+
+
+def patch(
+    model: nn.Module,
+    *,
+    config: BlendConfig | None = None,
+    tokenizer: Any = None,
+    store: Store | None = None,
+) -> Blender:
+    """Lets `model.generate` reuse and blend chunk KV. Only this instance changes, until `remove()`.
+
+    >>> with hfblend.patch(model, tokenizer=tokenizer) as blender:  # doctest: +SKIP
+    ...     model.generate(**prompt.inputs(), max_new_tokens=64)
+    ...     print(blender.trace)
+
+    Args:
+        model: a causal LM in eval mode, on one device.
+        config: default `BlendConfig()`; `model.generate(..., blend_config=…)` overrides it for one call.
+        tokenizer: needed only to split plain `input_ids` at a separator given as text.
+        store: where chunk KV is kept; default, a `MemoryStore` of its own.
+
+    Returns:
+        The handle: `trace`, `store`, `config`, `remove()`; also a context manager.
+
+    Raises:
+        UnsupportedModel: the model's cached KV cannot be moved (the message says why).
+        ValueError: a model in training mode, or already patched; check layers beyond the model.
+    """
+    return Blender(model, config or BlendConfig(), tokenizer, MemoryStore() if store is None else store)
+
+
+class Blender:
+    """The handle of a patched model.
+
+    Attributes:
+        model: the patched instance.
+        store: where its chunk KV is kept.
+    """
+
+    def __init__(self, model: nn.Module, config: BlendConfig, tokenizer: Any, store: Store) -> None:
+        self.model, self.store, self.tokenizer = model, store, tokenizer
+        self.host = host_of(model)
+        if self.host.unwrapped_forward is not None:
+            raise ValueError("This model is already patched. Use its blender, or call blender.remove() first.")
+        self.config = config
+        self._traces = threading.local()
+        self._wrap()
+
+    # --- settings and results -------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> BlendConfig:
+        """The settings of calls that bring none of their own; may be replaced at any time."""
+        return self._config
+
+    @config.setter
+    def config(self, config: BlendConfig) -> None:
+        self._check(config)
+        self._config = config
+        self._separator = self._separator_of(config)
+
+    @property
+    def trace(self) -> BlendTrace:
+        """What the last call of `generate` in this thread did."""
+        return getattr(self._traces, "last", None) or BlendTrace()
+
+    def _check(self, config: BlendConfig) -> None:
+        if not isinstance(config, BlendConfig):
+            raise TypeError(f"config must be a hfblend.BlendConfig, got {type(config).__name__}.")
+        check_layers_exist(config, self.host.num_layers)
+
+    def _separator_of(self, config: BlendConfig) -> Separator | None:
+        if config.separator is None or (isinstance(config.separator, str) and self.tokenizer is None):
+            return None
+        return Separator(config.separator, self.tokenizer)
+
+    # --- in and out -----------------------------------------------------------------------------------------------
+
+    def _wrap(self) -> None:
+        decoder = self.host.decoder
+        self._before = [(m, name, m.__dict__.get(name)) for m, name in ((self.model, "generate"), (decoder, "forward"))]
+        self._stock_generate, self._stock_forward = self.model.generate, decoder.forward
+        self.host.unwrapped_forward = self._stock_forward
+        # Bound methods, so that a deep copy of the model is not this instance, and functools.wraps of the class's
+        # function, because `generate` reads the signature of `forward`.
+        self._wrappers = [
+            self._bind(self.model, "generate", self._generate),
+            self._bind(decoder, "forward", self._forward),
+        ]
+
+    @staticmethod
+    def _bind(module: nn.Module, name: str, run: Any) -> MethodType:
+        own = getattr(type(module), name)
+
+        @functools.wraps(own)
+        def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return run(*args, **kwargs) if self is module else own(self, *args, **kwargs)
+
+        method = MethodType(wrapper, module)
+        setattr(module, name, method)
+        return method
+
+    def remove(self) -> None:
+        """Takes hfblend off the model again. Calling it twice does nothing."""
+        if self.host.unwrapped_forward is None:
+            return
+        for (module, name, before), wrapper in zip(self._before, self._wrappers):
+            if module.__dict__.get(name) is not wrapper:
+                logger.warning("%s.%s was wrapped again after patch; hfblend stays inside, inactive.", module, name)
+            elif before is None:
+                del module.__dict__[name]
+            else:
+                setattr(module, name, before)
+        self.host.unwrapped_forward = None
+        forget(self.model)
+
+    def __enter__(self) -> Blender:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    # --- generate -------------------------------------------------------------------------------------------------
+
+    def _generate(
+        self,
+        *args: Any,
+        chunk_spans: Iterable[Sequence[int]] | None = None,
+        blend_config: BlendConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Decides whether this call is blended, and runs stock `generate` in that scope."""
+        if blend_config is not None:
+            self._check(blend_config)
+        started = time.perf_counter()
+        config = blend_config or self.config
+        separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
+        if chunk_spans is not None:
+            chunk_spans = chunk_spans if isinstance(chunk_spans, ChunkSpans) else ChunkSpans(chunk_spans)
+            args, kwargs = self._on_device(args), self._on_device(kwargs)
+        planned = plan(self.model, args, kwargs, chunk_spans, config, separator, nested=_call.get() is not None)
+        trace = self._traces.last = BlendTrace(num_tokens=planned.num_tokens, num_layers=self.host.num_layers)
+        call = _Call(self, trace, started, config, planned.input_ids, planned.spans, planned.num_tokens)
+        if planned.fallback:
+            self._fall_back(call, planned.fallback)
+        elif generate_option(self.model, kwargs, "prefill_chunk_size") is not None:
+            kwargs["prefill_chunk_size"] = None  # the blended prefill is one forward; pieces would hide the prompt
+        token = _call.set(None if planned.fallback is Fallback.NESTED else call)
+        try:
+            output = self._stock_generate(*args, **kwargs)
+        finally:
+            _call.reset(token)
+        if call.input_ids is not None:
+            self._fall_back(call, Fallback.NOT_REACHED)
+        self._note_end(call, output)
+        return output
+
+    def _on_device(self, values: Any) -> Any:
+        def move(value: Any) -> Any:
+            return value.to(self.host.device) if torch.is_tensor(value) else value
+
+        if isinstance(values, dict):
+            return {name: move(value) for name, value in values.items()}
+        return tuple(move(value) for value in values)
+
+    def _fall_back(self, call: _Call, fallback: Fallback) -> None:
+        call.input_ids = None
+        call.trace.blended, call.trace.fallback = False, fallback.name.lower()
+        logger.log(fallback.level, "Not blended, stock generate runs: %s", fallback.reason)
+
+    @staticmethod
+    def _note_end(call: _Call, output: Any) -> None:
+        """With a single new token there is no second forward that would have marked its arrival."""
+        sequences = output if torch.is_tensor(output) else getattr(output, "sequences", None)
+        if call.trace.ttft_ms is None and sequences is not None and sequences.shape[1] == call.num_tokens + 1:
+            call.trace.ttft_ms = 1000 * (time.perf_counter() - call.started)
+
+    # --- the decoder's forward ------------------------------------------------------------------------------------
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._stock_forward(*args, **kwargs)
+        call = _call.get()
+        if call is not None and call.blender is self:
+            kwargs.update(zip(self.host.decoder_parameters, args))
+            args = ()
+            ids = kwargs.get("input_ids")
+            call.note_forward(0 if ids is None else ids.shape[1])
+            if ids is not None and ids.shape[1] > _DECODE_TOKENS and self._is_whole_prompt(call, ids, kwargs):
+                return self._blended_forward(call, kwargs)
+        with self.host.lock.shared():
+            return self._stock_forward(*args, **kwargs)
+
+    def _is_whole_prompt(self, call: _Call, ids: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether this forward prefills the call's prompt (with draft tokens behind it, perhaps) into an empty cache."""
+        if call.input_ids is None or torch.is_grad_enabled() or ids.shape[1] < call.num_tokens:
+            return False
+        cache = kwargs.get("past_key_values")
+        is_empty = cache is None or int(cache.get_seq_length()) == 0
+        return is_empty and bool((ids[:, : call.num_tokens] == call.input_ids).all())
+
+    @torch.compiler.disable
+    def _blended_forward(self, call: _Call, kwargs: dict[str, Any]) -> Any:
+        """The decoder's output for the whole prompt, with the rows of the last pass only, and the cache filled."""
+        ids, cache = kwargs.pop("input_ids"), kwargs.pop("past_key_values", None)
+        cache = DynamicCache(config=self.host.config) if cache is None else cache
+        for name in ("attention_mask", "position_ids", "use_cache"):  # there is no padding, and positions are 0 … T − 1
+            kwargs.pop(name, None)
+        call.input_ids = None
+        token = _call.set(None)
+        try:
+            state = Blending(self.host, ids[:1], call.spans, self.store, call.config, call.trace)
+            output = state.run(functools.partial(self.host.decoder_forward, **kwargs))
+            hand_over(state.buffers, ids.shape[1], ids.shape[0], cache)
+            state.clock.end_of("hand_over")
+        finally:
+            _call.reset(token)
+        output.last_hidden_state = output.last_hidden_state.expand(ids.shape[0], -1, -1)  # (B, S, C)
+        output.past_key_values = cache
+        return output

@@ -1,0 +1,167 @@
+"""Moving cached keys to new positions: K_new = R(new) · R(old)⁻¹ · K_old, one rotation in fp32.
+
+The tables come from the model's own rotary module, so linear, dynamic, yarn, longrope, llama3 or partial RoPE need no
+code of their own. How a layer's cached state depends on position is not looked up by name but found by a numeric
+self-test (`find_rotations`): two stock forwards over the same ids at positions p and p + Δ.
+
+Shapes: B batch, Hkv KV heads, N tokens, D head_dim, R rotated pairs (2R ≤ D).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .caches import KV
+from .host import Host, RotarySource, UnsupportedModel
+
+Pairing = Literal["half", "interleaved"]
+Layout = Literal["duplicated", "repeated", "single"]
+Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each (N, R), fp32
+
+# (pairing of dimensions, layout of the module's tables), most common first
+_FORMS: tuple[tuple[Pairing, Layout], ...] = (
+    ("half", "duplicated"),
+    ("interleaved", "repeated"),
+    ("interleaved", "duplicated"),
+    ("half", "single"),
+    ("interleaved", "single"),
+)
+
+
+@dataclass(frozen=True)
+class KeyRotation:
+    """How one layer's cached state depends on position.
+
+    Args:
+        slot: 0 if the cached keys are rotated, 1 if the values slot holds the rotated part (latent attention).
+        pairing: dimension i turns with i + R (`"half"`) or 2i with 2i + 1 (`"interleaved"`).
+        layout: how R angles fill the module's table: `"duplicated"` [a b a b], `"repeated"` [a a b b], `"single"` [a b].
+        source: index into `Host.rotary_sources`.
+    """
+
+    slot: int
+    pairing: Pairing
+    layout: Layout
+    source: int
+
+
+def pair_tables(tables: Tables, layout: Layout) -> Tables:
+    """A rotary module's tables (N, R or 2R) as one cos and sin per rotated pair, (N, R)."""
+    if layout == "single":
+        return tables
+    width = tables[0].shape[-1]
+    take = slice(0, width // 2) if layout == "duplicated" else slice(0, width, 2)
+    return tables[0][..., take], tables[1][..., take]
+
+
+def rotation_between(old: Tables, new: Tables) -> Tables:
+    """cos and sin of R(new) · R(old)⁻¹, each (N, R).
+
+    A table may carry an attention scaling s (yarn, longrope). Dividing by |old|² = s² keeps it on the key exactly once.
+    """
+    (cos_old, sin_old), (cos_new, sin_new) = old, new
+    square = (cos_old * cos_old + sin_old * sin_old).clamp_min(1e-20)
+    return (cos_new * cos_old + sin_new * sin_old) / square, (sin_new * cos_old - cos_new * sin_old) / square
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing) -> torch.Tensor:
+    """Turns the first 2R dimensions of `states` (B, Hkv, N, D) by tables (N, R), in fp32, rounded once at the end."""
+    rotated_dims = 2 * cos.shape[-1]
+    x = states[..., :rotated_dims].float()
+    first, second = x.chunk(2, -1) if pairing == "half" else (x[..., 0::2], x[..., 1::2])
+    turned = (first * cos - second * sin, first * sin + second * cos)
+    joined = torch.cat(turned, -1) if pairing == "half" else torch.stack(turned, -1).flatten(-2)
+    return torch.cat([joined.to(states.dtype), states[..., rotated_dims:]], -1)
+
+
+class Realigner:
+    """Moves cached K/V of any layer from cached to new positions; tables are made once per layer kind.
+
+    Args:
+        host: the model.
+        rotations: per layer, from `find_rotations`; `None` where nothing depends on position.
+        moves: per moved piece, its cached positions (n,), its new positions (n,) and the regime it was cached in
+            (`Host.regime`). Together the pieces have N tokens.
+        regime: of the prompt.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        rotations: list[KeyRotation | None],
+        moves: list[tuple[torch.Tensor, torch.Tensor, int]],
+        regime: int,
+    ) -> None:
+        self.rotations = rotations
+        self._tables: dict[tuple[int, Layout], Tables] = {}
+        for kind in {(r.source, r.layout) for r in rotations if r is not None and moves}:
+            source, layout = kind
+            old = host.rotary_tables_of_pieces(source, [(cached, then) for cached, _, then in moves])
+            new = host.rotary_tables_of_pieces(source, [(positions, regime) for _, positions, _ in moves])
+            self._tables[kind] = rotation_between(pair_tables(old, layout), pair_tables(new, layout))
+
+    def __call__(self, layer_idx: int, kv: KV) -> KV:
+        """The layer's K/V (B, Hkv, N, D) at the new positions; untouched where nothing depends on position."""
+        rotation = self.rotations[layer_idx]
+        if rotation is None:
+            return kv
+        cos, sin = (t.to(kv[0].device) for t in self._tables[rotation.source, rotation.layout])
+        turned = rotate(kv[rotation.slot], cos, sin, rotation.pairing)
+        return (turned, kv[1]) if rotation.slot == 0 else (kv[0], turned)
+
+
+# --- the self-test -----------------------------------------------------------------------------------------------------
+
+
+def find_rotations(host: Host) -> list[KeyRotation | None]:
+    """Finds, per layer, the one rotation that maps cached state at p to cached state at p + Δ.
+
+    The same ids run through two stock forwards at shifted positions. In a model whose attention sees only relative
+    positions, everything cached is equal but for one rotated slot. Learned positions change the values already in
+    layer 0, and so fail by behaviour.
+
+    Raises:
+        UnsupportedModel: naming the layer and what did not fit.
+    """
+    first, shifted = host.self_test_positions()
+    kv_first, kv_shifted = host.record(first), host.record(shifted)
+    tables = [
+        (host.rotary_tables(i, first, host.regime(first)), host.rotary_tables(i, shifted, host.regime(shifted)))
+        for i in range(len(host.rotary_sources))
+    ]
+    return [_find_rotation(i, kv_first[i], kv_shifted[i], host.rotary_sources, tables) for i in sorted(kv_first)]
+
+
+def _find_rotation(
+    layer_idx: int, kv: KV, kv_shifted: KV, sources: list[RotarySource], tables: list[tuple[Tables, Tables]]
+) -> KeyRotation | None:
+    equal = [_close(a, b) for a, b in zip(kv, kv_shifted)]
+    if all(equal):
+        return None
+    if not any(equal):
+        raise UnsupportedModel(
+            f"Layer {layer_idx}: keys and values both change when a text moves to other positions (learned positions, "
+            "or state that depends on them), so cached KV of this model cannot be moved."
+        )
+    slot = equal.index(False)
+    for source in range(len(sources)):
+        for pairing, layout in _FORMS:
+            old, new = (pair_tables(t, layout) for t in tables[source])
+            if 2 * old[0].shape[-1] > kv[slot].shape[-1]:
+                continue
+            if _close(rotate(kv[slot], *rotation_between(old, new), pairing), kv_shifted[slot]):
+                return KeyRotation(slot, pairing, layout, source)
+    raise UnsupportedModel(
+        f"Layer {layer_idx}: cached {'keys' if slot == 0 else 'values'} change with position, but no rotation from the "
+        f"model's {len(sources)} rotary table(s) maps them from one position to another."
+    )
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal up to what rounding adds over a model's layers, by relative norm."""
+    tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 6e-2
+    norm = b.float().norm()
+    return bool((a.float() - b.float()).norm() <= tolerance * norm) or bool(norm == 0 and a.float().norm() == 0)
