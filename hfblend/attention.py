@@ -68,7 +68,7 @@ def reference_attention(
 def sdpa_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """PyTorch's attention with K/V shared by a group of heads, not repeated: (B, Hkv) is the batch, the group the heads.
+    """PyTorch's attention without repeating K/V: (B, Hkv) is the batch, and a group of query heads the heads.
 
     Args:
         mask: (B, 1, S, T) additive, in the dtype of `query`.
@@ -132,7 +132,7 @@ def attend(
     return sdpa_attention(query, key, value, mask, scaling)
 
 
-# --- in the place of a model's own attention ----------------------------------------------------------------------------
+# --- in the place of a model's own attention --------------------------------------------------------------------------
 
 _rows: ContextVar[QueryRows | None] = ContextVar("hfblend_query_rows", default=None)
 

@@ -14,7 +14,7 @@ recomputed, S rows of a pass, D head_dim, L layers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -173,6 +173,7 @@ class Blending:
         behind = self._chunk_prefix(prefix_stop)
         continues = pieces[0].entry if pieces and self.config.chunk_prefix == "prompt" else None
         for span in self.spans:
+            piece: Piece | None
             if self.config.on_miss == "isolated":
                 piece, chunk_trace = self._find_or_prefill(span, behind, continues)
             else:
@@ -296,11 +297,9 @@ class Blending:
     def _highest(self, kept: torch.Tensor, layer: int, ratio: float, reuse: Reuse, reused: ReusedKV) -> torch.Tensor:
         """Of the tokens still in the running, those with the largest deviation at this layer."""
         candidates = reuse.candidate_idx
-        fresh = tuple(t.index_select(2, kept.to(t.device)) for t in self.buffers[layer])
-        keys, values = reused.moved_kv(layer, fresh)
-        places = torch.searchsorted(candidates, kept).to(keys.device)
-        stored = keys.index_select(2, places), values.index_select(2, places)
-        scores = selection.kv_deviation(fresh, stored, self.config.deviation)[0]  # type: ignore[arg-type]
+        fresh = _rows_of(self.buffers[layer], kept)
+        stored = _rows_of(reused.moved_kv(layer, fresh), torch.searchsorted(candidates, kept))
+        scores = selection.kv_deviation(fresh, stored, self.config.deviation)[0]
         if self.trace.deviation is None:
             self.trace.deviation = scores
         forced = selection.chunk_starts(kept, [p.span for p in reuse.moved], self.config.force_chunk_start)
@@ -339,14 +338,14 @@ class Blending:
                 return
             if chunk.status != "fresh":
                 continue
-            kv = [
-                tuple(t[:, :, start:stop].clone() for t in self.buffers[i])  # (1, Hkv, n, D)
-                for i in range(self.host.num_layers)
-            ]
-            positions = torch.arange(start, stop)
-            behind = tuple(self.ids[:start])
+            rows = slice(start, stop)
+            kv = full_length_cache(
+                (keys[:, :, rows].clone(), values[:, :, rows].clone())
+                for _, (keys, values) in sorted(self.buffers.items())
+            )
             regime = self.host.regime(torch.arange(self.length))
-            self.store.put(chunk.key, ChunkKV(full_length_cache(kv), positions, behind, "in_context", regime))  # type: ignore[arg-type]
+            chunk_kv = ChunkKV(kv, torch.arange(start, stop), tuple(self.ids[:start]), "in_context", regime)
+            self.store.put(chunk.key, chunk_kv)
 
 
 class ReusedKV:
@@ -421,6 +420,11 @@ def _until_stopped(
         )
     except StopForward:
         return None
+
+
+def _rows_of(kv: KV, rows: torch.Tensor) -> KV:
+    keys, values = (states.index_select(2, rows.to(states.device)) for states in kv)
+    return keys, values
 
 
 def _num_bytes(entry: Reader) -> int:

@@ -5,7 +5,7 @@ Shapes: B batch, Hkv KV heads, T all tokens, S selected rows, D head_dim, L laye
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -123,14 +123,14 @@ class GrowingLayer(DynamicLayer):
             capacity = new_length + max(self.room, new_length // 8)
             buffers = empty_kv((key_states, value_states), capacity)
             if length:
-                buffers[0][:, :, :length] = self.keys
-                buffers[1][:, :, :length] = self.values
+                for buffer, states in zip(buffers, self._shown()):
+                    buffer[:, :, :length] = states
             self._buffers = buffers
         assert self._buffers is not None
         self._buffers[0][:, :, length:new_length] = key_states
         self._buffers[1][:, :, length:new_length] = value_states
         self._show(new_length)
-        return self.keys, self.values
+        return self._shown()
 
     def reset(self) -> None:
         super().reset()
@@ -140,11 +140,16 @@ class GrowingLayer(DynamicLayer):
         assert self._buffers is not None
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
+    def _shown(self) -> KV:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
     def _fits(self, length: int, batch_size: int) -> bool:
-        if self._buffers is None or self.keys is None or self.keys.numel() == 0:
+        if self._buffers is None or self.get_seq_length() == 0:
             return False
-        keys, values = self._buffers
-        is_view = self.keys.data_ptr() == keys.data_ptr() and self.values.data_ptr() == values.data_ptr()
+        is_view = all(s.data_ptr() == b.data_ptr() for s, b in zip(self._shown(), self._buffers))
+        keys = self._buffers[0]
         return is_view and keys.shape[0] == batch_size and length <= keys.shape[2]
 
 
@@ -154,7 +159,7 @@ def empty_kv(like: KV, length: int) -> KV:
     return keys, values
 
 
-def full_length_cache(kv: list[KV]) -> DynamicCache:
+def full_length_cache(kv: Iterable[KV]) -> DynamicCache:
     """A `DynamicCache` of plain full-length layers around K/V (B, Hkv, n, D), without a copy (sliding models too)."""
     cache = DynamicCache()
     for keys, values in kv:
@@ -173,11 +178,10 @@ def hand_over(buffers: dict[int, KV], length: int, batch_size: int, cache: Cache
     """
     adopts = type(cache) is DynamicCache and not cache.offloading
     for i, kv in sorted(buffers.items()):
-        if batch_size > 1:
-            kv = tuple(t.repeat(batch_size, 1, 1, 1) for t in kv)  # type: ignore[assignment]
+        keys, values = (t.repeat(batch_size, 1, 1, 1) if batch_size > 1 else t for t in kv)
         if adopts and cache.layer_class_to_replicate is DynamicLayer and len(cache.layers) == i:
             cache.layers.append(DynamicLayer())
         if adopts and i < len(cache.layers) and type(cache.layers[i]) is DynamicLayer:
-            cache.layers[i] = GrowingLayer.adopt(kv, length)
+            cache.layers[i] = GrowingLayer.adopt((keys, values), length)
         else:
-            cache.update(kv[0][:, :, :length], kv[1][:, :, :length], i)
+            cache.update(keys[:, :, :length], values[:, :, :length], i)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -36,9 +36,10 @@ class ChunkKV:
     regime: int = 0
 
     def __post_init__(self) -> None:
-        if not self.cache.layers or not all(layer.is_initialized for layer in self.cache.layers):
+        layers: list[Any] = self.cache.layers
+        if not layers or not all(getattr(layer, "is_initialized", False) for layer in layers):
             raise ValueError("A ChunkKV needs keys and values of every layer; this cache holds none.")
-        lengths = {layer.keys.shape[2] for layer in self.cache.layers}
+        lengths = {layer.keys.shape[2] for layer in layers}
         if lengths != {len(self.cached_positions)}:
             raise ValueError(
                 f"Every layer must hold K/V of the chunk's {len(self.cached_positions)} positions, got lengths "
@@ -52,7 +53,7 @@ class ChunkKV:
 
     def layer(self, layer_idx: int) -> KV:
         """Keys and values (B, Hkv, n, D) of one layer, as cached."""
-        layer = self.cache.layers[layer_idx]
+        layer: Any = self.cache.layers[layer_idx]
         return layer.keys, layer.values
 
     @property
@@ -66,12 +67,35 @@ class ChunkKV:
 
     def to(self, device: torch.device | str) -> ChunkKV:
         """The same chunk with its tensors on another device."""
-        kv = [tuple(t.to(device) for t in self.layer(i)) for i in range(self.num_layers)]
-        return ChunkKV(full_length_cache(kv), self.cached_positions, self.behind_ids, self.provenance, self.regime)  # type: ignore[arg-type]
+        cache = full_length_cache((k.to(device), v.to(device)) for k, v in map(self.layer, range(self.num_layers)))
+        return ChunkKV(cache, self.cached_positions, self.behind_ids, self.provenance, self.regime)
+
+
+class Reader(Protocol):
+    """One chunk's KV, read a layer at a time. `ChunkKV` is one."""
+
+    @property
+    def cached_positions(self) -> torch.Tensor: ...  # (n,)
+
+    @property
+    def behind_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def provenance(self) -> Provenance: ...
+
+    @property
+    def regime(self) -> int: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def layer(self, layer_idx: int) -> KV:
+        """Keys and values (B, Hkv, n, D) of one layer, as cached, on any device."""
+        ...
 
 
 def prefill_chunk(
-    model: nn.Module, ids: Sequence[int], behind_ids: Sequence[int] = (), *, behind: ChunkKV | None = None
+    model: nn.Module, ids: Sequence[int], behind_ids: Sequence[int] = (), *, behind: Reader | None = None
 ) -> ChunkKV:
     """Computes a chunk's KV behind `behind_ids`, by one stock forward; the rows of `behind_ids` are dropped.
 
@@ -93,7 +117,7 @@ def prefill_chunk(
 
 
 @torch.no_grad()
-def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: ChunkKV | None) -> ChunkKV:
+def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: Reader | None) -> ChunkKV:
     """`prefill_chunk` for a host that is already at hand."""
     if not ids:
         raise ValueError("A chunk needs at least one token id, got none.")
@@ -102,15 +126,16 @@ def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: C
     start, stop = len(behind_ids), len(behind_ids) + len(ids)
     known = 0
     if behind is not None and host.same_regime(behind.regime, stop):
-        known = len(behind)
-        cache = full_length_cache([behind.layer(i) for i in range(behind.num_layers)])
+        known = len(behind.cached_positions)
+        kv_behind = map(behind.layer, range(behind.num_layers))
+        cache = full_length_cache((k.to(host.device), v.to(host.device)) for k, v in kv_behind)
     else:
         cache = DynamicCache()  # full-length layers, unlike DynamicCache(config=...) of a sliding model
     new_ids = torch.tensor([[*behind_ids[known:], *ids]], device=host.device)
     positions = torch.arange(known, stop, device=host.device)
     with host.lock.shared():
         host.decoder_forward(input_ids=new_ids, position_ids=positions[None], past_key_values=cache, use_cache=True)
-    kv = [(layer.keys[:, :, start:].clone(), layer.values[:, :, start:].clone()) for layer in cache.layers]
-    return ChunkKV(
-        full_length_cache(kv), positions[start - known :].cpu(), tuple(behind_ids), "isolated", host.regime(positions)
-    )
+    layers: list[Any] = cache.layers
+    rows = slice(start, stop)
+    kv = full_length_cache((layer.keys[:, :, rows].clone(), layer.values[:, :, rows].clone()) for layer in layers)
+    return ChunkKV(kv, torch.arange(start, stop), tuple(behind_ids), "isolated", host.regime(positions))

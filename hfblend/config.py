@@ -100,7 +100,7 @@ class BlendConfig:
         object.__setattr__(self, "recompute_ratios", ratios)
         if len(layers) != len(ratios):
             raise ValueError(
-                f"check_layers and recompute_ratios must have one entry each per check layer, got {layers} and {ratios}."
+                f"check_layers and recompute_ratios need one entry each per check layer, got {layers} and {ratios}."
             )
         if any(layer < 1 for layer in layers):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Plan:
 
     num_tokens: int
     input_ids: torch.Tensor | None = None
-    spans: ChunkSpans = ChunkSpans(())
+    spans: ChunkSpans = field(default_factory=lambda: ChunkSpans(()))
     fallback: Fallback | None = None
 
 

@@ -64,7 +64,7 @@ class Fingerprint:
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """All parameters, and buffers that are saved with the model (others, like rotary tables, follow from the config)."""
+    """All parameters, and the buffers that are saved with the model (rotary tables follow from the config)."""
     return [
         (f"{path}.{name}", tensor)
         for path, module in model.named_modules()

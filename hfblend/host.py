@@ -58,15 +58,15 @@ class Host:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        config = model.config
+        config: Any = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder; hfblend blends decoder-only models.")
         self.config = config.get_text_config(decoder=True)
         kinds = set(getattr(self.config, "layer_types", None) or ()) - _MOVABLE_LAYER_TYPES
         if kinds:
             raise UnsupportedModel(
-                f"{type(model).__name__} has layers of type {sorted(kinds)}: recurrent or convolutional state depends on "
-                "all tokens before it and cannot be reused by chunk."
+                f"{type(model).__name__} has layers of type {sorted(kinds)}: recurrent or convolutional state "
+                "depends on all tokens before it and cannot be reused by chunk."
             )
         self.num_layers: int = self.config.num_hidden_layers
         self._decoder = weakref.ref(_find_decoder(model, self.num_layers))

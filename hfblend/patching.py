@@ -1,8 +1,8 @@
 """`patch(model)`: plain `model.generate(...)` blends from then on; `remove()` leaves the model as it was.
 
 Two attributes of this one instance are set: `generate`, which scopes a call and takes its options, and the decoder's
-`forward`, which inside such a call, for the one forward that prefills the whole prompt, runs the phases of `blending.py`
-instead. Every other forward, decoding included, goes straight to the original.
+`forward`, which inside such a call runs the phases of `blending.py` for the one forward that prefills the whole prompt.
+Every other forward, decoding included, goes straight to the original.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class Blender:
     """
 
     def __init__(self, model: nn.Module, config: BlendConfig, tokenizer: Any, store: Store) -> None:
-        self.model, self.store, self.tokenizer = model, store, tokenizer
+        self.model: Any = model
+        self.store, self.tokenizer = store, tokenizer
         self.host = host_of(model)
         if self.host.unwrapped_forward is not None:
             raise ValueError("This model is already patched. Use its blender, or call blender.remove() first.")
@@ -253,7 +254,7 @@ class Blender:
             return self._stock_forward(*args, **kwargs)
 
     def _is_whole_prompt(self, call: _Call, ids: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether this forward prefills the call's prompt (with draft tokens behind it, perhaps) into an empty cache."""
+        """Whether this forward prefills the call's prompt (perhaps with draft tokens behind it) into an empty cache."""
         if call.input_ids is None or torch.is_grad_enabled() or ids.shape[1] < call.num_tokens:
             return False
         cache = kwargs.get("past_key_values")

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -295,7 +296,7 @@ class Separator:
     def chunk_spans(self, ids: Sequence[int]) -> list[Span]:
         """Spans of the chunks between separators."""
         cuts = self.matches(ids)
-        return [(left[1], right[0]) for left, right in zip(cuts, cuts[1:]) if left[1] < right[0]]
+        return [(left[1], right[0]) for left, right in pairwise(cuts) if left[1] < right[0]]
 
     def warn_if_hidden(self, ids: Sequence[int]) -> None:
         """Warns, once, when `ids` decode to text that holds the separator though its ids are not found."""

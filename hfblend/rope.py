@@ -38,7 +38,7 @@ class KeyRotation:
     Args:
         slot: 0 if the cached keys are rotated, 1 if the values slot holds the rotated part (latent attention).
         pairing: dimension i turns with i + R (`"half"`) or 2i with 2i + 1 (`"interleaved"`).
-        layout: how R angles fill the module's table: `"duplicated"` [a b a b], `"repeated"` [a a b b], `"single"` [a b].
+        layout: how R angles fill a table: `"duplicated"` [a b a b], `"repeated"` [a a b b], `"single"` [a b].
         source: index into `Host.rotary_sources`.
     """
 
@@ -113,7 +113,7 @@ class Realigner:
         return (turned, kv[1]) if rotation.slot == 0 else (kv[0], turned)
 
 
-# --- the self-test -----------------------------------------------------------------------------------------------------
+# --- the self-test ------------------------------------------------------------------------------------------------
 
 
 def find_rotations(host: Host) -> list[KeyRotation | None]:

@@ -1,6 +1,7 @@
 """Where chunk KV is kept, and under which key."""
 
-from .base import Reader, Store
+from ..chunks import Reader
+from .base import Store
 from .keys import chunk_key
 from .memory import MemoryStore
 

@@ -4,33 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
-
-from ..caches import KV
-from ..chunks import ChunkKV, Provenance
-
-
-class Reader(Protocol):
-    """One chunk's KV, read a layer at a time. `ChunkKV` is one."""
-
-    @property
-    def cached_positions(self) -> torch.Tensor: ...  # (n,)
-
-    @property
-    def behind_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def provenance(self) -> Provenance: ...
-
-    @property
-    def regime(self) -> int: ...
-
-    @property
-    def num_layers(self) -> int: ...
-
-    def layer(self, layer_idx: int) -> KV:
-        """Keys and values (B, Hkv, n, D) of one layer, as cached, on any device."""
-        ...
+from ..chunks import ChunkKV, Reader
 
 
 class Store(Protocol):
