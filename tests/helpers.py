@@ -1,0 +1,157 @@
+"""Tiny random models, prompts, and stores that hold the true in-context KV at other positions."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import hfblend
+from hfblend.caches import RecordingCache, full_length_cache
+from hfblend.models import host_of
+from hfblend.rope import Realigner
+from hfblend.store import chunk_key
+
+VOCABULARY = 97
+
+# name -> rope_parameters; the short context of the length-dependent ones is crossed by `make_prompt()`
+ROPE = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + 0.3 * i for i in range(8)],
+        "original_max_position_embeddings": 64,
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+    },
+}
+HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
+
+
+def make_llama(rope: str = "default", heads: str = "gqa", dtype: torch.dtype = torch.float32, **kwargs) -> LlamaForCausalLM:
+    max_positions = {"dynamic": 64, "longrope": 256, "yarn": 256, "llama3": 512}.get(rope, 2048)
+    query_heads, kv_heads = HEADS[heads]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=query_heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max_positions,
+        rope_parameters=ROPE[rope],
+        initializer_range=0.15,  # logits far enough apart for greedy tokens to mean something
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+        **kwargs,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def make_mistral(window: int | None = 24, dtype: torch.dtype = torch.float32) -> MistralForCausalLM:
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        sliding_window=window,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return MistralForCausalLM(config).to(dtype).eval()
+
+
+MODELS = {
+    "llama-mha": lambda dtype=torch.float32: make_llama(heads="mha", dtype=dtype),
+    "llama-gqa": lambda dtype=torch.float32: make_llama(heads="gqa", dtype=dtype),
+    "llama-mqa": lambda dtype=torch.float32: make_llama(heads="mqa", dtype=dtype),
+    "mistral-window": lambda dtype=torch.float32: make_mistral(dtype=dtype),
+    "mistral-full": lambda dtype=torch.float32: make_mistral(None, dtype=dtype),
+}
+
+
+def make_prompt(
+    sizes=(20, 31, 13), prefix: int = 7, suffix: int = 9, separator=(5, 6), seed: int = 1, order=None
+) -> hfblend.Prompt:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count):
+        return torch.randint(7, VOCABULARY, (count,), generator=generator).tolist()
+
+    prefix_ids, suffix_ids, chunks = ids(prefix), ids(suffix), [ids(size) for size in sizes]
+    chunks = chunks if order is None else [chunks[i] for i in order]
+    return hfblend.Prompt.from_ids(prefix_ids, chunks, suffix_ids, separator)
+
+
+def config(ratio: float = 0.15, **kwargs) -> hfblend.BlendConfig:
+    """A config with the break-even guard off."""
+    settings = {"recompute_ratios": (ratio,), "min_reused_tokens": 0, "separator": (5, 6)}
+    return hfblend.BlendConfig(**{**settings, **kwargs})
+
+
+@torch.no_grad()
+def full_prefill_kv(model, input_ids: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """K/V of every layer from one stock forward."""
+    host = host_of(model)
+    cache = RecordingCache(host.num_layers)
+    host.decoder_forward(input_ids=input_ids.to(host.device), past_key_values=cache, use_cache=True)
+    return cache.recorded
+
+
+def store_of_true_kv(model, prompt: hfblend.Prompt, shift: int = 100, regime: int | None = None) -> hfblend.MemoryStore:
+    """A store whose entries are the prompt's own in-context KV, moved `shift` positions away.
+
+    Blended back, they must give exactly what a full prefill gives, whatever is selected.
+    """
+    host, store, kv = host_of(model), hfblend.MemoryStore(), full_prefill_kv(model, prompt.input_ids)
+    now = len(prompt)
+    prefix_stop = prompt.chunk_spans[0][0]
+    for start, stop in [(0, prefix_stop), *prompt.chunk_spans]:
+        if start == stop:
+            continue
+        positions = torch.arange(start, stop)
+        then = regime or now + shift
+        away = Realigner(host, host.rotations, [(positions, positions + shift, now)], then)
+        moved = [away(i, tuple(t[:, :, start:stop] for t in kv[i])) for i in sorted(kv)]
+        behind = () if start == 0 else tuple(prompt.prefix_ids)
+        key = chunk_key(host.fingerprint.current(model), host.dtype, prompt.ids[start:stop], behind)
+        entry = hfblend.ChunkKV(full_length_cache(moved), positions + shift, behind, "isolated", then)
+        store.put(key, entry)
+    return store
+
+
+def generate(model, inputs, **kwargs):
+    """Greedy, with the logits of every step."""
+    settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(**inputs, **{**settings, **kwargs})
+
+
+def largest_difference(one, other) -> float:
+    """Largest absolute difference of the logits of two runs, over all steps."""
+    return max((a.float() - b.float()).abs().max().item() for a, b in zip(one.logits, other.logits))
