@@ -178,7 +178,7 @@ class Host:
         ids = (torch.arange(len(positions), device=self.device) * 7 + 3) % self.config.vocab_size
         cache = RecordingCache(self.num_layers)
         try:
-            with self.lock.shared():
+            with self.lock.shared(), _rotary_state_kept(self.rotary_sources):
                 self.decoder_forward(
                     input_ids=ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True
                 )
@@ -268,6 +268,23 @@ def _find_rotary_sources(decoder: nn.Module, config: Any) -> list[RotarySource]:
         kinds = sorted(set(config.layer_types)) if per_type else [None]
         sources += [RotarySource(module, kind) for kind in kinds]
     return sources
+
+
+@contextlib.contextmanager
+def _rotary_state_kept(sources: list[RotarySource]) -> Iterator[None]:
+    """Puts back what a forward changes in rotary modules (dynamic NTK remembers the longest prompt)."""
+    modules = {source.module for source in sources}
+    attributes = [(m, {k: v for k, v in vars(m).items() if not k.startswith("_")}) for m in modules]
+    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        for module, values in attributes:
+            module.__dict__.update(values)
+        for module, name, buffer, content in buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, content):
+                buffer.copy_(content)
 
 
 class ForwardLock:

@@ -1,0 +1,279 @@
+"""Every mode of `generate`: blended at ratio 1, and with true KV from elsewhere at ratio 0.2, equals stock."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers import config, generate, largest_difference, make_llama, make_mistral, make_prompt, store_of_true_kv
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, pipeline, set_seed
+from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import hfblend
+from hfblend.caches import GrowingLayer
+from hfblend.fallbacks import Fallback
+
+PROMPT = make_prompt()
+IDS = PROMPT.input_ids
+
+
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.calls = []
+
+    def put(self, value):
+        self.calls.append(value.flatten().tolist())
+
+    def end(self):
+        self.calls.append("end")
+
+
+class NotSeven(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, 7::3] = -1e9
+        return scores
+
+
+class StopAt(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length, device=input_ids.device)
+
+
+def draft_model():
+    return make_llama(heads="mqa")
+
+
+# name -> a function that makes the keyword arguments of one call (fresh each time)
+MODES = {
+    "greedy": dict,
+    "sampling": lambda: {"do_sample": True, "temperature": 0.9, "top_k": 20},
+    "beams": lambda: {"num_beams": 3},
+    "beam_sampling": lambda: {"num_beams": 2, "do_sample": True},
+    "num_return_sequences": lambda: {"do_sample": True, "num_return_sequences": 3},
+    "beams_and_returns": lambda: {"num_beams": 4, "num_return_sequences": 2},
+    "streamer": lambda: {"streamer": Collect()},
+    "stopping_criteria": lambda: {"stopping_criteria": StoppingCriteriaList([StopAt(len(PROMPT) + 3)])},
+    "logits_processor": lambda: {"logits_processor": LogitsProcessorList([NotSeven()])},
+    "repetition_penalty": lambda: {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "scores": lambda: {"output_scores": True},
+    "static_cache": lambda: {"cache_implementation": "static"},
+    "own_dynamic_cache": lambda: {"past_key_values": DynamicCache()},
+    "draft_model": lambda: {"assistant_model": draft_model()},
+    "prompt_lookup": lambda: {"prompt_lookup_num_tokens": 3},
+    "chunked_prefill": lambda: {"prefill_chunk_size": 16},
+    "generation_config": lambda: {"generation_config": GenerationConfig(max_new_tokens=8, do_sample=False,
+                                  output_logits=True, return_dict_in_generate=True, prefill_chunk_size=16)},
+    "guidance": lambda: {"guidance_scale": 1.5},
+    "single_token": lambda: {"max_new_tokens": 1},
+}  # fmt: skip
+
+
+def run(model, inputs, make_arguments):
+    arguments = make_arguments()
+    set_seed(0)
+    if "generation_config" in arguments:
+        output = model.generate(**inputs, **arguments)
+    else:
+        output = generate(model, inputs, **arguments)
+    return output, getattr(arguments.get("streamer"), "calls", None)
+
+
+def check(model, mode, settings, store, tolerance, expected_hits):
+    stock, stock_stream = run(model, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, MODES[mode])
+    with hfblend.patch(model, config=settings, store=store) as blender:
+        blended, stream = run(model, PROMPT.inputs(), MODES[mode])
+        trace = blender.trace
+        assert trace.blended, trace
+        assert trace.hits == expected_hits
+        if settings.recomputes_all:  # drafted tokens ride in the prefill, so T may be longer than the prompt
+            assert trace.computed_pairs == trace.num_tokens * (trace.num_layers + 1)
+        assert torch.equal(blended.sequences, stock.sequences)
+        assert stream == stock_stream
+        assert trace.ttft_ms > 0
+    if mode not in ("draft_model", "prompt_lookup"):
+        assert largest_difference(blended, stock) <= tolerance
+    for name in ("scores", "sequences_scores"):
+        if getattr(stock, name, None) is not None:
+            for one, other in zip(getattr(blended, name), getattr(stock, name)):
+                assert torch.allclose(one, other, atol=tolerance)
+    assert type(blended.past_key_values) is type(stock.past_key_values)
+    assert int(blended.past_key_values.get_seq_length()) == int(stock.past_key_values.get_seq_length())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", [make_llama, make_mistral])
+def test_ratio_1_is_stock(make, mode):
+    check(make(), mode, config(1.0), hfblend.MemoryStore(), 2e-4, 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", [make_llama, make_mistral])
+def test_true_kv_from_elsewhere_is_stock(make, mode):
+    model = make()
+    check(model, mode, config(0.2), store_of_true_kv(model, PROMPT), 1e-3, 3)
+
+
+def test_fp8_quantised_cache():
+    model = make_llama()
+    arguments = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    try:
+        stock = generate(model, {"input_ids": IDS}, **arguments)
+    except (ValueError, KeyError, TypeError) as error:
+        pytest.skip(f"this Transformers has no fp8 cache: {error}")
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        blended = generate(model, PROMPT.inputs(), **arguments)
+        assert blender.trace.blended
+        assert torch.equal(blended.sequences, stock.sequences)
+
+
+@pytest.mark.parametrize("make", [make_llama, make_mistral])
+def test_second_turn_on_a_returned_cache_is_stock(make):
+    model = make()
+    turns = []
+    for patched in (False, True):
+        blender = hfblend.patch(model, config=config(1.0)) if patched else None
+        first = generate(model, PROMPT.inputs() if patched else {"input_ids": IDS})
+        follow_up = torch.cat([first.sequences, torch.tensor([[9, 8, 7]])], 1)
+        turns.append(generate(model, {"input_ids": follow_up}, past_key_values=first.past_key_values))
+        if blender:
+            assert blender.trace.fallback in ("filled_cache", "no_chunks", "too_few_tokens")
+            assert isinstance(first.past_key_values.layers[0], GrowingLayer) == (make is make_llama)
+            blender.remove()
+    assert torch.equal(turns[0].sequences, turns[1].sequences)
+    assert largest_difference(*turns) <= 2e-4
+
+
+def test_identical_rows_blend_once():
+    model = make_llama()
+    seen = []
+    with hfblend.patch(model, config=config(0.2)) as blender:
+        handle = model.model.layers[2].register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[0]))
+        generate(model, PROMPT.inputs(), num_beams=3, max_new_tokens=2)
+        handle.remove()
+        assert blender.trace.blended
+    passes, decoding = seen[:-1], seen[-1]
+    assert set(passes) == {1}
+    assert decoding == 3
+
+
+def test_the_wrapper_stays_out_of_a_compiled_graph():
+    """A compiled forward is one graph (`fullgraph`), as static-cache decoding on a GPU needs."""
+    model = make_llama()
+    token = torch.tensor([[9]])
+    with torch.no_grad():
+        stock = model(input_ids=token).logits
+        with hfblend.patch(model, config=config(1.0)):
+            forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+            assert torch.equal(forward(input_ids=token).logits, stock)
+
+
+def test_text_generation_pipeline_blends_at_separators(word_tokenizer):
+    model = make_llama()
+    text = "w9 w10 ## " + " ".join(f"w{i}" for i in range(20, 50)) + " ## w60 w61 w62 w63 ## w70 w71"
+    generator = pipeline("text-generation", model=model, tokenizer=word_tokenizer)
+    stock = generator(text, max_new_tokens=5, do_sample=False)
+    with hfblend.patch(model, config=config(1.0, separator=" ## "), tokenizer=word_tokenizer) as blender:
+        blended = generator(text, max_new_tokens=5, do_sample=False)
+        assert blender.trace.blended
+        assert len(blender.trace.chunks) == 2
+    assert blended == stock
+
+
+# --- the calls that fall back: exactly these, each with one line, each stock
+
+
+def fallback_calls(model):
+    ids, mask = IDS, torch.ones_like(IDS)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], 1)
+    spans = [(start + 3, stop + 3) for start, stop in PROMPT.chunk_spans]
+    embeds = model.model.embed_tokens(ids).detach()
+    filled = DynamicCache()
+    with torch.no_grad():
+        model.model(input_ids=ids[:, :-1], past_key_values=filled)
+    other = make_prompt(seed=2).input_ids
+    two = {"input_ids": torch.cat([ids, other]), "attention_mask": torch.cat([mask, mask])}
+    plain = {"input_ids": ids, "attention_mask": mask}
+    spans_of = {"chunk_spans": PROMPT.chunk_spans}
+    return {
+        "disabled": ({**plain, **spans_of}, {"blend_config": config(enabled=False)}),
+        "no_input_ids": ({"inputs_embeds": embeds, "attention_mask": mask, **spans_of}, {}),
+        "batch": ({**two, **spans_of}, {}),
+        "no_chunks": ({**plain, "chunk_spans": []}, {}),
+        "too_few_tokens": ({**plain, **spans_of}, {"blend_config": config(min_reused_tokens=65)}),
+        "padding": ({"input_ids": padded, "attention_mask": (padded != 0).long(), "chunk_spans": spans}, {}),
+        "filled_cache": ({**plain, **spans_of}, {"past_key_values": filled}),
+        "no_cache": ({**plain, **spans_of}, {"use_cache": False}),
+        "all_rows_wanted": ({**plain, **spans_of}, {"output_hidden_states": True}),
+        "extra_inputs": ({**plain, **spans_of}, {"position_ids": torch.arange(len(PROMPT))[None]}),
+    }
+
+
+@pytest.mark.parametrize("name", fallback_calls(make_llama()))
+def test_fallbacks_are_stock_and_say_so_in_one_line(name, caplog):
+    model = make_llama()
+    inputs, options = fallback_calls(model)[name]
+    stock_options = {k: v for k, v in options.items() if k != "blend_config"}
+    stock = generate(model, {k: v for k, v in inputs.items() if k != "chunk_spans"}, **stock_options)
+    inputs, options = fallback_calls(model)[name]  # fresh caches
+    with hfblend.patch(model, config=config(0.2)) as blender, caplog.at_level(logging.INFO, "hfblend"):
+        output = generate(model, inputs, **options)
+        assert blender.trace.fallback == name
+        assert not blender.trace.blended
+    lines = [r.getMessage() for r in caplog.records if r.name == "hfblend.patching"]
+    assert lines == [f"Not blended, stock generate runs: {Fallback[name.upper()].reason}"]
+    assert torch.equal(output.sequences, stock.sequences)
+    assert largest_difference(output, stock) == 0.0
+
+
+def test_inferred_padding_falls_back():
+    model = make_llama()
+    ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], 1)
+    spans = [(start + 3, stop + 3) for start, stop in PROMPT.chunk_spans]
+    stock = generate(model, {"input_ids": ids})
+    with hfblend.patch(model, config=config(0.2)) as blender:
+        output = generate(model, {"input_ids": ids, "chunk_spans": spans})
+        assert blender.trace.fallback == "padding"
+    assert torch.equal(output.sequences, stock.sequences)
+
+
+def test_training_mode_falls_back():
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.2)) as blender:
+        model.train()
+        generate(model, PROMPT.inputs())
+        assert blender.trace.fallback == "training_mode"
+        model.eval()
+        generate(model, PROMPT.inputs())
+        assert blender.trace.blended
+
+
+def test_early_exit_drafts_are_nested_and_stock():
+    model = make_llama()
+    stock = generate(model, {"input_ids": IDS}, assistant_early_exit=2)
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        output = generate(model, PROMPT.inputs(), assistant_early_exit=2)
+        assert torch.equal(output.sequences, stock.sequences)
+        assert blender.trace.fallback in (None, "not_reached", "nested")
+
+
+def test_compiled_forwards_fall_back():
+    model = make_llama()
+    stock = generate(model, {"input_ids": IDS})
+    with hfblend.patch(model, config=config(0.2)) as blender:
+        model.forward = torch.compile(model.forward, backend="eager")
+        output = generate(model, PROMPT.inputs())
+        del model.forward
+        assert blender.trace.fallback == "not_reached"
+        assert torch.equal(output.sequences, stock.sequences)
+
+
+def test_every_fallback_has_a_test():
+    tested = {*fallback_calls(make_llama()), "training_mode", "nested", "not_reached"}
+    assert tested == {fallback.name.lower() for fallback in Fallback}
