@@ -75,7 +75,7 @@ def blend(
         UnsupportedModel: the model's KV cannot be moved.
         ValueError: a check layer beyond the model, or a model in training mode.
     """
-    host, config = host_of(model), config or BlendConfig()
+    host, config = host_of(model), BlendConfig() if config is None else config
     if model.training:
         raise ValueError("The model is in training mode; call model.eval() before blending.")
     with torch.no_grad():

@@ -85,7 +85,8 @@ def patch(
         UnsupportedModel: the model's cached KV cannot be moved (the message says why).
         ValueError: a model in training mode, or already patched; check layers beyond the model.
     """
-    return Blender(model, config or BlendConfig(), tokenizer, MemoryStore() if store is None else store)
+    config, store = BlendConfig() if config is None else config, MemoryStore() if store is None else store
+    return Blender(model, config, tokenizer, store)
 
 
 class Blender:
@@ -195,7 +196,7 @@ class Blender:
         if blend_config is not None:
             self._check(blend_config)
         started = time.perf_counter()
-        config = blend_config or self.config
+        config = self.config if blend_config is None else blend_config
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
             chunk_spans = chunk_spans if isinstance(chunk_spans, ChunkSpans) else ChunkSpans(chunk_spans)

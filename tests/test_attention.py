@@ -1,0 +1,59 @@
+"""The fast ways of attention equal the reference, and the reference equals a drawn mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hfblend.attention import QueryRows, attend, reference_attention, visible
+
+
+def test_visible_is_the_drawn_mask():
+    rows = torch.tensor([[1, 3, 5]])
+    drawn = ["■■⬚⬚⬚⬚", "■■■■⬚⬚", "■■■■■■"]
+    windowed = ["■■⬚⬚⬚⬚", "⬚⬚■■⬚⬚", "⬚⬚⬚⬚■■"]
+    for expected, window in ((drawn, None), (windowed, 2)):
+        seen = visible(rows, 6, window)[0]
+        assert ["".join("■" if cell else "⬚" for cell in row) for row in seen] == expected
+
+
+def states(batch, heads, kv_heads, rows, length, head_dim=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((heads, rows), (kv_heads, length), (kv_heads, length))
+    return [torch.randn(batch, h, n, head_dim, generator=generator) for h, n in shapes]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("length", [1, 17, 64, 131])
+@pytest.mark.parametrize("which", ["one", "all", "first", "last", "scattered"])
+@pytest.mark.parametrize("window", [None, 5, 1000])
+def test_attend_equals_the_reference(heads, kv_heads, length, which, window):
+    every = torch.arange(length)
+    rows = {"one": every[length // 2 :][:1], "all": every, "first": every[:1], "last": every[-1:], "scattered": every[::3]}
+    positions = rows[which][None].expand(2, -1)
+    query, key, value = states(2, heads, kv_heads, positions.shape[1], length)
+    out = attend(query, key, value, QueryRows(positions), 0.25, window)
+    expected = reference_attention(query, key, value, positions, 0.25, window)
+    assert torch.allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(20.0, False), (None, True), (5.0, True)])
+def test_softcap_and_sinks(softcap, with_sinks):
+    query, key, value = states(1, 4, 2, 3, 9)
+    positions = torch.tensor([[2, 5, 8]])
+    sinks = torch.tensor([0.1, -0.3, 0.5, 2.0]) if with_sinks else None
+    out = attend(query, key, value, QueryRows(positions), 0.3, None, softcap, sinks)
+    for head in range(4):
+        for row, position in enumerate(positions[0]):
+            scores = key[0, head // 2, : position + 1] @ query[0, head, row] * 0.3
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+            scores = torch.cat([scores, sinks[head : head + 1]]) if with_sinks else scores
+            weights = scores.softmax(0)[: position + 1]
+            assert torch.allclose(out[0, head, row], weights @ value[0, head // 2, : position + 1], atol=1e-5)
+
+
+def test_the_mask_of_a_pass_is_made_once():
+    rows = QueryRows(torch.tensor([[1, 3]]))
+    one = rows.additive_mask(6, None, torch.float32, torch.device("cpu"))
+    assert rows.additive_mask(6, None, torch.float32, torch.device("cpu")) is one
+    assert rows.additive_mask(6, 2, torch.float32, torch.device("cpu")) is not one

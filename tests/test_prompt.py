@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hfblend
+from hfblend import Prompt
+from hfblend.prompt import Separator
+
+IDS = st.lists(st.integers(10, 90), min_size=1, max_size=6)
+
+
+@given(prefix=st.lists(st.integers(10, 90), max_size=5), chunks=st.lists(IDS, max_size=4), suffix=IDS)
+def test_from_ids_inserts_nothing_and_spans_hold_the_chunks(prefix, chunks, suffix):
+    prompt = Prompt.from_ids(prefix, chunks, suffix)
+    assert prompt.ids == prefix + [i for chunk in chunks for i in chunk] + suffix
+    assert prompt.chunk_ids == chunks
+    if chunks:
+        assert (prompt.prefix_ids, prompt.suffix_ids) == (prefix, suffix)
+
+
+@given(prefix=IDS, chunks=st.lists(IDS, min_size=1, max_size=4), suffix=IDS)
+def test_splitting_at_the_separator_finds_the_pieces_again(prefix, chunks, suffix):
+    separator = Separator((1, 2))
+    prompt = Prompt.from_ids(prefix, chunks, suffix, separator_ids=(1, 2))
+    again = Prompt.from_separated_ids(prompt.input_ids, separator)
+    assert again.chunk_spans == prompt.chunk_spans
+    assert again.chunk_ids == chunks
+
+
+def test_inputs_are_what_generate_takes():
+    inputs = Prompt.from_ids([1], [[2, 3]], [4]).inputs()
+    assert set(inputs) == {"input_ids", "attention_mask", "chunk_spans"}
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (1, 4)
+    assert inputs["chunk_spans"] == ((1, 3),)
+
+
+def test_adjacent_separators_are_a_gap():
+    separator = Separator((1, 2))
+    assert separator.chunk_spans([9, 1, 2, 1, 2, 7, 8, 1, 2, 1, 2, 5]) == [(5, 7)]
+    assert separator.chunk_spans([1, 2, 7, 1, 2]) == [(2, 3)]
+    assert separator.chunk_spans([9, 9, 1, 2, 9]) == []
+    assert separator.chunk_spans([1]) == []
+
+
+def test_a_separator_that_overlaps_itself_matches_from_the_left(caplog):
+    with caplog.at_level(logging.INFO, "hfblend"):
+        separator = Separator((5, 5))
+    assert "overlap themselves" in caplog.text
+    assert separator.matches([5, 5, 5, 7, 5, 5]) == [(0, 2), (4, 6)]
+
+
+@pytest.mark.parametrize("chunks", [[[]], [[1], []]])
+def test_empty_chunks_are_refused(chunks):
+    with pytest.raises(ValueError, match="no tokens"):
+        Prompt.from_ids([1], chunks, [2])
+
+
+def test_bad_prompts_are_refused(word_tokenizer):
+    with pytest.raises(ValueError, match="at least one token"):
+        Prompt.from_ids([], [], [])
+    with pytest.raises(ValueError, match="shape"):
+        Prompt(torch.zeros(2, 4, dtype=torch.long), ())
+    with pytest.raises(TypeError, match="list of texts"):
+        Prompt.from_texts(word_tokenizer, prefix="w8", chunks="w9 w10", suffix="w11")
+    with pytest.raises(ValueError, match="pass a tokenizer"):
+        Separator(" # # ")
+    with pytest.raises(ValueError, match="tokenises to nothing"):
+        Prompt.from_texts(word_tokenizer, prefix="w8", chunks=["w9"], suffix="w11", separator=" ")
+    with pytest.raises(ValueError, match="tokenises to nothing"):
+        Separator("\u200b", _NothingTokenizer())
+
+
+class _NothingTokenizer:
+    def __call__(self, text, **kwargs):
+        return {"input_ids": []}
+
+
+def test_from_texts_inserts_nothing_and_takes_a_separator(word_tokenizer):
+    texts = {"prefix": "w8 w9", "chunks": ["w10 w11", "w12"], "suffix": "w13"}
+    assert Prompt.from_texts(word_tokenizer, **texts).ids == [8, 9, 10, 11, 12, 13]
+    separated = Prompt.from_texts(word_tokenizer, **texts, separator=" ## ")
+    assert separated.ids == [8, 9, 4, 10, 11, 4, 12, 4, 13]
+    assert separated.chunk_spans == ((3, 5), (6, 7))
+    assert separated.chunk_spans.differs_from_joined_text is False
+    assert Prompt.from_texts(word_tokenizer, **texts, separator=(4,)).ids == separated.ids
+
+
+def test_pieces_that_join_differently_are_noticed(word_tokenizer):
+    prompt = Prompt.from_texts(word_tokenizer, prefix="w8", chunks=["w9"], suffix="w13")
+    assert prompt.chunk_spans.differs_from_joined_text is True  # "w8w9w13" is one unknown word
+
+
+def test_hidden_separators_warn_once(word_tokenizer, caplog):
+    separator = Separator(" ## ", word_tokenizer)
+    assert separator.is_found_in_joined_text()
+    separator.variants = [(1, 1)]  # as if the tokenizer fused it with its neighbours
+    with caplog.at_level(logging.WARNING, "hfblend"):
+        separator.warn_if_hidden([8, 4, 9])
+        separator.warn_if_hidden([8, 4, 9])
+    assert caplog.text.count("its token ids") == 1
+
+
+CHAT = "{% for m in messages %}{{ '<s> ' + m['role'].replace('user', 'w6') + ' ' + m['content'] + ' </s> ' }}{% endfor %}"
+
+
+def test_from_chat_cuts_at_the_documents(word_tokenizer):
+    word_tokenizer.chat_template = CHAT
+    question = [{"role": "user", "content": "w20 w21"}]
+    prompt = Prompt.from_chat(word_tokenizer, question, ["w10 w11", "w12"])
+    assert prompt.ids == [1, 6, 10, 11, 12, 20, 21, 2]
+    assert prompt.chunk_ids == [[10, 11], [12]]
+    placed = Prompt.from_chat(word_tokenizer, [{"role": "user", "content": "w7 {documents} w20"}], ["w10"])
+    assert placed.ids == [1, 6, 7, 10, 20, 2]
+
+
+def test_a_document_cannot_close_the_users_turn(word_tokenizer):
+    word_tokenizer.chat_template = CHAT
+    prompt = Prompt.from_chat(word_tokenizer, [{"role": "user", "content": "w20"}], ["w10 </s> <s> w11"])
+    assert 2 not in prompt.chunk_ids[0]
+    assert 1 not in prompt.chunk_ids[0]
+    assert prompt.ids.count(2) == 1
+    texts = Prompt.from_texts(word_tokenizer, prefix="<s> w6", chunks=["</s>"], suffix="w7 </s>")
+    assert texts.prefix_ids[0] == 1
+    assert texts.suffix_ids[-1] == 2
+    assert 2 not in texts.chunk_ids[0]
+
+
+def test_from_chat_says_what_is_wrong(word_tokenizer):
+    word_tokenizer.chat_template = CHAT
+    with pytest.raises(ValueError, match="user message"):
+        Prompt.from_chat(word_tokenizer, [{"role": "system", "content": "w7"}], ["w10"])
+    with pytest.raises(ValueError, match="once"):
+        Prompt.from_chat(word_tokenizer, [{"role": "user", "content": "{documents} {documents}"}], ["w10"])
+    word_tokenizer.chat_template = "w7"
+    with pytest.raises(ValueError, match="rendered"):
+        Prompt.from_chat(word_tokenizer, [{"role": "user", "content": "w8"}], ["w10"])
+
+
+def test_bos_is_only_put_first_when_told(word_tokenizer, caplog):
+    from tokenizers.processors import TemplateProcessing
+
+    word_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    texts = {"prefix": "w8", "chunks": ["w9"], "suffix": "w10"}
+    with caplog.at_level(logging.WARNING, "hfblend"):
+        assert Prompt.from_texts(word_tokenizer, **texts).ids == [8, 9, 10]
+    assert "add_special_tokens=True" in caplog.text
+    assert Prompt.from_texts(word_tokenizer, **texts, add_special_tokens=True).ids == [1, 8, 9, 10]
+    texts["prefix"] = "<s> w8"
+    assert Prompt.from_texts(word_tokenizer, **texts, add_special_tokens=True).ids == [1, 8, 9, 10]
+
+
+def test_public_names():
+    for name in hfblend.__all__:
+        assert getattr(hfblend, name).__doc__

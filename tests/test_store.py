@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hfblend import ChunkKV, MemoryStore
+from hfblend.caches import full_length_cache
+from hfblend.store import chunk_key
+
+
+def entry(tokens=4, layers=2, **kwargs):
+    kv = [(torch.randn(1, 2, tokens, 8), torch.randn(1, 2, tokens, 8)) for _ in range(layers)]
+    return ChunkKV(full_length_cache(kv), torch.arange(3, 3 + tokens), **kwargs)
+
+
+SIZE = 2 * 2 * 2 * 4 * 8 * 4  # layers, keys and values, heads, tokens, head_dim, bytes
+
+
+def test_what_is_put_is_found_unchanged():
+    store, one = MemoryStore(), entry()
+    store.put("a", one)
+    found = store.open("a")
+    assert all(torch.equal(x, y) for i in range(2) for x, y in zip(found.layer(i), one.layer(i)))
+    assert found.cached_positions.tolist() == [3, 4, 5, 6]
+    assert store.open("b") is None
+    assert one.num_bytes == store.num_bytes == SIZE
+
+
+def test_least_recently_used_goes_first_and_bytes_stay_in_budget():
+    store = MemoryStore(max_bytes=2 * SIZE)
+    store.put("a", entry())
+    store.put("b", entry())
+    store.open("a")
+    store.put("c", entry())
+    assert ("a" in store, "b" in store, "c" in store) == (True, False, True)
+    store.put("c", entry(tokens=2))
+    assert store.num_bytes == SIZE + SIZE // 2
+    store.clear()
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
+def test_an_entry_larger_than_the_budget_is_not_kept_and_said(caplog):
+    store = MemoryStore(max_bytes=SIZE - 1)
+    store.put("a", entry())
+    assert len(store) == 0
+    assert "does not fit" in caplog.text
+
+
+def test_an_open_reader_outlives_its_eviction():
+    store = MemoryStore(max_bytes=SIZE)
+    store.put("a", entry())
+    reader = store.open("a")
+    store.put("b", entry())
+    assert "a" not in store
+    assert torch.isfinite(reader.layer(1)[0]).all()
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, "8GB", True])
+def test_bad_budget(size):
+    with pytest.raises(ValueError, match="max_bytes"):
+        MemoryStore(max_bytes=size)
+
+
+def test_the_device_is_where_entries_are_kept():
+    store = MemoryStore(device="cpu")
+    store.put("a", entry(provenance="in_context", behind_ids=[1, 2, 3], regime=50))
+    found = store.open("a")
+    assert found.layer(0)[0].device.type == "cpu"
+    assert (found.provenance, found.behind_ids, found.regime) == ("in_context", (1, 2, 3), 50)
+
+
+def test_keys_cover_everything_kv_depends_on():
+    base = {"fingerprint": "f", "dtype": torch.float32, "ids": [1, 2], "behind_ids": [3], "namespace": ""}
+    others = [
+        {"fingerprint": "g"}, {"dtype": torch.bfloat16}, {"ids": [2, 1]}, {"behind_ids": []}, {"behind_ids": None},
+        {"namespace": "tenant"}, {"ids": [1], "behind_ids": [2, 3]}, {"ids": [12], "behind_ids": [3]},
+    ]  # fmt: skip
+    keys = [chunk_key(**base), *(chunk_key(**{**base, **other}) for other in others)]
+    assert len(set(keys)) == len(keys)
+    assert chunk_key(**base) == keys[0]
+    assert all(len(key) == 64 for key in keys)
+
+
+def test_a_chunk_kv_checks_itself():
+    kv = [(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8))]
+    with pytest.raises(ValueError, match="5 positions"):
+        ChunkKV(full_length_cache(kv), torch.arange(5))
+    with pytest.raises(ValueError, match="every layer"):
+        ChunkKV(full_length_cache([]), torch.arange(4))
+    assert ChunkKV(full_length_cache(kv), torch.arange(10, 14)).regime == 14
