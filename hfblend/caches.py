@@ -150,6 +150,8 @@ class GrowingLayer(DynamicLayer):
             return False
         is_view = all(s.data_ptr() == b.data_ptr() for s, b in zip(self._shown(), self._buffers))
         keys = self._buffers[0]
+        if keys.is_inference() and not torch.is_inference_mode_enabled():
+            return False  # made under inference_mode, where alone it may be written
         return is_view and keys.shape[0] == batch_size and length <= keys.shape[2]
 
 

@@ -61,7 +61,6 @@ _call: ContextVar[_Call | None] = ContextVar("hfblend_call", default=None)
 
 def patch(
     model: nn.Module,
-    *,
     config: BlendConfig | None = None,
     tokenizer: Any = None,
     store: Store | None = None,

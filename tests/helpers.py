@@ -46,7 +46,9 @@ ROPE = {
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 
 
-def make_llama(rope: str = "default", heads: str = "gqa", dtype: torch.dtype = torch.float32, **kwargs) -> LlamaForCausalLM:
+def make_llama(
+    rope: str = "default", heads: str = "gqa", dtype: torch.dtype = torch.float32, **kwargs
+) -> LlamaForCausalLM:
     max_positions = {"dynamic": 64, "longrope": 256, "yarn": 256, "llama3": 512}.get(rope, 2048)
     query_heads, kv_heads = HEADS[heads]
     config = LlamaConfig(

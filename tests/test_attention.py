@@ -29,7 +29,13 @@ def states(batch, heads, kv_heads, rows, length, head_dim=16, seed=0):
 @pytest.mark.parametrize("window", [None, 5, 1000])
 def test_attend_equals_the_reference(heads, kv_heads, length, which, window):
     every = torch.arange(length)
-    rows = {"one": every[length // 2 :][:1], "all": every, "first": every[:1], "last": every[-1:], "scattered": every[::3]}
+    rows = {
+        "one": every[length // 2 :][:1],
+        "all": every,
+        "first": every[:1],
+        "last": every[-1:],
+        "scattered": every[::3],
+    }
     positions = rows[which][None].expand(2, -1)
     query, key, value = states(2, heads, kv_heads, positions.shape[1], length)
     out = attend(query, key, value, QueryRows(positions), 0.25, window)

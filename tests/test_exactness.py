@@ -152,7 +152,8 @@ def test_gaps_suffix_and_only_they_are_always_fresh():
 
 
 @pytest.mark.parametrize(
-    ("layers", "ratios"), [((1,), (0.15,)), ((2,), (0.0,)), ((1, 2), (0.5, 0.2)), ((1, 2, 3), (0.6, 0.4, 0.1)), ((), ())]
+    ("layers", "ratios"),
+    [((1,), (0.15,)), ((2,), (0.0,)), ((1, 2), (0.5, 0.2)), ((1, 2, 3), (0.6, 0.4, 0.1)), ((), ())],
 )
 def test_computed_pairs_are_counted(layers, ratios):
     model = make_llama()

@@ -150,6 +150,21 @@ def test_second_turn_on_a_returned_cache_is_stock(make):
     assert largest_difference(*turns) <= 2e-4
 
 
+def test_what_inference_mode_made_is_continued_outside_it():
+    model = make_llama()
+    stock = generate(model, {"input_ids": IDS})
+    with hfblend.patch(model, config=config(0.2), store=store_of_true_kv(model, PROMPT)) as blender:
+        with torch.inference_mode():
+            inside = generate(model, PROMPT.inputs())
+        assert blender.trace.blended
+        outside = generate(model, PROMPT.inputs())  # entries of one mode serve the other
+        assert torch.equal(outside.sequences, stock.sequences)
+        follow_up = torch.cat([inside.sequences, torch.tensor([[9, 8, 7]])], 1)
+        generate(model, {"input_ids": follow_up}, past_key_values=inside.past_key_values)
+        assert blender.trace.fallback is not None
+    assert torch.equal(inside.sequences, stock.sequences)
+
+
 def test_identical_rows_blend_once():
     model = make_llama()
     seen = []

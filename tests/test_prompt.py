@@ -105,7 +105,9 @@ def test_hidden_separators_warn_once(word_tokenizer, caplog):
     assert caplog.text.count("its token ids") == 1
 
 
-CHAT = "{% for m in messages %}{{ '<s> ' + m['role'].replace('user', 'w6') + ' ' + m['content'] + ' </s> ' }}{% endfor %}"
+CHAT = (
+    "{% for m in messages %}{{ '<s> ' + m['role'].replace('user', 'w6') + ' ' + m['content'] + ' </s> ' }}{% endfor %}"
+)
 
 
 def test_from_chat_cuts_at_the_documents(word_tokenizer):

@@ -1,4 +1,4 @@
-"""Realigned keys equal keys computed at the new positions, for every RoPE type; unfit models are refused by behaviour."""
+"""Realigned keys equal keys computed at the new positions, for every RoPE type; unfit models are refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import copy
 
 import pytest
 import torch
-from helpers import ROPE, config, full_prefill_kv, generate, largest_difference, make_llama, make_prompt, store_of_true_kv
+from helpers import (
+    ROPE,
+    config,
+    full_prefill_kv,
+    generate,
+    largest_difference,
+    make_llama,
+    make_prompt,
+    store_of_true_kv,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -196,5 +205,7 @@ def test_values_do_not_move():
                                          num_attention_heads=4)).eval()  # fmt: skip
     full = full_prefill_kv(model, PROMPT.input_ids)
     host = host_of(model)
-    moved = Realigner(host, host.rotations, [(torch.arange(len(PROMPT)), torch.arange(len(PROMPT)) + 5, 0)], 0)(1, full[1])
+    moved = Realigner(host, host.rotations, [(torch.arange(len(PROMPT)), torch.arange(len(PROMPT)) + 5, 0)], 0)(
+        1, full[1]
+    )
     assert moved[1] is full[1][1]

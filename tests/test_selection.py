@@ -22,7 +22,9 @@ def test_deviation_is_squared_l2_in_fp32():
     assert kv_deviation(fresh, reused, "key").tolist() == [[0.0, 4.0, 9.0]]
     assert kv_deviation(fresh, reused, "value").tolist() == [[1.0, 0.0, 16.0]]
     both = kv_deviation(fresh, reused, "key_value")
-    assert torch.allclose(both, torch.tensor([[0.0, 4.0, 9.0]]) / (13 / 3) + torch.tensor([[1.0, 0.0, 16.0]]) / (17 / 3))
+    assert torch.allclose(
+        both, torch.tensor([[0.0, 4.0, 9.0]]) / (13 / 3) + torch.tensor([[1.0, 0.0, 16.0]]) / (17 / 3)
+    )
     half = tuple(t.to(torch.bfloat16) for t in fresh)
     assert kv_deviation(half, tuple(t.to(torch.bfloat16) for t in reused)).dtype == torch.float32
 

@@ -1,0 +1,124 @@
+"""On a CUDA GPU: the same claims in bf16 and fp16, with stores in RAM, static and offloaded caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import (
+    MODELS,
+    config,
+    full_prefill_kv,
+    generate,
+    largest_difference,
+    make_llama,
+    make_prompt,
+    store_of_true_kv,
+)
+
+import hfblend
+from hfblend.attention import QueryRows, attend, reference_attention
+
+pytestmark = pytest.mark.gpu
+
+PROMPT = make_prompt(sizes=(200, 311, 133), prefix=37, suffix=21)
+
+
+def on_gpu(name, dtype):
+    return MODELS[name](dtype).to("cuda")
+
+
+def stock_inputs():
+    return {"input_ids": PROMPT.input_ids.cuda()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_true_kv_from_elsewhere_is_exact_in_fp32(name):
+    model = on_gpu(name, torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    stock = generate(model, stock_inputs())
+    for ratio in (0.0, 0.15, 0.5):
+        with hfblend.patch(model, config=config(ratio), store=store_of_true_kv(model, PROMPT)) as blender:
+            blended = generate(model, PROMPT.inputs())  # ids on the CPU are moved
+            assert blender.trace.hits == 3
+            assert torch.equal(blended.sequences, stock.sequences)
+            assert largest_difference(blended, stock) <= 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ratio_1_is_full_prefill_within_rounding(name, dtype):
+    """First-token logits: blended and stock lie equally far from the fp32 truth of the same weights."""
+    model = on_gpu(name, dtype)
+    truth = generate(MODELS[name](dtype).float().to("cuda"), stock_inputs(), max_new_tokens=1)
+    stock = generate(model, stock_inputs(), max_new_tokens=1)
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        blended = generate(model, PROMPT.inputs(), max_new_tokens=1)
+        assert blender.trace.computed_pairs == len(PROMPT) * 5
+    error, own = (
+        (run.logits[0].float() - truth.logits[0].float()).norm() / truth.logits[0].float().norm()
+        for run in (blended, stock)
+    )
+    assert error <= max(2 * own, 0.01)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_true_kv_from_elsewhere_in_bf16(name):
+    model = on_gpu(name, torch.bfloat16)
+    stock = generate(model, stock_inputs(), max_new_tokens=1)
+    with hfblend.patch(model, config=config(0.15), store=store_of_true_kv(model, PROMPT)) as blender:
+        blended = generate(model, PROMPT.inputs(), max_new_tokens=1)
+        assert blender.trace.hits == 3
+    difference = (blended.logits[0].float() - stock.logits[0].float()).norm()
+    assert difference <= 0.06 * stock.logits[0].float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 100])
+def test_attend_equals_the_reference(dtype, window):
+    positions = torch.arange(0, 777, 7, device="cuda")[None]
+    query, key, value = (
+        torch.randn(1, h, n, 64, device="cuda", dtype=dtype) for h, n in ((8, positions.shape[1]), (2, 777), (2, 777))
+    )
+    out = attend(query, key, value, QueryRows(positions), 0.125, window).float()
+    expected = reference_attention(query.float(), key.float(), value.float(), positions, 0.125, window)
+    assert (out - expected).norm() <= (2e-3 if dtype == torch.float32 else 1e-2) * expected.norm()
+
+
+def test_a_store_in_ram_serves_a_model_on_the_gpu():
+    model = on_gpu("llama-gqa", torch.bfloat16)
+    with hfblend.patch(model, config=config(0.2), store=hfblend.MemoryStore(device="cpu")) as blender:
+        cold, warm = (generate(model, PROMPT.inputs()) for _ in range(2))
+        assert blender.trace.hits == 3
+        assert next(iter(blender.store._entries.values())).layer(0)[0].device.type == "cpu"
+        assert torch.equal(cold.sequences, warm.sequences)
+        assert set(blender.trace.phase_ms) >= {"look_up", "select", "recompute", "hand_over"}
+
+
+@pytest.mark.parametrize("kind", ["static", "offloaded", "offloaded_static"])
+def test_other_caches(kind):
+    model = on_gpu("llama-gqa", torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    stock = generate(model, stock_inputs(), cache_implementation=kind, disable_compile=True)
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        blended = generate(model, PROMPT.inputs(), cache_implementation=kind, disable_compile=True)
+        assert blender.trace.blended
+        assert torch.equal(blended.sequences, stock.sequences)
+
+
+def test_compiled_static_decoding_blends():
+    model = on_gpu("llama-gqa", torch.float32)
+    stock = generate(model, stock_inputs(), cache_implementation="static")
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        blended = generate(model, PROMPT.inputs(), cache_implementation="static")
+        assert blender.trace.blended
+        assert torch.equal(blended.sequences, stock.sequences)
+
+
+def test_moving_a_model_keeps_its_entries():
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.2)) as blender:
+        generate(model, PROMPT.inputs())
+        model.to("cuda")
+        generate(model, PROMPT.inputs())
+        assert blender.trace.hits == 3
+    assert full_prefill_kv(model, PROMPT.input_ids)[0][0].device.type == "cuda"
