@@ -24,12 +24,12 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from . import selection
-from .caches import KV, ROOM, BlendingCache, RecordingCache, StopForward, empty_kv, full_length_cache, hand_over
+from .caches import KV, ROOM, BlendingCache, RecordingCache, StopForward, full_length_cache, hand_over
 from .chunks import ChunkKV, prefill
 from .config import BlendConfig
 from .models import BlendableModel, host_of
 from .prompt import ChunkSpans, Prompt, Span
-from .rope import Realigner
+from .reuse import Piece, Reuse, ReusedKV
 from .store import MemoryStore, Reader, Store, chunk_key
 from .trace import BlendTrace, ChunkTrace, PhaseClock, Status
 
@@ -88,31 +88,6 @@ def blend(
 
 
 @dataclass
-class Piece:
-    """One reused span of the prompt and the entry that its KV comes from."""
-
-    span: Span
-    entry: Reader
-    exact: bool
-
-
-@dataclass
-class Reuse:
-    """What a prompt reuses, and what is left to compute; together they cover every token once.
-
-    Attributes:
-        exact, moved: pieces whose KV holds as it is, and pieces that stand elsewhere than where they were computed.
-        candidate_idx: (N,) tokens of `moved`, rising.
-        fresh_idx: (F,) all tokens that are not reused, and always the last one.
-    """
-
-    exact: list[Piece]
-    moved: list[Piece]
-    candidate_idx: torch.Tensor
-    fresh_idx: torch.Tensor
-
-
-@dataclass
 class Blending:
     """The state of one blended prompt; `run` goes through the phases in order.
 
@@ -121,6 +96,7 @@ class Blending:
         input_ids: (1, T) on the host's device.
         spans: of the chunks.
         store, config: as in `blend`.
+        prompt_length: tokens of the prompt, if draft tokens follow it; default T.
     """
 
     host: BlendableModel
@@ -129,10 +105,11 @@ class Blending:
     store: Store
     config: BlendConfig
     trace: BlendTrace = field(default_factory=BlendTrace)
+    prompt_length: int | None = None
     buffers: dict[int, KV] = field(default_factory=dict)  # layer -> (1, Hkv, T + room, D), filled by the passes
 
     def __post_init__(self) -> None:
-        check_layers_exist(self.config, self.host.num_layers)
+        self.config.require_layers(self.host.num_layers)
         self.length = self.input_ids.shape[1]
         self.ids: list[int] = self.input_ids[0].tolist()
         self.spans.check(self.length)
@@ -253,7 +230,8 @@ class Blending:
             fresh[slice(*piece.span)] = False
         for piece in moved:
             candidates[slice(*piece.span)] = True
-        fresh[-1], candidates[-1] = True, False  # the last token's output is what is asked for
+        asked_for = slice((self.prompt_length or self.length) - 1, None)  # the last token, and drafts behind it
+        fresh[asked_for], candidates[asked_for] = True, False
         device = self.host.device
         reuse = Reuse(exact, moved, candidates.nonzero()[:, 0].to(device), fresh.nonzero()[:, 0].to(device))
         self.trace.candidate_idx, self.trace.fresh_idx = reuse.candidate_idx, reuse.fresh_idx
@@ -332,12 +310,14 @@ class Blending:
 
     def keep_fresh_chunks(self) -> None:
         """Stores chunks computed inside this prompt, as long as nothing before them was reused from elsewhere."""
+        if self.trace.prefix and not self.trace.prefix.exact:
+            return
         for chunk in self.trace.chunks:
-            start, stop = chunk.span
             if chunk.status == "hit" and not chunk.exact:
                 return
             if chunk.status != "fresh":
                 continue
+            start, stop = chunk.span
             rows = slice(start, stop)
             kv = full_length_cache(
                 (keys[:, :, rows].clone(), values[:, :, rows].clone())
@@ -346,64 +326,6 @@ class Blending:
             regime = self.host.regime(torch.arange(self.length))
             chunk_kv = ChunkKV(kv, torch.arange(start, stop), tuple(self.ids[:start]), "in_context", regime)
             self.store.put(chunk.key, chunk_kv)
-
-
-class ReusedKV:
-    """A layer's reused K/V at its new positions, assembled when asked for.
-
-    Args:
-        host, reuse: the model and the prompt's pieces.
-        length: T.
-    """
-
-    def __init__(self, host: BlendableModel, reuse: Reuse, length: int) -> None:
-        self.reuse, self.length = reuse, length
-        self._preloaded: dict[int, KV] = {}
-        self._num_layers = host.num_layers
-        moves = [(p.entry.cached_positions, torch.arange(*p.span), p.entry.regime) for p in reuse.moved]
-        self._realigner = Realigner(host, host.rotations, moves, host.regime(torch.arange(length)))
-
-    def preload(self) -> None:
-        """Reads and moves every layer now, instead of when its turn comes."""
-        for i in range(self._num_layers):
-            if self.reuse.moved:
-                self._preloaded[i] = self._read(i, None)
-
-    def moved_kv(self, layer_idx: int, like: KV) -> KV:
-        """K/V (1, Hkv, N, D) of the pieces that moved, realigned, on the device of `like`."""
-        if layer_idx in self._preloaded:
-            return self._preloaded[layer_idx]
-        return self._read(layer_idx, like[0].device)
-
-    def _read(self, layer_idx: int, device: torch.device | None) -> KV:
-        parts = [piece.entry.layer(layer_idx) for piece in self.reuse.moved]
-        device = device or parts[0][0].device
-        keys, values = (torch.cat([part[slot].to(device) for part in parts], 2) for slot in (0, 1))
-        return self._realigner(layer_idx, (keys, values))
-
-    def layer(self, layer_idx: int, fresh: KV) -> KV:
-        """The layer's buffers (1, Hkv, T + room, D) with every reused row in place; other rows are not yet written."""
-        buffers = empty_kv(fresh, self.length + ROOM)
-        for piece in self.reuse.exact:
-            for buffer, states in zip(buffers, piece.entry.layer(layer_idx)):
-                buffer[:, :, slice(*piece.span)] = states
-        if self.reuse.moved:
-            start = 0
-            moved = self.moved_kv(layer_idx, fresh)
-            for piece in self.reuse.moved:
-                size = piece.span[1] - piece.span[0]
-                for buffer, states in zip(buffers, moved):
-                    buffer[:, :, slice(*piece.span)] = states[:, :, start : start + size]
-                start += size
-        return buffers
-
-
-def check_layers_exist(config: BlendConfig, num_layers: int) -> None:
-    """Raises `ValueError` for a check layer that the model does not have."""
-    if config.check_layers and config.check_layers[-1] >= num_layers:
-        raise ValueError(
-            f"check_layers {config.check_layers} reach beyond this model of {num_layers} layers (0 … {num_layers - 1})."
-        )
 
 
 def _until_stopped(

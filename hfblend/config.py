@@ -80,6 +80,14 @@ class BlendConfig:
         """Whether every token of the prompt is recomputed (ratio 1 at every check layer)."""
         return bool(self.recompute_ratios) and min(self.recompute_ratios) == 1.0
 
+    def require_layers(self, num_layers: int) -> None:
+        """Raises `ValueError` for a check layer that a model of `num_layers` does not have."""
+        if self.check_layers and self.check_layers[-1] >= num_layers:
+            raise ValueError(
+                f"check_layers {self.check_layers} reach beyond this model of {num_layers} layers "
+                f"(0 … {num_layers - 1}); choose lower ones."
+            )
+
     def _check_separator(self) -> None:
         if self.separator is None or (isinstance(self.separator, str) and self.separator.strip()):
             return

@@ -12,7 +12,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .config import BlendConfig
-from .prompt import ChunkSpans, Separator
+from .prompt import ChunkSpans
+from .separator import Separator
 
 
 class Fallback(enum.Enum):

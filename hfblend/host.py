@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .attention import attention_by_position
 from .caches import KV, RecordingCache
+from .locks import ForwardLock
 
 _MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _SELF_TEST_TOKENS, _SELF_TEST_SHIFT = 8, 37
@@ -285,43 +285,3 @@ def _rotary_state_kept(sources: list[RotarySource]) -> Iterator[None]:
             module._buffers[name] = buffer
             if not torch.equal(buffer, content):
                 buffer.copy_(content)
-
-
-class ForwardLock:
-    """Many stock forwards of a model at once, or one pass that has its attention switched.
-
-    The holder of the exclusive side may take the shared side again (a pass may run the whole model).
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._shared = 0
-        self._owner: int | None = None
-
-    @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        me = threading.get_ident()
-        with self._changed:
-            nested = self._owner == me
-            if not nested:
-                self._changed.wait_for(lambda: self._owner is None)
-                self._shared += 1
-        try:
-            yield
-        finally:
-            if not nested:
-                with self._changed:
-                    self._shared -= 1
-                    self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._owner is None and self._shared == 0)
-            self._owner = threading.get_ident()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._owner = None
-                self._changed.notify_all()

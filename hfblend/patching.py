@@ -21,12 +21,13 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .blending import Blending, check_layers_exist
+from .blending import Blending
 from .caches import hand_over
 from .config import BlendConfig
 from .fallbacks import Fallback, generate_option, plan
 from .models import forget, host_of
-from .prompt import ChunkSpans, Separator
+from .prompt import ChunkSpans
+from .separator import Separator
 from .store import MemoryStore, Store
 from .trace import BlendTrace
 
@@ -127,7 +128,7 @@ class Blender:
     def _check(self, config: BlendConfig) -> None:
         if not isinstance(config, BlendConfig):
             raise TypeError(f"config must be a hfblend.BlendConfig, got {type(config).__name__}.")
-        check_layers_exist(config, self.host.num_layers)
+        config.require_layers(self.host.num_layers)
 
     def _separator_of(self, config: BlendConfig) -> Separator | None:
         if config.separator is None or (isinstance(config.separator, str) and self.tokenizer is None):
@@ -201,7 +202,9 @@ class Blender:
             chunk_spans = chunk_spans if isinstance(chunk_spans, ChunkSpans) else ChunkSpans(chunk_spans)
             args, kwargs = self._on_device(args), self._on_device(kwargs)
         planned = plan(self.model, args, kwargs, chunk_spans, config, separator, nested=_call.get() is not None)
-        trace = self._traces.last = BlendTrace(num_tokens=planned.num_tokens, num_layers=self.host.num_layers)
+        trace = BlendTrace(num_tokens=planned.num_tokens, num_layers=self.host.num_layers)
+        if planned.fallback is not Fallback.NESTED:  # the trace is that of the call which the user made
+            self._traces.last = trace
         call = _Call(self, trace, started, config, planned.input_ids, planned.spans, planned.num_tokens)
         if planned.fallback:
             self._fall_back(call, planned.fallback)
@@ -271,7 +274,7 @@ class Blender:
         call.input_ids = None
         token = _call.set(None)
         try:
-            state = Blending(self.host, ids[:1], call.spans, self.store, call.config, call.trace)
+            state = Blending(self.host, ids[:1], call.spans, self.store, call.config, call.trace, call.num_tokens)
             output = state.run(functools.partial(self.host.decoder_forward, **kwargs))
             hand_over(state.buffers, ids.shape[1], ids.shape[0], cache)
             state.clock.end_of("hand_over")

@@ -7,19 +7,18 @@ stands; after this module a prompt is ids and spans.
 from __future__ import annotations
 
 import logging
-import re
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
+from .encoding import Encoder
+from .separator import Separator, Span
 
-Span = tuple[int, int]  # [start, stop) in token indices
+logger = logging.getLogger(__name__)
 
 
 class ChunkSpans(tuple[Span, ...]):
@@ -176,7 +175,7 @@ class Prompt:
         """
         if isinstance(chunks, str):
             raise TypeError("chunks must be a list of texts, got one text; write [text].")
-        encode = _Encoder(tokenizer)
+        encode = Encoder(tokenizer)
         prefix_ids, leading = encode(prefix), encode.leading_special_tokens
         if leading and prefix_ids[: len(leading)] != leading:
             if add_special_tokens:
@@ -241,121 +240,6 @@ class Prompt:
         Fewer than two separators leave no chunk. Adjacent separators are one gap.
         """
         return cls(input_ids, ChunkSpans(separator.chunk_spans(input_ids[0].tolist())))
-
-
-class Separator:
-    """A separator as token ids, found in plain ids.
-
-    Many tokenisers fuse a separator's last space with the next word, so both its encoding and its encoding without
-    trailing white space are looked for, the longer one first. Matches are taken from the left and do not overlap: where
-    a separator overlaps itself (`# #` in `# # #`), the leftmost is it, and the rest belongs to the chunk.
-
-    Args:
-        separator: text (needs `tokenizer`) or token ids.
-
-    Raises:
-        ValueError: text without a tokenizer, or text that tokenises to nothing.
-    """
-
-    def __init__(self, separator: str | Sequence[int], tokenizer: Any = None) -> None:
-        self.text = separator if isinstance(separator, str) else None
-        self.tokenizer = tokenizer
-        if isinstance(separator, str):
-            if tokenizer is None:
-                raise ValueError(f"The separator {separator!r} is text: pass a tokenizer, or give its token ids.")
-            encode = _Encoder(tokenizer)
-            variants = {tuple(encode(separator)), tuple(encode(separator.rstrip()))} - {()}
-        else:
-            variants = {tuple(separator)} - {()}
-        if not variants:
-            raise ValueError(f"The separator {separator!r} tokenises to nothing; choose another.")
-        self.variants = sorted(variants, key=len, reverse=True)
-        self._warned = False
-        if any(_overlaps_itself(ids) for ids in self.variants):
-            logger.info("The separator's ids %s overlap themselves; in a run the leftmost match counts.", self.variants)
-        if self.text and not self.is_found_in_joined_text():
-            self._warn(f"the sample {self._sample!r}")
-
-    @property
-    def _sample(self) -> str:
-        return f"A passage.{self.text}Another passage.{self.text}A question"
-
-    def is_found_in_joined_text(self) -> bool:
-        """Whether the separator's ids are found where its text stands in joined text."""
-        return len(self.matches(_Encoder(self.tokenizer)(self._sample))) == 2
-
-    def matches(self, ids: Sequence[int]) -> list[Span]:
-        """Spans of the separators in `ids`, from the left."""
-        ids, found, i = list(ids), [], 0
-        while i < len(ids):
-            length = next((len(v) for v in self.variants if tuple(ids[i : i + len(v)]) == v), 0)
-            if length:
-                found.append((i, i + length))
-            i += length or 1
-        return found
-
-    def chunk_spans(self, ids: Sequence[int]) -> list[Span]:
-        """Spans of the chunks between separators."""
-        cuts = self.matches(ids)
-        return [(left[1], right[0]) for left, right in pairwise(cuts) if left[1] < right[0]]
-
-    def warn_if_hidden(self, ids: Sequence[int]) -> None:
-        """Warns, once, when `ids` decode to text that holds the separator though its ids are not found."""
-        if self.text and not self._warned and not self.matches(ids):
-            text = self.tokenizer.decode(ids)
-            if self.text.strip() in text:
-                self._warn("a prompt")
-
-    def _warn(self, where: str) -> None:
-        self._warned = True
-        logger.warning(
-            "The text of %s holds the separator %r, but its token ids %s do not occur there: this tokenizer fuses it "
-            "with its neighbours, so nothing is split. Choose another separator, or use Prompt.from_texts.",
-            where,
-            self.text,
-            self.variants,
-        )
-
-
-def _overlaps_itself(ids: Sequence[int]) -> bool:
-    return any(ids[:n] == ids[-n:] for n in range(1, len(ids)))
-
-
-class _Encoder:
-    """Text to ids, without special tokens added, and for a document without special tokens parsed."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-    def plain(self, text: str) -> list[int]:
-        """A document's ids: special tokens written in it are plain text."""
-        ids = self._split(text)
-        if not self._special_ids.intersection(ids):
-            return ids
-        # This tokenizer knows a special token as a word, or ignores the option: cut the token's text after one letter.
-        names = sorted((t for t in self.tokenizer.all_special_tokens if len(t) > 1), key=len, reverse=True)
-        cuts = re.sub("|".join(map(re.escape, names)), lambda m: f"{m[0][0]}\0{m[0][1:]}", text)
-        ids = [i for part in cuts.split("\0") for i in self._split(part)]
-        if found := self._special_ids.intersection(ids):
-            raise ValueError(f"A chunk's text holds special tokens {found} that cannot be split: {text[:60]!r}.")
-        return ids
-
-    def _split(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
-
-    @cached_property
-    def _special_ids(self) -> set[int]:
-        return set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-
-    @property
-    def leading_special_tokens(self) -> list[int]:
-        text = "a"
-        with_special, without = self.tokenizer(text)["input_ids"], self(text)
-        starts = (i for i in range(len(with_special)) if with_special[i : i + len(without)] == without)
-        return with_special[: next(starts, 0)]
 
 
 def _mark_documents(messages: Sequence[dict[str, Any]], placeholder: str, marker: str) -> list[dict[str, Any]]:

@@ -73,7 +73,8 @@ class BlendTrace:
         blended: whether the call was blended; if not, `fallback` says why (see `docs/fallbacks.md`).
         num_tokens: T, tokens of the prompt's forward.
         prefix, chunks: what happened to each.
-        candidate_idx: (N,) reused tokens that could be recomputed: those of chunks that are not exact.
+        candidate_idx: (N,) reused tokens that could be recomputed: those of chunks (and of a prefix from another
+            RoPE regime) that are not exact.
         deviation: (N,) their deviation at the first check layer; `None` where nothing was ranked.
         selected_idx: (S,) of these, the recomputed ones.
         fresh_idx: tokens that are always computed: gaps, suffix, in-context misses, the last token.

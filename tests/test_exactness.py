@@ -282,6 +282,16 @@ def test_in_context_misses_behind_reused_chunks_are_not_captured():
         assert blender.trace.chunks[0].status == "fresh"
 
 
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_nothing_is_captured_behind_a_prefix_of_another_rope_regime(rope):
+    model = make_llama(rope)
+    with hfblend.patch(model, config=config(0.2, on_miss="in_context")) as blender:
+        for _ in range(2):
+            generate(model, PROMPT.inputs(), max_new_tokens=1)
+            assert not blender.trace.prefix.exact
+            assert [chunk.status for chunk in blender.trace.chunks] == ["fresh"] * 3
+
+
 # --- no future (invariant 5)
 
 

@@ -120,6 +120,18 @@ def test_true_kv_from_elsewhere_is_stock(make, mode):
     check(model, mode, config(0.2), store_of_true_kv(model, PROMPT), 1e-3, 3)
 
 
+@pytest.mark.parametrize("mode", ["greedy", "draft_model", "beams"])
+def test_a_prompt_that_ends_in_a_chunk(mode):
+    """Its last token is computed, and draft tokens behind it ride along."""
+    model, prompt = make_llama(), make_prompt(suffix=0, separator=())
+    stock, _ = run(model, {"input_ids": prompt.input_ids}, MODES[mode])
+    with hfblend.patch(model, config=config(0.15), store=store_of_true_kv(model, prompt)) as blender:
+        blended, _ = run(model, prompt.inputs(), MODES[mode])
+        assert blender.trace.hits == 3
+        assert len(prompt) - 1 in blender.trace.fresh_idx
+        assert torch.equal(blended.sequences, stock.sequences)
+
+
 def test_fp8_quantised_cache():
     model = make_llama()
     arguments = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
@@ -275,7 +287,8 @@ def test_early_exit_drafts_are_nested_and_stock():
     with hfblend.patch(model, config=config(1.0)) as blender:
         output = generate(model, PROMPT.inputs(), assistant_early_exit=2)
         assert torch.equal(output.sequences, stock.sequences)
-        assert blender.trace.fallback in (None, "not_reached", "nested")
+        assert blender.trace.blended  # the trace is the outer call's
+        assert blender.trace.computed_pairs == blender.trace.num_tokens * 5
 
 
 def test_compiled_forwards_fall_back():

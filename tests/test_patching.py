@@ -285,7 +285,7 @@ def test_threads_generate_on_one_patched_model_at_once():
 
 
 def test_other_forwards_wait_while_attention_is_switched():
-    lock = hfblend.host.ForwardLock()
+    lock = hfblend.locks.ForwardLock()
     order = []
     inside, done = threading.Event(), threading.Event()
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import hfblend
 from hfblend import Prompt
-from hfblend.prompt import Separator
+from hfblend.separator import Separator
 
 IDS = st.lists(st.integers(10, 90), min_size=1, max_size=6)
 

@@ -1,0 +1,92 @@
+"""Separators in plain token ids: what stands between them are the chunks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from .encoding import Encoder
+
+logger = logging.getLogger(__name__)
+
+Span = tuple[int, int]  # [start, stop) in token indices
+
+
+class Separator:
+    """A separator as token ids, found in plain ids.
+
+    Many tokenisers fuse a separator's last space with the next word, so both its encoding and its encoding without
+    trailing white space are looked for, the longer one first. Matches are taken from the left and do not overlap: where
+    a separator overlaps itself (`# #` in `# # #`), the leftmost is it, and the rest belongs to the chunk.
+
+    Args:
+        separator: text (needs `tokenizer`) or token ids.
+
+    Raises:
+        ValueError: text without a tokenizer, or text that tokenises to nothing.
+    """
+
+    def __init__(self, separator: str | Sequence[int], tokenizer: Any = None) -> None:
+        self.text = separator if isinstance(separator, str) else None
+        self.tokenizer = tokenizer
+        if isinstance(separator, str):
+            if tokenizer is None:
+                raise ValueError(f"The separator {separator!r} is text: pass a tokenizer, or give its token ids.")
+            encode = Encoder(tokenizer)
+            variants = {tuple(encode(separator)), tuple(encode(separator.rstrip()))} - {()}
+        else:
+            variants = {tuple(separator)} - {()}
+        if not variants:
+            raise ValueError(f"The separator {separator!r} tokenises to nothing; choose another.")
+        self.variants = sorted(variants, key=len, reverse=True)
+        self._warned = False
+        if any(_overlaps_itself(ids) for ids in self.variants):
+            logger.info("The separator's ids %s overlap themselves; in a run the leftmost match counts.", self.variants)
+        if self.text and not self.is_found_in_joined_text():
+            self._warn(f"the sample {self._sample!r}")
+
+    @property
+    def _sample(self) -> str:
+        return f"A passage.{self.text}Another passage.{self.text}A question"
+
+    def is_found_in_joined_text(self) -> bool:
+        """Whether the separator's ids are found where its text stands in joined text."""
+        return len(self.matches(Encoder(self.tokenizer)(self._sample))) == 2
+
+    def matches(self, ids: Sequence[int]) -> list[Span]:
+        """Spans of the separators in `ids`, from the left."""
+        ids, found, i = list(ids), [], 0
+        while i < len(ids):
+            length = next((len(v) for v in self.variants if tuple(ids[i : i + len(v)]) == v), 0)
+            if length:
+                found.append((i, i + length))
+            i += length or 1
+        return found
+
+    def chunk_spans(self, ids: Sequence[int]) -> list[Span]:
+        """Spans of the chunks between separators."""
+        cuts = self.matches(ids)
+        return [(left[1], right[0]) for left, right in pairwise(cuts) if left[1] < right[0]]
+
+    def warn_if_hidden(self, ids: Sequence[int]) -> None:
+        """Warns, once, when `ids` decode to text that holds the separator though its ids are not found."""
+        if self.text and not self._warned and not self.matches(ids):
+            text = self.tokenizer.decode(ids)
+            if self.text.strip() in text:
+                self._warn("a prompt")
+
+    def _warn(self, where: str) -> None:
+        self._warned = True
+        logger.warning(
+            "The text of %s holds the separator %r, but its token ids %s do not occur there: this tokenizer fuses it "
+            "with its neighbours, so nothing is split. Choose another separator, or use Prompt.from_texts.",
+            where,
+            self.text,
+            self.variants,
+        )
+
+
+def _overlaps_itself(ids: Sequence[int]) -> bool:
+    return any(ids[:n] == ids[-n:] for n in range(1, len(ids)))

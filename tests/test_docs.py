@@ -1,0 +1,83 @@
+"""The documentation names what exists: fallbacks, settings, public names, links; its Python blocks compile."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import hfblend
+import hfblend.config
+import hfblend.fallbacks
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_every_fallback_has_its_row_in_order():
+    section = text_of("docs/fallbacks.md").split("## Reasons for a fallback")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [f.name.lower() for f in hfblend.fallbacks.Fallback]
+
+
+def test_every_fallbacks_log_level_is_the_documented_one():
+    section = text_of("docs/fallbacks.md").split("## Reasons for a fallback")[1].split("\n## ")[0]
+    levels = re.findall(r"^\| `\w+` \|.*\| (info|warning) \|", section, re.MULTILINE)
+    assert levels == [{20: "info", 30: "warning"}[fallback.level] for fallback in hfblend.fallbacks.Fallback]
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(hfblend.BlendConfig), ids=lambda field: field.name)
+def test_every_setting_is_documented_with_its_default(field):
+    row = re.search(rf"^\| `{field.name}` \| `(.+?)` \|", text_of("docs/configuration.md"), re.MULTILINE)
+    assert row, f"docs/configuration.md has no row for {field.name}."
+    assert row[1] == (f'"{field.default}"' if isinstance(field.default, str) else repr(field.default))
+    assert f"`HFBLEND_{field.name.upper()}`" in text_of("docs/configuration.md")
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"LMCACHE_[A-Z_]+", inspect.getsource(hfblend.config)))))
+def test_every_lmcache_variable_is_documented(name):
+    assert re.search(rf"^\| `{name}` \|", text_of("docs/configuration.md"), re.MULTILINE)
+
+
+def test_readme_opens_with_code_that_compiles():
+    assert "hfblend.patch(" in python_blocks(text_of("README.md"))[0]
+
+
+@every_page
+def test_python_blocks_compile(page):
+    for block in python_blocks(page.read_text(encoding="utf-8")):
+        compile(block, page.name, "exec")
+
+
+@every_page
+def test_names_in_hfblend_exist(page):
+    names = set(re.findall(r"(?<![\w/.])hfblend(?:\.[A-Za-z_]\w*)+", page.read_text(encoding="utf-8")))
+    for name in sorted(names):
+        pkgutil.resolve_name(name)
+
+
+@every_page
+def test_relative_links_resolve(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    relative = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
+    missing = [target for target in relative if not (page.parent / target).exists()]
+    assert not missing
+
+
+@every_page
+def test_test_files_named_in_the_docs_are_in_tests(page):
+    """A claim's test may be renamed; its mention is then renamed too."""
+    for name in re.findall(r"`((?:tests|hfblend)/[\w/]+\.py)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).is_file(), name
