@@ -134,6 +134,7 @@ class Blending:
         output = self.recompute(forward, reuse, reused, selected_idx)
         self.clock.end_of("recompute")
         self.keep_fresh_chunks()
+        self._note_what_was_not_kept()
         return output
 
     # --- 1 look up ------------------------------------------------------------------------------------------------
@@ -180,7 +181,8 @@ class Blending:
     def _find(self, span: Span, behind: tuple[int, ...], accepts_in_context: bool) -> tuple[Piece | None, ChunkTrace]:
         """The span's entry in the store: computed alone behind those ids, else (if accepted) in some context."""
         ids = self.ids[slice(*span)]
-        for key in [self._key(ids, behind)] + [self._key(ids, None)] * accepts_in_context:
+        for ids_before in (behind, None) if accepts_in_context else (behind,):
+            key = self._key(ids, ids_before)
             entry = self.store.open(key)
             if entry is not None and self._fits(entry, len(ids), key):
                 return self._piece(span, entry, key, "hit")
@@ -216,24 +218,26 @@ class Blending:
         """Exact is what stands where it was computed, behind the same ids, in the same RoPE regime."""
         start, stop = span
         exact = (
-            tuple(entry.behind_ids) == tuple(self.ids[:start])
+            len(entry.behind_ids) == start
+            and list(entry.behind_ids) == self.ids[:start]
             and entry.cached_positions.tolist() == list(range(start, stop))
             and self.host.same_regime(entry.regime, self.length)
         )
         return Piece(span, entry, exact), ChunkTrace(span, key, status, exact, int(entry.cached_positions[0]))
 
     def _partition(self, pieces: list[Piece]) -> Reuse:
-        exact, moved = [p for p in pieces if p.exact], [p for p in pieces if not p.exact]
-        fresh = torch.ones(self.length, dtype=torch.bool)
-        candidates = torch.zeros(self.length, dtype=torch.bool)
-        for piece in pieces:
-            fresh[slice(*piece.span)] = False
-        for piece in moved:
-            candidates[slice(*piece.span)] = True
-        asked_for = slice((self.prompt_length or self.length) - 1, None)  # the last token, and drafts behind it
-        fresh[asked_for], candidates[asked_for] = True, False
-        device = self.host.device
-        reuse = Reuse(exact, moved, candidates.nonzero()[:, 0].to(device), fresh.nonzero()[:, 0].to(device))
+        """Sorts pieces into exact and moved, and tokens into candidates and fresh ones."""
+        last = (self.prompt_length or self.length) - 1  # its output is asked for, and that of drafts behind it
+        starts = [piece.span[0] for piece in pieces] + [self.length]
+        stops = [0] + [min(piece.span[1], last) for piece in pieces]
+        moved = [piece for piece in pieces if not piece.exact]
+        candidates = [torch.arange(piece.span[0], min(piece.span[1], last)) for piece in moved]
+        reuse = Reuse(
+            exact=[piece for piece in pieces if piece.exact],
+            moved=moved,
+            candidate_idx=_joined(candidates).to(self.host.device),
+            fresh_idx=_joined([torch.arange(*gap) for gap in zip(stops, starts)]).to(self.host.device),
+        )
         self.trace.candidate_idx, self.trace.fresh_idx = reuse.candidate_idx, reuse.fresh_idx
         return reuse
 
@@ -327,6 +331,18 @@ class Blending:
             chunk_kv = ChunkKV(kv, torch.arange(start, stop), tuple(self.ids[:start]), "in_context", regime)
             self.store.put(chunk.key, chunk_kv)
 
+    def _note_what_was_not_kept(self) -> None:
+        """Says when the store is too small for this prompt: its chunks push each other out and miss every time."""
+        prefilled = [chunk for chunk in self.trace.chunks if chunk.status == "miss"]
+        lost = sum(self.store.open(chunk.key) is None for chunk in prefilled)
+        if lost:
+            note = (
+                f"{lost} of {len(prefilled)} chunks prefilled for this prompt are not in the store any more: too small "
+                f"for them ({self.trace.bytes_reused} bytes), and they will be prefilled again. Give it more bytes."
+            )
+            self.trace.notes.append(note)
+            logger.warning(note)
+
 
 def _until_stopped(
     forward: Forward, input_ids: torch.Tensor, positions: torch.Tensor, attention_mask: Any, cache: Any
@@ -342,6 +358,10 @@ def _until_stopped(
         )
     except StopForward:
         return None
+
+
+def _joined(ranges: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
 
 
 def _rows_of(kv: KV, rows: torch.Tensor) -> KV:

