@@ -51,8 +51,8 @@ def test_every_lmcache_variable_is_documented(name):
     assert re.search(rf"^\| `{name}` \|", text_of("docs/configuration.md"), re.MULTILINE)
 
 
-def test_readme_opens_with_code_that_compiles():
-    assert "hfblend.patch(" in python_blocks(text_of("README.md"))[0]
+def test_readme_opens_with_the_quickstart_that_the_tests_run():
+    assert python_blocks(text_of("README.md"))[0] in text_of("examples/quickstart.py")
 
 
 @every_page
