@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +24,14 @@ from transformers.cache_utils import DynamicCache
 
 from . import selection
 from .caches import KV, ROOM, BlendingCache, RecordingCache, StopForward, full_length_cache, hand_over
-from .chunks import ChunkKV, prefill
+from .chunks import ChunkKV
 from .config import BlendConfig
+from .lookup import LookUp
 from .models import BlendableModel, host_of
-from .prompt import ChunkSpans, Prompt, Span
-from .reuse import Piece, Reuse, ReusedKV
-from .store import MemoryStore, Reader, Store, chunk_key
-from .trace import BlendTrace, ChunkTrace, PhaseClock, Status
+from .prompt import ChunkSpans, Prompt
+from .reuse import Reuse, ReusedKV
+from .store import MemoryStore, Store
+from .trace import BlendTrace, PhaseClock
 
 logger = logging.getLogger(__name__)
 
@@ -141,105 +141,8 @@ class Blending:
 
     def look_up(self) -> Reuse:
         """Finds, or makes, the KV of the prefix and of every chunk."""
-        fingerprint = self.host.fingerprint.current(self.host.model)
-        self._key = partial(chunk_key, fingerprint, self.host.dtype, namespace=self.config.namespace)
-        pieces: list[Piece] = []
-        prefix_stop = self.spans[0][0] if self.spans else 0
-        if prefix_stop:
-            prefix, self.trace.prefix = self._find_or_prefill((0, prefix_stop), (), None)
-            pieces.append(prefix)
-        behind = self._chunk_prefix(prefix_stop)
-        continues = pieces[0].entry if pieces and self.config.chunk_prefix == "prompt" else None
-        for span in self.spans:
-            piece: Piece | None
-            if self.config.on_miss == "isolated":
-                piece, chunk_trace = self._find_or_prefill(span, behind, continues)
-            else:
-                piece, chunk_trace = self._find(span, behind, accepts_in_context=True)
-            pieces += [piece] if piece else []
-            self.trace.chunks.append(chunk_trace)
-        self.trace.bytes_reused = sum(_num_bytes(piece.entry) for piece in pieces)
-        return self._partition(pieces)
-
-    def _chunk_prefix(self, prefix_stop: int) -> tuple[int, ...]:
-        """The ids that chunks are computed behind."""
-        if self.config.chunk_prefix == "prompt":
-            return tuple(self.ids[:prefix_stop])
-        if self.config.chunk_prefix == "none":
-            return ()
-        bos = getattr(self.host.config, "bos_token_id", None)
-        if bos is None:
-            raise ValueError('chunk_prefix="bos" needs a bos_token_id in the model\'s config, which has none.')
-        return (bos if isinstance(bos, int) else bos[0],)
-
-    def _find_or_prefill(
-        self, span: Span, behind: tuple[int, ...], continues: Reader | None
-    ) -> tuple[Piece, ChunkTrace]:
-        piece, chunk_trace = self._find(span, behind, accepts_in_context=False)
-        return (piece, chunk_trace) if piece else self._prefill(span, behind, continues)
-
-    def _find(self, span: Span, behind: tuple[int, ...], accepts_in_context: bool) -> tuple[Piece | None, ChunkTrace]:
-        """The span's entry in the store: computed alone behind those ids, else (if accepted) in some context."""
-        ids = self.ids[slice(*span)]
-        for ids_before in (behind, None) if accepts_in_context else (behind,):
-            key = self._key(ids, ids_before)
-            entry = self.store.open(key)
-            if entry is not None and self._fits(entry, len(ids), key):
-                return self._piece(span, entry, key, "hit")
-        return None, ChunkTrace(span, key, "fresh")
-
-    def _prefill(self, span: Span, behind: tuple[int, ...], continues: Reader | None) -> tuple[Piece, ChunkTrace]:
-        """Prefills the span alone and stores it; from then on it is treated exactly like a hit."""
-        ids = self.ids[slice(*span)]
-        key = self._key(ids, behind)
-        self.clock.end_of("look_up")
-        chunk_kv = prefill(self.host, ids, behind, continues)
-        self.store.put(key, chunk_kv)
-        self.clock.end_of("prefill_chunks")
-        self.trace.isolated_pairs += len(ids) * self.host.num_layers
-        return self._piece(span, chunk_kv, key, "miss")
-
-    def _fits(self, entry: Reader, num_tokens: int, key: str) -> bool:
-        """Whether an entry can be this model's KV of that many tokens; if not, it is logged and treated as a miss."""
-        keys, _ = entry.layer(0)
-        got = (entry.num_layers, keys.shape[0], keys.shape[2], len(entry.cached_positions), keys.dtype)
-        expected = (self.host.num_layers, 1, num_tokens, num_tokens, self.host.dtype)
-        if got != expected:
-            logger.warning(
-                "The store's entry %s… is not this model's: (layers, batch, tokens, positions, dtype) are %s, expected "
-                "%s. The chunk is computed again.",
-                key[:12],
-                got,
-                expected,
-            )
-        return got == expected
-
-    def _piece(self, span: Span, entry: Reader, key: str, status: Status) -> tuple[Piece, ChunkTrace]:
-        """Exact is what stands where it was computed, behind the same ids, in the same RoPE regime."""
-        start, stop = span
-        exact = (
-            len(entry.behind_ids) == start
-            and list(entry.behind_ids) == self.ids[:start]
-            and entry.cached_positions.tolist() == list(range(start, stop))
-            and self.host.same_regime(entry.regime, self.length)
-        )
-        return Piece(span, entry, exact), ChunkTrace(span, key, status, exact, int(entry.cached_positions[0]))
-
-    def _partition(self, pieces: list[Piece]) -> Reuse:
-        """Sorts pieces into exact and moved, and tokens into candidates and fresh ones."""
-        last = (self.prompt_length or self.length) - 1  # its output is asked for, and that of drafts behind it
-        starts = [piece.span[0] for piece in pieces] + [self.length]
-        stops = [0] + [min(piece.span[1], last) for piece in pieces]
-        moved = [piece for piece in pieces if not piece.exact]
-        candidates = [torch.arange(piece.span[0], min(piece.span[1], last)) for piece in moved]
-        reuse = Reuse(
-            exact=[piece for piece in pieces if piece.exact],
-            moved=moved,
-            candidate_idx=_joined(candidates).to(self.host.device),
-            fresh_idx=_joined([torch.arange(*gap) for gap in zip(stops, starts)]).to(self.host.device),
-        )
-        self.trace.candidate_idx, self.trace.fresh_idx = reuse.candidate_idx, reuse.fresh_idx
-        return reuse
+        length = self.prompt_length or self.length
+        return LookUp(self.host, self.ids, self.spans, self.store, self.config, self.trace, self.clock, length).run()
 
     # --- 2 realign ------------------------------------------------------------------------------------------------
 
@@ -360,15 +263,6 @@ def _until_stopped(
         return None
 
 
-def _joined(ranges: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
-
-
 def _rows_of(kv: KV, rows: torch.Tensor) -> KV:
     keys, values = (states.index_select(2, rows.to(states.device)) for states in kv)
     return keys, values
-
-
-def _num_bytes(entry: Reader) -> int:
-    keys, values = entry.layer(0)
-    return entry.num_layers * (keys.numel() + values.numel()) * keys.element_size()

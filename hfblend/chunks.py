@@ -125,7 +125,7 @@ def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: R
         raise ValueError("The model is in training mode, where dropout would enter the cache; call model.eval().")
     start, stop = len(behind_ids), len(behind_ids) + len(ids)
     known = 0
-    if behind is not None and host.same_regime(behind.regime, stop):
+    if behind is not None and _can_continue(host, behind, stop):
         known = len(behind.cached_positions)
         kv_behind = map(behind.layer, range(behind.num_layers))
         cache = full_length_cache((k.to(host.device), v.to(host.device)) for k, v in kv_behind)
@@ -139,3 +139,9 @@ def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: R
     rows = slice(start, stop)
     kv = full_length_cache((layer.keys[:, :, rows].clone(), layer.values[:, :, rows].clone()) for layer in layers)
     return ChunkKV(kv, torch.arange(start, stop), tuple(behind_ids), "isolated", host.regime(positions))
+
+
+def _can_continue(host: Host, behind: Reader, stop: int) -> bool:
+    """Whether KV stands at positions 0 …, in the RoPE regime of a prompt of `stop` tokens."""
+    in_place = behind.cached_positions.tolist() == list(range(len(behind.cached_positions)))
+    return in_place and host.same_regime(behind.regime, stop)

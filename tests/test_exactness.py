@@ -380,6 +380,16 @@ def test_prefill_chunk_equals_stock_rows(name):
                 assert torch.allclose(cached, true[:, :, 35:], atol=2e-5)
 
 
+def test_a_prefix_kept_at_other_positions_is_not_continued_from():
+    model = make_llama()
+    behind = PROMPT.prefix_ids
+    away = store_of_true_kv(model, PROMPT).open(hfblend.blend(model, PROMPT).trace.prefix.key)
+    assert away.cached_positions[0] == 100
+    chunk = hfblend.prefill_chunk(model, PROMPT.chunk_ids[0], behind, behind=away)
+    expected = hfblend.prefill_chunk(model, PROMPT.chunk_ids[0], behind)
+    assert all(torch.equal(a, b) for i in range(4) for a, b in zip(chunk.layer(i), expected.layer(i)))
+
+
 def test_layerwise_and_all_at_once_are_the_same():
     model = make_llama()
     with hfblend.patch(model) as blender:

@@ -28,7 +28,6 @@ def run(script, *arguments, **environment):
 
 
 @pytest.mark.smollm
-@pytest.mark.slow
 @needs_packaged_model
 def test_quickstart():
     output = run("examples/quickstart.py")
@@ -40,7 +39,6 @@ FIGURES = re.compile(r"hits (\d), misses (\d), exact (\d), selected (\d+) of (\d
 
 
 @pytest.mark.smollm
-@pytest.mark.slow
 @needs_packaged_model
 @pytest.mark.parametrize(("ratio", "environment"), [(0.15, {}), (0.3, {"LMCACHE_BLEND_RECOMPUTE_RATIOS": "0.3"})])
 def test_blend(ratio, environment):
