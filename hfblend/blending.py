@@ -76,8 +76,6 @@ def blend(
         ValueError: a check layer beyond the model, or a model in training mode.
     """
     host, config = host_of(model), BlendConfig() if config is None else config
-    if model.training:
-        raise ValueError("The model is in training mode; call model.eval() before blending.")
     with torch.no_grad():
         input_ids = prompt.input_ids.to(host.device)
         state = Blending(host, input_ids, prompt.chunk_spans, MemoryStore() if store is None else store, config)
@@ -176,7 +174,6 @@ class Blending:
                 self.buffers.update(cache.recorded)
                 self.trace.computed_pairs += self.length * layer
             kept = self._highest(kept, layer, ratio, reuse, reused)
-        self.trace.selected_idx = kept
         return kept
 
     def _highest(self, kept: torch.Tensor, layer: int, ratio: float, reuse: Reuse, reused: ReusedKV) -> torch.Tensor:
@@ -230,7 +227,7 @@ class Blending:
                 (keys[:, :, rows].clone(), values[:, :, rows].clone())
                 for _, (keys, values) in sorted(self.buffers.items())
             )
-            regime = self.host.regime(torch.arange(self.length))
+            regime = self.host.regime(self.length)
             chunk_kv = ChunkKV(kv, torch.arange(start, stop), tuple(self.ids[:start]), "in_context", regime)
             self.store.put(chunk.key, chunk_kv)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -60,7 +61,7 @@ class ChunkKV:
     def num_layers(self) -> int:
         return len(self.cache.layers)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of keys and values, all layers."""
         return sum(t.numel() * t.element_size() for i in range(self.num_layers) for t in self.layer(i))
@@ -88,6 +89,9 @@ class Reader(Protocol):
 
     @property
     def num_layers(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
 
     def layer(self, layer_idx: int) -> KV:
         """Keys and values (B, Hkv, n, D) of one layer, as cached, on any device."""
@@ -121,8 +125,6 @@ def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: R
     """`prefill_chunk` for a host that is already at hand."""
     if not ids:
         raise ValueError("A chunk needs at least one token id, got none.")
-    if host.model.training:
-        raise ValueError("The model is in training mode, where dropout would enter the cache; call model.eval().")
     start, stop = len(behind_ids), len(behind_ids) + len(ids)
     known = 0
     if behind is not None and _can_continue(host, behind, stop):
@@ -138,7 +140,7 @@ def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: R
     layers: list[Any] = cache.layers
     rows = slice(start, stop)
     kv = full_length_cache((layer.keys[:, :, rows].clone(), layer.values[:, :, rows].clone()) for layer in layers)
-    return ChunkKV(kv, torch.arange(start, stop), tuple(behind_ids), "isolated", host.regime(positions))
+    return ChunkKV(kv, torch.arange(start, stop), tuple(behind_ids), "isolated", host.regime(stop))
 
 
 def _can_continue(host: Host, behind: Reader, stop: int) -> bool:

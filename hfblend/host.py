@@ -21,6 +21,7 @@ from .locks import ForwardLock
 
 _MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _SELF_TEST_TOKENS, _SELF_TEST_SHIFT = 8, 37
+_FORWARD_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what an unfit model may raise
 
 
 class UnsupportedModel(ValueError):
@@ -105,12 +106,11 @@ class Host:
 
     # --- rotary tables --------------------------------------------------------------------------------------------
 
-    def regime(self, positions: torch.Tensor) -> int:
-        """The prompt length that sets length-dependent frequencies for a forward over `positions`.
+    def regime(self, length: int) -> int:
+        """The prompt length that sets length-dependent frequencies for a forward whose last position is `length` − 1.
 
         Dynamic NTK keeps the frequencies of the longest prompt so far, so its own state is asked.
         """
-        length = int(positions.max()) + 1 if positions.numel() else 0
         trained = getattr(self.config, "max_position_embeddings", 0) or 0
         grown = max((s.length_in_force for s in self.rotary_sources), default=0)
         return max(length, grown) if grown > trained and length >= trained else length
@@ -129,9 +129,7 @@ class Host:
         positions = positions.to(device)
         forcing = torch.cat([positions, positions.new_tensor([max(regime - 1, 0)])])[None]
         with torch.no_grad():
-            replica(
-                x, torch.zeros_like(forcing[:, :1]), *extra
-            )  # back to the short regime, then grow to the wanted one
+            replica(x, torch.zeros_like(forcing[:, :1]), *extra)  # back to the short regime, then grow to `regime`
             tables = replica(x, forcing, *extra)
         cos, sin = (tables.real, tables.imag) if torch.is_tensor(tables) else tables
         return cos[0, :-1].float(), sin[0, :-1].float()
@@ -182,15 +180,7 @@ class Host:
                 self.decoder_forward(
                     input_ids=ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True
                 )
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except _FORWARD_ERRORS as error:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} cannot run with explicit position_ids and a cache: {error}"
             ) from error

@@ -12,7 +12,7 @@ from .chunks import Reader, prefill
 from .config import BlendConfig
 from .models import BlendableModel
 from .prompt import ChunkSpans
-from .reuse import Piece, Reuse
+from .reuse import Piece, Reuse, joined
 from .separator import Span
 from .store import Store, chunk_key
 from .trace import BlendTrace, ChunkTrace, PhaseClock, Status
@@ -39,10 +39,12 @@ class LookUp:
     clock: PhaseClock
     prompt_length: int
 
-    def run(self) -> Reuse:
-        """Finds, or makes, the KV of the prefix and of every chunk."""
+    def __post_init__(self) -> None:
         fingerprint = self.host.fingerprint.current(self.host.model)
         self._key = partial(chunk_key, fingerprint, self.host.dtype, namespace=self.config.namespace)
+
+    def run(self) -> Reuse:
+        """Finds, or makes, the KV of the prefix and of every chunk."""
         pieces: list[Piece] = []
         prefix_stop = self.spans[0][0] if self.spans else 0
         if prefix_stop:
@@ -58,7 +60,7 @@ class LookUp:
                 piece, chunk_trace = self._find(span, behind, accepts_in_context=True)
             pieces += [piece] if piece else []
             self.trace.chunks.append(chunk_trace)
-        self.trace.bytes_reused = sum(_num_bytes(piece.entry) for piece in pieces)
+        self.trace.bytes_reused = sum(piece.entry.num_bytes for piece in pieces)
         return self._partition(pieces)
 
     def _chunk_prefix(self, prefix_stop: int) -> tuple[int, ...]:
@@ -127,7 +129,7 @@ class LookUp:
 
     def _partition(self, pieces: list[Piece]) -> Reuse:
         """Sorts pieces into exact and moved, and tokens into candidates and fresh ones."""
-        last = (self.prompt_length or len(self.ids)) - 1  # its output is asked for, and that of drafts behind it
+        last = self.prompt_length - 1  # its output is asked for, and that of drafts behind it
         starts = [piece.span[0] for piece in pieces] + [len(self.ids)]
         stops = [0] + [min(piece.span[1], last) for piece in pieces]
         moved = [piece for piece in pieces if not piece.exact]
@@ -135,17 +137,8 @@ class LookUp:
         reuse = Reuse(
             exact=[piece for piece in pieces if piece.exact],
             moved=moved,
-            candidate_idx=_joined(candidates).to(self.host.device),
-            fresh_idx=_joined([torch.arange(*gap) for gap in zip(stops, starts)]).to(self.host.device),
+            candidate_idx=joined(candidates).to(self.host.device),
+            fresh_idx=joined([torch.arange(*gap) for gap in zip(stops, starts)]).to(self.host.device),
         )
         self.trace.candidate_idx, self.trace.fresh_idx = reuse.candidate_idx, reuse.fresh_idx
         return reuse
-
-
-def _joined(ranges: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
-
-
-def _num_bytes(entry: Reader) -> int:
-    keys, values = entry.layer(0)
-    return entry.num_layers * (keys.numel() + values.numel()) * keys.element_size()

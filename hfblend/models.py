@@ -38,9 +38,9 @@ def host_of(model: nn.Module) -> BlendableModel:
         UnsupportedModel: with the reason.
         ValueError: a model in training mode.
     """
+    if model.training:
+        raise ValueError("The model is in training mode, where dropout would enter the cache; call model.eval().")
     if model not in _known:
-        if model.training:
-            raise ValueError("The model is in training mode, where dropout would enter the cache; call model.eval().")
         _known[model] = BlendableModel(model)
     return _known[model]
 

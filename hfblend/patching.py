@@ -33,8 +33,6 @@ from .trace import BlendTrace
 
 logger = logging.getLogger(__name__)
 
-_DECODE_TOKENS = 2  # a forward this short is never a prompt with chunks
-
 
 @dataclass
 class _Call:
@@ -251,7 +249,7 @@ class Blender:
             args = ()
             ids = kwargs.get("input_ids")
             call.note_forward(0 if ids is None else ids.shape[1])
-            if ids is not None and ids.shape[1] > _DECODE_TOKENS and self._is_whole_prompt(call, ids, kwargs):
+            if ids is not None and self._is_whole_prompt(call, ids, kwargs):
                 return self._blended_forward(call, kwargs)
         with self.host.lock.shared():
             return self._stock_forward(*args, **kwargs)

@@ -53,10 +53,10 @@ class ReusedKV:
         self.reuse, self.length = reuse, length
         self._preloaded: dict[int, KV] = {}
         self._num_layers = host.num_layers
-        rows = [torch.arange(*piece.span) for piece in reuse.moved]
-        self._moved_rows = torch.cat(rows).to(host.device) if rows else torch.empty(0, dtype=torch.long)
-        moves = [(p.entry.cached_positions, torch.arange(*p.span), p.entry.regime) for p in reuse.moved]
-        self._realigner = Realigner(host, host.rotations, moves, host.regime(torch.arange(length)))
+        positions = [torch.arange(*piece.span) for piece in reuse.moved]
+        self._moved_rows = joined(positions).to(host.device)
+        moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
+        self._realigner = Realigner(host, host.rotations, moves, host.regime(length))
 
     def preload(self) -> None:
         """Reads and moves every layer now, instead of when its turn comes."""
@@ -87,3 +87,8 @@ class ReusedKV:
             for buffer, states in zip(buffers, self.moved_kv(layer_idx, fresh)):
                 buffer.index_copy_(2, rows, states)
         return buffers
+
+
+def joined(ranges: list[torch.Tensor]) -> torch.Tensor:
+    """Ranges of token indices, one behind the other; empty if there is none."""
+    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)

@@ -128,10 +128,8 @@ def find_rotations(host: Host) -> list[KeyRotation | None]:
     """
     first, shifted = host.self_test_positions()
     kv_first, kv_shifted = host.record(first), host.record(shifted)
-    tables = [
-        (host.rotary_tables(i, first, host.regime(first)), host.rotary_tables(i, shifted, host.regime(shifted)))
-        for i in range(len(host.rotary_sources))
-    ]
+    old, new = ((positions, host.regime(int(positions[-1]) + 1)) for positions in (first, shifted))
+    tables = [(host.rotary_tables(i, *old), host.rotary_tables(i, *new)) for i in range(len(host.rotary_sources))]
     return [_find_rotation(i, kv_first[i], kv_shifted[i], host.rotary_sources, tables) for i in sorted(kv_first)]
 
 
