@@ -11,6 +11,7 @@ Importing has no effect; `patch` touches one model instance, never a class.
 from .blending import BlendResult, blend
 from .chunks import ChunkKV, prefill_chunk
 from .config import BlendConfig
+from .filler import filler_ids
 from .host import UnsupportedModel
 from .patching import Blender, patch
 from .prompt import Prompt
@@ -29,6 +30,7 @@ __all__ = [
     "Prompt",
     "UnsupportedModel",
     "blend",
+    "filler_ids",
     "patch",
     "prefill_chunk",
 ]

@@ -14,7 +14,7 @@ Shapes: B batch, H query heads, Hkv KV heads, S query rows, T keys, D head_dim.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,19 +24,54 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from .caches import StopForward
 
-def visible(positions: torch.Tensor, length: int, sliding_window: int | None = None) -> torch.Tensor:
+
+def visible(
+    positions: torch.Tensor, length: int, sliding_window: int | None = None, hidden: torch.Tensor | None = None
+) -> torch.Tensor:
     """Which keys each row may see: key ≤ row, and with a window, key > row − window.
 
     Args:
         positions: (B, S) positions of the rows; keys stand at 0 … `length` − 1.
+        hidden: (K,) keys that no row may see, because they are not computed yet.
 
     Returns:
         (B, S, T) bool.
     """
     keys = torch.arange(length, device=positions.device)
     seen = keys <= positions[..., None]
-    return seen if sliding_window is None else seen & (keys > positions[..., None] - sliding_window)
+    if sliding_window is not None:
+        seen &= keys > positions[..., None] - sliding_window
+    return seen if hidden is None else seen.index_fill_(-1, hidden.to(seen.device), False)
+
+
+def attention_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    seen: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(QKᵀ · scaling) over the keys that each row sees, in fp32; a sink takes its weight away from all of them.
+
+    Args:
+        query: (B, H, S, D); key: (B, Hkv, T, D); seen: (B, S, T) bool; sinks: (H,) logits.
+
+    Returns:
+        (B, H, S, T)
+    """
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
+    scores = (grouped @ key.transpose(-1, -2)).float().view(batch, heads, rows, length) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    if sinks is not None:  # one more logit per head that takes weight and gives nothing
+        scores = torch.cat([scores, sinks.float().view(1, heads, 1, 1).expand(batch, -1, rows, 1)], -1)
+    return scores.softmax(-1)[..., :length]
 
 
 def reference_attention(
@@ -48,20 +83,13 @@ def reference_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain attention in fp32, every option of `attend`. Slow and clear: what all faster ways are tested against."""
-    batch, heads, rows, head_dim = query.shape
-    groups = heads // key.shape[1]
-    grouped = query.float().view(batch, key.shape[1], groups, rows, head_dim)
-    scores = torch.einsum("bhgsd,bhtd->bhgst", grouped, key.float()) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible(positions, key.shape[2], sliding_window)[:, None, None], -torch.inf)
-    if sinks is not None:  # one more logit per head that takes weight and gives nothing
-        column = sinks.float().view(1, key.shape[1], groups, 1, 1).expand(batch, -1, -1, rows, 1)
-        scores = torch.cat([scores, column], -1)
-    weights = scores.softmax(-1)[..., : key.shape[2]]
-    out = torch.einsum("bhgst,bhtd->bhgsd", weights, value.float())
+    batch, heads, rows, _ = query.shape
+    seen = visible(positions, key.shape[2], sliding_window, hidden)
+    weights = attention_weights(query.float(), key.float(), seen, scaling, softcap, sinks)
+    out = weights.view(batch, key.shape[1], -1, key.shape[2]) @ value.float()
     return out.reshape(batch, heads, rows, value.shape[-1]).to(query.dtype)
 
 
@@ -83,21 +111,56 @@ def sdpa_attention(
     return out.reshape(batch, heads, rows, -1)
 
 
-class QueryRows:
-    """The rows of one pass: their positions (B, S), and the masks made from them, each once a pass."""
+class AttentionRecord:
+    """Keeps, per wanted layer, how much attention each key received: the mean over the rows of a pass.
 
-    def __init__(self, positions: torch.Tensor) -> None:
-        self.positions = positions
+    Args:
+        layers: the layers to record; the pass ends in the last one, before its attention is applied.
+
+    Attributes:
+        received: layer -> (H, T) in fp32.
+    """
+
+    ROWS_AT_ONCE = 64  # so that memory is linear in T, however many rows a pass has
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers, self.received = frozenset(layers), dict[int, torch.Tensor]()
+
+    def add(self, layer: int, query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, *how: Any) -> None:
+        """Records one layer; `how` is the rest of `attention_weights`. Raises `StopForward` after the last one."""
+        if layer in self.layers:
+            blocks = zip(query.split(self.ROWS_AT_ONCE, 2), seen.split(self.ROWS_AT_ONCE, 1))
+            sums = [attention_weights(q, key, rows, *how)[0].sum(1) for q, rows in blocks]
+            self.received[layer] = torch.stack(sums).sum(0) / query.shape[2]
+        if len(self.received) == len(self.layers):
+            raise StopForward
+
+
+class QueryRows:
+    """The rows of one pass: their positions (B, S), and the masks made from them, each once a pass.
+
+    Args:
+        hidden: (K,) keys that no row sees.
+        record: keeps the attention that keys receive in this pass.
+    """
+
+    def __init__(
+        self, positions: torch.Tensor, hidden: torch.Tensor | None = None, record: AttentionRecord | None = None
+    ) -> None:
+        self.positions, self.hidden, self.record = positions, hidden, record
         self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def visible(self, length: int, window: int | None, device: torch.device) -> torch.Tensor:
+        """(B, S, T) bool."""
+        return visible(self.positions.to(device), length, window, self.hidden)
 
     def additive_mask(self, length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """(B, 1, S, T): 0 where visible, the lowest number of `dtype` elsewhere; rows start 16-aligned."""
         key = (length, window, dtype, device)
         if key not in self._masks:
-            positions = self.positions.to(device)
             padded = -(-length // 16) * 16
-            mask = torch.zeros(*positions.shape, padded, dtype=dtype, device=device)[..., :length]
-            mask.masked_fill_(~visible(positions, length, window), torch.finfo(dtype).min)
+            mask = torch.zeros(*self.positions.shape, padded, dtype=dtype, device=device)[..., :length]
+            mask.masked_fill_(~self.visible(length, window, device), torch.finfo(dtype).min)
             self._masks[key] = mask[:, None]
         return self._masks[key]
 
@@ -127,7 +190,7 @@ def attend(
         sliding_window = None
     if softcap is not None or sinks is not None:
         positions = rows.positions.to(query.device)
-        return reference_attention(query, key, value, positions, scaling, sliding_window, softcap, sinks)
+        return reference_attention(query, key, value, positions, scaling, sliding_window, softcap, sinks, rows.hidden)
     mask = rows.additive_mask(length, sliding_window, query.dtype, query.device)
     return sdpa_attention(query, key, value, mask, scaling)
 
@@ -138,15 +201,15 @@ _rows: ContextVar[QueryRows | None] = ContextVar("hfblend_query_rows", default=N
 
 
 @contextlib.contextmanager
-def attention_by_position(config: Any, positions: torch.Tensor) -> Iterator[None]:
-    """While it lasts, layers of the model with this `config` attend through `attend`, their rows at `positions` (B, S).
+def attention_by_position(config: Any, rows: QueryRows) -> Iterator[None]:
+    """While it lasts, layers of the model with this `config` attend through `attend`, as these rows.
 
     The setting is model-wide; the caller keeps other forwards out. Code of other threads that only reads the setting
     (mask builders) is served as before.
     """
     own = config._attn_implementation
     config._attn_implementation_internal = _registered(own)
-    token = _rows.set(QueryRows(positions))
+    token = _rows.set(rows)
     try:
         yield
     finally:
@@ -191,5 +254,8 @@ def _attention_forward(
     if rows is None:
         raise RuntimeError("hfblend's attention was called outside its pass; another thread reached a switched model.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if rows.record is not None:
+        seen = rows.visible(key.shape[2], sliding_window, query.device)
+        rows.record.add(module.layer_idx, query, key, seen, scaling, softcap, s_aux)  # type: ignore[arg-type]
     out = attend(query, key, value, rows, scaling, sliding_window, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None

@@ -3,7 +3,7 @@
     prefix | chunk 1 | chunk 2 | … | suffix          token ids and spans
       1 look up     each chunk's KV in the store; what is missing is prefilled alone and stored
       2 realign     cached keys move to their new positions, layer by layer, as each layer arrives
-      3 select      the reused tokens whose KV deviates most at the check layer
+      3 select      the reused tokens that a rule scores highest, say those that the suffix attends to
       4 recompute   those tokens, the gaps and the suffix through all layers, over the reused KV of the rest
       5 hand over   the KV goes into the user's cache, the last row to the LM head; decoding is stock
 
@@ -14,7 +14,7 @@ recomputed, S rows of a pass, D head_dim, L layers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from . import selection
+from .attention import AttentionRecord
 from .caches import KV, ROOM, BlendingCache, RecordingCache, StopForward, full_length_cache, hand_over
 from .chunks import ChunkKV
 from .config import BlendConfig
@@ -36,6 +37,16 @@ from .trace import BlendTrace, PhaseClock
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
+
+
+class AttentionNotRecorded(Exception):
+    """A rule asked for attention that this model's own attention code does not show."""
+
+    def __init__(self, model_name: str) -> None:
+        super().__init__(
+            f"Attention of {model_name} cannot be recorded (it does not go through Transformers' attention interface); "
+            'tokens are selected by "kv_deviation" instead.'
+        )
 
 
 @dataclass
@@ -59,6 +70,7 @@ def blend(
     *,
     store: Store | None = None,
     config: BlendConfig | None = None,
+    algorithm: type[Blending] | None = None,
 ) -> BlendResult:
     """Blends one prompt, outside `generate`. The model may be patched or not; it is not changed.
 
@@ -70,6 +82,7 @@ def blend(
         prompt: any prompt; one without chunks is prefilled in full.
         store: where chunk KV is looked up and kept; default, a new `MemoryStore`.
         config: default `BlendConfig()`. `min_reused_tokens` is not applied here.
+        algorithm: a subclass of `Blending` that does a phase in another way, as those of `hfblend.baselines`.
 
     Raises:
         UnsupportedModel: the model's KV cannot be moved.
@@ -78,7 +91,8 @@ def blend(
     host, config = host_of(model), BlendConfig() if config is None else config
     with torch.no_grad():
         input_ids = prompt.input_ids.to(host.device)
-        state = Blending(host, input_ids, prompt.chunk_spans, MemoryStore() if store is None else store, config)
+        store = MemoryStore() if store is None else store
+        state = (algorithm or Blending)(host, input_ids, prompt.chunk_spans, store, config)
         output = state.run(host.last_logits)
         cache = DynamicCache(config=host.config)
         hand_over(state.buffers, len(prompt) - 1, 1, cache)
@@ -111,6 +125,8 @@ class Blending:
         self.length = self.input_ids.shape[1]
         self.ids: list[int] = self.input_ids[0].tolist()
         self.spans.check(self.length)
+        self._prompt_stop = self.prompt_length or self.length
+        self._fresh_up_to = -1  # the last layer whose K/V are fresh for every token
         self.clock = PhaseClock(self.host.device)
         trace = self.trace
         trace.blended, trace.clock = True, self.clock
@@ -139,8 +155,9 @@ class Blending:
 
     def look_up(self) -> Reuse:
         """Finds, or makes, the KV of the prefix and of every chunk."""
-        length = self.prompt_length or self.length
-        return LookUp(self.host, self.ids, self.spans, self.store, self.config, self.trace, self.clock, length).run()
+        return LookUp(
+            self.host, self.ids, self.spans, self.store, self.config, self.trace, self.clock, self._prompt_stop
+        ).run()
 
     # --- 2 realign ------------------------------------------------------------------------------------------------
 
@@ -154,39 +171,96 @@ class Blending:
     # --- 3 select -------------------------------------------------------------------------------------------------
 
     def select(self, forward: Forward, reuse: Reuse, reused: ReusedKV) -> torch.Tensor:
-        """The reused tokens to recompute, (S,) rising.
+        """The reused tokens to recompute, (S,) rising: those that the rule gives the highest scores.
 
-        One pass over all tokens stops at the first check layer; K/V up to there are fresh for every token and stay.
-        Each further check layer is one pass over the rows still in the running, stopped there, that ranks them again:
-        the paper's gradual filtering.
+        Passes run when the rule asks for what they find. Several check layers are rounds, each among the tokens that
+        the one before kept: the paper's gradual filtering.
         """
         kept = reuse.candidate_idx
-        if kept.numel() == 0 or not self.config.check_layers:
-            return kept[:0]
-        everywhere = torch.arange(self.length, device=self.host.device)
+        if self.config.recomputes_all:
+            return kept
         for layer, ratio in zip(self.config.check_layers, self.config.recompute_ratios):
-            if self.buffers:
-                self._pass(forward, reused, torch.cat([kept, reuse.fresh_idx]).sort().values, stop_at=layer)
-            else:
-                cache = RecordingCache(self.host.num_layers, layer, room=ROOM)
-                with self.host.lock.shared():
-                    _until_stopped(forward, self.input_ids, everywhere, None, cache)
-                self.buffers.update(cache.recorded)
-                self.trace.computed_pairs += self.length * layer
-            kept = self._highest(kept, layer, ratio, reuse, reused)
-        return kept
+            if kept.numel() == 0:
+                break
+            scores = self._scores(self._evidence(forward, reuse, reused, kept, layer))
+            self.trace.scores = scores if self.trace.scores is None else self.trace.scores
+            starts = selection.chunk_starts(kept, [p.span for p in reuse.moved], self.config.force_chunk_start)
+            kept = kept[selection.highest(scores, self.budget(ratio, reuse), starts).to(kept.device)]
+        return kept if self.config.check_layers else kept[:0]
 
-    def _highest(self, kept: torch.Tensor, layer: int, ratio: float, reuse: Reuse, reused: ReusedKV) -> torch.Tensor:
-        """Of the tokens still in the running, those with the largest deviation at this layer."""
-        candidates = reuse.candidate_idx
-        fresh = _rows_of(self.buffers[layer], kept)
-        stored = _rows_of(reused.moved_kv(layer, fresh), torch.searchsorted(candidates, kept))
-        scores = selection.kv_deviation(fresh, stored, self.config.deviation)[0]
-        if self.trace.deviation is None:
-            self.trace.deviation = scores
-        forced = selection.chunk_starts(kept, [p.span for p in reuse.moved], self.config.force_chunk_start)
-        count = selection.budget(ratio, candidates.numel())
-        return kept[selection.highest(scores, count, forced.to(scores.device)).to(kept.device)]
+    def budget(self, ratio: float, reuse: Reuse) -> int:
+        """How many of the prompt's reused tokens a ratio recomputes."""
+        return selection.budget(ratio, reuse.candidate_idx.numel())
+
+    def _evidence(
+        self, forward: Forward, reuse: Reuse, reused: ReusedKV, kept: torch.Tensor, check_layer: int
+    ) -> selection.Evidence:
+        """What a rule may ask for, about the tokens still in the running."""
+
+        def kv(layer: int) -> tuple[KV, KV]:
+            self._compute_up_to(layer, forward, reuse, reused, kept)
+            fresh = _rows_of(self.buffers[layer], kept)
+            places = torch.searchsorted(reuse.candidate_idx, kept)
+            return fresh, _rows_of(reused.moved_kv(layer, fresh), places)
+
+        def suffix_attention(layers: Sequence[int]) -> torch.Tensor:
+            received = self._suffix_attention(layers, forward, reuse, reused)
+            return torch.stack([received[layer].to(kept.device)[:, kept] for layer in layers])
+
+        spans = [piece.span for piece in reuse.moved]
+        return selection.Evidence(kept, spans, check_layer, self.host.num_layers, self.config, kv, suffix_attention)
+
+    def _scores(self, evidence: selection.Evidence) -> torch.Tensor:
+        """(N,) from the rule of the config; a model whose attention cannot be recorded is ranked by deviation."""
+        rule = self.config.selection
+        rule = rule if callable(rule) else selection.RULES[rule]
+        try:
+            scores = rule(evidence)
+        except AttentionNotRecorded as error:
+            self.trace.notes.append(str(error))
+            logger.warning("%s", error)
+            scores = selection.by_kv_deviation(evidence)
+        if scores.shape != evidence.candidate_idx.shape:
+            raise ValueError(
+                f"A selection rule must return one score per candidate, {tuple(evidence.candidate_idx.shape)}, got "
+                f"{tuple(scores.shape)}."
+            )
+        return scores.to(evidence.candidate_idx.device)
+
+    def _compute_up_to(self, layer: int, forward: Forward, reuse: Reuse, reused: ReusedKV, kept: torch.Tensor) -> None:
+        """Fresh K/V at `layer` for the tokens still in the running.
+
+        The first time, a pass over all tokens stops there: K/V up to there are fresh for every token, and stay. From
+        there on, a pass over the tokens in the running and the fresh ones goes further.
+        """
+        if layer <= self._fresh_up_to:
+            return
+        if self._fresh_up_to >= 0:
+            self._pass(forward, reused, torch.cat([kept, reuse.fresh_idx]).sort().values, stop_at=layer)
+        else:
+            cache = RecordingCache(self.host.num_layers, layer, room=ROOM)
+            everywhere = torch.arange(self.length, device=self.host.device)
+            with self.host.lock.shared():
+                _until_stopped(forward, self.input_ids, everywhere, None, cache)
+            self.buffers.update(cache.recorded)
+            self.trace.computed_pairs += self.length * layer
+        self._fresh_up_to = layer
+
+    def _suffix_attention(
+        self, layers: Sequence[int], forward: Forward, reuse: Reuse, reused: ReusedKV
+    ) -> dict[int, torch.Tensor]:
+        """Layer -> (H, T) attention received from the suffix in one pass of it over the reused KV.
+
+        Other fresh tokens (gaps, chunks that are computed in this prompt) have no KV yet: nobody sees them.
+        """
+        if not self.host.attends_by_position:
+            raise AttentionNotRecorded(type(self.host.model).__name__)
+        record = AttentionRecord(layers)
+        fresh, suffix_start = reuse.fresh_idx, min(self.spans[-1][1], self._prompt_stop - 1)
+        rows = fresh[(fresh >= suffix_start) & (fresh < self._prompt_stop)]
+        hidden = fresh[~torch.isin(fresh, rows)]
+        self._pass(forward, reused, rows, stop_at=max(layers), hidden=hidden, record=record)
+        return record.received
 
     # --- 4 recompute ----------------------------------------------------------------------------------------------
 
@@ -202,13 +276,40 @@ class Blending:
         self.trace.selected_idx = selected_idx
         return self._pass(forward, reused, rows)
 
-    def _pass(self, forward: Forward, reused: ReusedKV, rows: torch.Tensor, stop_at: int | None = None) -> Any:
-        """A forward over `rows` (S,) that blends its K/V into the buffers, to the end or up to layer `stop_at`."""
+    def _pass(
+        self,
+        forward: Forward,
+        reused: ReusedKV,
+        rows: torch.Tensor,
+        stop_at: int | None = None,
+        hidden: torch.Tensor | None = None,
+        record: AttentionRecord | None = None,
+    ) -> Any:
+        """A forward over `rows` (S,) that blends its K/V into the buffers.
+
+        Args:
+            stop_at: end at this layer: after its K/V, or, with a record, after its attention weights.
+            hidden: tokens that the rows do not see.
+            record: keeps the attention that the rows give.
+        """
         num_layers = self.host.num_layers
-        cache = BlendingCache(num_layers, self.buffers, reused.layer, rows, self.length, stop_at)
+
+        def load(layer_idx: int, fresh: KV) -> KV:
+            buffers = reused.layer(layer_idx, fresh)
+            if hidden is not None:  # not computed yet, and never left uninitialised: 0 · NaN is NaN
+                for buffer in buffers:
+                    buffer.index_fill_(2, hidden.to(buffer.device), 0)
+            return buffers
+
+        cache = BlendingCache(num_layers, self.buffers, load, rows, self.length, None if record else stop_at)
         self.trace.computed_pairs += len(rows) * (num_layers if stop_at is None else stop_at)
-        with self.host.rows_pass(rows, self.length) as attention_mask:
+        seen_from = self.seen_from(rows)
+        with self.host.rows_pass(seen_from, self.length, hidden=hidden, record=record) as attention_mask:
             return _until_stopped(forward, self.input_ids[:, rows], rows, attention_mask, cache)
+
+    def seen_from(self, rows: torch.Tensor) -> torch.Tensor:
+        """(S,) the last key position that each row of a pass sees: its own."""
+        return rows
 
     # --- 5 hand over ----------------------------------------------------------------------------------------------
 

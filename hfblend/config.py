@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 logger = logging.getLogger(__name__)
 
 Deviation = Literal["value", "key", "key_value"]
-ChunkPrefix = Literal["prompt", "bos", "none"]
+ChunkPrefix = Literal["prompt", "filler", "bos", "none"]
+Selection = Literal["suffix_attention", "kv_deviation", "chunk_start", "mixed", "random", "last"]
 OnMiss = Literal["isolated", "in_context"]
 
 
@@ -27,16 +28,22 @@ class BlendConfig:
         enabled: `False` sends every call to stock `generate`.
         separator: text, or token ids, at which plain `input_ids` are split into prefix, chunks and suffix.
             `None` splits nothing: only prompts that bring their `chunk_spans` are blended.
-        check_layers: 0-based layers at which reused tokens are ranked, rising. Several mean the paper's gradual
-            filtering. `()` selects nothing and has no all-token layer: plain full reuse.
-        recompute_ratios: for each check layer, the share in [0, 1] of reused tokens that it keeps; never rising.
-            `ceil(ratio * reused tokens)` are kept; 1.0 recomputes every token of the prompt.
-        deviation: what is ranked: squared L2 distance (fp32) of the fresh from the reused `"value"`, of the realigned
-            `"key"`, or `"key_value"`, the sum of both, each divided by its mean.
+        selection: the rule that scores reused tokens; the highest are recomputed. `"suffix_attention"`: what the
+            suffix attends to. `"kv_deviation"`: CacheBlend's. `"chunk_start"`, `"mixed"`, `"random"`, `"last"`, or a
+            function of your own: see `hfblend.selection`.
+        recompute_ratios: the share in [0, 1] of reused tokens that is recomputed, `ceil(ratio * reused tokens)` of
+            them; 1.0 recomputes every token of the prompt. With several check layers one each, never rising.
+        check_layers: 0-based layers at which `"kv_deviation"` ranks tokens, rising, one per ratio. Several mean the
+            paper's gradual filtering. `()`, with `recompute_ratios=()`, selects nothing by any rule: plain full reuse.
+        score_layers: 0-based layers whose attention `"suffix_attention"` averages; `None`: all from L/3 up.
+        deviation: what `"kv_deviation"` ranks: squared L2 distance (fp32) of the fresh from the reused `"value"`, of
+            the realigned `"key"`, or `"key_value"`, the sum of both, each divided by its mean.
         min_reused_tokens: prompts with fewer chunk tokens go through stock `generate` (blending would not pay).
         force_chunk_start: that many first tokens of every chunk are selected first, inside the budget.
         chunk_prefix: what a chunk's KV is computed behind (those rows are then dropped): the `"prompt"`'s own prefix,
-            `"bos"` alone, or `"none"`.
+            that prefix and a `"filler"` text, `"bos"` alone, or `"none"`.
+        filler_ids: ids of the filler; `patch(..., tokenizer=)` fills them in, `hfblend.filler_ids(tokenizer)` gives
+            them for everything else.
         on_miss: `"isolated"` prefills a missing chunk alone, stores it, and then treats it like a hit, so that an
             answer never depends on what the store held. `"in_context"` computes it inside the prompt.
         layerwise: assemble each layer's reused KV when the pass reaches it; `False` assembles all layers first.
@@ -50,12 +57,15 @@ class BlendConfig:
 
     enabled: bool = True
     separator: str | tuple[int, ...] | None = " # # "
-    check_layers: tuple[int, ...] = (1,)
+    selection: Selection | Callable[..., Any] = "suffix_attention"
     recompute_ratios: tuple[float, ...] = (0.15,)
+    check_layers: tuple[int, ...] = (1,)
+    score_layers: tuple[int, ...] | None = None
     deviation: Deviation = "value"
     min_reused_tokens: int = 256
     force_chunk_start: int = 0
     chunk_prefix: ChunkPrefix = "prompt"
+    filler_ids: tuple[int, ...] = ()
     on_miss: OnMiss = "isolated"
     layerwise: bool = True
     namespace: str = ""
@@ -72,7 +82,9 @@ class BlendConfig:
         for name, kind in (("deviation", Deviation), ("chunk_prefix", ChunkPrefix), ("on_miss", OnMiss)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
+        object.__setattr__(self, "filler_ids", _as_tuple("filler_ids", self.filler_ids, int))
         self._check_separator()
+        self._check_selection()
         self._check_layers_and_ratios()
 
     @property
@@ -82,11 +94,13 @@ class BlendConfig:
 
     def require_layers(self, num_layers: int) -> None:
         """Raises `ValueError` for a check layer that a model of `num_layers` does not have."""
-        if self.check_layers and self.check_layers[-1] >= num_layers:
-            raise ValueError(
-                f"check_layers {self.check_layers} reach beyond this model of {num_layers} layers "
-                f"(0 … {num_layers - 1}); choose lower ones."
-            )
+        for name in ("check_layers", "score_layers"):
+            layers = getattr(self, name)
+            if layers and max(layers) >= num_layers:
+                raise ValueError(
+                    f"{name} {layers} reach beyond this model of {num_layers} layers (0 … {num_layers - 1}); "
+                    "choose lower ones."
+                )
 
     def _check_separator(self) -> None:
         if self.separator is None or (isinstance(self.separator, str) and self.separator.strip()):
@@ -100,6 +114,18 @@ class BlendConfig:
         if not ids or min(ids) < 0:
             raise ValueError(f"separator must be text or one or more token ids (0 or more), got {self.separator!r}.")
         object.__setattr__(self, "separator", ids)
+
+    def _check_selection(self) -> None:
+        if not callable(self.selection) and self.selection not in get_args(Selection):
+            raise ValueError(
+                f"selection must be one of {get_args(Selection)} or a function of hfblend.selection.Evidence, got "
+                f"{self.selection!r}."
+            )
+        if self.score_layers is not None:
+            layers = _as_tuple("score_layers", self.score_layers, int)
+            if not layers or min(layers) < 0:
+                raise ValueError(f"score_layers must be None or one or more layers (0 or more), got {layers}.")
+            object.__setattr__(self, "score_layers", layers)
 
     def _check_layers_and_ratios(self) -> None:
         layers = _as_tuple("check_layers", self.check_layers, int)
@@ -121,12 +147,18 @@ class BlendConfig:
             raise ValueError(f"recompute_ratios must lie in [0, 1], got {ratios}.")
         if list(ratios) != sorted(ratios, reverse=True):
             raise ValueError(f"recompute_ratios must not rise, got {ratios}: each check layer filters the one before.")
+        if len(layers) > 1 and not (self.selection == "kv_deviation" or callable(self.selection)):
+            raise ValueError(
+                f"Several check layers, got {layers}, are CacheBlend's gradual filtering: with them write "
+                f'selection="kv_deviation" (got {self.selection!r}).'
+            )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> BlendConfig:
         """Reads `HFBLEND_<FIELD>` (say `HFBLEND_CHECK_LAYERS=1,8`), else LMCache's names; the rest is default.
 
-        Several check layers with a single ratio use that ratio at each. `docs/configuration.md` has the table.
+        Several check layers with a single ratio use that ratio at each. Check layers without a selection are
+        CacheBlend's: `"kv_deviation"`. `docs/configuration.md` has the table.
 
         Args:
             environ: variables to read; default `os.environ`.
@@ -143,6 +175,8 @@ class BlendConfig:
                     break
         if "check_layers" in values and len(values.get("recompute_ratios", (0.15,))) == 1:
             values["recompute_ratios"] = values.get("recompute_ratios", (0.15,)) * len(values["check_layers"])
+        if values.get("check_layers") and "selection" not in values:
+            values["selection"] = "kv_deviation"
         _log_unused(environ)
         return cls(**values)
 
@@ -183,12 +217,15 @@ def _list_of(kind: type) -> Any:
 _ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "enabled": ("LMCACHE_ENABLE_BLENDING", _flag),
     "separator": ("LMCACHE_BLEND_SPECIAL_STR", str),
+    "selection": ("", str),
     "check_layers": ("LMCACHE_BLEND_CHECK_LAYERS", _list_of(int)),
+    "score_layers": ("", _list_of(int)),
     "recompute_ratios": ("LMCACHE_BLEND_RECOMPUTE_RATIOS", _list_of(float)),
     "deviation": ("", str),
     "min_reused_tokens": ("LMCACHE_BLEND_MIN_TOKENS", int),
     "force_chunk_start": ("", int),
     "chunk_prefix": ("", str),
+    "filler_ids": ("", _list_of(int)),
     "on_miss": ("", str),
     "layerwise": ("LMCACHE_USE_LAYERWISE", _flag),
     "namespace": ("", str),

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
-from .attention import attention_by_position
+from .attention import AttentionRecord, QueryRows, attention_by_position
 from .caches import KV, RecordingCache
 from .locks import ForwardLock
 
@@ -197,8 +197,17 @@ class Host:
         return bool(getattr(type(self.model), "_supports_attention_backend", False)) and not chunked
 
     @contextlib.contextmanager
-    def rows_pass(self, rows: torch.Tensor, length: int) -> Iterator[Any]:
+    def rows_pass(
+        self,
+        rows: torch.Tensor,
+        length: int,
+        *,
+        hidden: torch.Tensor | None = None,
+        record: AttentionRecord | None = None,
+    ) -> Iterator[Any]:
         """Everything a forward over `rows` (S,) of a prompt of `length` tokens needs to see exactly its past.
+
+        `hidden` keys are seen by no row, and `record` keeps the attention of the pass; both need `attends_by_position`.
 
         Yields the `attention_mask` to pass. Where attention is replaced, the model-wide setting is switched for the
         length of the pass, other threads' forwards of this model wait, and no mask is made at all.
@@ -207,7 +216,7 @@ class Host:
             with self.lock.shared():
                 yield self._mask_rows(rows, length)
             return
-        with self.lock.exclusive(), attention_by_position(self.decoder.config, rows[None]):
+        with self.lock.exclusive(), attention_by_position(self.decoder.config, QueryRows(rows[None], hidden, record)):
             yield None
 
     def _mask_rows(self, rows: torch.Tensor, length: int) -> Any:

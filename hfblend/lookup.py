@@ -10,6 +10,7 @@ import torch
 
 from .chunks import Reader, prefill
 from .config import BlendConfig
+from .filler import require_filler
 from .models import BlendableModel
 from .prompt import ChunkSpans
 from .reuse import Piece, Reuse, joined
@@ -42,20 +43,22 @@ class LookUp:
     def __post_init__(self) -> None:
         fingerprint = self.host.fingerprint.current(self.host.model)
         self._key = partial(chunk_key, fingerprint, self.host.dtype, namespace=self.config.namespace)
+        self._prefix_context: Reader | None = None
+        self._filler_context: Reader | None = None
 
     def run(self) -> Reuse:
         """Finds, or makes, the KV of the prefix and of every chunk."""
         pieces: list[Piece] = []
         prefix_stop = self.spans[0][0] if self.spans else 0
         if prefix_stop:
-            prefix, self.trace.prefix = self._find_or_prefill((0, prefix_stop), (), None)
+            prefix, self.trace.prefix = self._find_or_prefill((0, prefix_stop), ())
             pieces.append(prefix)
+            self._prefix_context = prefix.entry if self.config.chunk_prefix == "prompt" else None
         behind = self._chunk_prefix(prefix_stop)
-        continues = pieces[0].entry if pieces and self.config.chunk_prefix == "prompt" else None
         for span in self.spans:
             piece: Piece | None
             if self.config.on_miss == "isolated":
-                piece, chunk_trace = self._find_or_prefill(span, behind, continues)
+                piece, chunk_trace = self._find_or_prefill(span, behind)
             else:
                 piece, chunk_trace = self._find(span, behind, accepts_in_context=True)
             pieces += [piece] if piece else []
@@ -65,41 +68,57 @@ class LookUp:
 
     def _chunk_prefix(self, prefix_stop: int) -> tuple[int, ...]:
         """The ids that chunks are computed behind."""
-        if self.config.chunk_prefix == "prompt":
-            return tuple(self.ids[:prefix_stop])
-        if self.config.chunk_prefix == "none":
-            return ()
+        match self.config.chunk_prefix:
+            case "prompt":
+                return tuple(self.ids[:prefix_stop])
+            case "filler":
+                return (*self.ids[:prefix_stop], *require_filler(self.config.filler_ids))
+            case "none":
+                return ()
         bos = getattr(self.host.config, "bos_token_id", None)
         if bos is None:
             raise ValueError('chunk_prefix="bos" needs a bos_token_id in the model\'s config, which has none.')
         return (bos if isinstance(bos, int) else bos[0],)
 
-    def _find_or_prefill(
-        self, span: Span, behind: tuple[int, ...], continues: Reader | None
-    ) -> tuple[Piece, ChunkTrace]:
+    def _find_or_prefill(self, span: Span, behind: tuple[int, ...]) -> tuple[Piece, ChunkTrace]:
         piece, chunk_trace = self._find(span, behind, accepts_in_context=False)
-        return (piece, chunk_trace) if piece else self._prefill(span, behind, continues)
+        if piece:
+            return piece, chunk_trace
+        ids = self.ids[slice(*span)]
+        return self._piece(span, self._prefill(ids, behind, self._context(behind)), self._key(ids, behind), "miss")
 
     def _find(self, span: Span, behind: tuple[int, ...], accepts_in_context: bool) -> tuple[Piece | None, ChunkTrace]:
         """The span's entry in the store: computed alone behind those ids, else (if accepted) in some context."""
         ids = self.ids[slice(*span)]
         for ids_before in (behind, None) if accepts_in_context else (behind,):
             key = self._key(ids, ids_before)
-            entry = self.store.open(key)
-            if entry is not None and self._fits(entry, len(ids), key):
+            entry = self._open(key, len(ids))
+            if entry is not None:
                 return self._piece(span, entry, key, "hit")
         return None, ChunkTrace(span, key, "fresh")
 
-    def _prefill(self, span: Span, behind: tuple[int, ...], continues: Reader | None) -> tuple[Piece, ChunkTrace]:
-        """Prefills the span alone and stores it; from then on it is treated exactly like a hit."""
-        ids = self.ids[slice(*span)]
-        key = self._key(ids, behind)
+    def _prefill(self, ids: list[int], behind: tuple[int, ...], continues: Reader | None) -> Reader:
+        """Prefills ids alone and stores them; from then on they are treated exactly like a hit."""
         self.clock.end_of("look_up")
         chunk_kv = prefill(self.host, ids, behind, continues)
-        self.store.put(key, chunk_kv)
+        self.store.put(self._key(ids, behind), chunk_kv)
         self.clock.end_of("prefill_chunks")
         self.trace.isolated_pairs += len(ids) * self.host.num_layers
-        return self._piece(span, chunk_kv, key, "miss")
+        return chunk_kv
+
+    def _context(self, behind: tuple[int, ...]) -> Reader | None:
+        """KV of what chunks are computed behind, to continue from: the prefix's, or that of prefix and filler.
+
+        The second is made, and stored, at the first chunk that is missing: a warm store does not ask for it.
+        """
+        if self.config.chunk_prefix == "filler" and behind and self._filler_context is None:
+            ids = list(behind)
+            self._filler_context = self._open(self._key(ids, ()), len(ids)) or self._prefill(ids, (), None)
+        return self._filler_context or self._prefix_context
+
+    def _open(self, key: str, num_tokens: int) -> Reader | None:
+        entry = self.store.open(key)
+        return entry if entry is not None and self._fits(entry, num_tokens, key) else None
 
     def _fits(self, entry: Reader, num_tokens: int, key: str) -> bool:
         """Whether an entry can be this model's KV of that many tokens; if not, it is logged and treated as a miss."""

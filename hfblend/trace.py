@@ -75,7 +75,7 @@ class BlendTrace:
         prefix, chunks: what happened to each.
         candidate_idx: (N,) reused tokens that could be recomputed: those of chunks (and of a prefix from another
             RoPE regime) that are not exact.
-        deviation: (N,) their deviation at the first check layer; `None` where nothing was ranked.
+        scores: (N,) what the selection rule gave each, in its first round; `None` where nothing was ranked.
         selected_idx: (S,) of these, the recomputed ones.
         fresh_idx: tokens that are always computed: gaps, suffix, in-context misses, the last token.
         computed_pairs, isolated_pairs: see above.
@@ -91,7 +91,7 @@ class BlendTrace:
     prefix: ChunkTrace | None = None
     chunks: list[ChunkTrace] = field(default_factory=list)
     candidate_idx: torch.Tensor | None = None
-    deviation: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
     selected_idx: torch.Tensor | None = None
     fresh_idx: torch.Tensor | None = None
     computed_pairs: int = 0
@@ -141,7 +141,7 @@ class BlendTrace:
         plain = {name: getattr(self, name) for name in _PLAIN_FIELDS}
         tensors = {
             name: None if (t := getattr(self, name)) is None else t.tolist()
-            for name in ("candidate_idx", "deviation", "selected_idx", "fresh_idx")
+            for name in ("candidate_idx", "scores", "selected_idx", "fresh_idx")
         }
         chunks = {"prefix": self.prefix and vars(self.prefix), "chunks": [vars(chunk) for chunk in self.chunks]}
         return {**plain, **chunks, **tensors, "phase_ms": self.phase_ms}

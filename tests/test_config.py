@@ -29,7 +29,11 @@ def test_defaults_are_the_documented_ones():
         ({"check_layers": (1, 2), "recompute_ratios": (0.1, 0.2)}, "not rise"),
         ({"check_layers": (1, 2)}, "one entry each"),
         ({"deviation": "keys"}, "one of"),
-        ({"chunk_prefix": "filler"}, "one of"),
+        ({"chunk_prefix": "page"}, "one of"),
+        ({"selection": "largest"}, "one of"),
+        ({"score_layers": ()}, "one or more"),
+        ({"score_layers": (-1,)}, "0 or more"),
+        ({"check_layers": (1, 2), "recompute_ratios": (0.2, 0.1)}, 'write selection="kv_deviation"'),
         ({"on_miss": "skip"}, "one of"),
         ({"min_reused_tokens": -1}, "0 or more"),
         ({"separator": "  "}, "visible text"),
@@ -72,7 +76,12 @@ def test_from_env_reads_lmcache_names(caplog):
     with caplog.at_level(logging.INFO, "hfblend"):
         config = BlendConfig.from_env(environ)
     assert config == BlendConfig(
-        enabled=False, separator=" ## ", check_layers=(1, 8), recompute_ratios=(0.3, 0.1), min_reused_tokens=64
+        enabled=False,
+        separator=" ## ",
+        selection="kv_deviation",
+        check_layers=(1, 8),
+        recompute_ratios=(0.3, 0.1),
+        min_reused_tokens=64,
     )
     assert "THRESHOLDS is accepted and not used" in caplog.text
     assert "enable_sparse" in caplog.text
@@ -97,5 +106,5 @@ def test_from_env_names_the_variable_that_cannot_be_read(environ):
 
 def test_recomputes_all_only_at_ratio_1_everywhere():
     assert BlendConfig(recompute_ratios=(1.0,)).recomputes_all
-    assert not BlendConfig(check_layers=(1, 2), recompute_ratios=(1.0, 0.5)).recomputes_all
+    assert not BlendConfig(selection="kv_deviation", check_layers=(1, 2), recompute_ratios=(1.0, 0.5)).recomputes_all
     assert not BlendConfig(check_layers=(), recompute_ratios=()).recomputes_all

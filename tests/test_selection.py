@@ -1,15 +1,31 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
-from helpers import config, generate, make_llama, make_prompt
+from helpers import config, generate, make_llama, make_mistral, make_prompt, store_of_true_kv
 from hypothesis import given
 from hypothesis import strategies as st
 
 import hfblend
-from hfblend.selection import budget, chunk_starts, highest, kv_deviation
+from hfblend.attention import AttentionRecord
+from hfblend.blending import Blending
+from hfblend.models import host_of
+from hfblend.selection import (
+    Evidence,
+    at_random,
+    budget,
+    by_chunk_start,
+    by_position,
+    by_suffix_attention,
+    chunk_starts,
+    highest,
+    interleaved,
+    kv_deviation,
+    mixed,
+)
 
 
 def kv(*values):
@@ -64,16 +80,18 @@ PROMPT = make_prompt()
 
 @pytest.mark.parametrize("deviation", ["value", "key", "key_value"])
 def test_the_tokens_that_deviate_most_are_selected(deviation):
-    trace = hfblend.blend(make_llama(), PROMPT, config=config(0.25, deviation=deviation)).trace
+    trace = hfblend.blend(
+        make_llama(), PROMPT, config=config(0.25, selection="kv_deviation", deviation=deviation)
+    ).trace
     chosen = torch.isin(trace.candidate_idx, trace.selected_idx)
     assert trace.selected_tokens == math.ceil(0.25 * 44) == chosen.sum()
-    assert trace.deviation[chosen].min() >= trace.deviation[~chosen].max()
+    assert trace.scores[chosen].min() >= trace.scores[~chosen].max()
 
 
 def test_gradual_filtering_ranks_only_what_was_kept():
     model = make_llama()
-    first = hfblend.blend(model, PROMPT, config=config(0.5)).trace.selected_idx
-    settings = config(check_layers=(1, 3), recompute_ratios=(0.5, 0.2))
+    first = hfblend.blend(model, PROMPT, config=config(0.5, selection="kv_deviation")).trace.selected_idx
+    settings = config(selection="kv_deviation", check_layers=(1, 3), recompute_ratios=(0.5, 0.2))
     trace = hfblend.blend(model, PROMPT, config=settings).trace
     assert set(trace.selected_idx.tolist()) < set(first.tolist())
     assert trace.selected_tokens == math.ceil(0.2 * 44)
@@ -91,12 +109,12 @@ def test_deviation_of_reused_tokens_is_that_of_a_stock_forward():
     from helpers import full_prefill_kv
 
     model, store = make_llama(), hfblend.MemoryStore()
-    trace = hfblend.blend(model, PROMPT, store=store, config=config(0.2)).trace
+    trace = hfblend.blend(model, PROMPT, store=store, config=config(0.2, selection="kv_deviation")).trace
     full = full_prefill_kv(model, PROMPT.input_ids)[1][1]
     reused = [store.open(chunk.key).layer(1)[1] for chunk in trace.chunks[1:]]
     fresh = [full[:, :, slice(*chunk.span)] for chunk in trace.chunks[1:]]
     expected = (torch.cat(fresh, 2) - torch.cat(reused, 2)).square().sum((1, 3))[0]
-    assert torch.allclose(trace.deviation, expected, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(trace.scores, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_trace_reports_in_plain_words_and_json():
@@ -120,3 +138,131 @@ def test_trace_notes_pieces_that_join_differently(word_tokenizer):
     model = make_llama()
     prompt = hfblend.Prompt.from_texts(word_tokenizer, prefix="w8", chunks=["w9 w10"], suffix="w13")
     assert "tokenise" in hfblend.blend(model, prompt, config=config(0.2)).trace.notes[0]
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------
+
+
+def evidence(candidates, spans=(), **given):
+    return Evidence(torch.tensor(candidates), list(spans), 1, 6, given.pop("config", config()), *given.values())
+
+
+def test_positional_rules_score_by_hand():
+    one = evidence([2, 3, 4, 7, 8, 9], [(2, 5), (7, 10)], kv=None, attention=None)
+    assert by_chunk_start(one).tolist() == [0, -1, -2, 0, -1, -2]
+    assert by_position(one).tolist() == [2, 3, 4, 7, 8, 9]
+    assert torch.equal(at_random(one), at_random(one))
+    assert len(set(at_random(one).tolist())) == 6
+
+
+def test_suffix_attention_averages_heads_over_the_layers_from_a_third_up():
+    asked = []
+
+    def attention(layers):
+        asked.append(layers)
+        return torch.tensor([[[1.0, 0.0], [0.0, 0.0]]] * len(layers))  # (layers, H, N)
+
+    scores = by_suffix_attention(evidence([3, 4], kv=None, attention=attention))
+    assert (asked, scores.tolist()) == ([(2, 3, 4, 5)], [0.5, 0.0])
+    by_suffix_attention(evidence([3, 4], config=config(score_layers=(1, 4)), kv=None, attention=attention))
+    assert asked[-1] == (1, 4)
+
+
+def test_mixed_gives_each_rule_its_share():
+    n = 30
+    front, back = torch.arange(n, 0, -1).float(), torch.arange(n).float()
+    scores = interleaved([front, back], [2, 1])
+    chosen = highest(scores, 9).tolist()
+    assert chosen == [0, 1, 2, 3, 4, 5, 27, 28, 29]
+    assert interleaved([front, torch.full((n,), math.nan)], [1, 1]).isfinite().all()
+    with pytest.raises(ValueError, match="above 0"):
+        mixed({by_position: 0})
+
+
+def true_attention(model, prompt, rows):
+    """(L, H, T): mean attention of `rows` in a stock forward, from Transformers' own eager attention."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    weights = eager(prompt.input_ids, output_attentions=True).attentions
+    return torch.stack([w[0, :, rows].mean(1) for w in weights])
+
+
+@pytest.mark.parametrize("make", [make_llama, make_mistral])
+def test_suffix_attention_over_true_kv_is_the_stock_models(make):
+    model = make()
+    prompt = make_prompt(separator=())  # no gaps: nothing is hidden
+    store = store_of_true_kv(model, prompt)
+    seen = {}
+
+    def rule(evidence):
+        seen["got"] = evidence.suffix_attention(range(4))
+        return by_suffix_attention(evidence)
+
+    trace = hfblend.blend(model, prompt, store=store, config=config(0.2, selection=rule)).trace
+    suffix = list(range(prompt.chunk_spans[-1][1], len(prompt)))
+    expected = true_attention(model, prompt, suffix)[:, :, trace.candidate_idx]
+    assert seen["got"].shape == (4, 4, len(trace.candidate_idx))
+    assert torch.allclose(seen["got"], expected, atol=1e-5)
+    assert torch.allclose(trace.scores, expected[1:].mean((0, 1)), atol=1e-5)
+
+
+def test_gaps_and_chunks_not_yet_computed_are_hidden_from_the_suffix():
+    """With them masked out, what the suffix gives to all other keys sums to one."""
+    model = make_llama()
+    host, store = host_of(model), hfblend.MemoryStore()
+    hfblend.blend(model, make_prompt(order=(1, 0)), store=store, config=config(on_miss="in_context"))
+    state = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.2, on_miss="in_context"))
+    with torch.no_grad():
+        reuse = state.look_up()
+        received = state._suffix_attention((1, 3), host.last_logits, reuse, state.realign(reuse))
+    assert sum(chunk.status == "fresh" for chunk in state.trace.chunks) >= 1
+    suffix_start = PROMPT.chunk_spans[-1][1]
+    hidden = reuse.fresh_idx[reuse.fresh_idx < suffix_start]
+    assert len(hidden) > 10
+    for attention in received.values():
+        assert (attention[:, hidden] == 0).all()
+        assert torch.allclose(attention.sum(-1), torch.ones(4), atol=1e-5)
+    assert state.trace.computed_pairs == 3 * (len(PROMPT) - suffix_start)
+
+
+def test_recording_in_blocks_is_recording_at_once(monkeypatch):
+    model, prompt = make_llama(), make_prompt(suffix=150)
+    store = hfblend.MemoryStore()
+    whole = hfblend.blend(model, prompt, store=store, config=config(0.2)).trace.scores
+    monkeypatch.setattr(AttentionRecord, "ROWS_AT_ONCE", 7)
+    blocks = hfblend.blend(model, prompt, store=store, config=config(0.2)).trace.scores
+    assert torch.allclose(whole, blocks, atol=1e-7)
+
+
+def test_score_pass_is_counted_and_needs_no_pass_over_all_tokens():
+    model, store = make_llama(), hfblend.MemoryStore()
+    for _ in range(2):
+        trace = hfblend.blend(model, PROMPT, store=store, config=config(0.2)).trace
+    suffix = len(PROMPT) - PROMPT.chunk_spans[-1][1]
+    rows = trace.selected_tokens + len(trace.fresh_idx)
+    assert trace.computed_pairs == 3 * suffix + 4 * rows  # the score pass ends at the last layer's attention weights
+
+
+def test_models_whose_attention_cannot_be_recorded_are_ranked_by_deviation(monkeypatch, caplog):
+    model, store = make_llama(), hfblend.MemoryStore()
+    monkeypatch.setattr(type(host_of(model)), "attends_by_position", False)
+    trace = hfblend.blend(model, PROMPT, store=store, config=config(0.2)).trace
+    expected = hfblend.blend(model, PROMPT, store=store, config=config(0.2, selection="kv_deviation")).trace
+    assert torch.equal(trace.selected_idx, expected.selected_idx)
+    assert "cannot be recorded" in trace.notes[0]
+    assert "cannot be recorded" in caplog.text
+
+
+def test_a_rule_of_ones_own():
+    """As in docs/selection.md: one function, one line of config."""
+
+    def by_value_norm(evidence):
+        _, (_, values) = evidence.kv(2)
+        return values.float().square().sum((0, 1, 3))
+
+    trace = hfblend.blend(make_llama(), PROMPT, config=config(0.2, selection=by_value_norm)).trace
+    chosen = torch.isin(trace.candidate_idx, trace.selected_idx)
+    assert trace.selected_tokens == math.ceil(0.2 * 44)
+    assert trace.scores[chosen].min() >= trace.scores[~chosen].max()
+    with pytest.raises(ValueError, match="one score per candidate"):
+        hfblend.blend(make_llama(), PROMPT, config=config(0.2, selection=lambda evidence: torch.zeros(3)))
