@@ -15,19 +15,22 @@ from .encoding import Encoder
 
 
 def filler_text() -> str:
-    """The text: short entries of an encyclopaedia on unrelated subjects, written for this purpose."""
+    """The text: entries as of an encyclopaedia, on unrelated subjects, some of them invented; written for this."""
     return (resources.files("hfblend") / "data" / "filler.txt").read_text(encoding="utf-8")
 
 
-def filler_ids(tokenizer: Any) -> tuple[int, ...]:
+def filler_ids(tokenizer: Any, repeats: int = 2) -> tuple[int, ...]:
     """The filler's token ids, for `BlendConfig(chunk_prefix="filler", filler_ids=...)`.
+
+    Its length matters more than what it says: `docs/quality.md` has the numbers for other texts and lengths.
 
     >>> config = BlendConfig(chunk_prefix="filler", filler_ids=filler_ids(tokenizer))  # doctest: +SKIP
 
     Args:
         tokenizer: the model's; no special tokens are added.
+        repeats: how often the text stands there; once is about 1,900 tokens.
     """
-    return tuple(Encoder(tokenizer)(filler_text()))
+    return tuple(Encoder(tokenizer)(filler_text() * repeats))
 
 
 def require_filler(ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -72,13 +72,18 @@ class LookUp:
             case "prompt":
                 return tuple(self.ids[:prefix_stop])
             case "filler":
-                return (*self.ids[:prefix_stop], *require_filler(self.config.filler_ids))
+                return (*self.ids[:prefix_stop], *self._filler())
             case "none":
                 return ()
         bos = getattr(self.host.config, "bos_token_id", None)
         if bos is None:
             raise ValueError('chunk_prefix="bos" needs a bos_token_id in the model\'s config, which has none.')
         return (bos if isinstance(bos, int) else bos[0],)
+
+    def _filler(self) -> tuple[int, ...]:
+        """The filler, at most as long as half of the context that the model was trained for."""
+        limit = getattr(self.host.config, "max_position_embeddings", None) or len(self.config.filler_ids) * 2
+        return require_filler(self.config.filler_ids)[: limit // 2]
 
     def _find_or_prefill(self, span: Span, behind: tuple[int, ...]) -> tuple[Piece, ChunkTrace]:
         piece, chunk_trace = self._find(span, behind, accepts_in_context=False)
