@@ -17,6 +17,7 @@ from .patching import Blender, patch
 from .prompt import Prompt
 from .store import MemoryStore
 from .trace import BlendTrace
+from .verification import Calibration, Verification, Verify
 
 __version__ = "0.1.0"
 
@@ -25,10 +26,13 @@ __all__ = [
     "BlendResult",
     "BlendTrace",
     "Blender",
+    "Calibration",
     "ChunkKV",
     "MemoryStore",
     "Prompt",
     "UnsupportedModel",
+    "Verification",
+    "Verify",
     "blend",
     "filler_ids",
     "patch",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import resources
 from statistics import median
@@ -20,6 +20,7 @@ from rich.text import Text
 
 from .blending import blend
 from .config import BlendConfig
+from .filler import filler_ids
 from .measures import describe_machine, kl_divergence, teacher_forced_logits, top1_agreement
 from .patching import Blender, patch
 from .prompt import Prompt
@@ -44,12 +45,15 @@ class Method:
         return f"blend {self.recompute_ratio}" if self.name == "blend" else self.name.replace("_", " ")
 
 
+_REUSE = BlendConfig(chunk_prefix="filler", min_reused_tokens=0)
+
+
 def _blend_at(ratio: float) -> Method:
-    return Method("blend", ratio, BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=0))
+    return Method("blend", ratio, replace(_REUSE, recompute_ratios=(ratio,)))
 
 
 FULL_PREFILL = Method("full_prefill", 1.0, BlendConfig(enabled=False))
-FULL_REUSE = Method("full_reuse", 0.0, BlendConfig(check_layers=(), recompute_ratios=(), min_reused_tokens=0))
+FULL_REUSE = Method("full_reuse", 0.0, replace(_REUSE, check_layers=(), recompute_ratios=()))
 METHODS = (FULL_PREFILL, FULL_REUSE, _blend_at(0.15), _blend_at(0.05))
 
 
@@ -138,7 +142,8 @@ def compare(blender: Blender, tokenizer: Any, prompt: Prompt, advance: Callable[
     for method in METHODS:
         logits, share = full_logits, 1.0
         if method is not FULL_PREFILL:
-            result = blend(blender.model, prompt, store=blender.store, config=method.config)
+            config = replace(method.config, filler_ids=filler_ids(tokenizer))
+            result = blend(blender.model, prompt, store=blender.store, config=config)
             logits = teacher_forced_logits(blender.model, prompt.input_ids, forced_ids, result.cache)
             share = result.trace.recomputed_pairs_share
             advance()
@@ -168,7 +173,7 @@ def run_demo(model: Any, tokenizer: Any, model_name: str, console: Console) -> d
     order = list(range(len(data["passages"])))
     forms = (("Passages in order", order), ("The same passages reversed", order[::-1]))
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True))
-    with patch(model) as blender, bar:
+    with patch(model, tokenizer=tokenizer) as blender, bar:
         comparisons = []
         for title, passages in forms:
             task = bar.add_task(title, total=STEPS)

@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType, TracebackType
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -25,11 +25,13 @@ from .blending import Blending
 from .caches import hand_over
 from .config import BlendConfig
 from .fallbacks import Fallback, generate_option, plan
+from .filler import filler_ids, require_filler
 from .models import forget, host_of
-from .prompt import ChunkSpans
+from .prompt import ChunkSpans, Prompt
 from .separator import Separator
 from .store import MemoryStore, Store
 from .trace import BlendTrace
+from .verification import Calibration, Verification, Verifier, Verify, calibrate, verify_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ def patch(
     config: BlendConfig | None = None,
     tokenizer: Any = None,
     store: Store | None = None,
+    verify: Verify | int | None = None,
 ) -> Blender:
     """Lets `model.generate` reuse and blend chunk KV. Only this instance changes, until `remove()`.
 
@@ -73,8 +76,10 @@ def patch(
     Args:
         model: a causal LM in eval mode, on one device.
         config: default `BlendConfig()`; `model.generate(..., blend_config=…)` overrides it for one call.
-        tokenizer: needed only to split plain `input_ids` at a separator given as text.
+        tokenizer: needed to split plain `input_ids` at a separator given as text, and for `chunk_prefix="filler"`.
         store: where chunk KV is kept; default, a `MemoryStore` of its own.
+        verify: after every k-th blended call, compares it with a full prefill of its prompt, and warns (logging, and
+            `trace.verification`) above a bound: `hfblend.Verify(every=50, max_kl=0.1)`, or k alone.
 
     Returns:
         The handle: `trace`, `store`, `config`, `remove()`; also a context manager.
@@ -84,7 +89,7 @@ def patch(
         ValueError: a model in training mode, or already patched; check layers beyond the model.
     """
     config, store = BlendConfig() if config is None else config, MemoryStore() if store is None else store
-    return Blender(model, config, tokenizer, store)
+    return Blender(model, config, tokenizer, store, verify)
 
 
 class Blender:
@@ -95,9 +100,17 @@ class Blender:
         store: where its chunk KV is kept.
     """
 
-    def __init__(self, model: nn.Module, config: BlendConfig, tokenizer: Any, store: Store) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: BlendConfig,
+        tokenizer: Any,
+        store: Store,
+        verify: Verify | int | None = None,
+    ) -> None:
         self.model: Any = model
         self.store, self.tokenizer = store, tokenizer
+        self._verifier = None if verify is None else Verifier(verify)
         self.host = host_of(model)
         if self.host.unwrapped_forward is not None:
             raise ValueError("This model is already patched. Use its blender, or call blender.remove() first.")
@@ -114,8 +127,7 @@ class Blender:
 
     @config.setter
     def config(self, config: BlendConfig) -> None:
-        self._check(config)
-        self._config = config
+        self._config = self._settled(config)
         self._separator = self._separator_of(config)
 
     @property
@@ -123,15 +135,58 @@ class Blender:
         """What the last call of `generate` in this thread did."""
         return getattr(self._traces, "last", None) or BlendTrace()
 
-    def _check(self, config: BlendConfig) -> None:
+    def _settled(self, config: BlendConfig) -> BlendConfig:
+        """The settings, checked against the model, with the filler's ids filled in."""
         if not isinstance(config, BlendConfig):
             raise TypeError(f"config must be a hfblend.BlendConfig, got {type(config).__name__}.")
         config.require_layers(self.host.num_layers)
+        if config.chunk_prefix != "filler" or config.filler_ids:
+            return config
+        return replace(config, filler_ids=require_filler(self._filler_ids))
+
+    @functools.cached_property
+    def _filler_ids(self) -> tuple[int, ...]:
+        return () if self.tokenizer is None else filler_ids(self.tokenizer)
 
     def _separator_of(self, config: BlendConfig) -> Separator | None:
         if config.separator is None or (isinstance(config.separator, str) and self.tokenizer is None):
             return None
         return Separator(config.separator, self.tokenizer)
+
+    # --- against full prefill -------------------------------------------------------------------------------------
+
+    @overload
+    def verify(self, prompts: Prompt, **options: Any) -> Verification: ...
+
+    @overload
+    def verify(self, prompts: Iterable[Prompt], **options: Any) -> list[Verification]: ...
+
+    def verify(self, prompts: Prompt | Iterable[Prompt], **options: Any) -> Verification | list[Verification]:
+        """How far blending a prompt, with this blender's store and settings, is from its full prefill.
+
+        >>> print(blender.verify(prompt))  # doctest: +SKIP
+
+        Args:
+            prompts: one, or several.
+            options: of `hfblend.verification.verify_prompt`.
+
+        Returns:
+            A `hfblend.Verification`; a list of them for several prompts.
+        """
+        if isinstance(prompts, Prompt):
+            return verify_prompt(self.model, prompts, **{"store": self.store, "config": self.config, **options})
+        return [self.verify(prompt, **options) for prompt in prompts]
+
+    def calibrate(self, prompts: Iterable[Prompt], *, max_kl: float, **options: Any) -> Calibration:
+        """The settings with the smallest ratio that keeps the KL from full prefill below `max_kl`; nothing is set.
+
+        >>> blender.config = blender.calibrate(prompts, max_kl=0.05).config  # doctest: +SKIP
+
+        Args:
+            options: of `hfblend.verification.calibrate`.
+        """
+        options = {"store": self.store, "config": self.config, **options}
+        return calibrate(self.model, prompts, max_kl=max_kl, **options)
 
     # --- in and out -----------------------------------------------------------------------------------------------
 
@@ -191,10 +246,8 @@ class Blender:
         **kwargs: Any,
     ) -> Any:
         """Decides whether this call is blended, and runs stock `generate` in that scope."""
-        if blend_config is not None:
-            self._check(blend_config)
         started = time.perf_counter()
-        config = self.config if blend_config is None else blend_config
+        config = self.config if blend_config is None else self._settled(blend_config)
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
             chunk_spans = chunk_spans if isinstance(chunk_spans, ChunkSpans) else ChunkSpans(chunk_spans)
@@ -216,6 +269,9 @@ class Blender:
         if call.input_ids is not None:
             self._fall_back(call, Fallback.NOT_REACHED)
         self._note_end(call, output)
+        if self._verifier is not None and trace.blended and planned.input_ids is not None:
+            prompt = Prompt(planned.input_ids, planned.spans)
+            self._verifier.after(self.model, prompt, self.store, config, trace)
         return output
 
     def _on_device(self, values: Any) -> Any:

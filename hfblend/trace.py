@@ -81,6 +81,8 @@ class BlendTrace:
         computed_pairs, isolated_pairs: see above.
         bytes_reused: bytes of chunk KV that were read to be reused.
         ttft_ms: from the call of `generate` to the first new token on the host; `None` until then.
+        verification: how far this call is from its full prefill, where `patch(verify=...)` had it checked: what
+            `hfblend.Verification` holds, with `max_kl` and `within_bound`; or `{"error": ...}`.
         notes: remarks, one line each.
     """
 
@@ -98,6 +100,7 @@ class BlendTrace:
     isolated_pairs: int = 0
     bytes_reused: int = 0
     ttft_ms: float | None = None
+    verification: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     clock: PhaseClock | None = field(default=None, repr=False)
 
@@ -161,5 +164,6 @@ class BlendTrace:
 
 _PLAIN_FIELDS = (
     "blended", "fallback", "num_tokens", "num_layers", "hits", "misses", "reused_tokens", "selected_tokens",
-    "computed_pairs", "isolated_pairs", "total_pairs", "recomputed_pairs_share", "bytes_reused", "ttft_ms", "notes",
+    "computed_pairs", "isolated_pairs", "total_pairs", "recomputed_pairs_share", "bytes_reused", "ttft_ms",
+    "verification", "notes",
 )  # fmt: skip

@@ -304,3 +304,18 @@ def test_other_forwards_wait_while_attention_is_switched():
             order.append("pass")
     thread.join()
     assert order == ["pass", "other"]
+
+
+def test_filler_ids_come_from_the_tokenizer(word_tokenizer):
+    model = make_llama()
+    settings = config(0.25, chunk_prefix="filler")
+    with pytest.raises(ValueError, match="Give patch\\(\\) a tokenizer"):
+        hfblend.patch(model, config=settings)
+    with hfblend.patch(model, tokenizer=word_tokenizer) as blender:
+        generate(model, PROMPT.inputs(), blend_config=settings)
+        entry = blender.store.open(blender.trace.chunks[0].key)
+        assert entry.behind_ids[len(PROMPT.prefix_ids) :] == hfblend.filler_ids(word_tokenizer)[:1024]
+        blender.config = settings
+        assert blender.config.filler_ids == hfblend.filler_ids(word_tokenizer)
+        generate(model, PROMPT.inputs())
+        assert blender.trace.hits == 3
