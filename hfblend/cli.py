@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from . import __version__
 
@@ -53,3 +54,111 @@ def demo(
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         console.print(f"Wrote {json_file}")
+
+
+@app.command()
+def verify(
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            help='JSON list of {"prefix", "chunks", "suffix"} or {"question", "ctxs"}.', exists=True, dir_okay=False
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
+    ] = None,
+    ratio: Annotated[float, typer.Option(help="Share of the reused tokens to recompute.")] = 0.15,
+    selection: Annotated[
+        str | None, typer.Option(help="The rule that selects them.", show_default="BlendConfig's")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="In nats; exit code 1 if a prompt's mean KL is above.")] = None,
+    num_tokens: Annotated[int, typer.Option(min=1, help="Answer tokens to compare.")] = 16,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    device: Annotated[str | None, typer.Option(help="As torch names it.", show_default="GPU if any, else CPU")] = None,
+) -> None:
+    """Blend the prompts of a file and say how far each is from its full prefill."""
+    from . import demo_model
+    from . import verification_report as report
+    from .config import BlendConfig
+    from .host import UnsupportedModel
+
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"the folder of {json_file} does not exist; create it first.", param_hint="--json")
+    chosen: dict[str, Any] = {} if selection is None else {"selection": selection}
+    try:
+        config = BlendConfig(recompute_ratios=(ratio,), **chosen)
+        loaded, tokenizer = demo_model.load(model, device)
+        read = report.read_prompts(prompts, tokenizer)
+    except (OSError, ImportError, RuntimeError, ValueError) as error:  # torch names a wrong device by a RuntimeError
+        raise typer.BadParameter(str(error)) from error
+    try:
+        found = report.verify_prompts(loaded, read, config, num_tokens, console)
+    except UnsupportedModel as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+    console.print(report.table_of(found, max_kl))
+    if json_file is not None:
+        figures = report.as_json(found, loaded, model or demo_model.HUB_NAME, config, max_kl)
+        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        console.print(f"Wrote {json_file}")
+    if any(report.is_above(one, max_kl) for one in found):
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[str, typer.Option(help="File of questions, or a name: musique, 2wikimqa, hotpotqa, samsum, …")],
+    n: Annotated[int, typer.Option(help="How many questions.", min=1)] = 40,
+    skip: Annotated[int, typer.Option(help="Leave out the first questions.", min=0)] = 0,
+    methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = "full_prefill,full_reuse,kv_deviation,hfblend",
+    ratios: Annotated[str, typer.Option(help="Recompute ratios, separated by commas.")] = "0.05,0.15,0.3",
+    max_context: Annotated[int, typer.Option(help="Tokens of the longest prompt.", min=1)] = 6500,
+    answer_tokens: Annotated[int, typer.Option(help="Of greedy answers, for F1; 0 measures none.", min=0)] = 32,
+    baseline: Annotated[
+        str | None, typer.Option(help="Method that KL is compared with.", show_default="kv_deviation if measured")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap and of methods that draw.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="As torch names it.", show_default="GPU if any, else CPU")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="As torch names it.", show_default="float32 on a CPU, else bfloat16")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw KL against cost into this file (.png).")] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="Keep every measurement here; what is there is not measured again.")
+    ] = None,
+) -> None:
+    """Measure methods on questions: closeness to full prefill, answers, time to first token."""
+    from . import demo_model
+    from .baselines import METHODS
+    from .evaluation import command
+    from .evaluation.runner import Settings
+
+    try:
+        outputs = command.Outputs(json_file, markdown, plot, records)
+        outputs.check()
+        settings = Settings(max_context, answer_tokens, seed)
+        ratio_values = [float(ratio) for ratio in _names(ratios)]
+        asked = command.prepare(data, n, skip, _names(methods), ratio_values, baseline, settings, METHODS)
+        loaded, tokenizer = demo_model.load(model, device, _dtype(dtype))
+        command.evaluate(asked, loaded, tokenizer, model or demo_model.HUB_NAME, outputs, console)
+    except (OSError, ImportError, ValueError) as error:
+        console.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+def _names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
+def _dtype(name: str | None) -> Any:
+    """The floating-point type that torch knows by this name."""
+    import torch
+
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype must be a floating-point type of torch such as float32 or bfloat16, got {name!r}.")
+    return dtype

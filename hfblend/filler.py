@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from importlib import resources
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from .encoding import Encoder
+
+_known: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionary()  # tokenizer -> repeats -> ids
 
 
 def filler_text() -> str:
@@ -30,7 +33,10 @@ def filler_ids(tokenizer: Any, repeats: int = 2) -> tuple[int, ...]:
         tokenizer: the model's; no special tokens are added.
         repeats: how often the text stands there; once is about 1,900 tokens.
     """
-    return tuple(Encoder(tokenizer)(filler_text() * repeats))
+    known = _known.setdefault(tokenizer, {})
+    if repeats not in known:
+        known[repeats] = tuple(Encoder(tokenizer)(filler_text() * repeats))
+    return known[repeats]
 
 
 def require_filler(ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,0 +1,110 @@
+"""The file of measurements: a header line that says what they are of, then one JSON line per measurement."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+Key = tuple[int, str, float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question by one method at one ratio.
+
+    Attributes:
+        question: index in the data.
+        tokens: of the prompt.
+        kl: KL(full prefill || this) in nats, mean over the forced tokens.
+        top1_agreement: share of forced tokens with full prefill's most likely token.
+        ttft_ms: from the call to the first token on the host, chunk KV already stored.
+        recomputed_pairs_share: computed (token, layer) pairs over those of a full prefill.
+        answer, f1, f1_ids, rouge_l: `None` where not asked for, or not of this task.
+    """
+
+    question: int
+    method: str
+    ratio: float
+    tokens: int
+    kl: float
+    top1_agreement: float
+    ttft_ms: float
+    recomputed_pairs_share: float
+    answer: str | None = None
+    f1: float | None = None
+    f1_ids: float | None = None
+    rouge_l: float | None = None
+
+    @property
+    def key(self) -> Key:
+        """What is measured once."""
+        return self.question, self.method, self.ratio
+
+
+class RecordFile:
+    """Records on disk, appended as they are measured; opening the file again finds them.
+
+    >>> records = RecordFile(Path("records.jsonl"), {"model": "SmolLM2-135M-Instruct"})  # doctest: +SKIP
+
+    Args:
+        path: made with its header if it does not exist; `None` keeps the records in memory.
+        header: plain values that say what is measured.
+
+    Raises:
+        ValueError: the file was begun with another header, or holds something else.
+    """
+
+    def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
+        self.path, self.found = path, dict[Key, Record]()
+        header = json.loads(json.dumps(dict(header)))
+        if path is None:
+            return
+        lines = _whole_lines(path)
+        if lines:
+            _require_same_header(path, lines[0], header)
+            self.found = {record.key: record for record in (_record(path, line) for line in lines[1:])}
+        else:
+            _append(path, {"header": header})
+
+    def add(self, record: Record) -> None:
+        """Keeps a record, on disk at once."""
+        self.found[record.key] = record
+        if self.path is not None:
+            _append(self.path, asdict(record))
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The file's lines; a last one that was cut off (the run was killed while it wrote) leaves the file."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return whole.split("\n")[:-1]
+
+
+def _require_same_header(path: Path, line: str, header: Mapping[str, Any]) -> None:
+    try:
+        there = json.loads(line)["header"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a file of records: its first line has no header.") from error
+    differing = sorted(name for name in {*there, *header} if there.get(name) != header.get(name))
+    if differing:
+        differences = "; ".join(f"{name}: {there.get(name)!r} there, {header.get(name)!r} now" for name in differing)
+        raise ValueError(f"{path} holds records of another run ({differences}). Give --records another file.")
+
+
+def _record(path: Path, line: str) -> Record:
+    try:
+        return Record(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds a line that is no record: {line[:80]!r}.") from error
+
+
+def _append(path: Path, values: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")

@@ -1,0 +1,500 @@
+"""`hfblend eval`: data, metrics by hand, the runner on a tiny model, files that resume, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import make_llama, make_mistral
+from typer.testing import CliRunner
+
+import hfblend
+from hfblend import demo_model
+from hfblend.baselines import METHODS
+from hfblend.cli import app
+from hfblend.evaluation import data, metrics, report, runner
+from hfblend.evaluation.records import Record, RecordFile
+from hfblend.evaluation.runner import Runner, Settings, methods_named, rows_of
+from hfblend.evaluation.summary import summarize
+from hfblend.measures import kl_divergence, teacher_forced_logits, top1_agreement
+
+FIRST_KEYS = ["method", "ratio", "n", "kl", "kl_ci95", "top1_agreement", "f1", "ttft_ms", "recomputed_pairs_share"]
+
+
+def words(seed, count=24):
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(6, 97, (count,), generator=generator).tolist())
+
+
+def question_rows(count=3, passages=4):
+    return [
+        {
+            "question": words(100 + q, 5),
+            "answers": [words(200 + q, 3)],
+            "ctxs": [{"title": "", "text": words(10 * q + p)} for p in range(passages)],
+        }
+        for q in range(count)
+    ]
+
+
+def write_json(path, rows):
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+MUSIQUE_ROW = {"input": "Who?", "answers": ["Ann"], "context": "Passage 1:\nTitle\nText\u2028one.\nPassage 2:\nTwo.\n"}
+SAMSUM_ROW = {
+    "input": "Dialogue: Al: Hi\nSummary: ",
+    "answers": ["Al greets."],
+    "context": "Dialogue: Bo: Bye\nSummary: Bo leaves.\nDialogue: Cy: Yes\nSummary: Cy agrees.",
+}
+NEWS_ROW = {"input": "", "answers": ["All news."], "context": "Passage 1:\nOne.\n\nPassage 2:\nTwo."}
+
+
+def test_json_of_the_research_repository(tmp_path):
+    row = {"question": "Who?", "answers": ["Ann", "A."], "ctxs": [{"title": "T", "text": "x"}, {"text": "y"}]}
+    assert data.load(str(write_json(tmp_path / "q.json", [row]))) == [
+        data.Example("Who?", ("Ann", "A."), ("T\nx", "y"), data.QA)
+    ]
+
+
+@pytest.mark.parametrize("write", [write_json, write_jsonl])
+def test_longbench_form_is_split_into_its_passages(tmp_path, write):
+    qa, dialogue, news = data.load_json(write(tmp_path / "file", [MUSIQUE_ROW, SAMSUM_ROW, NEWS_ROW]))
+    assert qa == data.Example("Who?", ("Ann",), ("Title\nText\u2028one.", "Two."), data.QA)
+    assert dialogue.passages == ("Dialogue: Bo: Bye\nSummary: Bo leaves.", "Dialogue: Cy: Yes\nSummary: Cy agrees.")
+    assert (dialogue.task, news.task, news.passages) == (data.DIALOGUE, data.NEWS, ("One.", "Two."))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1,", "neither JSON nor JSON lines"),
+        ("[]", "got an empty list"),
+        ("3", "got no list"),
+        ("[3]", r"question 0: expected an object with 'ctxs' or 'context', got 3"),
+        ('[{"ctxs": [{"text": "x"}], "answers": ["a"]}]', "'question' must be a text, got None"),
+        ('[{"question": "q", "ctxs": [{"text": "x"}], "answers": "a"}]', "'answers' must be a list of texts, got 'a'"),
+        ('[{"question": "q", "ctxs": [{"title": "x"}], "answers": ["a"]}]', "list of objects with a 'text'"),
+        ('[{"question": "q", "ctxs": [{"text": " "}], "answers": ["a"]}]', "no passage has any text"),
+        ('[{"input": "q", "context": "plain", "answers": ["a"]}]', "no line 'Passage 1:'"),
+        ('[{"input": "q", "context": 3, "answers": ["a"]}]', "'context' must be a text, got 3"),
+    ],
+)
+def test_malformed_data_is_refused_with_its_place(tmp_path, text, message):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        data.load_json(tmp_path / "bad.json")
+    assert "bad.json" in str(caught.value)
+
+
+def test_named_set_comes_from_longbench_through_datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    local, asked = write_jsonl(tmp_path / "rows.jsonl", [SAMSUM_ROW]), []
+
+    def load_local(builder, data_files, split):
+        asked.append((builder, data_files, split))
+        return original("json", data_files=str(local), split=split, cache_dir=str(tmp_path / "cache"))
+
+    original = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load_local)
+    assert data.load("samsum") == data.load_json(local)
+    ((builder, files, split),) = asked
+    assert (builder, split) == ("parquet", "train")
+    assert files.startswith("hf://datasets/THUDM/LongBench@")
+    assert "/samsum/" in files
+
+
+def test_missing_datasets_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'hfblend\[eval\]'"):
+        data.load("musique")
+
+
+def test_unknown_source_lists_the_names():
+    with pytest.raises(ValueError, match="musique, 2wikimqa, hotpotqa, samsum, multi_news"):
+        data.load("nowhere.json")
+    with pytest.raises(ValueError, match="Unknown set 'trivia'"):
+        data.load_named("trivia")
+
+
+def test_passages_are_dropped_whole_from_the_end_and_logged(word_tokenizer, caplog):
+    example = data.Example("w6 w7", ("w8",), tuple(words(i, 20) for i in range(4)))
+    whole = data.to_prompt(word_tokenizer, example, 1000)
+    assert len(whole.chunk_spans) == 4
+    assert not caplog.records
+    shorter = data.to_prompt(word_tokenizer, example, len(whole) - 1)
+    assert shorter.chunk_ids == whole.chunk_ids[:3]
+    assert shorter.suffix_ids == whole.suffix_ids
+    assert "Dropped the last 1 of 4 passages" in caplog.text
+    with pytest.raises(ValueError, match=r"with one passage has 3\d tokens, more than the 10 allowed"):
+        data.to_prompt(word_tokenizer, example, 10)
+
+
+def test_a_chat_prompt_reads_as_documented(word_tokenizer):
+    word_tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    prompt = data.to_prompt(word_tokenizer, data.Example("w9", ("w8",), ("w6", "w7")), 100)
+    expected = "<s>Passages:\nw6\n\nw7\n\nQuestion: w9\nAnswer with a few words.</s>"
+    assert prompt.ids == word_tokenizer(expected, add_special_tokens=False)["input_ids"]
+    summary = data.to_prompt(word_tokenizer, data.Example("w9", ("w8",), ("w6",), data.DIALOGUE), 100)
+    assert word_tokenizer.decode(summary.suffix_ids) == "w9 </s>"
+
+
+def test_digest_tells_data_apart():
+    one, other = data.Example("q", ("a",), ("p",)), data.Example("q", ("a",), ("p.",))
+    assert data.digest([one]) == data.digest([data.Example("q", ("a",), ("p",))])
+    assert len({data.digest(examples) for examples in ([one], [other], [one, other], [other, one])}) == 4
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def test_normalize_answer():
+    assert metrics.normalize_answer("The U.S.  and an Apple!") == "us and apple"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("Exeter College", "the Exeter college.", 1.0),
+        ("at Exeter College", "Exeter College", 0.8),  # precision 2/3, recall 1
+        ("b b c", "b c c d", 4 / 7),  # each word as often as both have it
+        ("Paris", "London", 0.0),
+        ("the", "", 1.0),  # both empty once normalised
+        ("Paris", "", 0.0),
+    ],
+)
+def test_f1_of_words_by_hand(answer, reference, expected):
+    assert metrics.f1_words(answer, reference) == pytest.approx(expected)
+
+
+def test_f1_of_ids_counts_ids_without_special_tokens(word_tokenizer):
+    assert metrics.f1_ids("w6 w7 w8", "W6 w7", word_tokenizer) == pytest.approx(0.8)
+    assert metrics.f1_ids("w6", "w9", word_tokenizer) == 0.0
+    assert metrics.f1_ids("x", "y", word_tokenizer) == 1.0  # both are [UNK]: the words' F1 is 0
+
+
+def test_best_takes_the_highest_reference_and_the_first_line_is_scored():
+    assert metrics.best(metrics.f1_words, "Ann Lee", ["Bob", "Ann", "Ann Lee"]) == 1.0
+    assert metrics.first_line("\n Ann Lee \nQuestion: more") == "Ann Lee"
+    assert metrics.first_line("") == ""
+
+
+def test_rouge_l_by_hand():
+    pytest.importorskip("rouge_score")
+    # longest common subsequence: "one three four"; precision 3/4, recall 3/5
+    assert metrics.rouge_l("one three four six", "one two three four five") == pytest.approx(2 / 3)
+
+
+def test_missing_rouge_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    with pytest.raises(ImportError, match=r"pip install 'hfblend\[eval\]'"):
+        metrics.rouge_l("a", "b")
+
+
+def test_bootstrap_is_deterministic_and_near_the_normal_interval():
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = metrics.bootstrap_mean_ci(values.tolist(), seed=3)
+    assert (low, high) == metrics.bootstrap_mean_ci(values.tolist(), seed=3)
+    assert (low, high) != metrics.bootstrap_mean_ci(values.tolist(), seed=4)
+    half = 1.96 * (values.std() / math.sqrt(200)).item()
+    assert low == pytest.approx(values.mean().item() - half, abs=0.02)
+    assert high == pytest.approx(values.mean().item() + half, abs=0.02)
+
+
+def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 500)
+    samples = torch.rand(200, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    intervals = [metrics.bootstrap_mean_ci(row.tolist(), seed) for seed, row in enumerate(samples)]
+    covered = sum(low <= 0.5 <= high for low, high in intervals)
+    assert 0.9 <= covered / 200 <= 0.99
+
+
+def test_ratio_interval_pairs_the_questions():
+    baseline = torch.rand(30, generator=torch.Generator().manual_seed(2)).add(0.01).tolist()
+    low, high = metrics.bootstrap_ratio_ci([value * 0.25 for value in baseline], baseline)
+    assert low == pytest.approx(0.25)
+    assert high == pytest.approx(0.25)  # resampling values instead of questions would spread it
+    with pytest.raises(ValueError, match="got 1 and 2 values"):
+        metrics.bootstrap_ratio_ci([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="at least one value"):
+        metrics.bootstrap_mean_ci([])
+
+
+# --- runner ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def examples(tmp_path):
+    return data.load_json(write_json(tmp_path / "questions.json", question_rows()))
+
+
+def run(tokenizer, examples, names, ratios=(0.15,), records=None, model=None, questions=None, **settings):
+    records = records or RecordFile(None, {})
+    rows = rows_of(methods_named(names, METHODS), ratios)
+    measured = Runner(model or make_llama(), tokenizer, examples, Settings(**settings), records)
+    return measured.run(range(len(examples)) if questions is None else questions, rows)
+
+
+def test_every_method_is_measured(word_tokenizer, examples):
+    records = run(word_tokenizer, examples, list(METHODS), questions=[1], forced_tokens=4)
+    records += run(word_tokenizer, examples, ["kv_deviation"], (0.5,), questions=[1], forced_tokens=4)
+    expected = [(1, m.name, 0.15 if m.takes_ratio else m.fixed_ratio) for m in METHODS.values()]
+    assert [record.key for record in records] == [*expected, (1, "kv_deviation", 0.5)]
+    assert all(record.ttft_ms > 0 and 0 <= record.top1_agreement <= 1 for record in records)
+    by_key = {(record.method, record.ratio): record for record in records}
+    full, exact = by_key["full_prefill", 1.0], by_key["prefix_reuse", 1.0]
+    assert (full.kl, full.top1_agreement, full.recomputed_pairs_share) == (0.0, 1.0, 1.0)
+    assert exact.kl < 1e-6
+    assert exact.recomputed_pairs_share < 1
+    assert by_key["full_reuse", 0.0].kl > 1e-6
+    assert by_key["kv_deviation", 0.15].recomputed_pairs_share < by_key["kv_deviation", 0.5].recomputed_pairs_share
+
+
+def test_figures_equal_those_of_plain_calls(word_tokenizer, examples):
+    (record,) = run(word_tokenizer, examples, ["kv_deviation"], questions=[0])
+    model, prompt = make_llama(), data.to_prompt(word_tokenizer, examples[0], 6500)
+    stock = model.generate(prompt.input_ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    forced = stock[0, len(prompt) :].tolist()
+    result = hfblend.blend(model, prompt, config=METHODS["kv_deviation"].config(0.15))
+    full = teacher_forced_logits(model, prompt.input_ids, forced)
+    blended = teacher_forced_logits(model, prompt.input_ids, forced, result.cache)
+    assert record.kl == pytest.approx(kl_divergence(full, blended).mean().item(), rel=1e-3)
+    assert record.top1_agreement == top1_agreement(full, blended)
+    assert record.tokens == len(prompt)
+
+
+@pytest.mark.parametrize("make", [make_llama, make_mistral])
+def test_answer_after_teacher_forcing_equals_a_fresh_blend(word_tokenizer, examples, make):
+    model = make()
+    (record,) = run(word_tokenizer, examples, ["full_reuse"], model=model, questions=[0], answer_tokens=12)
+    prompt = data.to_prompt(word_tokenizer, examples[0], 6500)
+    config = hfblend.BlendConfig(check_layers=(), recompute_ratios=())
+    cache = hfblend.blend(model, prompt, config=config).cache
+    output = model.generate(
+        prompt.input_ids,
+        attention_mask=torch.ones_like(prompt.input_ids),
+        past_key_values=cache,
+        max_new_tokens=12,
+        do_sample=False,
+    )
+    assert record.answer == word_tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
+    assert record.f1 == metrics.f1_words(record.answer, examples[0].answers[0])
+    assert record.f1_ids is not None
+
+
+def test_summaries_are_scored_by_rouge_l(word_tokenizer):
+    pytest.importorskip("rouge_score")
+    example = data.Example("", (words(3, 4),), (words(1), words(2)), data.NEWS)
+    (record,) = run(word_tokenizer, [example], ["full_prefill"], answer_tokens=6)
+    assert record.f1 is None
+    assert record.rouge_l == pytest.approx(metrics.rouge_l(record.answer, example.answers[0]))
+
+
+def test_text_from_elsewhere_is_a_passage_of_the_next_question(word_tokenizer, examples, monkeypatch):
+    seen = []
+
+    class Spy:
+        name, takes_ratio, fixed_ratio = "spy", False, 0.5
+
+        def blend(self, model, prompt, ratio, store, *, tokenizer, elsewhere=()):
+            seen.append((ratio, elsewhere, store))
+            return hfblend.blend(model, prompt, store=store)
+
+    rows = rows_of([Spy()], (0.1, 0.2))
+    Runner(make_llama(), word_tokenizer, examples, Settings(), RecordFile(None, {})).run([1, 2], rows)
+    assert [ratio for ratio, _, _ in seen] == [0.5] * 4  # a warming call and a measured one, twice
+    expected = [word_tokenizer(f"{examples[i].passages[0]}\n\n")["input_ids"] for i in (2, 2, 0, 0)]
+    assert [list(elsewhere) for _, elsewhere, _ in seen] == expected
+    assert seen[0][2] is seen[1][2] is not seen[2][2]
+
+
+def test_unknown_methods_are_refused_with_the_list():
+    with pytest.raises(ValueError, match=r"unknown: magic\. The methods are .*full_prefill.*kv_deviation"):
+        methods_named(["full_reuse", "magic"], METHODS)
+    with pytest.raises(ValueError, match="none named"):
+        methods_named([], METHODS)
+
+
+# --- records --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_blends_nothing(word_tokenizer, examples, tmp_path, monkeypatch):
+    file, header = tmp_path / "records.jsonl", {"model": "tiny"}
+    first = run(word_tokenizer, examples, ["full_reuse", "epic"], records=RecordFile(file, header))
+    assert len(file.read_text().splitlines()) == 1 + 3 * 2
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "_Question", refuse)
+        assert run(word_tokenizer, examples, ["full_reuse", "epic"], records=RecordFile(file, header)) == first
+    more = run(word_tokenizer, examples, ["full_reuse", "epic"], (0.15, 0.5), RecordFile(file, header))
+    assert [record for record in more if record.ratio != 0.5] == first
+    assert len(file.read_text().splitlines()) == 1 + 3 * 3
+
+
+def test_a_run_cut_off_while_it_wrote_goes_on(word_tokenizer, examples, tmp_path):
+    file = tmp_path / "records.jsonl"
+    whole = run(word_tokenizer, examples, ["full_reuse"], records=RecordFile(file, {}))
+    file.write_text(file.read_text()[:-20])
+    assert len(RecordFile(file, {}).found) == 2
+    again = run(word_tokenizer, examples, ["full_reuse"], records=RecordFile(file, {}))
+    assert again[:2] == whole[:2]
+    assert again[2].kl == pytest.approx(whole[2].kl, rel=1e-4)
+    assert len(RecordFile(file, {}).found) == 3
+
+
+def test_records_of_another_run_are_refused(tmp_path):
+    file = tmp_path / "records.jsonl"
+    RecordFile(file, {"model": "one", "data": {"digest": "x"}})
+    with pytest.raises(ValueError, match=r"another run \(model: 'one' there, 'two' now\)"):
+        RecordFile(file, {"model": "two", "data": {"digest": "x"}})
+    file.write_text("no header\n")
+    with pytest.raises(ValueError, match="not a file of records"):
+        RecordFile(file, {})
+    file.write_text('{"header": {}}\n{"question": 1}\n')
+    with pytest.raises(ValueError, match="a line that is no record"):
+        RecordFile(file, {})
+
+
+# --- rows, table, picture ---------------------------------------------------------------------------------------------
+
+
+def record(question, method, ratio, kl, ttft_ms=10.0, **scores):
+    return Record(question, method, ratio, 100, kl, 0.75, ttft_ms, 0.5, **scores)
+
+
+def rows_by_hand():
+    full = [record(q, "full_prefill", 1.0, 0.0, ttft_ms=20.0 + q) for q in (0, 1, 2)]
+    old = [record(q, "kv_deviation", 0.1, kl) for q, kl in enumerate((0.2, 0.4, 0.6))]
+    new = [record(q, "hfblend", 0.1, kl, 10.0, f1=q / 2) for q, kl in enumerate((0.1, 0.2, 0.3))]
+    other = [record(q, "hfblend", 0.2, 0.1) for q in (0, 1, 2)]
+    return summarize(full + old + new + other, baseline="kv_deviation")
+
+
+def test_rows_by_hand():
+    full, old, new = rows_by_hand()[:3]
+    assert list(new)[: len(FIRST_KEYS)] == FIRST_KEYS
+    assert (full["kl"], full["kl_ci95"], full["ttft_speedup"]) == (0.0, [0.0, 0.0], 1.0)
+    assert (new["n"], new["kl"], new["f1"], new["ttft_ms"]) == (3, pytest.approx(0.2), 0.5, 10.0)
+    assert new["kl_ci95"][0] < 0.2 < new["kl_ci95"][1]
+    assert new["kl_vs_baseline"] == pytest.approx(0.5)
+    assert new["kl_vs_baseline_ci95"] == pytest.approx([0.5, 0.5])
+    assert (old["kl_vs_baseline"], old["f1"]) == (1.0, None)
+    assert new["ttft_speedup"] == pytest.approx(2.1)  # the median of 2.0, 2.1 and 2.2
+
+
+def test_a_baseline_is_compared_at_its_own_ratio():
+    other = rows_by_hand()[3]  # ratio 0.2, where the baseline has only one row: that one
+    assert other["kl_vs_baseline"] == pytest.approx(0.25)
+    two = [record(0, "kv_deviation", ratio, 0.2) for ratio in (0.1, 0.3)] + [record(0, "full_reuse", 0.0, 0.4)]
+    assert summarize(two, "kv_deviation")[2]["kl_vs_baseline"] is None
+    assert summarize(two)[0]["kl_vs_baseline"] is None
+
+
+def test_markdown_table_leaves_out_empty_columns():
+    lines = report.markdown_table(rows_by_hand()).splitlines()
+    assert len(lines) == 2 + 4
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert "F1" in lines[0]
+    assert "ROUGE-L" not in lines[0]
+    assert "0.2000 [" in lines[4]
+
+
+def test_labels_are_spread():
+    assert report.spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+    spread = report.spread([0.1, 0.5, 0.52, 0.55, 0.9], 0.1)
+    assert all(high - low >= 0.1 - 1e-9 for low, high in pairwise(spread))
+    assert (spread[0], spread[4]) == (0.1, 0.9)
+
+
+def test_missing_matplotlib_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'hfblend\[eval\]'"):
+        report.require_matplotlib()
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, word_tokenizer):
+    """Runs `hfblend eval` on a tiny model; arguments -> outcome."""
+    monkeypatch.setattr(demo_model, "load", lambda model, device, dtype: (make_llama(), word_tokenizer))
+    source = write_json(tmp_path / "questions.json", question_rows())
+
+    def invoke(*arguments, data=str(source)):
+        return CliRunner().invoke(app, ["eval", "--data", data, *arguments])
+
+    return invoke
+
+
+def test_the_command_writes_every_file(evaluate, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "md", "png", "jsonl")}
+    outcome = evaluate(
+        *("--n", "2", "--skip", "1", "--methods", "full_prefill,kv_deviation,hfblend", "--ratios", "0.1,0.3"),
+        *("--json", str(files["json"]), "--markdown", str(files["md"]), "--plot", str(files["png"])),
+        *("--records", str(files["jsonl"]), "--answer-tokens", "4"),
+    )
+    assert outcome.exit_code == 0, outcome.output
+    results = json.loads(files["json"].read_text())
+    assert [(row["method"], row["ratio"]) for row in results["rows"]] == [
+        ("full_prefill", 1.0), ("kv_deviation", 0.1), ("kv_deviation", 0.3), ("hfblend", 0.1), ("hfblend", 0.3),
+    ]  # fmt: skip
+    assert all(list(row)[: len(FIRST_KEYS)] == FIRST_KEYS and row["n"] == 2 for row in results["rows"])
+    assert (results["dtype"], results["questions"], results["baseline"]) == ("float32", [1, 3], "kv_deviation")
+    assert results["rows"][1]["kl_vs_baseline"] == 1.0
+    assert results["rows"][0]["f1"] is not None
+    assert report.markdown_table(results["rows"]) in files["md"].read_text()
+    assert "| full_prefill | 1 | 2 |" in outcome.output
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert len(files["jsonl"].read_text().splitlines()) == 1 + 2 * 5
+
+
+def test_the_command_refuses_the_records_of_other_settings(evaluate, tmp_path):
+    arguments = ("--n", "1", "--methods", "full_reuse", "--records", str(tmp_path / "r.jsonl"))
+    assert evaluate(*arguments).exit_code == 0
+    outcome = evaluate(*arguments, "--max-context", "6000")
+    assert outcome.exit_code == 2
+    assert "holds records of another run (settings:" in " ".join(outcome.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "magic"), "unknown: magic"),
+        (("--ratios", "0.1,1.5"), "shares in [0, 1], got [1.5]"),
+        (("--ratios", "much"), "'much'"),
+        (("--skip", "3"), "No question is left"),
+        (("--baseline", "epic"), "'epic' is not among the methods"),
+        (("--json", "/missing/out.json"), "does not exist"),
+        (("--dtype", "int8"), "got 'int8'"),
+        (("--max-context", "9"), "more than the 9 allowed"),
+    ],
+)
+def test_bad_input_is_said_without_a_stack_trace(evaluate, arguments, message):
+    outcome = evaluate(*arguments)
+    assert outcome.exit_code == 2
+    assert message in " ".join(outcome.output.split())
+    assert "Traceback" not in outcome.output
+
+
+def test_missing_package_ends_the_command_with_1(evaluate, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    outcome = evaluate(data="musique")
+    assert outcome.exit_code == 1
+    assert "hfblend[eval]" in outcome.output
