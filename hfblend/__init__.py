@@ -9,6 +9,7 @@ Importing has no effect; `patch` touches one model instance, never a class.
 """
 
 from .blending import BlendResult, blend
+from .calibration import Calibration
 from .chunks import ChunkKV, prefill_chunk
 from .config import BlendConfig
 from .filler import filler_ids
@@ -17,7 +18,7 @@ from .patching import Blender, patch
 from .prompt import Prompt
 from .store import MemoryStore
 from .trace import BlendTrace
-from .verification import Calibration, Verification, Verify
+from .verification import Verification, Verify
 
 __version__ = "0.1.0"
 

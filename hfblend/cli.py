@@ -104,12 +104,17 @@ def verify(
         raise typer.Exit(1)
 
 
+_EVALUATED = "full_prefill,full_reuse,kv_deviation,hfblend"
+
+
 @app.command("eval")
 def evaluate(
     data: Annotated[str, typer.Option(help="File of questions, or a name: musique, 2wikimqa, hotpotqa, samsum, …")],
     n: Annotated[int, typer.Option(help="How many questions.", min=1)] = 40,
     skip: Annotated[int, typer.Option(help="Leave out the first questions.", min=0)] = 0,
-    methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = "full_prefill,full_reuse,kv_deviation,hfblend",
+    methods: Annotated[
+        str, typer.Option(help="Names, separated by commas.")
+    ] = "full_prefill,full_reuse,kv_deviation,hfblend",
     ratios: Annotated[str, typer.Option(help="Recompute ratios, separated by commas.")] = "0.05,0.15,0.3",
     max_context: Annotated[int, typer.Option(help="Tokens of the longest prompt.", min=1)] = 6500,
     answer_tokens: Annotated[int, typer.Option(help="Of greedy answers, for F1; 0 measures none.", min=0)] = 32,

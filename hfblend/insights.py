@@ -25,12 +25,12 @@ from torch import nn
 from .attention import AttentionRecord, attention_weights
 from .blending import Blending
 from .caches import KV, BlendingCache, RecordingCache, StopForward
+from .calibration import with_ratio
 from .config import BlendConfig
 from .models import BlendableModel, host_of
 from .prompt import Prompt
 from .selection import kv_deviation
 from .store import MemoryStore, Store
-from .verification import with_ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

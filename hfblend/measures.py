@@ -31,7 +31,7 @@ def kl_divergence(full_logits: torch.Tensor, other_logits: torch.Tensor) -> torc
     """
     _require_same_shape(full_logits, other_logits)
     log_p, log_q = full_logits.float().log_softmax(-1), other_logits.float().log_softmax(-1)
-    return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).clamp_min(0)
 
 
 def top1_agreement(full_logits: torch.Tensor, other_logits: torch.Tensor) -> float:

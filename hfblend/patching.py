@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 
 from .blending import Blending
 from .caches import hand_over
+from .calibration import Calibration, calibrate
 from .config import BlendConfig
 from .fallbacks import Fallback, generate_option, plan
 from .filler import filler_ids, require_filler
@@ -31,7 +32,7 @@ from .prompt import ChunkSpans, Prompt
 from .separator import Separator
 from .store import MemoryStore, Store
 from .trace import BlendTrace
-from .verification import Calibration, Verification, Verifier, Verify, calibrate, verify_prompt
+from .verification import Verification, Verifier, Verify, verify_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ class Blender:
         >>> blender.config = blender.calibrate(prompts, max_kl=0.05).config  # doctest: +SKIP
 
         Args:
-            options: of `hfblend.verification.calibrate`.
+            options: of `hfblend.calibration.calibrate`.
         """
         options = {"store": self.store, "config": self.config, **options}
         return calibrate(self.model, prompts, max_kl=max_kl, **options)

@@ -51,7 +51,7 @@ def test_blend(ratio, environment):
 def test_ttft_benchmark(tmp_path):
     arguments = ("--shape", "tiny", "--device", "cpu", "--context-tokens", "600", "--repeats", "2")
     output = run("benchmarks/ttft.py", *arguments, "--json", str(tmp_path / "ttft.json"))
-    assert "| blend 0.15 |" in output
+    assert "| suffix_attention 0.15 |" in output
     report = json.loads((tmp_path / "ttft.json").read_text())
     assert report["prompt_tokens"] == 664
     full, reuse, blended, sparse = report["rows"]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,15 +256,18 @@ def test_models_whose_attention_cannot_be_recorded_are_ranked_by_deviation(monke
 
 
 def test_a_rule_of_ones_own():
-    """As in docs/selection.md: one function, one line of config."""
-
-    def by_value_norm(evidence):
-        _, (_, values) = evidence.kv(2)
-        return values.float().square().sum((0, 1, 3))
-
-    trace = hfblend.blend(make_llama(), PROMPT, config=config(0.2, selection=by_value_norm)).trace
+    """The block of docs/selection.md: one function, one line of config."""
+    page = (Path(__file__).parent.parent / "docs" / "selection.md").read_text(encoding="utf-8")
+    block = page.split("## A rule of your own")[1].split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(block, names)
+    settings = replace(names["config"], recompute_ratios=(0.2,))
+    trace = hfblend.blend(make_llama(), PROMPT, config=settings).trace
     chosen = torch.isin(trace.candidate_idx, trace.selected_idx)
     assert trace.selected_tokens == math.ceil(0.2 * 44)
     assert trace.scores[chosen].min() >= trace.scores[~chosen].max()
+
+
+def test_a_rule_must_score_every_candidate():
     with pytest.raises(ValueError, match="one score per candidate"):
         hfblend.blend(make_llama(), PROMPT, config=config(0.2, selection=lambda evidence: torch.zeros(3)))

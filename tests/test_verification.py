@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 import hfblend
 from hfblend import demo_model, patching, verification
+from hfblend.calibration import calibrate
 from hfblend.cli import app
 from hfblend.measures import kl_divergence, teacher_forced_logits
-from hfblend.verification import Verifier, calibrate, verify_prompt
+from hfblend.verification import Verifier, verify_prompt
 
 PROMPT, OTHER = make_prompt(), make_prompt(seed=2)
 
