@@ -7,6 +7,7 @@ import torch
 from helpers import config, generate, largest_difference, store_of_true_kv
 
 import hfblend
+from hfblend.measures import kl_divergence, teacher_forced_logits
 
 pytestmark = pytest.mark.smollm
 
@@ -110,3 +111,28 @@ def test_the_template_and_nothing_else_gives_special_tokens(smollm):
                                            add_generation_prompt=True)  # fmt: skip
     assert tokenizer.decode(prompt.ids).count("<|im_start|>") == joined.count("<|im_start|>") + 1  # one as plain text
     assert sum(i in special for i in prompt.ids) == sum(i in special for i in tokenizer(joined).input_ids)
+
+
+def test_a_slice_of_the_quality_tables_holds(smollm):
+    """docs/quality.md in small: one of the demo's questions, the methods in the order of their closeness."""
+    from hfblend.baselines import METHODS
+    from hfblend.demo import demo_data, demo_prompt
+    from hfblend.verification import FullAnswer
+
+    model, tokenizer = smollm
+    data = demo_data()
+    order = list(range(len(data["passages"])))[::-1]
+    kl = dict.fromkeys(("full_reuse", "kv_deviation", "suffix_attention", "hfblend"), 0.0)
+    for question in data["questions"][:1]:
+        prompt, store = demo_prompt(tokenizer, data, question["question"], order), hfblend.MemoryStore()
+        full = FullAnswer.of(model, prompt, 8)
+        shares = {}
+        for name in kl:
+            result = METHODS[name].blend(model, prompt, 0.15, store, tokenizer=tokenizer)
+            logits = teacher_forced_logits(model, prompt.input_ids, full.ids, result.cache)
+            kl[name] += kl_divergence(full.logits, logits).mean().item()
+            shares[name] = result.trace.recomputed_pairs_share
+        assert shares["suffix_attention"] < shares["kv_deviation"]
+        assert shares["hfblend"] < shares["kv_deviation"]
+    assert kl["hfblend"] < kl["kv_deviation"] < kl["full_reuse"], kl
+    assert kl["suffix_attention"] < kl["kv_deviation"], kl
