@@ -27,6 +27,7 @@ from .attention import AttentionRecord
 from .caches import KV, ROOM, BlendingCache, RecordingCache, StopForward, full_length_cache, hand_over
 from .chunks import ChunkKV
 from .config import BlendConfig
+from .host import CACHE
 from .lookup import LookUp
 from .models import BlendableModel, host_of
 from .prompt import ChunkSpans, Prompt
@@ -354,8 +355,8 @@ def _until_stopped(
             input_ids=input_ids,
             position_ids=positions[None],
             attention_mask=attention_mask,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
     except StopForward:
         return None

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from .caches import KV, full_length_cache
-from .host import Host
+from .host import CACHE, Host
 from .models import host_of
 
 Provenance = Literal["isolated", "in_context"]
@@ -136,7 +136,7 @@ def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: R
     new_ids = torch.tensor([[*behind_ids[known:], *ids]], device=host.device)
     positions = torch.arange(known, stop, device=host.device)
     with host.lock.shared():
-        host.decoder_forward(input_ids=new_ids, position_ids=positions[None], past_key_values=cache, use_cache=True)
+        host.decoder_forward(input_ids=new_ids, position_ids=positions[None], use_cache=True, **{CACHE: cache})
     layers: list[Any] = cache.layers
     rows = slice(start, stop)
     kv = full_length_cache((layer.keys[:, :, rows].clone(), layer.values[:, :, rows].clone()) for layer in layers)

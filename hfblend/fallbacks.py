@@ -12,6 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .config import BlendConfig
+from .host import cache_given
 from .prompt import ChunkSpans
 from .separator import Separator
 
@@ -95,7 +96,7 @@ def _before_splitting(
 def _after_splitting(
     model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any], spans: ChunkSpans, config: BlendConfig
 ) -> Fallback | None:
-    cache = kwargs.get("past_key_values")
+    cache = cache_given(kwargs)
     if not spans:
         return Fallback.NO_CHUNKS
     if sum(stop - start for start, stop in spans) < config.min_reused_tokens:

@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,15 @@ from .locks import ForwardLock
 _MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _SELF_TEST_TOKENS, _SELF_TEST_SHIFT = 8, 37
 _FORWARD_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what an unfit model may raise
+
+# What forwards, masks and outputs call the cache. Transformers renamed it in 5.24; users may still give the old name.
+CACHE = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
+CACHE_NAMES = dict.fromkeys((CACHE, "past_key_values"))
+
+
+def cache_given(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward or of `generate`, by either name; `None` if there is none."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 class UnsupportedModel(ValueError):
@@ -178,7 +187,7 @@ class Host:
         try:
             with self.lock.shared(), _rotary_state_kept(self.rotary_sources):
                 self.decoder_forward(
-                    input_ids=ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True
+                    input_ids=ids[None], position_ids=positions[None], use_cache=True, **{CACHE: cache}
                 )
         except _FORWARD_ERRORS as error:
             raise UnsupportedModel(
@@ -227,8 +236,8 @@ class Host:
             config=self.config,
             inputs_embeds=embeds,
             attention_mask=torch.ones_like(positions),
-            past_key_values=None,
             position_ids=positions,
+            **{CACHE: None},
         )
         if isinstance(masks, dict):
             return {kind: self._take_rows(mask, rows, length) for kind, mask in masks.items()}

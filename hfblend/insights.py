@@ -27,6 +27,7 @@ from .blending import Blending
 from .caches import KV, BlendingCache, RecordingCache, StopForward
 from .calibration import with_ratio
 from .config import BlendConfig
+from .host import CACHE
 from .models import BlendableModel, host_of
 from .prompt import Prompt
 from .selection import kv_deviation
@@ -230,7 +231,7 @@ def _attend_again(host: BlendableModel, prompt: Prompt, buffers: dict[int, KV], 
             input_ids=prompt.input_ids.to(host.device)[:, rows],
             position_ids=rows[None],
             attention_mask=attention_mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         )
 
@@ -248,7 +249,7 @@ def _full_prefill_kv(host: BlendableModel, prompt: Prompt) -> dict[int, KV]:
     """K/V (1, Hkv, T, D) of every layer, from one stock forward."""
     cache = RecordingCache(host.num_layers)
     with host.lock.shared():
-        host.decoder_forward(input_ids=prompt.input_ids.to(host.device), past_key_values=cache, use_cache=True)
+        host.decoder_forward(input_ids=prompt.input_ids.to(host.device), use_cache=True, **{CACHE: cache})
     return cache.recorded
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from .host import CACHE
+
 
 def kl_divergence(full_logits: torch.Tensor, other_logits: torch.Tensor) -> torch.Tensor:
     r"""KL(full || other) of each predicted token, in nats, in fp32.
@@ -78,7 +80,7 @@ def teacher_forced_logits(
         )
     forced = torch.tensor([list(forced_ids[:-1])], dtype=prompt_ids.dtype, device=prompt_ids.device)
     ids = torch.cat([prompt_ids if cache is None else prompt_ids[:, -1:], forced], 1).to(model.device)
-    logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=len(forced_ids)).logits
+    logits = model(input_ids=ids, logits_to_keep=len(forced_ids), **{CACHE: cache}).logits
     return logits[0, -len(forced_ids) :]
 
 

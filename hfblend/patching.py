@@ -27,6 +27,7 @@ from .calibration import Calibration, calibrate
 from .config import BlendConfig
 from .fallbacks import Fallback, generate_option, plan
 from .filler import filler_ids, require_filler
+from .host import CACHE, CACHE_NAMES, cache_given
 from .models import forget, host_of
 from .prompt import ChunkSpans, Prompt
 from .separator import Separator
@@ -315,16 +316,17 @@ class Blender:
         """Whether this forward prefills the call's prompt (perhaps with draft tokens behind it) into an empty cache."""
         if call.input_ids is None or torch.is_grad_enabled() or ids.shape[1] < call.num_tokens:
             return False
-        cache = kwargs.get("past_key_values")
+        cache = cache_given(kwargs)
         is_empty = cache is None or int(cache.get_seq_length()) == 0
         return is_empty and bool((ids[:, : call.num_tokens] == call.input_ids).all())
 
     @torch.compiler.disable
     def _blended_forward(self, call: _Call, kwargs: dict[str, Any]) -> Any:
         """The decoder's output for the whole prompt, with the rows of the last pass only, and the cache filled."""
-        ids, cache = kwargs.pop("input_ids"), kwargs.pop("past_key_values", None)
+        ids, cache = kwargs.pop("input_ids"), cache_given(kwargs)
         cache = DynamicCache(config=self.host.config) if cache is None else cache
-        for name in ("attention_mask", "position_ids", "use_cache"):  # there is no padding, and positions are 0 … T − 1
+        # There is no padding, and positions are 0 … T − 1.
+        for name in ("attention_mask", "position_ids", "use_cache", *CACHE_NAMES):
             kwargs.pop(name, None)
         call.input_ids = None
         token = _call.set(None)
@@ -336,5 +338,5 @@ class Blender:
         finally:
             _call.reset(token)
         output.last_hidden_state = output.last_hidden_state.expand(ids.shape[0], -1, -1)  # (B, S, C)
-        output.past_key_values = cache
+        output[CACHE] = cache
         return output

@@ -25,6 +25,7 @@ from torch import nn
 
 from .blending import blend
 from .config import BlendConfig
+from .host import CACHE
 from .measures import kl_divergence, teacher_forced_logits, top1_agreement
 from .models import host_of
 from .prompt import Prompt
@@ -97,7 +98,7 @@ def verify_prompt(
     full = FullAnswer.of(model, prompt, num_tokens)
     result = blend(model, prompt, store=store, config=config)
     logits = teacher_forced_logits(model, prompt.input_ids, full.ids, copy.deepcopy(result.cache)).float()
-    blended_ids, _ = _greedy(model, prompt, num_tokens, past_key_values=result.cache)
+    blended_ids, _ = _greedy(model, prompt, num_tokens, **{CACHE: result.cache})
     return Verification(
         kl=kl_divergence(full.logits, logits).mean().item(),
         largest_logit_difference=(full.logits - logits).abs().max().item(),

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import hfblend
 from hfblend.caches import RecordingCache, full_length_cache
+from hfblend.host import CACHE
 from hfblend.models import host_of
 from hfblend.rope import Realigner
 from hfblend.store import chunk_key
@@ -122,7 +123,7 @@ def full_prefill_kv(model, input_ids: torch.Tensor) -> dict[int, tuple[torch.Ten
     """K/V of every layer from one stock forward."""
     host = host_of(model)
     cache = RecordingCache(host.num_layers)
-    host.decoder_forward(input_ids=input_ids.to(host.device), past_key_values=cache, use_cache=True)
+    host.decoder_forward(input_ids=input_ids.to(host.device), use_cache=True, **{CACHE: cache})
     return cache.recorded
 
 

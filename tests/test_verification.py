@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend import demo_model, patching, verification
+from hfblend import calibration, demo_model, patching, verification
 from hfblend.calibration import calibrate
 from hfblend.cli import app
 from hfblend.measures import kl_divergence, teacher_forced_logits
@@ -255,8 +255,8 @@ def test_calibrate_prefills_each_prompt_in_full_once_and_each_chunk_once(monkeyp
         verification.FullAnswer, "of", classmethod(lambda cls, *args: fulls.append(1) or own(cls, *args))
     )
     model, store, traces = make_llama(), hfblend.MemoryStore(), []
-    own_blend = verification.blend
-    monkeypatch.setattr(verification, "blend", lambda *a, **k: traces.append(result := own_blend(*a, **k)) or result)
+    own_blend = calibration.blend
+    monkeypatch.setattr(calibration, "blend", lambda *a, **k: traces.append(result := own_blend(*a, **k)) or result)
     calibrate(model, [PROMPT, OTHER], max_kl=1e-5, store=store, config=config(), ratios=(0.1, 0.3, 1.0))
     assert len(fulls) == 2
     assert [result.trace.misses for result in traces] == [3, 3, 0, 0, 0, 0]
@@ -288,7 +288,7 @@ def test_calibrate_says_the_best_that_was_reached():
 
 
 def test_a_kl_that_is_no_number_never_fits(monkeypatch):
-    monkeypatch.setattr(verification, "kl_divergence", lambda *logits: torch.tensor([float("nan")]))
+    monkeypatch.setattr(calibration, "kl_divergence", lambda *logits: torch.tensor([float("nan")]))
     with pytest.raises(ValueError, match="nan"):
         calibrate(make_llama(), [PROMPT], max_kl=9.0, config=config(), ratios=(1.0,))
 

@@ -15,6 +15,7 @@ import torch
 
 from ..blending import BlendResult
 from ..encoding import Encoder
+from ..host import CACHE
 from ..measures import kl_divergence, teacher_forced_logits, top1_agreement
 from ..prompt import Prompt
 from ..store import MemoryStore
@@ -174,7 +175,7 @@ def generated_ids(model: Any, prompt: Prompt, cache: Any, **kwargs: Any) -> list
     """Greedy tokens behind a prompt, whose KV but the last token's is in `cache` (`None`: prefilled in full)."""
     input_ids = prompt.input_ids.to(model.device)
     output = model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), past_key_values=cache, do_sample=False, **kwargs
+        input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, **{CACHE: cache}, **kwargs
     )
     return output[0, len(prompt) :].tolist()
 
