@@ -54,8 +54,9 @@ def test_ttft_benchmark(tmp_path):
     assert "| suffix_attention 0.15 |" in output
     report = json.loads((tmp_path / "ttft.json").read_text())
     assert report["prompt_tokens"] == 664
-    full, reuse, blended, sparse = report["rows"]
+    full, reuse, blended, sparse, *by_deviation = report["rows"]
     assert (full["pairs_share"], full["speed_up"]) == (1.0, 1.0)
+    assert [row["method"] for row in by_deviation] == ["kv_deviation 0.15", "kv_deviation 0.05"]
     assert reuse["pairs_share"] < sparse["pairs_share"] < blended["pairs_share"] < 1
     assert blended["speed_up_range"][0] <= blended["speed_up"] <= blended["speed_up_range"][1]
     assert set(blended["phase_ms"]) == {"look_up", "select", "recompute", "hand_over"}
