@@ -15,6 +15,12 @@ from . import __version__
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="CacheBlend inside Hugging Face Transformers.")
 console = Console()
 
+Model = Annotated[
+    str | None, typer.Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
+]
+Device = Annotated[str | None, typer.Option(help="As torch names it.", show_default="GPU if any, else CPU")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -31,23 +37,25 @@ def main(
     """CacheBlend inside Hugging Face Transformers."""
 
 
+def _require_folder_of(json_file: Path | None) -> None:
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"the folder of {json_file} does not exist; create it first.", param_hint="--json")
+
+
 @app.command()
 def demo(
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    device: Annotated[str | None, typer.Option(help="As torch names it.", show_default="GPU if any, else CPU")] = None,
+    model: Model = None,
+    json_file: JsonFile = None,
+    device: Device = None,
 ) -> None:
     """Answer a question about twelve passages by full prefill, full reuse and blending, and compare them."""
     from . import demo_model
     from .demo import run_demo
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"the folder of {json_file} does not exist; create it first.", param_hint="--json")
+    _require_folder_of(json_file)
     try:
         loaded, tokenizer = demo_model.load(model, device)
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, RuntimeError) as error:  # torch names a wrong device by a RuntimeError
         console.print(f"[red]{type(error).__name__}[/red]: {error}")
         raise typer.Exit(1) from error
     results = run_demo(loaded, tokenizer, model or demo_model.HUB_NAME, console)
@@ -64,17 +72,15 @@ def verify(
             help='JSON list of {"prefix", "chunks", "suffix"} or {"question", "ctxs"}.', exists=True, dir_okay=False
         ),
     ],
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
-    ] = None,
+    model: Model = None,
     ratio: Annotated[float, typer.Option(help="Share of the reused tokens to recompute.")] = 0.15,
     selection: Annotated[
         str | None, typer.Option(help="The rule that selects them.", show_default="BlendConfig's")
     ] = None,
     max_kl: Annotated[float | None, typer.Option(help="In nats; exit code 1 if a prompt's mean KL is above.")] = None,
     num_tokens: Annotated[int, typer.Option(min=1, help="Answer tokens to compare.")] = 16,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    device: Annotated[str | None, typer.Option(help="As torch names it.", show_default="GPU if any, else CPU")] = None,
+    json_file: JsonFile = None,
+    device: Device = None,
 ) -> None:
     """Blend the prompts of a file and say how far each is from its full prefill."""
     from . import demo_model
@@ -82,8 +88,7 @@ def verify(
     from .config import BlendConfig
     from .host import UnsupportedModel
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"the folder of {json_file} does not exist; create it first.", param_hint="--json")
+    _require_folder_of(json_file)
     chosen: dict[str, Any] = {} if selection is None else {"selection": selection}
     try:
         config = BlendConfig(recompute_ratios=(ratio,), **chosen)
@@ -122,14 +127,12 @@ def evaluate(
         str | None, typer.Option(help="Method that KL is compared with.", show_default="kv_deviation if measured")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of methods that draw.")] = 0,
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="As torch names it.", show_default="GPU if any, else CPU")] = None,
+    model: Model = None,
+    device: Device = None,
     dtype: Annotated[
         str | None, typer.Option(help="As torch names it.", show_default="float32 on a CPU, else bfloat16")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    json_file: JsonFile = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw KL against cost into this file (.png).")] = None,
     records: Annotated[

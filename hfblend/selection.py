@@ -78,7 +78,7 @@ def by_suffix_attention(evidence: Evidence) -> torch.Tensor:
     selects better than attention over the true KV: what must be mended is what the stale model looks at. The first
     layers attend mostly to neighbours and are left out; `BlendConfig(score_layers=...)` chooses others.
 
-    Source: `docs/selection.md` (measurements, and the related InfoFlow-KV, ProphetKV and QCFuse).
+    Source: measured in `docs/selection.md`; the user's query also guides ProphetKV (arXiv 2602.02579), in two stages.
     """
     layers = evidence.config.score_layers or range(evidence.num_layers // 3, evidence.num_layers)
     return evidence.suffix_attention(tuple(layers)).mean((0, 1))

@@ -19,6 +19,7 @@ from ..host import CACHE
 from ..measures import kl_divergence, teacher_forced_logits, top1_agreement
 from ..prompt import Prompt
 from ..store import MemoryStore
+from ..verification import FullAnswer
 from .data import NEWS, QA, Example, passage_text, to_prompt
 from .metrics import best, f1_ids, f1_words, first_line, rouge_l
 from .records import Record, RecordFile
@@ -123,9 +124,8 @@ class _Question:
         other = examples[(index + 1) % len(examples)]
         unrelated = [] if other is self.example else Encoder(tokenizer).plain(passage_text(other.passages[0]))
         self.elsewhere = tuple(unrelated)
-        count = settings.forced_tokens
-        self.forced_ids = generated_ids(model, self.prompt, None, max_new_tokens=count, min_new_tokens=count)
-        self.full_logits = teacher_forced_logits(model, self.prompt.input_ids, self.forced_ids)  # (P, V)
+        full = FullAnswer.of(model, self.prompt, settings.forced_tokens)
+        self.forced_ids, self.full_logits = full.ids, full.logits  # (P, V)
 
     def blend(self, method: Method, ratio: float) -> BlendResult:
         torch.manual_seed(self.settings.seed + self.index)
