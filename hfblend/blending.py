@@ -254,6 +254,8 @@ class Blending:
 
         Other fresh tokens (gaps, chunks that are computed in this prompt) have no KV yet: nobody sees them.
         """
+        if not layers or not 0 <= min(layers) <= max(layers) < self.host.num_layers:
+            raise ValueError(f"Layers must be one or more of 0 … {self.host.num_layers - 1}, got {tuple(layers)}.")
         if not self.host.attends_by_position:
             raise AttentionNotRecorded(type(self.host.model).__name__)
         record = AttentionRecord(layers)
@@ -261,6 +263,8 @@ class Blending:
         rows = fresh[(fresh >= suffix_start) & (fresh < self._prompt_stop)]
         hidden = fresh[~torch.isin(fresh, rows)]
         self._pass(forward, reused, rows, stop_at=max(layers), hidden=hidden, record=record)
+        if len(record.received) < len(record.layers):  # a layer without attention, or with one of its own
+            raise AttentionNotRecorded(type(self.host.model).__name__)
         return record.received
 
     # --- 4 recompute ----------------------------------------------------------------------------------------------

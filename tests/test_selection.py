@@ -268,6 +268,23 @@ def test_a_rule_of_ones_own():
     assert trace.scores[chosen].min() >= trace.scores[~chosen].max()
 
 
+def test_a_layer_that_gives_no_attention_is_noticed(monkeypatch):
+    model = make_llama()
+    monkeypatch.setattr(AttentionRecord, "add", lambda *args: None)
+    trace = hfblend.blend(model, PROMPT, config=config(0.2)).trace
+    assert "cannot be recorded" in trace.notes[0]
+    assert trace.selected_tokens == math.ceil(0.2 * 44)
+
+
+@pytest.mark.parametrize("layers", [(), (4,), (-1, 2)])
+def test_a_rule_that_asks_for_layers_beyond_the_model_is_told(layers):
+    def rule(evidence):
+        return evidence.suffix_attention(layers).mean((0, 1))
+
+    with pytest.raises(ValueError, match="one or more of 0 … 3"):
+        hfblend.blend(make_llama(), PROMPT, config=config(0.2, selection=rule))
+
+
 def test_a_rule_must_score_every_candidate():
     with pytest.raises(ValueError, match="one score per candidate"):
         hfblend.blend(make_llama(), PROMPT, config=config(0.2, selection=lambda evidence: torch.zeros(3)))
