@@ -12,6 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .config import BlendConfig
+from .evaluation.data import Example, prompt_of, titled
 from .measures import describe_machine
 from .models import host_of
 from .prompt import Prompt
@@ -43,7 +44,7 @@ def _prompt(row: Any, where: str, tokenizer: Any) -> Prompt:
         if {"prefix", "chunks", "suffix"} <= names:
             return _of_pieces(tokenizer, row["prefix"], _texts(row["chunks"]), row["suffix"])
         if {"question", "ctxs"} <= names:
-            return _of_passages(tokenizer, row["question"], _texts(row["ctxs"]))
+            return prompt_of(tokenizer, Example(row["question"], (), tuple(_texts(row["ctxs"]))))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     raise ValueError(f'{where} needs "prefix", "chunks" and "suffix", or "question" and "ctxs"; got {sorted(names)}.')
@@ -55,20 +56,12 @@ def _of_pieces(tokenizer: Any, prefix: str, chunks: list[str], suffix: str) -> P
     return Prompt.from_texts(tokenizer, prefix=prefix, chunks=chunks, suffix=suffix, add_special_tokens=True)
 
 
-def _of_passages(tokenizer: Any, question: str, passages: list[str]) -> Prompt:
-    documents = [passage + "\n\n" for passage in passages]
-    ask = f"Question: {question}\nAnswer with a few words."
-    if getattr(tokenizer, "chat_template", None) is None:
-        return _of_pieces(tokenizer, "Passages:\n", documents, f"{ask}\nAnswer:")
-    return Prompt.from_chat(tokenizer, [{"role": "user", "content": f"Passages:\n{{documents}}{ask}"}], documents)
-
-
 def _texts(passages: Any) -> list[str]:
     """Passages as texts; one with a title is headed by it."""
     texts = []
     for passage in passages if isinstance(passages, list) else [passages]:
         if isinstance(passage, dict) and isinstance(passage.get("text"), str):
-            passage = f"{passage['title']}: {passage['text']}" if passage.get("title") else passage["text"]
+            passage = titled(passage)
         if not isinstance(passages, list) or not isinstance(passage, str):
             raise TypeError(f'chunks and ctxs must be lists of texts, or of {{"title", "text"}}, got {passage!r}.')
         texts.append(passage)

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,12 @@ def _task(question: str) -> str:
 def _ctxs(ctxs: Any, where: str) -> tuple[str, ...]:
     if not isinstance(ctxs, list) or not all(isinstance(c, dict) and isinstance(c.get("text"), str) for c in ctxs):
         raise ValueError(f"{where}: 'ctxs' must be a list of objects with a 'text'.")
-    titled = (f"{c['title']}\n" if c.get("title") else "" for c in ctxs)
-    return _filled([title + passage["text"] for title, passage in zip(titled, ctxs)], where)
+    return _filled([titled(passage) for passage in ctxs], where)
+
+
+def titled(passage: dict[str, Any]) -> str:
+    """A passage's text, under its title if it has one."""
+    return f"{passage['title']}\n{passage['text']}" if passage.get("title") else passage["text"]
 
 
 def _split_context(context: Any, where: str) -> tuple[str, ...]:
@@ -178,7 +182,7 @@ def to_prompt(tokenizer: Any, example: Example, max_context: int) -> Prompt:
         ValueError: even one passage is too long.
     """
     for count in range(len(example.passages), 0, -1):
-        prompt = _prompt(tokenizer, example, example.passages[:count])
+        prompt = prompt_of(tokenizer, replace(example, passages=example.passages[:count]))
         if len(prompt) <= max_context:
             if dropped := len(example.passages) - count:
                 logger.warning(
@@ -192,11 +196,12 @@ def to_prompt(tokenizer: Any, example: Example, max_context: int) -> Prompt:
     )
 
 
-def _prompt(tokenizer: Any, example: Example, passages: Sequence[str]) -> Prompt:
-    documents = [passage_text(passage) for passage in passages]
+def prompt_of(tokenizer: Any, example: Example) -> Prompt:
+    """The example with all its passages, however long."""
+    documents = [passage_text(passage) for passage in example.passages]
     before, after = FORMS[example.task].split("{documents}")
     suffix = after.replace("<question>", example.question)
-    if tokenizer.chat_template is None:
+    if getattr(tokenizer, "chat_template", None) is None:
         return Prompt.from_texts(
             tokenizer,
             prefix=before,
