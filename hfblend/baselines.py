@@ -100,8 +100,9 @@ class PrefixReuse(Blending):
 
 def _runs(idx: Sequence[int]) -> list[tuple[int, int]]:
     """Rising indices as [start, stop) of each unbroken run."""
-    starts = [i for i in idx if i - 1 not in idx]
-    stops = [i + 1 for i in idx if i + 1 not in idx]
+    among = set(idx)
+    starts = [i for i in idx if i - 1 not in among]
+    stops = [i + 1 for i in idx if i + 1 not in among]
     return list(zip(starts, stops))
 
 

@@ -29,6 +29,7 @@ from .calibration import with_ratio
 from .config import BlendConfig
 from .host import CACHE
 from .models import BlendableModel, host_of
+from .optional import require
 from .prompt import Prompt
 from .selection import kv_deviation
 from .store import MemoryStore, Store
@@ -212,7 +213,7 @@ class _SuffixAttention(AttentionRecord):
         self.weights, self.distance = dict[int, torch.Tensor](), dict[int, float]()
 
     def add(self, layer: int, query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, *how: Any) -> None:
-        weights = attention_weights(query.contiguous(), key, seen, *how)[0]
+        weights = attention_weights(query, key, seen, *how)[0]
         if self.reference is None:
             self.weights[layer] = weights.cpu()
         else:
@@ -318,11 +319,9 @@ def _line_styles() -> list[dict[str, str]]:
 
 def _figure(columns: int) -> tuple[Figure, Any]:
     """A figure apart from pyplot and its global state, and its axes."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('The pictures need matplotlib: pip install "hfblend[plots]".') from error
-    figure = Figure(figsize=(4.8 * columns, 3.8), layout="constrained")
+    figure = require("matplotlib.figure", "matplotlib", "plots", "Pictures need").Figure(
+        figsize=(4.8 * columns, 3.8), layout="constrained"
+    )
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)

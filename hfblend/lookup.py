@@ -89,8 +89,8 @@ class LookUp:
         piece, chunk_trace = self._find(span, behind, accepts_in_context=False)
         if piece:
             return piece, chunk_trace
-        ids = self.ids[slice(*span)]
-        return self._piece(span, self._prefill(ids, behind, self._context(behind)), self._key(ids, behind), "miss")
+        key, context = chunk_trace.key, self._context(behind)
+        return self._piece(span, self._prefill(key, self.ids[slice(*span)], behind, context), key, "miss")
 
     def _find(self, span: Span, behind: tuple[int, ...], accepts_in_context: bool) -> tuple[Piece | None, ChunkTrace]:
         """The span's entry in the store: computed alone behind those ids, else (if accepted) in some context."""
@@ -102,11 +102,11 @@ class LookUp:
                 return self._piece(span, entry, key, "hit")
         return None, ChunkTrace(span, key, "fresh")
 
-    def _prefill(self, ids: list[int], behind: tuple[int, ...], continues: Reader | None) -> Reader:
+    def _prefill(self, key: str, ids: list[int], behind: tuple[int, ...], continues: Reader | None) -> Reader:
         """Prefills ids alone and stores them; from then on they are treated exactly like a hit."""
         self.clock.end_of("look_up")
         chunk_kv = prefill(self.host, ids, behind, continues)
-        self.store.put(self._key(ids, behind), chunk_kv)
+        self.store.put(key, chunk_kv)
         self.clock.end_of("prefill_chunks")
         self.trace.isolated_pairs += len(ids) * self.host.num_layers
         return chunk_kv
@@ -118,7 +118,8 @@ class LookUp:
         """
         if self.config.chunk_prefix == "filler" and behind and self._filler_context is None:
             ids = list(behind)
-            self._filler_context = self._open(self._key(ids, ()), len(ids)) or self._prefill(ids, (), None)
+            key = self._key(ids, ())
+            self._filler_context = self._open(key, len(ids)) or self._prefill(key, ids, (), None)
         return self._filler_context or self._prefix_context
 
     def _open(self, key: str, num_tokens: int) -> Reader | None:

@@ -144,11 +144,8 @@ class Blender:
         config.require_layers(self.host.num_layers)
         if config.chunk_prefix != "filler" or config.filler_ids:
             return config
-        return replace(config, filler_ids=require_filler(self._filler_ids))
-
-    @functools.cached_property
-    def _filler_ids(self) -> tuple[int, ...]:
-        return () if self.tokenizer is None else filler_ids(self.tokenizer)
+        ids = () if self.tokenizer is None else filler_ids(self.tokenizer)
+        return replace(config, filler_ids=require_filler(ids))
 
     def _separator_of(self, config: BlendConfig) -> Separator | None:
         if config.separator is None or (isinstance(config.separator, str) and self.tokenizer is None):

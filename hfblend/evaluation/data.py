@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..optional import require
 from ..prompt import Prompt
 
 logger = logging.getLogger(__name__)
@@ -93,10 +94,7 @@ def load_named(name: str) -> list[Example]:
     """
     if name not in LONGBENCH_NAMES:
         raise ValueError(f"Unknown set {name!r}; known by name: {', '.join(LONGBENCH_NAMES)}.")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Sets by name need the package datasets: run `pip install 'hfblend[eval]'`.") from error
+    datasets = require("datasets", "datasets", "eval", "Sets by name need")
     # The repository itself holds a loading script, which `datasets` no longer runs; the hub's own conversion is plain.
     files = f"hf://datasets/THUDM/LongBench@refs%2Fconvert%2Fparquet/{name}/test/*.parquet"
     rows = datasets.load_dataset("parquet", data_files=files, split="train")

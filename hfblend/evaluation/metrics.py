@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..encoding import Encoder
+from ..optional import require
 
 NUM_RESAMPLES = 10_000
 _TAILS = (0.025, 0.975)  # of a 95 % interval
@@ -69,11 +70,7 @@ def require_rouge() -> Any:
     Raises:
         ImportError: the package is missing (the message says what to install).
     """
-    try:
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise ImportError("ROUGE-L needs the package rouge-score: run `pip install 'hfblend[eval]'`.") from error
-    return rouge_scorer
+    return require("rouge_score.rouge_scorer", "rouge-score", "eval", "ROUGE-L needs")
 
 
 def best(score: Callable[[str, str], float], answer: str, references: Iterable[str]) -> float:

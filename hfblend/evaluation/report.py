@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..optional import require
+
 Rows = Sequence[dict[str, Any]]
 
 EXACT_KL = 1e-6  # nats; below it a method differs from full prefill by rounding only
@@ -66,11 +68,7 @@ def require_matplotlib() -> Any:
     Raises:
         ImportError: the package is missing (the message says what to install).
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need the package matplotlib: run `pip install 'hfblend[eval]'`.") from error
-    return Figure
+    return require("matplotlib.figure", "matplotlib", "eval", "Pictures need").Figure
 
 
 def plot(rows: Rows, file: Path, title: str) -> None:
