@@ -19,7 +19,9 @@ Model = Annotated[
     str | None, typer.Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
 ]
 Device = Annotated[str | None, typer.Option(help="As torch names it.", show_default="GPU if any, else CPU")]
+DType = Annotated[str | None, typer.Option(help="As torch names it.", show_default="float32 on a CPU, else bfloat16")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+Markdown = Annotated[Path | None, typer.Option(help="Write the table to this file.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -129,11 +131,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of methods that draw.")] = 0,
     model: Model = None,
     device: Device = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="As torch names it.", show_default="float32 on a CPU, else bfloat16")
-    ] = None,
+    dtype: DType = None,
     json_file: JsonFile = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    markdown: Markdown = None,
     plot: Annotated[Path | None, typer.Option(help="Draw KL against cost into this file (.png).")] = None,
     records: Annotated[
         Path | None, typer.Option(help="Keep every measurement here; what is there is not measured again.")
@@ -154,6 +154,67 @@ def evaluate(
         loaded, tokenizer = demo_model.load(model, device, _dtype(dtype))
         command.evaluate(asked, loaded, tokenizer, model or demo_model.HUB_NAME, outputs, console)
     except (OSError, ImportError, ValueError) as error:
+        console.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights of this shape instead: llama-8b, tiny.")] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of a prompt's chunks, separated by commas.", show_default="4096 … 65536; 2000 on a CPU"
+        ),
+    ] = None,
+    ratios: Annotated[str, typer.Option(help="Recompute ratios, separated by commas; 0 is full reuse.")] = (
+        "0,0.05,0.15,0.3"
+    ),
+    methods: Annotated[
+        str, typer.Option(help="Names, separated by commas, to compare with full prefill.")
+    ] = "prefix_reuse,suffix_attention,kv_deviation",
+    repeats: Annotated[int, typer.Option(help="Turns that count.", min=1)] = 7,
+    chunk: Annotated[int, typer.Option(help="Tokens of a chunk.", min=1)] = 512,
+    prefix: Annotated[int, typer.Option(help="Tokens of the prefix.", min=0)] = 32,
+    suffix: Annotated[int, typer.Option(help="Tokens of the suffix.", min=1)] = 32,
+    chunks_in: Annotated[
+        str | None, typer.Option(help="Where chunk KV is kept: gpu, ram or both.", show_default="gpu if any")
+    ] = None,
+    decode: Annotated[int, typer.Option(help="Tokens to decode, for their speed; 0 measures none.", min=0)] = 64,
+    throughput: Annotated[
+        int, typer.Option(help="Prompts of a stream that shares chunks; 0 measures none.", min=0)
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    device: Device = None,
+    dtype: DType = None,
+    json_file: JsonFile = None,
+    markdown: Markdown = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and speed-up by tokens into this file (.png).")] = None,
+) -> None:
+    """Measure speed: time to first token by length, method and ratio, and how near each is to its limit."""
+    from .benchmarks import command
+    from .benchmarks.prompts import Layout
+    from .benchmarks.settings import Settings
+    from .host import UnsupportedModel
+
+    try:
+        outputs = command.Outputs(json_file, markdown, plot)
+        outputs.check()
+        settings = Settings(
+            lengths=tuple(int(length) for length in _names(tokens or "")),
+            ratios=tuple(float(ratio) for ratio in _names(ratios)),
+            methods=tuple(_names(methods)),
+            repeats=repeats,
+            layout=Layout(prefix, chunk, suffix),
+            chunks_in=chunks_in,
+            decoded_tokens=decode,
+            throughput_prompts=throughput,
+            seed=seed,
+        )
+        loaded, tokenizer, name = command.load(model, shape, device, _dtype(dtype))
+        command.bench(loaded, name, settings, outputs, console, tokenizer)
+    except (OSError, ImportError, RuntimeError, ValueError, UnsupportedModel) as error:
         console.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
 

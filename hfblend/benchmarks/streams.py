@@ -1,0 +1,84 @@
+"""Beyond the first token: the speed of decoding, and prompts a second where prompts share chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+from ..baselines import METHODS
+from ..config import BlendConfig
+from ..prompt import Prompt
+from .device import timed
+from .pair import Arrivals, Pair, Stores
+from .prompts import PromptMaker
+from .settings import Case
+
+Say = Callable[[str], None]
+
+_STOCK = Case(METHODS["full_prefill"], 1.0, None)
+
+
+def default_case(place: str) -> Case:
+    """hfblend's default settings, which both measurements blend with."""
+    config = BlendConfig()
+    return Case(METHODS[str(config.selection)], config.recompute_ratios[0], place)
+
+
+def decoding(pair: Pair, prompt: Prompt, stores: Stores, num_tokens: int, repeats: int, say: Say) -> dict[str, Any]:
+    """Tokens per second after a stock full prefill and after a blend, in turns.
+
+    A turn's figure is the median over its tokens of the time from one to the next.
+    """
+    ours = default_case(next(iter(stores)))
+    token_ms: dict[Case, list[float]] = {_STOCK: [], ours: []}
+    for i in range(-1, repeats):  # turn −1 stores the chunks and warms up
+        for case, found in token_ms.items():
+            say(f"{len(prompt)} tokens, decoding {num_tokens} after {case.method.name}, turn {i + 1} of {repeats}")
+            arrivals = Arrivals()
+            pair.run(case, prompt, stores, 1 + num_tokens, arrivals)
+            if i >= 0:
+                found.append(median(arrivals.token_ms))
+    ratios = [stock / blended for stock, blended in zip(*token_ms.values())]
+    return {
+        "tokens": len(prompt),
+        "decoded_tokens": num_tokens,
+        "method": ours.method.name,
+        "ratio": ours.ratio,
+        "stock_tokens_per_s": 1000 / median(token_ms[_STOCK]),
+        "blended_tokens_per_s": 1000 / median(token_ms[ours]),
+        "blended_over_stock": median(ratios),
+        "blended_over_stock_range": [min(ratios), max(ratios)],
+    }
+
+
+def throughput(
+    pair: Pair, maker: PromptMaker, stores: Stores, chunk_tokens: int, count: int, say: Say
+) -> dict[str, Any]:
+    """Prompts per second, one token each, by full prefill and by blending over a warm store, prompt by prompt in turns.
+
+    Every prompt has the same prefix, chunks of one pool in an order of its own, and a new suffix.
+    """
+    ours = default_case(next(iter(stores)))
+    pool, prompts = maker.stream(chunk_tokens, count)
+    for prompt in (*pool, pool[-1]):  # stores the pool; the last time it is found
+        pair.run(ours, prompt, stores)
+        pair.run(_STOCK, prompt, stores)
+    spent_ms = {_STOCK: 0.0, ours: 0.0}
+    for i, prompt in enumerate(prompts):
+        say(f"{len(prompt)} tokens, throughput, prompt {i + 1} of {count}")
+        for case in spent_ms:
+            ms, _, _ = timed(partial(pair.run, case, prompt, stores), pair.device)
+            spent_ms[case] += ms
+    return {
+        "tokens": len(pool[0]),
+        "prompts": count,
+        "chunks_per_prompt": len(pool[0].chunk_spans),
+        "chunks_in_pool": sum(len(prompt.chunk_spans) for prompt in pool),
+        "method": ours.method.name,
+        "ratio": ours.ratio,
+        "stock_prompts_per_s": 1000 * count / spent_ms[_STOCK],
+        "blended_prompts_per_s": 1000 * count / spent_ms[ours],
+        "blended_over_stock": spent_ms[_STOCK] / spent_ms[ours],
+    }

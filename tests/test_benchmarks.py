@@ -1,0 +1,397 @@
+"""`hfblend bench`: counts by hand, the turns, the files, the command, all on tiny models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import make_llama, make_mistral
+from typer.testing import CliRunner
+
+import hfblend
+from hfblend.baselines import METHODS
+from hfblend.benchmarks import Settings, markdown, pair, report, run, runner, ttft
+from hfblend.benchmarks.device import Peaks, if_memory_lasts
+from hfblend.benchmarks.flops import Shape, causal_keys, flops, full_prefill_flops, kv_bytes, least_bytes
+from hfblend.benchmarks.pair import Arrivals, Pair, empty_stores
+from hfblend.benchmarks.prompts import Layout, PromptMaker
+from hfblend.benchmarks.settings import GPU_LENGTHS, Case
+from hfblend.benchmarks.shapes import SHAPES, random_model, twin_of
+from hfblend.cli import app
+
+PEAKS = Peaks(flops_per_s=1e12, bytes_per_s=1e11, load_bytes_per_s=1e10)
+LAYOUT = Layout(prefix=8, chunk=100, suffix=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors gain nothing from a second thread, and lose much where another process has its core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- counts ---------------------------------------------------------------------------------------------------------
+
+SMALL = Shape(layers=3, hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=2, vocabulary=10)
+KV, OTHER, HEAD = 16, 128, 40  # weights: 2·4·1·2; 2·4·2·2 + 3·4·8; 4·10
+LLAMA_8B = Shape(32, 4096, 14336, 32, 8, 128, 128256)
+
+
+def test_weights_by_hand():
+    assert (SMALL.kv_weights, SMALL.other_weights, SMALL.head_weights) == (KV, OTHER, HEAD)
+
+
+def test_full_prefill_by_hand():
+    keys = 1 + 2 + 3 + 4 + 5
+    assert full_prefill_flops(5, shape=SMALL) == 3 * (5 * 2 * (KV + OTHER) + 16 * keys) + 2 * HEAD
+
+
+def test_full_reuse_by_hand():
+    """Ten tokens, a suffix of two: rows at 8 and 9, which see 9 and 10 keys; the last layer needs row 9 only."""
+    whole = 2 * (2 * 2 * (KV + OTHER) + 16 * 19)
+    last = 2 * 2 * KV + 2 * OTHER + 16 * 10
+    assert flops(10, 0, None, 2, shape=SMALL, exact=2) == whole + last + 2 * HEAD
+
+
+def test_cacheblend_by_hand():
+    """Half of the tokens 2 … 7 is selected: three rows that see 5.5 keys on average, and the suffix."""
+    below = 8 * 2 * (KV + OTHER) + 16 * (3 + 4 + 5 + 6 + 7 + 8 + 9 + 10)
+    at_check = 8 * 2 * KV + 5 * 2 * OTHER + 16 * (3 * 5.5 + 19)
+    last = 5 * 2 * KV + 2 * OTHER + 16 * 10
+    assert flops(10, 0.5, 1, 2, shape=SMALL, exact=2) == below + at_check + last + 2 * HEAD
+
+
+def test_suffix_guided_by_hand():
+    rows, keys = 5, 3 * 5.5 + 19
+    scored = 2 * (2 * 2 * (KV + OTHER) + 16 * 19) + 2 * 2 * (KV + 16) + 8 * 19
+    recomputed = 2 * (rows * 2 * (KV + OTHER) + 16 * keys) + rows * 2 * KV + 2 * OTHER + 16 * 10 + 2 * HEAD
+    assert flops(10, 0.5, None, 2, shape=SMALL, exact=2) == scored + recomputed
+    assert flops(10, 0.5, None, 2, shape=SMALL, exact=2, scored=False) == recomputed
+
+
+def test_prefix_reuse_is_full_reuse_with_all_the_rest_as_its_suffix():
+    saved = 2 * (2 * 2 * (KV + OTHER) + 16 * 3) + 2 * 2 * KV  # rows 0 and 1
+    assert flops(10, 0, None, 10, shape=SMALL) - flops(10, 0, None, 8, shape=SMALL, exact=2) == saved
+
+
+def test_ratio_1_is_a_full_prefill_but_for_the_rows_that_nobody_reads():
+    unread = 9 * 2 * OTHER + 16 * causal_keys(0, 9)
+    assert flops(10, 1, 1, 2, shape=SMALL) == full_prefill_flops(10, shape=SMALL) - unread
+
+
+def test_llama_8b_at_16k():
+    assert 2 * LLAMA_8B.layer_weights == pytest.approx(436e6, rel=2e-3)
+    assert full_prefill_flops(16448, shape=LLAMA_8B) == pytest.approx(300e12, rel=1e-2)
+    limits = [
+        full_prefill_flops(16448, shape=LLAMA_8B) / flops(16448, ratio, 1, 32, shape=LLAMA_8B, exact=544)
+        for ratio in (0, 0.05, 0.15, 0.3, 1)
+    ]
+    assert limits == sorted(limits, reverse=True)
+    assert 1 < limits[-1] < 1.05
+
+
+def test_bytes_by_hand():
+    assert kv_bytes(1, shape=LLAMA_8B) == 131072
+    weights = 3 * (KV + OTHER)
+    kv = 2 * 2 * 3 * 1 * 2 * 10
+    assert least_bytes(10, shape=SMALL, element_bytes=4) == 4 * (weights + HEAD + kv)
+    assert least_bytes(10, shape=SMALL, element_bytes=4, passes=2) == 4 * (2 * weights + HEAD + kv)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((10, 0.5, 3, 2), "check_layer below 3"),
+        ((10, 1.5, 1, 2), "ratio must lie in"),
+        ((10, 0.5, 1, 0), "a suffix of 0"),
+        ((10, 0.5, 1, 11), "cannot hold"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        flops(*arguments, shape=SMALL)
+
+
+def test_shapes_are_read_from_models_that_are_like_llama():
+    config = SHAPES["tiny"]
+    assert Shape.of(random_model("tiny", "cpu")) == Shape(
+        4, config["hidden_size"], config["intermediate_size"], 4, 2, 32, config["vocab_size"]
+    )
+    assert Shape.of(make_mistral(window=None)).layers == 4
+    assert Shape.of(make_mistral(window=24)) is None  # rows do not see all keys before them
+    model = make_llama()
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 8)
+    assert Shape.of(model) is None
+
+
+# --- the pair of models ---------------------------------------------------------------------------------------------
+
+
+def test_the_twin_shares_every_weight_and_is_never_patched():
+    model = make_llama()
+    twin = twin_of(model)
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters()))
+    assert twin.config is not model.config
+    with Pair(model) as both:
+        assert "generate" in vars(both.model)
+        assert "generate" not in vars(both.stock)
+        assert "forward" not in vars(both.stock.model)
+    assert "generate" not in vars(model)
+
+
+def test_a_call_that_is_not_blended_is_no_measurement():
+    case = Case(METHODS["full_reuse"], 0.0, "ram")
+    prompt = hfblend.Prompt.from_ids([1, 2], [], [3, 4])
+    with Pair(make_llama()) as both, pytest.raises(RuntimeError, match="full_reuse was not blended"):
+        both.run(case, prompt, empty_stores(("ram",)))
+
+
+def test_arrivals_count_from_the_first_new_token(monkeypatch):
+    times = iter([0.0, 5.0, 5.5, 7.0])
+    monkeypatch.setattr(pair, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    arrivals = Arrivals()
+    for _ in range(4):
+        arrivals.put(torch.tensor([1]))
+    assert arrivals.token_ms == [500.0, 1500.0]
+
+
+def test_prompts_of_a_stream_share_a_pool_in_orders_of_their_own():
+    pool, prompts = PromptMaker(500, LAYOUT).stream(300, 4)
+    prompts = list(prompts)
+    chunks = {tuple(ids) for prompt in pool for ids in prompt.chunk_ids}
+    assert len(chunks) == 6
+    assert all({tuple(ids) for ids in prompt.chunk_ids} < chunks for prompt in prompts)
+    assert len({tuple(prompt.prefix_ids) for prompt in (*pool, *prompts)}) == 1
+    assert len({tuple(prompt.suffix_ids) for prompt in prompts}) == 4
+
+
+# --- turns and rows -------------------------------------------------------------------------------------------------
+
+
+def names_of(cases):
+    return [(case.method.name, case.ratio, case.chunks_in) for case in cases]
+
+
+def test_cases_begin_with_full_prefill_and_take_ratio_0_for_full_reuse():
+    settings = Settings(ratios=(0, 0.1, 0.3), methods=("chunk_start", "prefix_reuse"), chunks_in="both")
+    assert names_of(settings.cases()) == [
+        ("full_prefill", 1.0, None), ("prefix_reuse", 1.0, None),
+        ("full_reuse", 0.0, "gpu"), ("full_reuse", 0.0, "ram"),
+        ("chunk_start", 0.1, "gpu"), ("chunk_start", 0.1, "ram"),
+        ("chunk_start", 0.3, "gpu"), ("chunk_start", 0.3, "ram"),
+    ]  # fmt: skip
+
+
+def test_the_device_settles_lengths_and_place():
+    assert Settings().on(torch.device("cuda")).lengths == GPU_LENGTHS
+    assert Settings().on(torch.device("cpu")).places == ("ram",)
+    with pytest.raises(ValueError, match='"both" need a model on a GPU'):
+        Settings(chunks_in="both").on(torch.device("cpu"))
+
+
+def turn(ms, gib=None, reused=None):
+    trace = None if reused is None else hfblend.BlendTrace(bytes_reused=reused, num_tokens=10, num_layers=4)
+    return ttft.Turn(ms, gib, {}, trace)
+
+
+def test_rows_take_speed_ups_per_turn():
+    full, reuse = Settings().cases()[0], METHODS["full_reuse"]
+    turns = {
+        full: [turn(100), turn(300), turn(200)],
+        Case(reuse, 0.0, "gpu"): [turn(50, 2.0, 400), turn(100, 2.5, 400), turn(50, 2.0, 400)],
+        Case(reuse, 0.0, "ram"): [turn(100, 2.0, 400), turn(150, 2.0, 400), turn(100, 2.0, 400)],
+        Case(METHODS["last"], 0.5, "gpu"): [],
+    }
+    rows = ttft.rows_of(turns, PromptMaker(90, LAYOUT).prompt(200), None, 2, PEAKS)
+    assert [row["speed_up"] for row in rows] == [1.0, 3.0, 2.0, None]
+    assert rows[1]["speed_up_range"] == [2.0, 4.0]
+    assert rows[1]["peak_gib"] == 2.0
+    assert [row["ram_over_gpu"] for row in rows] == [None, None, 2.0, None]
+    assert [row["load_ms"] for row in rows] == [None, None, pytest.approx(400 / 1e10 * 1000), None]
+    assert [row["failed"] for row in rows] == [None, None, None, "out of memory"]
+    assert rows[0]["flops"] is None
+
+
+@pytest.mark.parametrize("name", ["kv_deviation", "suffix_attention", "chunk_start", "prefix_reuse", "lmcache_v1"])
+def test_methods_are_counted_where_they_are_hfblends_own(name):
+    """The count is below what full prefill does, and the pairs that the trace counts are at least as many."""
+    model = random_model("tiny", "cpu")
+    shape, prompt = Shape.of(model), PromptMaker(500, LAYOUT).prompt(400)
+    settings = Settings(ratios=(0.1,), methods=(name,), chunks_in="ram")
+    with Pair(model) as both:
+        stores = empty_stores(("ram",))
+        turns = ttft.take_turns(both, prompt, stores, settings.cases(), 1, lambda what: None)
+    full, row = ttft.rows_of(turns, prompt, shape, 4, PEAKS)
+    assert full["speed_up_limit"] == 1.0
+    if name == "lmcache_v1":
+        assert row["flops"] is None
+    else:
+        assert 0 < row["flops"] / full["flops"] < row["pairs_share"] * 1.1
+        assert row["speed_up_limit"] == full["flops"] / row["flops"]
+        assert row["roofline_ms"] >= 1000 * row["flops"] / PEAKS.flops_per_s
+
+
+def test_what_memory_does_not_last_for_is_said_and_the_rest_goes_on(monkeypatch):
+    own = Pair.run
+
+    def run_short_of_memory(self, case, prompt, *args, **kwargs):
+        if len(prompt) > 300 and (case.method.whole or len(prompt) > 500):
+            raise torch.OutOfMemoryError("not enough")
+        return own(self, case, prompt, *args, **kwargs)
+
+    monkeypatch.setattr(Pair, "run", run_short_of_memory)
+    settings = Settings(lengths=(200, 400, 600), ratios=(0,), methods=(), repeats=1, layout=LAYOUT, decoded_tokens=2)
+    saved = []
+    results = run(random_model("tiny", "cpu"), "tiny", settings, save=lambda so_far: saved.append(len(so_far["rows"])))
+    failed = "out of memory"
+    assert [row["failed"] for row in results["rows"]] == [None, None, failed, None, failed, failed]
+    assert [found.get("failed") for found in results["decoding"]] == [None, failed, failed]
+    assert saved == [2, 4, 6]
+    assert "| 416 | full_prefill | 1 | – | out of memory |" in markdown(results)
+    assert "Decoding behind 616 tokens: out of memory." in markdown(results)
+
+
+def test_memory_that_lasts_changes_nothing():
+    assert if_memory_lasts(lambda: 7) == 7
+
+
+def test_a_picture_of_nothing_measured_is_drawn(tmp_path, results):
+    rows = [{**row, "failed": "out of memory"} for row in results["rows"]]
+    report.plot({**results, "rows": rows}, tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").stat().st_size > 0
+
+
+# --- files and the command ------------------------------------------------------------------------------------------
+
+SETTINGS = Settings(
+    lengths=(300, 600), ratios=(0, 0.1), repeats=2, layout=LAYOUT, decoded_tokens=3, throughput_prompts=2
+)
+ROW_KEYS = {
+    "tokens", "method", "ratio", "chunks_in", "failed", "turns", "ttft_ms", "ttft_ms_range", "speed_up",
+    "speed_up_range", "peak_gib", "pairs_share", "phase_ms", "bytes_reused", "load_ms", "ram_over_gpu", "flops",
+    "speed_up_limit", "roofline_ms", "share_of_limit",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run(random_model("tiny", "cpu"), "tiny", SETTINGS)
+
+
+def test_results_say_what_they_are_of(results):
+    assert results == json.loads(json.dumps(results))
+    assert results["torch"] in results["machine"]
+    assert (results["dtype"], results["attention"], results["shape"]["layers"]) == ("float32", "sdpa", 4)
+    assert results["settings"]["layout"] == {"prefix": 8, "chunk": 100, "suffix": 8}
+    assert all(set(row) == ROW_KEYS and row["turns"] == 2 for row in results["rows"])
+    assert [(row["tokens"], row["method"]) for row in results["rows"]] == [
+        (tokens, method)
+        for tokens in (316, 616)
+        for method in ("full_prefill", "prefix_reuse", "full_reuse", "suffix_attention", "kv_deviation")
+    ]
+
+
+def test_figures_of_the_results(results):
+    for row in results["rows"]:
+        low, high = row["speed_up_range"]
+        assert low <= row["speed_up"] <= high
+        assert row["share_of_limit"] == pytest.approx(row["speed_up"] / row["speed_up_limit"])
+        assert row["chunks_in"] == (None if row["ratio"] == 1 else "ram")
+    blended = results["rows"][3]
+    assert {"look_up", "select", "recompute"} <= set(blended["phase_ms"])
+    assert blended["bytes_reused"] == kv_bytes(308, shape=Shape(**results["shape"]), element_bytes=4)
+    for found in results["decoding"]:
+        low, high = found["blended_over_stock_range"]
+        assert low <= found["blended_over_stock"] <= high
+        assert found["decoded_tokens"] == 3
+    assert [found["chunks_in_pool"] for found in results["throughput"]] == [6, 12]
+    assert all(found["blended_prompts_per_s"] > 0 for found in results["throughput"])
+
+
+def test_markdown_names_the_machine_and_leaves_empty_columns_out(results):
+    text = markdown(results)
+    assert all(results[name] in text for name in ("machine", "model", "dtype", "attention", "transformers"))
+    assert "| tokens | method | ratio |" in text
+    assert not {"peak, GiB", "RAM ÷ GPU"} & set(text.split(" | "))
+    assert text.count("| 616 | kv_deviation | 0.1 |") == 1
+    assert "Decoding 3 tokens behind 616: stock" in text
+    assert "Throughput, 2 prompts of 616 tokens, 6 chunks each of a pool of 12" in text
+
+
+@pytest.mark.parametrize("lengths", [(316,), (316, 616)])
+@pytest.mark.parametrize("places", ["ram", "both"])
+def test_picture(tmp_path, results, lengths, places):
+    rows = [row for row in results["rows"] if row["tokens"] in lengths]
+    if places == "both":
+        rows += [{**row, "chunks_in": "gpu"} for row in rows if row["chunks_in"]]
+    report.plot({**results, "rows": rows}, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+
+
+def test_the_command_writes_its_files(tmp_path):
+    files = {name: tmp_path / f"bench.{name}" for name in ("json", "md", "png")}
+    outcome = invoke(
+        *("--shape", "tiny", "--device", "cpu", "--tokens", "300", "--ratios", "0,0.2", "--methods", "chunk_start"),
+        *("--repeats", "1", "--chunk", "100", "--decode", "0"),
+        *("--json", str(files["json"]), "--markdown", str(files["md"]), "--plot", str(files["png"])),
+    )
+    assert outcome.exit_code == 0, outcome.output
+    written = json.loads(files["json"].read_text())
+    assert [row["method"] for row in written["rows"]] == ["full_prefill", "full_reuse", "chunk_start"]
+    assert written["decoding"] == written["throughput"] == []
+    assert files["md"].read_text() == markdown(written)
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert "tiny shape, random weights, float32, sdpa" in outcome.output
+    assert "Time to first token, 364 tokens, 1 turns" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shape", "huge"), "no shape 'huge'"),
+        (("--shape", "tiny", "--model", "x"), "not both"),
+        (("--shape", "tiny", "--methods", "magic"), "Unknown methods: magic"),
+        (("--shape", "tiny", "--ratios", "0.1,1.5"), "shares in [0, 1], got [1.5]"),
+        (("--shape", "tiny", "--ratios", "much"), "'much'"),
+        (("--shape", "tiny", "--tokens", "0"), "A length must be 1 or more, got 0"),
+        (("--shape", "tiny", "--tokens", "many"), "'many'"),
+        (("--shape", "tiny", "--chunks-in", "attic"), "got 'attic'"),
+        (("--shape", "tiny", "--chunks-in", "gpu", "--device", "cpu"), "need a model on a GPU"),
+        (("--shape", "tiny", "--methods", "hfblend", "--tokens", "300", "--device", "cpu"), "tokenizer"),
+        (("--shape", "tiny", "--json", "/missing/out.json"), "does not exist"),
+        (("--shape", "tiny", "--dtype", "int8"), "got 'int8'"),
+    ],
+)
+def test_bad_input_is_said_without_a_stack_trace(arguments, message):
+    outcome = invoke(*arguments)
+    assert outcome.exit_code == 2
+    assert message in " ".join(outcome.output.split())
+    assert "Traceback" not in outcome.output
+
+
+def test_a_missing_package_ends_the_command_with_1(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = invoke("--shape", "tiny", "--plot", str(tmp_path / "bench.png"))
+    assert outcome.exit_code == 1
+    assert "hfblend[plots]" in outcome.output
+
+
+def test_settings_refuse_what_is_out_of_bounds():
+    for changed in ({"decoded_tokens": -1}, {"repeats": 0}, {"ratios": ()}, {"layout": Layout(chunk=0)}):
+        with pytest.raises(ValueError, match=r"or more|none"):
+            replace(SETTINGS, **changed)
+
+
+def test_the_runner_needs_neither_typer_nor_rich():
+    for module in (runner, ttft, pair, report):
+        assert not {"typer", "rich", "Console"} & set(vars(module))
