@@ -29,7 +29,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.demo
-	$(BIN)/python benchmarks/ttft.py
+	$(BIN)/hfblend bench
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest

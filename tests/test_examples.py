@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -46,18 +45,3 @@ def test_blend(ratio, environment):
     assert [found[:3] for found in figures] == [[0, 3, 1], [3, 0, 1], [2, 1, 1]]
     for *_, selected, reused in figures:  # the exact chunk, a third of all, needs no recomputing
         assert 0.5 * ratio * reused < selected < 0.8 * ratio * reused
-
-
-def test_ttft_benchmark(tmp_path):
-    arguments = ("--shape", "tiny", "--device", "cpu", "--context-tokens", "600", "--repeats", "2")
-    output = run("benchmarks/ttft.py", *arguments, "--json", str(tmp_path / "ttft.json"))
-    assert "| suffix_attention 0.15 |" in output
-    report = json.loads((tmp_path / "ttft.json").read_text())
-    assert report["prompt_tokens"] == 664
-    full, reuse, blended, sparse, *by_deviation = report["rows"]
-    assert (full["pairs_share"], full["speed_up"]) == (1.0, 1.0)
-    assert [row["method"] for row in by_deviation] == ["kv_deviation 0.15", "kv_deviation 0.05"]
-    assert reuse["pairs_share"] < sparse["pairs_share"] < blended["pairs_share"] < 1
-    assert blended["speed_up_range"][0] <= blended["speed_up"] <= blended["speed_up_range"][1]
-    assert set(blended["phase_ms"]) == {"look_up", "select", "recompute", "hand_over"}
-    assert report["decoding"]["blended_tokens_per_s"] > 0
