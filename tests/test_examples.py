@@ -45,3 +45,13 @@ def test_blend(ratio, environment):
     assert [found[:3] for found in figures] == [[0, 3, 1], [3, 0, 1], [2, 1, 1]]
     for *_, selected, reused in figures:  # the exact chunk, a third of all, needs no recomputing
         assert 0.5 * ratio * reused < selected < 0.8 * ratio * reused
+
+
+def test_attention_benchmark():
+    sizes = ("--tokens", "130", "--ratios", "0.3", "--heads", "4", "--kv-heads", "2", "--head-dim", "16")
+    lines = run("benchmarks/attention.py", *sizes, "--device", "cpu").splitlines()
+    measured = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| 130")]
+    rows_and_names = [(rows, name) for _, rows, name, *_ in measured]
+    assert rows_and_names[0] == ("130", "sdpa, causal")
+    assert ("39", "hfblend.attend") in rows_and_names
+    assert all(float(error) < 1e-5 for *_, ms, _, error in measured if ms != "–")
