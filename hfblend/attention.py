@@ -1,6 +1,7 @@
 """Attention of queries at given positions over all keys: key position ≤ query position, and nothing later.
 
-`attend` is the one front door. `attention_by_position` puts it in the place of a model's own attention for the length
+`attend` is the one front door: the Triton kernel on a GPU, PyTorch's attention with a mask elsewhere, and the plain
+reference for what neither can do. `attention_by_position` puts it in the place of a model's own attention for the length
 of a pass, so that a stock forward over scattered rows sees exactly what each row saw in a full prefill:
 
         keys 0 1 2 3 4 5
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +27,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from .caches import StopForward
+
+kernels: Any  # None where there is no Triton, which comes with PyTorch for GPUs
+try:
+    from . import kernels
+except ImportError:
+    kernels = None
 
 
 def visible(
@@ -44,6 +52,11 @@ def visible(
     if sliding_window is not None:
         seen &= keys > positions[..., None] - sliding_window
     return seen if hidden is None else seen.index_fill_(-1, hidden.to(seen.device), False)
+
+
+def mask_of(hidden: torch.Tensor, length: int) -> torch.Tensor:
+    """(T,) uint8, 1 at the keys `hidden` (K,)."""
+    return torch.zeros(length, dtype=torch.uint8, device=hidden.device).index_fill_(0, hidden, 1)
 
 
 def attention_weights(
@@ -115,7 +128,7 @@ class AttentionRecord:
     """Keeps, per wanted layer, how much attention each key received: the mean over the rows of a pass.
 
     Args:
-        layers: the layers to record; the pass ends in the last one, before its attention is applied.
+        layers: the layers to record; the pass ends in the last one.
 
     Attributes:
         received: layer -> (H, T) in fp32.
@@ -124,7 +137,7 @@ class AttentionRecord:
     ROWS_AT_ONCE = 64  # so that memory is linear in T, however many rows a pass has
 
     def __init__(self, layers: Sequence[int]) -> None:
-        self.layers, self.received = frozenset(layers), dict[int, torch.Tensor]()
+        self.layers, self.received = tuple(dict.fromkeys(layers)), dict[int, torch.Tensor]()
 
     def add(self, layer: int, query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, *how: Any) -> None:
         """Records one layer; `how` is the rest of `attention_weights`. Raises `StopForward` after the last one."""
@@ -132,27 +145,54 @@ class AttentionRecord:
             blocks = zip(query.split(self.ROWS_AT_ONCE, 2), seen.split(self.ROWS_AT_ONCE, 1))
             sums = [attention_weights(q, key, rows, *how)[0].sum(1) for q, rows in blocks]
             self.received[layer] = torch.stack(sums).sum(0) / query.shape[2]
+        self.end_if_complete()
+
+    def end_if_complete(self) -> None:
+        """Raises `StopForward` if no layer is left to record."""
         if len(self.received) == len(self.layers):
             raise StopForward
 
 
 class QueryRows:
-    """The rows of one pass: their positions (B, S), and the masks made from them, each once a pass.
+    """The rows of one pass: their positions (B, S), and what is made from them, each once a pass.
 
     Args:
         hidden: (K,) keys that no row sees.
         record: keeps the attention that keys receive in this pass.
+        state: a `kernels.State`: K/V are found through it, inside a CUDA graph.
     """
 
     def __init__(
-        self, positions: torch.Tensor, hidden: torch.Tensor | None = None, record: AttentionRecord | None = None
+        self,
+        positions: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        record: AttentionRecord | None = None,
+        state: Any = None,
     ) -> None:
-        self.positions, self.hidden, self.record = positions, hidden, record
+        self.positions, self.hidden, self.record, self.state = positions, hidden, record, state
         self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    @cached_property
+    def for_kernels(self) -> torch.Tensor:
+        """(B, S) positions as the kernels read them."""
+        return self.positions.to(torch.int32).contiguous()
+
+    def last(self, count: int) -> QueryRows:
+        """The last `count` rows."""
+        return QueryRows(self.positions[:, -count:], self.hidden, self.record, self.state)
 
     def visible(self, length: int, window: int | None, device: torch.device) -> torch.Tensor:
         """(B, S, T) bool."""
         return visible(self.positions.to(device), length, window, self.hidden)
+
+    def hidden_mask(self, length: int, device: torch.device) -> torch.Tensor | None:
+        """(T,) uint8 for the kernels, 1 where no row sees the key; inside a graph, they find it in the state."""
+        if self.hidden is None or self.state is not None:
+            return self.hidden
+        key = ("hidden", length, device)
+        if key not in self._masks:
+            self._masks[key] = mask_of(self.hidden.to(device), length)
+        return self._masks[key]
 
     def additive_mask(self, length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """(B, 1, S, T): 0 where visible, the lowest number of `dtype` elsewhere; rows start 16-aligned."""
@@ -163,6 +203,19 @@ class QueryRows:
             mask.masked_fill_(~self.visible(length, window, device), torch.finfo(dtype).min)
             self._masks[key] = mask[:, None]
         return self._masks[key]
+
+
+def runs_on_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the Triton kernel takes these states: on a GPU, in half precision, heads of up to 256 dimensions."""
+    return (
+        kernels is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype == key.dtype == value.dtype
+        and max(query.shape[-1], value.shape[-1]) <= 256
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        and key.stride(2) * key.shape[2] < 2**31  # it counts elements in 32 bits
+    )
 
 
 def attend(
@@ -177,6 +230,12 @@ def attend(
 ) -> torch.Tensor:
     """Attention of the rows of a pass over all keys, the fastest way that is exact here.
 
+    | states | way |
+    | --- | --- |
+    | on a GPU, fp16 or bf16 | `kernels.attend`: no mask is made |
+    | with softcap or sinks, elsewhere | `reference_attention` |
+    | all others | `sdpa_attention`, with a mask that is made once a pass |
+
     Args:
         query: (B, H, S, D); key, value: (B, Hkv, T, D), keys at positions 0 … T − 1.
         rows: the positions of the queries.
@@ -188,11 +247,57 @@ def attend(
     length = key.shape[2]
     if sliding_window is not None and sliding_window >= length:
         sliding_window = None
+    if runs_on_kernels(query, key, value):
+        return _attend_by_kernel(query, key, value, rows, scaling, sliding_window, softcap, sinks)[0]
     if softcap is not None or sinks is not None:
         positions = rows.positions.to(query.device)
         return reference_attention(query, key, value, positions, scaling, sliding_window, softcap, sinks, rows.hidden)
     mask = rows.additive_mask(length, sliding_window, query.dtype, query.device)
     return sdpa_attention(query, key, value, mask, scaling)
+
+
+def _attend_by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: QueryRows,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    layer: int = 0,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    hidden = rows.hidden_mask(key.shape[2], query.device)
+    return kernels.attend(
+        query, key, value, rows.for_kernels, scaling, sliding_window, softcap, sinks, hidden,
+        state=rows.state, layer=layer, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def _recorded_by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: QueryRows,
+    layer: int,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of a layer that is recorded."""
+    record, hidden = rows.record, rows.hidden_mask(key.shape[2], query.device)
+    assert record is not None
+    out, lse = _attend_by_kernel(query, key, value, rows, scaling, sliding_window, softcap, sinks, layer, True)
+    received = query.new_empty(0 if rows.state else query.shape[1], key.shape[2], dtype=torch.float32)
+    kernels.received(
+        query, key, lse, rows.for_kernels, scaling, sliding_window, softcap, hidden,
+        out=received, state=rows.state, layer=layer, slot=record.layers.index(layer) if rows.state else 0,
+    )  # fmt: skip
+    record.received[layer] = received
+    record.end_if_complete()
+    return out
 
 
 # --- in the place of a model's own attention --------------------------------------------------------------------------
@@ -203,6 +308,8 @@ _rows: ContextVar[QueryRows | None] = ContextVar("hfblend_query_rows", default=N
 @contextlib.contextmanager
 def attention_by_position(config: Any, rows: QueryRows) -> Iterator[None]:
     """While it lasts, layers of the model with this `config` attend through `attend`, as these rows.
+
+    `attend_as` changes the rows in the middle.
 
     The setting is model-wide; the caller keeps other forwards out. Code of other threads that only reads the setting
     (mask builders) is served as before.
@@ -215,6 +322,13 @@ def attention_by_position(config: Any, rows: QueryRows) -> Iterator[None]:
     finally:
         _rows.reset(token)
         config._attn_implementation_internal = own
+
+
+def attend_as(change: Callable[[QueryRows], QueryRows]) -> None:
+    """Within `attention_by_position`: the rest of the pass has other rows."""
+    rows = _rows.get()
+    assert rows is not None
+    _rows.set(change(rows))
 
 
 def _registered(implementation: str) -> str:
@@ -254,8 +368,16 @@ def _attention_forward(
     if rows is None:
         raise RuntimeError("hfblend's attention was called outside its pass; another thread reached a switched model.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: int = getattr(module, "layer_idx", 0)
+    how = (scaling, sliding_window, softcap, s_aux)
+    if rows.state is not None or runs_on_kernels(query, key, value):
+        if rows.record is not None and layer in rows.record.layers:
+            out = _recorded_by_kernel(query, key, value, rows, layer, *how)
+        else:
+            out, _ = _attend_by_kernel(query, key, value, rows, *how, layer=layer)
+        return out.transpose(1, 2).contiguous(), None
     if rows.record is not None:
         seen = rows.visible(key.shape[2], sliding_window, query.device)
-        rows.record.add(module.layer_idx, query, key, seen, scaling, softcap, s_aux)  # type: ignore[arg-type]
-    out = attend(query, key, value, rows, scaling, sliding_window, softcap, s_aux)
+        rows.record.add(layer, query, key, seen, scaling, softcap, s_aux)
+    out = attend(query, key, value, rows, *how)
     return out.transpose(1, 2).contiguous(), None

@@ -53,6 +53,7 @@ class StaleRows(Blending):
     def select(self, forward: Forward, reuse: Reuse, reused: ReusedKV) -> torch.Tensor:
         selected_idx = super().select(forward, reuse, reused)
         self.buffers.clear()
+        self._entered = None
         return selected_idx
 
 

@@ -14,7 +14,7 @@ recomputed, S rows of a pass, D head_dim, L layers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,21 +24,20 @@ from transformers.cache_utils import DynamicCache
 
 from . import selection
 from .attention import AttentionRecord
-from .caches import KV, ROOM, BlendingCache, RecordingCache, StopForward, full_length_cache, hand_over
+from .caches import KV, ROOM, BlendingCache, RecordingCache, full_length_cache, hand_over
 from .chunks import ChunkKV
 from .config import BlendConfig
-from .host import CACHE
+from .graphs import graphs_of
+from .layers import Watched, watched
 from .lookup import LookUp
 from .models import BlendableModel, host_of
+from .passes import Forward, Pass, until_stopped
 from .prompt import ChunkSpans, Prompt
 from .reuse import Reuse, ReusedKV
 from .store import MemoryStore, Store
 from .trace import BlendTrace, PhaseClock
 
 logger = logging.getLogger(__name__)
-
-Forward = Callable[..., Any]
-
 
 class AttentionNotRecorded(Exception):
     """A rule asked for attention that this model's own attention code does not show."""
@@ -128,6 +127,7 @@ class Blending:
         self.spans.check(self.length)
         self._prompt_stop = self.prompt_length or self.length
         self._fresh_up_to = -1  # the last layer whose K/V are fresh for every token
+        self._entered: Watched | None = None  # what entered the last check layer
         self.clock = PhaseClock(self.host.device)
         trace = self.trace
         trace.blended, trace.clock = True, self.clock
@@ -237,15 +237,17 @@ class Blending:
         if layer <= self._fresh_up_to:
             return
         if self._fresh_up_to >= 0:
-            self._pass(forward, reused, torch.cat([kept, reuse.fresh_idx]).sort().values, stop_at=layer)
+            rows = torch.cat([kept, reuse.fresh_idx]).sort().values
+            self._pass(forward, reused, rows, stop_at=layer)
         else:
+            rows = torch.arange(self.length, device=self.host.device)
             cache = RecordingCache(self.host.num_layers, layer, room=ROOM)
-            everywhere = torch.arange(self.length, device=self.host.device)
-            with self.host.lock.shared():
-                _until_stopped(forward, self.input_ids, everywhere, None, cache)
+            with self.host.lock.exclusive(), watched(self.host.layers, layer, rows) as self._entered:
+                until_stopped(forward, self.input_ids, rows, None, cache)
             self.buffers.update(cache.recorded)
             self.trace.computed_pairs += self.length * layer
         self._fresh_up_to = layer
+        reused.prefetch(layer)
 
     def _suffix_attention(
         self, layers: Sequence[int], forward: Forward, reuse: Reuse, reused: ReusedKV
@@ -259,10 +261,8 @@ class Blending:
         if not self.host.attends_by_position:
             raise AttentionNotRecorded(type(self.host.model).__name__)
         record = AttentionRecord(layers)
-        fresh, suffix_start = reuse.fresh_idx, min(self.spans[-1][1], self._prompt_stop - 1)
-        rows = fresh[(fresh >= suffix_start) & (fresh < self._prompt_stop)]
-        hidden = fresh[~torch.isin(fresh, rows)]
-        self._pass(forward, reused, rows, stop_at=max(layers), hidden=hidden, record=record)
+        hidden = reuse.unread_idx if reuse.unread_idx.numel() else None
+        self._pass(forward, reused, reuse.suffix_idx, stop_at=max(layers), hidden=hidden, record=record)
         if len(record.received) < len(record.layers):  # a layer without attention, or with one of its own
             raise AttentionNotRecorded(type(self.host.model).__name__)
         return record.received
@@ -272,7 +272,8 @@ class Blending:
     def recompute(self, forward: Forward, reuse: Reuse, reused: ReusedKV, selected_idx: torch.Tensor) -> Any:
         """One forward over the selected tokens, the gaps and the suffix; every other row of a layer is reused.
 
-        At ratio 1 every token of the prompt is a row, the prefix too: nothing reused is left.
+        At ratio 1 every token of the prompt is a row, the prefix too: nothing reused is left. Layers that a pass over
+        all tokens went through are not computed again: the rows go on from what entered the check layer.
         """
         if self.config.recomputes_all:
             rows = torch.arange(self.length, device=self.host.device)
@@ -297,20 +298,41 @@ class Blending:
             hidden: tokens that the rows do not see.
             record: keeps the attention that the rows give.
         """
-        num_layers = self.host.num_layers
-
-        def load(layer_idx: int, fresh: KV) -> KV:
+        host, entered = self.host, self._entered
+        if entered is None or entered.hidden is None or record is not None:
+            start, resume_with = 0, None
+        else:
+            start, resume_with = entered.layer, entered.of_rows(rows)
+        one = Pass(
+            self.input_ids[:, rows], rows, self.seen_from(rows), self.length, stop_at, hidden, record,
+            resume_at=start if start else None, resume_with=resume_with,
+            num_read=self.length - self._prompt_stop + 1,
+        )  # fmt: skip
+        self.trace.computed_pairs += one.pairs(host)
+        def load(layer_idx: int, fresh: KV | None) -> KV:
             buffers = reused.layer(layer_idx, fresh)
             if hidden is not None:  # not computed yet, and never left uninitialised: 0 · NaN is NaN
                 for buffer in buffers:
                     buffer.index_fill_(2, hidden.to(buffer.device), 0)
             return buffers
 
-        cache = BlendingCache(num_layers, self.buffers, load, rows, self.length, None if record else stop_at)
-        self.trace.computed_pairs += len(rows) * (num_layers if stop_at is None else stop_at)
-        seen_from = self.seen_from(rows)
-        with self.host.rows_pass(seen_from, self.length, hidden=hidden, record=record) as attention_mask:
-            return _until_stopped(forward, self.input_ids[:, rows], rows, attention_mask, cache)
+        if self._may_be_graph(one, reused):
+            for layer in host.layouts:
+                if layer not in self.buffers:
+                    self.buffers[layer] = load(layer, None)
+            ran, output = graphs_of(host).run(forward, one, self.buffers)
+            if ran:
+                return output
+
+        cache = BlendingCache(host.num_layers, self.buffers, load, rows, self.length, None if record else stop_at)
+        output, entered = one.run(host, forward, cache, watch=record is None)
+        self._entered = self._entered if entered is None else entered
+        return output
+
+    def _may_be_graph(self, one: Pass, reused: ReusedKV) -> bool:
+        """Whether this pass needs nothing that a CUDA graph cannot give."""
+        stops_early = one.stop_at is not None and one.record is None
+        return self.config.cuda_graphs and reused.on_gpu and not stops_early
 
     def seen_from(self, rows: torch.Tensor) -> torch.Tensor:
         """(S,) the last key position that each row of a pass sees: its own."""
@@ -348,22 +370,6 @@ class Blending:
             )
             self.trace.notes.append(note)
             logger.warning(note)
-
-
-def _until_stopped(
-    forward: Forward, input_ids: torch.Tensor, positions: torch.Tensor, attention_mask: Any, cache: Any
-) -> Any:
-    """A forward over ids at `positions` (S,) that its cache may end early."""
-    try:
-        return forward(
-            input_ids=input_ids,
-            position_ids=positions[None],
-            attention_mask=attention_mask,
-            use_cache=True,
-            **{CACHE: cache},
-        )
-    except StopForward:
-        return None
 
 
 def _rows_of(kv: KV, rows: torch.Tensor) -> KV:

@@ -1,12 +1,18 @@
 """Caches that make a stock forward do one phase of blending: record, stop, or mix fresh rows into reused KV.
 
-Shapes: B batch, Hkv KV heads, T all tokens, S selected rows, D head_dim, L layers.
+K/V made here lie as rows, one a token: all heads' keys, then all heads' values. What callers see are views of the usual
+shapes; what is moved, from a store or between devices, is one block per chunk and layer.
+
+    row of token t    k₀ k₁ … v₀ v₁ …        keys = rows[:, :Hkv·D], values = rows[:, Hkv·D:]
+
+Shapes: B batch, Hkv KV heads, T all tokens, S selected rows, D head_dim, L layers, W width of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -16,18 +22,56 @@ KV = tuple[torch.Tensor, torch.Tensor]  # keys and values, each (B, Hkv, T, D)
 ROOM = 256  # spare rows of a blended buffer, for the tokens that will be decoded
 
 
+@dataclass(frozen=True)
+class RowLayout:
+    """How a layer's K/V of one token lie in a row: `key_heads` keys of `key_dim`, then `value_heads` values."""
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+    @classmethod
+    def of(cls, kv: KV) -> RowLayout:
+        """The layout of keys and values (B, Hkv, n, D)."""
+        keys, values = kv
+        return cls(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3])
+
+    @property
+    def value_offset(self) -> int:
+        """Elements of a row before its values."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def width(self) -> int:
+        """W, elements of a row."""
+        return self.value_offset + self.value_heads * self.value_dim
+
+    def strides(self, slot: Literal["key", "value"]) -> tuple[int, int, int, int]:
+        """Of keys or values (1, Hkv, n, D) seen in packed rows."""
+        return (0, self.key_dim if slot == "key" else self.value_dim, self.width, 1)
+
+    def views(self, rows: torch.Tensor) -> KV:
+        """Keys and values (B, Hkv, n, D) seen in rows (B, n, W)."""
+        keys, values = rows.split((self.value_offset, self.width - self.value_offset), -1)
+        return (
+            keys.unflatten(-1, (self.key_heads, self.key_dim)).transpose(1, 2),
+            values.unflatten(-1, (self.value_heads, self.value_dim)).transpose(1, 2),
+        )
+
+
 class StopForward(Exception):
     """Raised by a cache's `update` to end a forward right after the K/V of its last wanted layer."""
 
 
-class _PassCache(Cache):
+class PassCache(Cache):
     """Empty full-length layers: every model then builds its ordinary masks, sliding models too."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[DynamicLayer() for _ in range(num_layers)])
 
 
-class RecordingCache(_PassCache):
+class RecordingCache(PassCache):
     """Keeps the fresh K/V of all tokens and ends the forward at layer `stop_at`, before that layer's attention.
 
     Args:
@@ -53,7 +97,7 @@ class RecordingCache(_PassCache):
         return key_states, value_states
 
 
-class BlendingCache(_PassCache):
+class BlendingCache(PassCache):
     """Mixes the fresh K/V of a pass over some rows into full-length buffers, and hands the whole layer to attention.
 
     A layer's reused KV is asked of `load` when the pass first reaches that layer, so loading runs a layer at a time.
@@ -91,6 +135,10 @@ class BlendingCache(_PassCache):
         if layer_idx == self.stop_at:
             raise StopForward
         return keys, values
+
+    def take_last(self, count: int) -> None:
+        """From here on the pass has its last `count` rows, and runs to its end."""
+        self.rows, self.stop_at = self.rows[-count:], None
 
 
 class GrowingLayer(DynamicLayer):
@@ -156,9 +204,37 @@ class GrowingLayer(DynamicLayer):
 
 
 def empty_kv(like: KV, length: int) -> KV:
-    """Uninitialised buffers (B, Hkv, length, D) of the kind of `like`."""
-    keys, values = (t.new_empty(*t.shape[:2], length, t.shape[3]) for t in like)
-    return keys, values
+    """Uninitialised buffers (B, Hkv, length, D) of the kind of `like`, packed in rows."""
+    layout, keys = RowLayout.of(like), like[0]
+    return layout.views(keys.new_empty(keys.shape[0], length, layout.width))
+
+
+def packed(kv: KV, device: torch.device | str | None = None) -> KV:
+    """A copy of K/V (1, Hkv, n, D), packed in rows, on `device`; in RAM beside a GPU the memory is pinned.
+
+    Copies from pinned memory run beside computing.
+    """
+    keys, values = kv
+    layout = RowLayout.of(kv)
+    device = keys.device if device is None else torch.device(device)
+    pinned = device.type == "cpu" and torch.cuda.is_available()
+    shape = (1, keys.shape[2], layout.width)
+    views = layout.views(torch.empty(shape, dtype=keys.dtype, device=device, pin_memory=pinned))
+    for view, states in zip(views, kv):
+        view.copy_(states)
+    return views
+
+
+def rows_behind(kv: KV) -> torch.Tensor | None:
+    """The rows (n, W) that K/V (1, Hkv, n, D) are views of; `None` if they are not packed that way."""
+    keys, values = kv
+    layout = RowLayout.of(kv)
+    adjacent = values.data_ptr() - keys.data_ptr() == layout.value_offset * keys.element_size()
+    strided = keys.stride()[1:] == layout.strides("key")[1:] and values.stride()[1:] == layout.strides("value")[1:]
+    same = keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
+    if not (adjacent and strided and same and keys.shape[0] == 1 and keys.dtype == values.dtype):
+        return None
+    return keys.as_strided((keys.shape[2], layout.width), (layout.width, 1))
 
 
 def full_length_cache(kv: Iterable[KV]) -> DynamicCache:

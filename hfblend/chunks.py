@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .caches import KV, full_length_cache
+from .caches import KV, full_length_cache, packed, rows_behind
 from .host import CACHE, Host
 from .models import host_of
 
@@ -62,13 +62,26 @@ class ChunkKV:
         return len(self.cache.layers)
 
     @cached_property
+    def addresses(self) -> torch.Tensor | None:
+        """(L,) int64, where each layer's rows lie on the GPU; `None` if they lie elsewhere or are not packed."""
+        rows = [rows_behind(self.layer(i)) for i in range(self.num_layers)]
+        if any(r is None or not r.is_cuda for r in rows):
+            return None
+        return torch.tensor([r.data_ptr() for r in rows if r is not None])
+
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of keys and values, all layers."""
         return sum(t.numel() * t.element_size() for i in range(self.num_layers) for t in self.layer(i))
 
     def to(self, device: torch.device | str) -> ChunkKV:
-        """The same chunk with its tensors on another device."""
-        cache = full_length_cache((k.to(device), v.to(device)) for k, v in map(self.layer, range(self.num_layers)))
+        """The same chunk with its tensors on another device; this one, if they are there already.
+
+        In RAM beside a GPU they are pinned, so that they can be copied while the GPU computes.
+        """
+        if all(t.device == torch.device(device) for i in range(self.num_layers) for t in self.layer(i)):
+            return self
+        cache = full_length_cache(packed(self.layer(i), device) for i in range(self.num_layers))
         return ChunkKV(cache, self.cached_positions, self.behind_ids, self.provenance, self.regime)
 
 
@@ -139,7 +152,7 @@ def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: R
         host.decoder_forward(input_ids=new_ids, position_ids=positions[None], use_cache=True, **{CACHE: cache})
     layers: list[Any] = cache.layers
     rows = slice(start, stop)
-    kv = full_length_cache((layer.keys[:, :, rows].clone(), layer.values[:, :, rows].clone()) for layer in layers)
+    kv = full_length_cache(packed((layer.keys[:, :, rows], layer.values[:, :, rows])) for layer in layers)
     return ChunkKV(kv, torch.arange(start, stop), tuple(behind_ids), "isolated", host.regime(stop))
 
 

@@ -47,6 +47,7 @@ class BlendConfig:
         on_miss: `"isolated"` prefills a missing chunk alone, stores it, and then treats it like a hit, so that an
             answer never depends on what the store held. `"in_context"` computes it inside the prompt.
         layerwise: assemble each layer's reused KV when the pass reaches it; `False` assembles all layers first.
+        cuda_graphs: on a GPU, run passes as CUDA graphs, without Python, where a model allows it.
         namespace: keeps one tenant's entries apart from another's in a shared store.
 
     Raises:
@@ -68,10 +69,11 @@ class BlendConfig:
     filler_ids: tuple[int, ...] = ()
     on_miss: OnMiss = "isolated"
     layerwise: bool = True
+    cuda_graphs: bool = True
     namespace: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "layerwise"):
+        for name in ("enabled", "layerwise", "cuda_graphs"):
             _require_type(name, getattr(self, name), bool, "True or False")
         _require_type("namespace", self.namespace, str, "text")
         for name in ("min_reused_tokens", "force_chunk_start"):
@@ -228,6 +230,7 @@ _ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "filler_ids": ("", _list_of(int)),
     "on_miss": ("", str),
     "layerwise": ("LMCACHE_USE_LAYERWISE", _flag),
+    "cuda_graphs": ("", _flag),
     "namespace": ("", str),
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
-from .attention import AttentionRecord, QueryRows, attention_by_position
+from .attention import QueryRows, attention_by_position
 from .caches import KV, RecordingCache
 from .locks import ForwardLock
 
@@ -92,6 +92,11 @@ class Host:
     @property
     def decoder(self) -> nn.Module:
         return _alive(self._decoder)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers, in order."""
+        return next(child for child in self.decoder.children() if _is_list_of(child, self.num_layers))  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
@@ -206,26 +211,19 @@ class Host:
         return bool(getattr(type(self.model), "_supports_attention_backend", False)) and not chunked
 
     @contextlib.contextmanager
-    def rows_pass(
-        self,
-        rows: torch.Tensor,
-        length: int,
-        *,
-        hidden: torch.Tensor | None = None,
-        record: AttentionRecord | None = None,
-    ) -> Iterator[Any]:
-        """Everything a forward over `rows` (S,) of a prompt of `length` tokens needs to see exactly its past.
+    def rows_pass(self, rows: QueryRows, length: int) -> Iterator[Any]:
+        """Everything a forward over rows of a prompt of `length` tokens needs to see exactly its past.
 
-        `hidden` keys are seen by no row, and `record` keeps the attention of the pass; both need `attends_by_position`.
+        Rows that do not see some keys, or record their attention, need `attends_by_position`.
 
         Yields the `attention_mask` to pass. Where attention is replaced, the model-wide setting is switched for the
         length of the pass, other threads' forwards of this model wait, and no mask is made at all.
         """
         if not self.attends_by_position:
             with self.lock.shared():
-                yield self._mask_rows(rows, length)
+                yield self._mask_rows(rows.positions[0], length)
             return
-        with self.lock.exclusive(), attention_by_position(self.decoder.config, QueryRows(rows[None], hidden, record)):
+        with self.lock.exclusive(), attention_by_position(self.decoder.config, rows):
             yield None
 
     def _mask_rows(self, rows: torch.Tensor, length: int) -> Any:
@@ -260,9 +258,13 @@ def _find_decoder(model: nn.Module, num_layers: int) -> nn.Module:
     """The module that owns the decoder layers (`get_decoder()` is not it in every family)."""
     for module in model.modules():
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+            if _is_list_of(child, num_layers):
                 return module
     raise UnsupportedModel(f"{type(model).__name__} has no list of {num_layers} decoder layers.")
+
+
+def _is_list_of(module: nn.Module, num_layers: int) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == num_layers
 
 
 def _find_rotary_sources(decoder: nn.Module, config: Any) -> list[RotarySource]:

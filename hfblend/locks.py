@@ -10,7 +10,7 @@ from collections.abc import Iterator
 class ForwardLock:
     """Many stock forwards of a model at once, or one pass that has its attention switched.
 
-    The holder of the exclusive side may take the shared side again (a pass may run the whole model).
+    The holder of the exclusive side may take either side again (a pass may run the whole model).
     """
 
     def __init__(self) -> None:
@@ -36,12 +36,16 @@ class ForwardLock:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
+        me = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: self._owner is None and self._shared == 0)
-            self._owner = threading.get_ident()
+            nested = self._owner == me
+            if not nested:
+                self._changed.wait_for(lambda: self._owner is None and self._shared == 0)
+                self._owner = me
         try:
             yield
         finally:
-            with self._changed:
-                self._owner = None
-                self._changed.notify_all()
+            if not nested:
+                with self._changed:
+                    self._owner = None
+                    self._changed.notify_all()

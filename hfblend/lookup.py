@@ -159,11 +159,12 @@ class LookUp:
         stops = [0] + [min(piece.span[1], last) for piece in pieces]
         moved = [piece for piece in pieces if not piece.exact]
         candidates = [torch.arange(piece.span[0], min(piece.span[1], last)) for piece in moved]
-        reuse = Reuse(
-            exact=[piece for piece in pieces if piece.exact],
-            moved=moved,
-            candidate_idx=joined(candidates).to(self.host.device),
-            fresh_idx=joined([torch.arange(*gap) for gap in zip(stops, starts)]).to(self.host.device),
-        )
+        fresh = joined([torch.arange(*gap) for gap in zip(stops, starts)])
+        suffix_start = min(self.spans[-1][1], last) if self.spans else 0
+        in_suffix = (fresh >= suffix_start) & (fresh <= last)
+        # Counted on the CPU and sent together: no pass has to wait for a size.
+        parts = [joined(candidates), fresh, fresh[in_suffix], fresh[~in_suffix]]
+        on_device = torch.cat(parts).to(self.host.device).split([len(part) for part in parts])
+        reuse = Reuse([piece for piece in pieces if piece.exact], moved, *on_device)
         self.trace.candidate_idx, self.trace.fresh_idx = reuse.candidate_idx, reuse.fresh_idx
         return reuse

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 from torch import nn
 
+from .caches import RowLayout
 from .fingerprint import Fingerprint
 from .host import Host
 from .rope import KeyRotation, find_rotations
@@ -16,16 +18,19 @@ class BlendableModel(Host):
 
     Attributes:
         rotations: per layer, how cached state turns with position.
+        layouts: per layer, the shape of one token's cached state.
         fingerprint: of weights and configuration, for store keys.
     """
 
     rotations: list[KeyRotation | None]
+    layouts: dict[int, RowLayout]
     fingerprint: Fingerprint
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.rotations = find_rotations(self)
+        self.rotations, self.layouts = find_rotations(self)
         self.fingerprint = Fingerprint(model)
+        self.graphs: Any = None  # of its passes, kept by graphs.py
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, BlendableModel] = weakref.WeakKeyDictionary()

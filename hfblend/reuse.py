@@ -1,19 +1,29 @@
 """What a prompt takes from the store, and its K/V at the new positions, a layer at a time.
 
-Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, D head_dim.
+    stored rows of a chunk     ▨▨▨▨▨  ──────────┐ copied, keys turned to their new positions
+    the layer's buffer     ▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨ · · ·      T rows and room for the tokens to be decoded
+
+On a GPU both happen in one kernel. Chunks that lie in RAM are copied into their places beforehand, on a stream of their
+own and some layers ahead, and turned there.
+
+Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, D head_dim, L layers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
-from .caches import KV, ROOM, empty_kv
-from .chunks import Reader
+from .attention import kernels
+from .caches import KV, ROOM, empty_kv, rows_behind
+from .chunks import ChunkKV, Reader
 from .models import BlendableModel
 from .prompt import Span
 from .rope import Realigner
+
+LAYERS_AHEAD = 4  # copied from RAM before they are needed
 
 
 @dataclass
@@ -33,12 +43,16 @@ class Reuse:
         exact, moved: pieces whose KV holds as it is, and pieces that stand elsewhere than where they were computed.
         candidate_idx: (N,) tokens of `moved`, rising.
         fresh_idx: (F,) all tokens that are not reused, and always the prompt's last one.
+        suffix_idx: those of them that belong to the prompt's suffix.
+        unread_idx: those that a pass of the suffix alone leaves out.
     """
 
     exact: list[Piece]
     moved: list[Piece]
     candidate_idx: torch.Tensor
     fresh_idx: torch.Tensor
+    suffix_idx: torch.Tensor
+    unread_idx: torch.Tensor
 
 
 class ReusedKV:
@@ -51,42 +65,179 @@ class ReusedKV:
 
     def __init__(self, host: BlendableModel, reuse: Reuse, length: int) -> None:
         self.reuse, self.length = reuse, length
-        self._preloaded: dict[int, KV] = {}
         self._num_layers = host.num_layers
         positions = [torch.arange(*piece.span) for piece in reuse.moved]
         self._moved_rows = joined(positions).to(host.device)
         moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
         self._realigner = Realigner(host, host.rotations, moves, host.regime(length))
+        self._loaded: dict[int, KV] = {}
+        self._gpu = GPULoader(host, reuse, self._realigner, length) if loads_by_kernel(host, reuse) else None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether every piece lies in this GPU's memory, so that all layers can be had at once."""
+        return self._gpu is not None and not self._gpu.staged
 
     def preload(self) -> None:
         """Reads and moves every layer now, instead of when its turn comes."""
         for i in range(self._num_layers):
-            if self.reuse.moved:
-                self._preloaded[i] = self._read(i, None)
+            if self.reuse.moved or self.reuse.exact:
+                self._loaded[i] = self._load(i, self._like(i))
+
+    def layer(self, layer_idx: int, fresh: KV | None = None) -> KV:
+        """The layer's buffers (1, Hkv, T + room, D) with every reused row in place; other rows are not yet written.
+
+        Args:
+            fresh: K/V of any tokens there, to learn shapes and device from where nothing is reused.
+        """
+        if layer_idx in self._loaded:
+            return self._loaded.pop(layer_idx)
+        return self._load(layer_idx, self._like(layer_idx) if fresh is None else fresh)
 
     def moved_kv(self, layer_idx: int, like: KV) -> KV:
         """K/V (1, Hkv, N, D) of the pieces that moved, realigned, on the device of `like`."""
-        if layer_idx in self._preloaded:
-            return self._preloaded[layer_idx]
-        return self._read(layer_idx, like[0].device)
+        keys, values = (b.index_select(2, self._moved_rows.to(b.device)) for b in self.layer(layer_idx, like))
+        return keys, values
 
-    def _read(self, layer_idx: int, device: torch.device | None) -> KV:
-        parts = [piece.entry.layer(layer_idx) for piece in self.reuse.moved]
-        device = device or parts[0][0].device
-        keys, values = (torch.cat([part[slot].to(device) for part in parts], 2) for slot in (0, 1))
-        return self._realigner(layer_idx, (keys, values))
+    def prefetch(self, layer_idx: int) -> None:
+        """Starts copying what lies in RAM, this layer and the next few, while the GPU is busy."""
+        if self._gpu is not None:
+            self._gpu.copy_ahead(layer_idx)
 
-    def layer(self, layer_idx: int, fresh: KV) -> KV:
-        """The layer's buffers (1, Hkv, T + room, D) with every reused row in place; other rows are not yet written."""
-        buffers = empty_kv(fresh, self.length + ROOM)
+    def _like(self, layer_idx: int) -> KV:
+        return (self.reuse.moved + self.reuse.exact)[0].entry.layer(layer_idx)
+
+    def _load(self, layer_idx: int, like: KV) -> KV:
+        if self._gpu is not None and self._gpu.has(layer_idx):
+            return self._gpu.load(layer_idx)
+        buffers = empty_kv(like, self.length + ROOM)
         for piece in self.reuse.exact:
             for buffer, states in zip(buffers, piece.entry.layer(layer_idx)):
                 buffer[:, :, slice(*piece.span)] = states
         if self.reuse.moved:
-            rows = self._moved_rows.to(fresh[0].device)
-            for buffer, states in zip(buffers, self.moved_kv(layer_idx, fresh)):
+            parts = [piece.entry.layer(layer_idx) for piece in self.reuse.moved]
+            device = buffers[0].device
+            keys, values = (torch.cat([part[slot].to(device) for part in parts], 2) for slot in (0, 1))
+            rows = self._moved_rows.to(device)
+            for buffer, states in zip(buffers, self._realigner(layer_idx, (keys, values))):
                 buffer.index_copy_(2, rows, states)
         return buffers
+
+
+def loads_by_kernel(host: BlendableModel, reuse: Reuse) -> bool:
+    """Whether kernels may gather this prompt's pieces."""
+    return kernels is not None and host.device.type == "cuda" and bool(reuse.moved or reuse.exact)
+
+
+class GPULoader:
+    """Gathers a layer's reused rows on a GPU: one kernel a layer.
+
+    Args:
+        host, reuse, length: as in `ReusedKV`.
+        realigner: holds the rotations of the pieces that moved.
+
+    Attributes:
+        staged: pieces that are copied into their places first, because they lie in RAM or not in rows.
+    """
+
+    def __init__(self, host: BlendableModel, reuse: Reuse, realigner: Realigner, length: int) -> None:
+        self.host, self.realigner, self.length, self.device = host, realigner, length, host.device
+        self.pieces = [*reuse.exact, *reuse.moved]
+        self.num_layers = self.pieces[0].entry.num_layers
+        known = [piece.entry.addresses if isinstance(piece.entry, ChunkKV) else None for piece in self.pieces]
+        self.staged = [piece for piece, addresses in zip(self.pieces, known) if addresses is None]
+        self._buffers: dict[int, KV] = {}
+        self._copied: dict[int, torch.cuda.Event] = {}
+        self._stream = _copy_stream(self.device) if self.staged else None
+        if self.staged:
+            for i in range(self.num_layers):
+                self._buffers[i] = self._allocate(i)
+            assert self._stream is not None
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._sources = self._addresses(known).to(self.device)
+        starts = [-1] * len(reuse.exact) + _starts([len(piece.entry.cached_positions) for piece in reuse.moved])
+        spans = [piece.span for piece in self.pieces]
+        self._tiles = kernels.tiles_of([(stop - start, start, turn) for (start, stop), turn in zip(spans, starts)])
+        self._tiles = self._tiles.to(self.device)
+
+    def has(self, layer_idx: int) -> bool:
+        """Whether the layer can be loaded: once only, where pieces are staged in its buffers."""
+        return not self.staged or layer_idx in self._buffers
+
+    def load(self, layer_idx: int) -> KV:
+        """The layer's buffers, every reused row in place."""
+        if self.staged:
+            self.copy_ahead(layer_idx)
+            torch.cuda.current_stream(self.device).wait_event(self._copied[layer_idx])
+        buffers = self._buffers.pop(layer_idx) if self.staged else self._allocate(layer_idx)
+        rows = rows_behind(buffers)
+        assert rows is not None
+        rotation = self.realigner.rotations[layer_idx]
+        tables = self.realigner.tables(layer_idx, self.device)
+        slot = -1 if rotation is None or tables is None else rotation.slot
+        half = rotation is None or rotation.pairing == "half"
+        layout = self.host.layouts[layer_idx]
+        kernels.load_rows(rows, self._sources[layer_idx], self._tiles, layout, tables, slot, half)
+        return buffers
+
+    def copy_ahead(self, layer_idx: int) -> None:
+        """Starts copying the staged pieces of this layer and the next few."""
+        if not self.staged:
+            return
+        for i in range(layer_idx, min(layer_idx + LAYERS_AHEAD, self.num_layers)):
+            if i not in self._copied and i in self._buffers:
+                self._copy(i)
+
+    def _copy(self, layer_idx: int) -> None:
+        assert self._stream is not None
+        buffers = self._buffers[layer_idx]
+        rows = rows_behind(buffers)
+        assert rows is not None
+        rows.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            for piece in self.staged:
+                start, stop = piece.span
+                kv = piece.entry.layer(layer_idx)
+                block = rows_behind(kv)
+                if block is not None:
+                    rows[start:stop].copy_(block, non_blocking=True)
+                else:
+                    for buffer, states in zip(buffers, kv):
+                        buffer[:, :, start:stop].copy_(states, non_blocking=True)
+            self._copied[layer_idx] = torch.cuda.Event()
+            self._copied[layer_idx].record()
+
+    def _allocate(self, layer_idx: int) -> KV:
+        layout = self.host.layouts[layer_idx]
+        shape = (1, self.length + ROOM, layout.width)
+        return layout.views(torch.empty(shape, dtype=self.host.dtype, device=self.device))
+
+    def _addresses(self, known: list[torch.Tensor | None]) -> torch.Tensor:
+        """(L, pieces) int64, where each piece's rows lie, or will lie."""
+        columns = []
+        for piece, addresses in zip(self.pieces, known):
+            columns.append(self._places(piece.span[0]) if addresses is None else addresses)
+        return torch.stack(columns, 1)
+
+    def _places(self, start: int) -> torch.Tensor:
+        """(L,) int64, where row `start` of each layer's buffer lies."""
+        rows = [rows_behind(self._buffers[i]) for i in range(self.num_layers)]
+        return torch.tensor([r[start:].data_ptr() for r in rows if r is not None])
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device for all copies from RAM."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    """Where each of several pieces starts, one behind the other."""
+    return [0, *accumulate(sizes)][: len(sizes)]
 
 
 def joined(ranges: list[torch.Tensor]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from .caches import KV
+from .caches import KV, RowLayout
 from .host import Host, RotarySource, UnsupportedModel
 
 Pairing = Literal["half", "interleaved"]
@@ -99,25 +99,35 @@ class Realigner:
         self._tables: dict[tuple[int, Layout], Tables] = {}
         for kind in {(r.source, r.layout) for r in rotations if r is not None and moves}:
             source, layout = kind
-            old = host.rotary_tables_of_pieces(source, [(cached, then) for cached, _, then in moves])
-            new = host.rotary_tables_of_pieces(source, [(positions, regime) for _, positions, _ in moves])
-            self._tables[kind] = rotation_between(pair_tables(old, layout), pair_tables(new, layout))
+            old = [(cached, then) for cached, _, then in moves]
+            new = [(positions, regime) for _, positions, _ in moves]
+            both = pair_tables(host.rotary_tables_of_pieces(source, old + new), layout)
+            (cos_old, cos_new), (sin_old, sin_new) = (table.chunk(2) for table in both)
+            self._tables[kind] = rotation_between((cos_old, sin_old), (cos_new, sin_new))
 
     def __call__(self, layer_idx: int, kv: KV) -> KV:
         """The layer's K/V (B, Hkv, N, D) at the new positions; untouched where nothing depends on position."""
-        rotation = self.rotations[layer_idx]
-        if rotation is None:
+        rotation, tables = self.rotations[layer_idx], self.tables(layer_idx, kv[0].device)
+        if rotation is None or tables is None:
             return kv
-        cos, sin = (t.to(kv[0].device) for t in self._tables[rotation.source, rotation.layout])
-        turned = rotate(kv[rotation.slot], cos, sin, rotation.pairing)
+        turned = rotate(kv[rotation.slot], *tables, rotation.pairing)
         return (turned, kv[1]) if rotation.slot == 0 else (kv[0], turned)
+
+    def tables(self, layer_idx: int, device: torch.device) -> Tables | None:
+        """cos and sin (N, R) that turn a layer's cached state; `None` where nothing depends on position or moves."""
+        rotation = self.rotations[layer_idx]
+        found = None if rotation is None else self._tables.get((rotation.source, rotation.layout))
+        if found is None:
+            return None
+        cos, sin = (t.to(device).contiguous() for t in found)
+        return cos, sin
 
 
 # --- the self-test ------------------------------------------------------------------------------------------------
 
 
-def find_rotations(host: Host) -> list[KeyRotation | None]:
-    """Finds, per layer, the one rotation that maps cached state at p to cached state at p + Δ.
+def find_rotations(host: Host) -> tuple[list[KeyRotation | None], dict[int, RowLayout]]:
+    """Finds, per layer, the one rotation that maps cached state at p to cached state at p + Δ, and the state's shape.
 
     The same ids run through two stock forwards at shifted positions. In a model whose attention sees only relative
     positions, everything cached is equal but for one rotated slot. Learned positions change the values already in
@@ -130,7 +140,8 @@ def find_rotations(host: Host) -> list[KeyRotation | None]:
     kv_first, kv_shifted = host.record(first), host.record(shifted)
     old, new = ((positions, host.regime(int(positions[-1]) + 1)) for positions in (first, shifted))
     tables = [(host.rotary_tables(i, *old), host.rotary_tables(i, *new)) for i in range(len(host.rotary_sources))]
-    return [_find_rotation(i, kv_first[i], kv_shifted[i], host.rotary_sources, tables) for i in sorted(kv_first)]
+    rotations = [_find_rotation(i, kv_first[i], kv_shifted[i], host.rotary_sources, tables) for i in sorted(kv_first)]
+    return rotations, {i: RowLayout.of(kv) for i, kv in kv_first.items()}
 
 
 def _find_rotation(

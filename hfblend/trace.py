@@ -66,8 +66,9 @@ class ChunkTrace:
 class BlendTrace:
     """One call of `generate` or `blend`.
 
-    A (token, layer) pair counts as computed when that token went through that layer in this call; pairs of chunks
-    prefilled alone are counted apart, because a warm store has none.
+    A (token, layer) pair counts as computed when that token went through that layer in this call, the last layer whole
+    although rows that nobody reads leave only their K/V there; pairs of chunks prefilled alone are counted apart,
+    because a warm store has none.
 
     Attributes:
         blended: whether the call was blended; if not, `fallback` says why (see `docs/fallbacks.md`).

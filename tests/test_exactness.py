@@ -166,18 +166,19 @@ def test_computed_pairs_are_counted(layers, ratios):
     store = MemoryStore()
     settings = config(selection="kv_deviation", check_layers=layers, recompute_ratios=ratios)
     hfblend.blend(model, PROMPT, store=store, config=settings)
-    # an MLP runs exactly when a token goes through a whole layer
+    # an MLP runs exactly when a token goes through a whole layer; the last one is spared all rows but the one read
     handles = [layer.mlp.register_forward_pre_hook(count, with_kwargs=True) for layer in model.model.layers]
     trace = hfblend.blend(model, PROMPT, store=store, config=settings).trace
     for handle in handles:
         handle.remove()
     assert trace.hits == 3
-    assert trace.computed_pairs == sum(seen)
     fresh, n = len(trace.fresh_idx), len(trace.candidate_idx)
+    assert seen[-1] == 1
+    assert trace.computed_pairs == sum(seen) - 1 + trace.selected_tokens + fresh
     expected = len(PROMPT) * layers[0] if layers else 0
-    for layer, ratio in zip(layers[1:], ratios):
-        expected += (hfblend.selection.budget(ratio, n) + fresh) * layer
-    expected += (trace.selected_tokens + fresh) * 4
+    for before, layer, ratio in zip(layers, layers[1:], ratios):
+        expected += (hfblend.selection.budget(ratio, n) + fresh) * (layer - before)
+    expected += (trace.selected_tokens + fresh) * (4 - (layers[-1] if layers else 0))
     assert trace.computed_pairs == expected
     assert trace.recomputed_pairs_share == pytest.approx(expected / (4 * len(PROMPT)))
     assert trace.isolated_pairs == 0

@@ -17,6 +17,8 @@ from helpers import (
 
 import hfblend
 from hfblend.attention import QueryRows, attend, reference_attention
+from hfblend.graphs import graphs_of
+from hfblend.models import host_of
 
 pytestmark = pytest.mark.gpu
 
@@ -112,6 +114,73 @@ def test_compiled_static_decoding_blends():
         blended = generate(model, PROMPT.inputs(), cache_implementation="static")
         assert blender.trace.blended
         assert torch.equal(blended.sequences, stock.sequences)
+
+
+def blended(model, prompt, store, **settings):
+    """First-token logits and trace."""
+    result = hfblend.blend(model, prompt, store=store, config=config(**settings))
+    return result.logits.float(), result
+
+
+@pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation", "chunk_start"])
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_give_what_python_gives(name, selection):
+    """The third call replays what the second recorded, also for a prompt of another length."""
+    model = on_gpu(name, torch.bfloat16)
+    store = hfblend.MemoryStore()
+    others = [make_prompt(sizes=(200, 311, n), prefix=37, suffix=21) for n in (131, 128, 133)]
+    settings = {"ratio": 0.15, "selection": selection}
+    for prompt in others * 2:
+        graphed, with_graph = blended(model, prompt, store, **settings)
+    graphs = graphs_of(host_of(model))
+    assert graphs._works
+    assert len(graphs._graphs) == (2 if selection == "suffix_attention" else 1)
+    python, without = blended(model, prompt, store, **settings, cuda_graphs=False)
+    overlap = torch.isin(with_graph.trace.selected_idx, without.trace.selected_idx).float().mean()
+    assert overlap > 0.9
+    assert (graphed - python).norm() <= 0.05 * python.norm()
+    for ours, theirs in zip(with_graph.cache.layers, without.cache.layers):
+        assert (ours.keys - theirs.keys).float().norm() <= 0.05 * theirs.keys.float().norm()
+        assert torch.isfinite(ours.values).all()
+
+
+def test_a_hook_or_new_weights_keep_graphs_away():
+    model = on_gpu("llama-gqa", torch.bfloat16)
+    store = hfblend.MemoryStore()
+    for _ in range(3):
+        blended(model, PROMPT, store, ratio=0.15)
+    recorded = graphs_of(host_of(model))._graphs
+    assert recorded
+    seen = []
+    hook = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    blended(model, PROMPT, store, ratio=0.15)
+    assert seen
+    hook.remove()
+    before = list(recorded)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1.5)
+    graphed, _ = blended(model, PROMPT, store, ratio=0.15)
+    assert list(recorded) != before or all(recorded[form] for form in before)
+    python, _ = blended(model, PROMPT, store, ratio=0.15, cuda_graphs=False)
+    assert (graphed - python).norm() <= 0.05 * python.norm()
+
+
+@pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation"])
+def test_chunks_in_ram_give_what_chunks_on_the_gpu_give(selection):
+    model = on_gpu("llama-gqa", torch.bfloat16)
+    stores = [hfblend.MemoryStore(), hfblend.MemoryStore(device="cpu")]
+    runs = []
+    for store in stores:
+        for _ in range(2):
+            logits, result = blended(model, PROMPT, store, ratio=0.15, selection=selection, cuda_graphs=False)
+        runs.append((logits, result))
+    assert next(iter(stores[1]._entries.values())).layer(0)[0].is_pinned()
+    (on_device, one), (in_ram, other) = runs
+    assert torch.equal(one.trace.selected_idx, other.trace.selected_idx)
+    assert torch.equal(on_device, in_ram)
+    for ours, theirs in zip(one.cache.layers, other.cache.layers):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
 
 
 def test_moving_a_model_keeps_its_entries():

@@ -1,0 +1,238 @@
+"""Passes without Python: recorded once as a CUDA graph, then replayed for other prompts.
+
+A pass over a few rows is over in a few milliseconds on a GPU, while Python needs several times as long to launch it. A
+graph fixes the number of rows (rounded up; the last row fills it) and nothing else: which rows they are, how long the
+prompt is and where its buffers lie is read from GPU memory when it runs (`kernels.State`). A size is recorded the second
+time it is asked for, so that a single call does not pay for what it never uses again.
+
+Shapes: S rows of the pass, T all tokens, H query heads, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .attention import AttentionRecord, kernels, mask_of
+from .caches import KV, PassCache, StopForward, rows_behind
+from .layers import has_foreign_hooks
+from .models import BlendableModel
+from .passes import Forward, Pass
+
+logger = logging.getLogger(__name__)
+
+MAX_ROWS = 4096  # with more, the GPU is busy for longer than Python needs
+MAX_GRAPHS = 16
+_SIMPLE = (type(None), bool, int, str)
+
+
+class GraphCache(PassCache):
+    """A `BlendingCache` inside a graph: rows are written through the state, and attention reads them through it."""
+
+    def __init__(self, num_layers: int, rows: torch.Tensor, state: Any, stop_at: int | None) -> None:
+        super().__init__(num_layers)
+        self.rows, self.state, self.stop_at = rows, state, stop_at
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KV:
+        kernels.write_rows(key_states, value_states, self.rows, self.state, layer_idx)
+        if layer_idx == self.stop_at:
+            raise StopForward
+        return key_states, value_states  # attention takes shapes from them, and K/V from the state
+
+    def take_last(self, count: int) -> None:
+        """From here on the pass has its last `count` rows."""
+        self.rows, self.stop_at = self.rows[-count:], None
+
+
+class PassGraph:
+    """One recorded pass.
+
+    Args:
+        like: a pass of the right number of rows; the first to be run.
+        numbers: of its state.
+    """
+
+    def __init__(self, host: BlendableModel, forward: Forward, like: Pass, numbers: torch.Tensor) -> None:
+        record = None if like.record is None else AttentionRecord(like.record.layers)
+        inputs = {name: getattr(like, name).clone() for name in ("ids", "rows", "seen_from")}
+        inputs["seen_from"] = inputs["seen_from"].to(torch.int32)
+        if like.resume_with is not None:
+            inputs["resume_with"] = like.resume_with.clone()
+        self.state = kernels.State(numbers.clone(), host.layouts)
+        self._inputs, self._done = replace(like, **inputs, record=record), torch.cuda.Event()
+        stop_at = None if like.record else like.stop_at
+
+        def run() -> Any:
+            if record is not None:
+                record.received.clear()
+            cache = GraphCache(host.num_layers, self._inputs.rows, self.state, stop_at)
+            return self._inputs.run(host, forward, cache, self.state)[0]
+
+        side = torch.cuda.Stream(host.device)
+        side.wait_stream(torch.cuda.current_stream(host.device))
+        with torch.cuda.stream(side):
+            run()  # kernels are compiled and tuned, libraries make their workspaces
+        torch.cuda.current_stream(host.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=_pool(host.device), capture_error_mode="thread_local"):
+            self.output = run()
+        self._done.record()
+
+    def replay(self, one: Pass, numbers: torch.Tensor) -> Any:
+        """Runs a pass of the same form. Returns the forward's output, in memory of its own."""
+        self._done.wait()  # another stream may still be at it
+        for name in ("ids", "rows", "seen_from", "resume_with"):
+            if getattr(one, name) is not None:
+                getattr(self._inputs, name).copy_(getattr(one, name))
+        self.state.numbers.copy_(numbers)
+        self.graph.replay()
+        output = None
+        if self.output is not None:
+            output = type(self.output)(**{k: v.clone() for k, v in self.output.items() if torch.is_tensor(v)})
+        self._done.record()
+        return output
+
+
+class PassGraphs:
+    """The graphs of one model, the least recently used given up first."""
+
+    def __init__(self, host: BlendableModel) -> None:
+        self.host = host
+        self._graphs: OrderedDict[Any, PassGraph] = OrderedDict()
+        self._asked: OrderedDict[Any, None] = OrderedDict()
+        self._weights: Any = None
+        self._works = True
+
+    def run(self, forward: Forward, one: Pass, buffers: dict[int, KV]) -> tuple[bool, Any]:
+        """Runs a pass as a graph, if one is there or worth recording.
+
+        Args:
+            one: its `record`, if any, gets what is recorded.
+            buffers: of every layer, reused rows in place.
+
+        Returns:
+            Whether it ran, and the forward's output.
+        """
+        form = self._form(forward, one)
+        if form is None or not self._is_ready(form):
+            return False, None
+        padded, count = self._padded(one), len(one.rows)
+        received = self._received(one)
+        mask = None if one.hidden is None else mask_of(one.hidden, one.length)
+        rows = [rows_behind(buffers[i]) if i in buffers else None for i in range(self.host.num_layers)]
+        numbers = [one.length, count, *(0 if t is None else t.data_ptr() for t in (received, mask, *rows))]
+        sent = torch.tensor(numbers, pin_memory=True).to(self.host.device, non_blocking=True)
+        with self.host.lock.exclusive():
+            if form not in self._graphs and not self._capture(form, forward, padded, sent):
+                return False, None
+            self._graphs.move_to_end(form)
+            output = self._graphs[form].replay(padded, sent)
+        if one.record is not None and received is not None:
+            one.record.received.update(zip(one.record.layers, received))
+        return True, output
+
+    def _form(self, forward: Forward, one: Pass) -> Any:
+        """What a graph fixes; `None` where this pass cannot be one."""
+        kind = self._kind(forward)
+        if not self._works or kind is None or not 0 < len(one.rows) <= MAX_ROWS:
+            return None
+        layers = None if one.record is None else one.record.layers
+        return kind, _rounded(len(one.rows)), one.stop_at, layers, one.hidden is None, one.resume_at, one.num_read
+
+    def _kind(self, forward: Forward) -> Any:
+        """Which of the model's forwards this is, with which options."""
+        if forward == self.host.last_logits:
+            return "model", ()
+        if not isinstance(forward, functools.partial) or forward.func != self.host.decoder_forward:
+            return None
+        options = forward.keywords
+        wanted = options.get("output_attentions") or options.get("output_hidden_states")
+        if wanted or forward.args or not all(isinstance(value, _SIMPLE) for value in options.values()):
+            return None
+        return "decoder", tuple(sorted(options.items()))
+
+    def _is_ready(self, form: Any) -> bool:
+        """Whether the form has been asked for before, the weights are those of the graphs, and nobody hooks in."""
+        if not can_record(self.host):
+            return False
+        weights = self.host.fingerprint.generation
+        if weights != self._weights:  # a graph holds their addresses
+            self._graphs.clear()
+            self._weights = weights
+        if form in self._graphs or form in self._asked:
+            return True
+        self._asked[form] = None
+        if len(self._asked) > 64 * MAX_GRAPHS:
+            self._asked.popitem(last=False)
+        return False
+
+    def _capture(self, form: Any, forward: Forward, padded: Pass, numbers: torch.Tensor) -> bool:
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._graphs[form] = PassGraph(self.host, forward, padded, numbers)
+        except Exception as error:  # whatever a model does that a graph cannot hold
+            self._works = False
+            name = type(self.host.model).__name__
+            logger.warning("Passes of %s cannot be recorded as CUDA graphs and run as usual: %s", name, error)
+            return False
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        return True
+
+    def _padded(self, one: Pass) -> Pass:
+        """The pass with copies of its last row up to the rounded size."""
+        missing = _rounded(len(one.rows)) - len(one.rows)
+
+        def fill(states: torch.Tensor, dim: int) -> torch.Tensor:
+            last = states.narrow(dim, states.shape[dim] - 1, 1)
+            return torch.cat([states, last.expand(*(missing if i == dim else -1 for i in range(states.ndim)))], dim)
+
+        more = {} if one.resume_with is None else {"resume_with": fill(one.resume_with, 1)}
+        return replace(
+            one, ids=fill(one.ids, 1), rows=fill(one.rows, 0), seen_from=fill(one.seen_from, 0), **more
+        )
+
+    def _received(self, one: Pass) -> torch.Tensor | None:
+        if one.record is None:
+            return None
+        shape = (len(one.record.layers), self.host.config.num_attention_heads, one.length)
+        return torch.empty(shape, dtype=torch.float32, device=self.host.device)
+
+
+def graphs_of(host: BlendableModel) -> PassGraphs:
+    """The graphs of a model; none are recorded yet the first time."""
+    if host.graphs is None:
+        host.graphs = PassGraphs(host)
+    return host.graphs
+
+
+def can_record(host: BlendableModel) -> bool:
+    """Whether passes of this model can be CUDA graphs at all."""
+    return (
+        kernels is not None
+        and host.device.type == "cuda"
+        and host.dtype in (torch.float16, torch.bfloat16)
+        and host.attends_by_position
+        and not host.length_dependent
+        and all(max(layout.key_dim, layout.value_dim) <= 256 for layout in host.layouts.values())
+        and not has_foreign_hooks(host.decoder)
+    )
+
+
+@functools.cache
+def _pool(device: torch.device) -> Any:
+    """Graphs of a device share their working memory: they never run at the same time."""
+    return torch.cuda.graph_pool_handle()
+
+
+def _rounded(rows: int) -> int:
+    """S rounded up so far that few different sizes are left, and little is computed in vain."""
+    step = 16 if rows <= 128 else 32 if rows <= 512 else 64 if rows <= 2048 else 128
+    return -(-rows // step) * step

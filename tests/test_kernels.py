@@ -1,0 +1,246 @@
+"""Kernel = reference (invariant 11): on the GPU where there is one, else through Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hfblend.attention import QueryRows, attention_weights, reference_attention, sdpa_attention, visible
+from hfblend.caches import RowLayout, empty_kv, rows_behind
+from hfblend.rope import rotate
+
+kernels = pytest.importorskip("hfblend.kernels", reason="needs triton")
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def states(batch, heads, kv_heads, rows, length, head_dim=16, value_dim=None, dtype=torch.float32):
+    torch.manual_seed(0)
+    dims = (head_dim, head_dim, value_dim or head_dim)
+    shapes = ((heads, rows), (kv_heads, length), (kv_heads, length))
+    return [torch.randn(batch, h, n, d, device=DEVICE, dtype=dtype) for (h, n), d in zip(shapes, dims)]
+
+
+def close(out, expected, dtype=torch.float32):
+    limit = {torch.float32: 2e-3 if ON_GPU else 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    assert torch.isfinite(out).all()
+    assert (out.float() - expected.float()).norm() <= limit * expected.float().norm()
+
+
+def rows_of(which, length):
+    every = torch.arange(length)
+    rows = {
+        "one": every[length // 2 :][:1],
+        "all": every,
+        "first": every[:1],
+        "last": every[-1:],
+        "scattered": every[::3],
+        "doubled": every[::5].repeat_interleave(2),
+    }
+    return rows[which].to(DEVICE, torch.int32)
+
+
+WHICH = ["one", "all", "first", "last", "scattered", "doubled"]
+DTYPES = [torch.float32] if not ON_GPU else [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)] if ON_GPU else [(6, 2)])
+@pytest.mark.parametrize("length", [1, 17, 131, 1000] if ON_GPU else [1, 17, 150])
+@pytest.mark.parametrize("which", WHICH)
+def test_attend(heads, kv_heads, length, which):
+    dtype = DTYPES[0]
+    positions = rows_of(which, length)[None].expand(2, -1).contiguous()  # the interpreter is slow: few sizes there
+    query, key, value = states(2, heads, kv_heads, positions.shape[1], length, dtype=dtype)
+    out, _ = kernels.attend(query, key, value, positions, 0.25)
+    close(out, reference_attention(query, key, value, positions, 0.25), dtype)
+
+
+OPTIONS = {
+    "window": {"sliding_window": 5},
+    "wide_window": {"sliding_window": 100},
+    "softcap": {"softcap": 5.0},
+    "sinks": {"sinks": True},
+    "hidden": {"hidden": True},
+    "all": {"sliding_window": 40, "softcap": 5.0, "sinks": True, "hidden": True},
+}
+
+
+def options_of(name, heads, positions, length):
+    options = dict(OPTIONS[name])
+    if options.get("sinks"):
+        options["sinks"] = torch.linspace(-1, 2, heads, device=DEVICE)
+    if options.get("hidden"):
+        hidden = torch.zeros(length, dtype=torch.uint8, device=DEVICE)
+        hidden[1::4] = 1
+        hidden[positions.flatten().long()] = 0  # a row always sees itself
+        options["hidden"] = hidden
+    return options
+
+
+def for_reference(options):
+    hidden = options.get("hidden")
+    return {**options, "hidden": None if hidden is None else hidden.nonzero().flatten()}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("length", [17, 190])
+@pytest.mark.parametrize("which", ["one", "scattered"])
+def test_attend_with_options(name, length, which):
+    dtype = DTYPES[0]
+    positions = rows_of(which, length)[None]
+    query, key, value = states(1, 4, 2, positions.shape[1], length, dtype=dtype)
+    options = options_of(name, 4, positions, length)
+    out, _ = kernels.attend(query, key, value, positions, 0.3, **options)
+    close(out, reference_attention(query, key, value, positions, 0.3, **for_reference(options)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (48, 32), (128, 128), (256, 256)])
+def test_head_dims(head_dim, value_dim, dtype):
+    positions = rows_of("scattered", 70)[None]
+    query, key, value = states(1, 4, 2, positions.shape[1], 70, head_dim, value_dim, dtype)
+    out, _ = kernels.attend(query, key, value, positions, 0.2)
+    close(out, reference_attention(query, key, value, positions, 0.2), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sliding_window", [None, 1500])
+def test_many_rows_are_no_worse_than_sdpa(sliding_window):
+    """The tuned way, of enough rows to fill the GPU, and its error against fp32."""
+    query, key, value = states(1, 16, 4, 2000, 8192, 128, dtype=torch.bfloat16)
+    positions = torch.randperm(8192, device=DEVICE)[:2000].sort().values
+    out, _ = kernels.attend(query, key, value, positions[None].int(), 0.09, sliding_window)
+    exact = reference_attention(query, key, value, positions[None], 0.09, sliding_window)
+    mask = QueryRows(positions[None]).additive_mask(8192, sliding_window, query.dtype, query.device)
+    theirs = sdpa_attention(query, key, value, mask, 0.09)
+    error, own = ((one.float() - exact.float()).norm() / exact.float().norm() for one in (out, theirs))
+    assert error <= 1.2 * own
+
+
+def test_rows_of_a_batch_have_positions_of_their_own():
+    positions = torch.stack([rows_of("scattered", 60), rows_of("all", 20)]).contiguous()
+    query, key, value = states(2, 4, 2, 20, 60, dtype=DTYPES[0])
+    out, _ = kernels.attend(query, key, value, positions, 0.2)
+    close(out, reference_attention(query, key, value, positions, 0.2), DTYPES[0])
+
+
+def test_what_stands_behind_the_last_key_is_not_read():
+    """Buffers have spare rows, which were never written."""
+    query, key, value = states(1, 4, 2, 10, 64, dtype=DTYPES[0])
+    positions = torch.arange(1, 41, 4, device=DEVICE, dtype=torch.int32)[None]
+    expected = reference_attention(query, key[:, :, :41], value[:, :, :41], positions, 0.25)
+    key[:, :, 41:], value[:, :, 41:] = torch.nan, torch.nan
+    out, _ = kernels.attend(query, key[:, :, :41], value[:, :, :41], positions, 0.25)
+    close(out, expected, DTYPES[0])
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "softcap", "sinks", "hidden"])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_received_is_the_mean_of_the_weights(name, rows):
+    length, dtype = 150, DTYPES[0]
+    positions = torch.arange(length - rows, length, device=DEVICE, dtype=torch.int32)[None]
+    query, key, value = states(1, 4, 2, rows, length, dtype=dtype)
+    options = {} if name == "plain" else options_of(name, 4, positions, length)
+    _, lse = kernels.attend(query, key, value, positions, 0.3, **options, return_lse=True)
+    out = torch.empty(4, length, device=DEVICE)
+    without_sinks = {k: v for k, v in options.items() if k != "sinks"}
+    kernels.received(query, key, lse, positions, 0.3, **without_sinks, out=out)
+    seen = visible(positions, length, options.get("sliding_window"), for_reference(options)["hidden"])
+    weights = attention_weights(query.float(), key.float(), seen, 0.3, options.get("softcap"), options.get("sinks"))
+    close(out, weights[0].mean(1), dtype)
+
+
+# --- rows of the cache --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rotates", [0, 1, -1])
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("pairs", [8, 3])  # all dimensions, or some
+def test_load_rows_gathers_and_turns(rotates, half, pairs):
+    layout, dtype = RowLayout(2, 16, 2, 16), DTYPES[0]
+    torch.manual_seed(0)
+    pieces = [torch.randn(n, layout.width, device=DEVICE, dtype=dtype) for n in (5, 33, 70)]
+    places, turns = (40, 3, 50), (-1, 0, 33)  # the first is copied as it is
+    cos, sin = (torch.randn(103, pairs, device=DEVICE) for _ in range(2))
+    rows = torch.full((130, layout.width), 7.0, device=DEVICE, dtype=dtype)
+    tiles = kernels.tiles_of([(len(p), to, turn) for p, to, turn in zip(pieces, places, turns)]).to(DEVICE)
+    sources = torch.tensor([p.data_ptr() for p in pieces], device=DEVICE)
+    kernels.load_rows(rows, sources, tiles, layout, (cos, sin), rotates, half)
+
+    expected = torch.full_like(rows, 7.0)
+    for piece, to, turn in zip(pieces, places, turns):
+        kv = list(layout.views(piece[None].clone()))
+        if turn >= 0 and rotates >= 0:
+            table = slice(turn, turn + len(piece))
+            kv[rotates] = rotate(kv[rotates], cos[table], sin[table], "half" if half else "interleaved")
+        target = layout.views(expected[None, to : to + len(piece)])
+        for mine, states in zip(target, kv):
+            mine.copy_(states)
+    close(rows, expected, dtype)
+    untouched = [i for i in range(130) if not any(to <= i < to + len(p) for p, to in zip(pieces, places))]
+    assert bool((rows[untouched] == 7).all())
+    assert torch.equal(rows[40:45], pieces[0])
+
+
+def test_load_rows_turns_in_place():
+    layout = RowLayout(2, 16, 2, 16)
+    torch.manual_seed(0)
+    rows = torch.randn(60, layout.width, device=DEVICE, dtype=DTYPES[0])
+    cos, sin = (torch.randn(40, 8, device=DEVICE) for _ in range(2))
+    elsewhere = torch.zeros_like(rows)
+    tiles = kernels.tiles_of([(40, 10, 0)]).to(DEVICE)
+    kernels.load_rows(elsewhere, torch.tensor([rows[10:].data_ptr()], device=DEVICE), tiles, layout, (cos, sin), 0)
+    kernels.load_rows(rows, torch.tensor([rows[10:].data_ptr()], device=DEVICE), tiles, layout, (cos, sin), 0)
+    assert torch.equal(rows[10:50], elsewhere[10:50])
+
+
+def test_unequal_keys_and_values():
+    """Latent attention: a wide latent in the keys' slot, a narrow rotated part in the values' slot."""
+    layout = RowLayout(1, 48, 1, 16)
+    torch.manual_seed(0)
+    piece = torch.randn(21, layout.width, device=DEVICE, dtype=DTYPES[0])
+    rows = torch.zeros(30, layout.width, device=DEVICE, dtype=DTYPES[0])
+    cos, sin = (torch.randn(21, 8, device=DEVICE) for _ in range(2))
+    tiles = kernels.tiles_of([(21, 4, 0)]).to(DEVICE)
+    kernels.load_rows(rows, torch.tensor([piece.data_ptr()], device=DEVICE), tiles, layout, (cos, sin), 1, False)
+    keys, values = layout.views(rows[None, 4:25])
+    stored_keys, stored_values = layout.views(piece[None])
+    assert torch.equal(keys, stored_keys)
+    close(values, rotate(stored_values, cos, sin, "interleaved"), DTYPES[0])
+
+
+def state_of(buffers, length, live, received=0):
+    addresses = [rows_behind(kv).data_ptr() for kv in buffers]
+    numbers = torch.tensor([length, live, received, 0, *addresses], device=DEVICE)
+    return kernels.State(numbers, {i: RowLayout.of(kv) for i, kv in enumerate(buffers)})
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (32, 16)])
+def test_kernels_find_the_prompt_through_a_state(dims):
+    """As inside a CUDA graph: written and read by address, rows padded with copies of the last one."""
+    length, live, dtype = 90, 7, DTYPES[0]
+    query, key, value = states(1, 4, 2, 10, length, *dims, dtype=dtype)
+    buffers = [empty_kv((key, value), length + 30) for _ in range(3)]
+    for buffer in (b for kv in buffers for b in kv):
+        buffer.fill_(torch.nan)
+    buffers[2][0][:, :, :length], buffers[2][1][:, :, :length] = key, value
+    positions = torch.tensor([3, 20, 21, 40, 60, 88, 89, 89, 89, 89], device=DEVICE, dtype=torch.int32)
+    query[:, :, live:] = query[:, :, live - 1 : live]
+    fresh = [t[:, :, positions.long()] + 1 for t in (key, value)]
+    out = torch.zeros(2, 4, length, device=DEVICE)
+    state = state_of(buffers, length, live, out.data_ptr())
+    kernels.write_rows(*fresh, positions, state, 2)
+    expected_kv = [t.clone() for t in (key, value)]
+    for states_, new in zip(expected_kv, fresh):
+        states_[:, :, positions.long()] = new
+    for buffer, expected in zip(buffers[2], expected_kv):
+        assert torch.equal(buffer[:, :, :length], expected)
+    assert all(bool(b.isnan().all()) for kv in buffers[:2] for b in kv)
+
+    got, lse = kernels.attend(query, key, value, positions[None], 0.3, state=state, layer=2, return_lse=True)
+    close(got, reference_attention(query, *expected_kv, positions[None], 0.3), dtype)
+    kernels.received(query, key, lse, positions[None], 0.3, state=state, layer=2, slot=1)
+    seen = visible(positions[None, :live], length)
+    weights = attention_weights(query[:, :, :live].float(), expected_kv[0].float(), seen, 0.3)
+    close(out[1], weights[0].mean(1), dtype)
+    assert not out[0].any()
