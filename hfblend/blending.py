@@ -14,7 +14,7 @@ recomputed, S rows of a pass, D head_dim, L layers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from .graphs import graphs_of
 from .layers import Watched, watched
 from .lookup import LookUp
 from .models import BlendableModel, host_of
+from .norms import in_one_kernel
 from .passes import Forward, Pass, until_stopped
 from .prompt import ChunkSpans, Prompt
 from .reuse import Reuse, ReusedKV
@@ -38,6 +39,7 @@ from .store import MemoryStore, Store
 from .trace import BlendTrace, PhaseClock
 
 logger = logging.getLogger(__name__)
+
 
 class AttentionNotRecorded(Exception):
     """A rule asked for attention that this model's own attention code does not show."""
@@ -242,7 +244,11 @@ class Blending:
         else:
             rows = torch.arange(self.length, device=self.host.device)
             cache = RecordingCache(self.host.num_layers, layer, room=ROOM)
-            with self.host.lock.exclusive(), watched(self.host.layers, layer, rows) as self._entered:
+            with (
+                self.host.lock.exclusive(),
+                in_one_kernel(self.host.norms),
+                watched(self.host.layers, layer, rows) as self._entered,
+            ):
                 until_stopped(forward, self.input_ids, rows, None, cache)
             self.buffers.update(cache.recorded)
             self.trace.computed_pairs += self.length * layer
@@ -309,25 +315,30 @@ class Blending:
             num_read=self.length - self._prompt_stop + 1,
         )  # fmt: skip
         self.trace.computed_pairs += one.pairs(host)
-        def load(layer_idx: int, fresh: KV | None) -> KV:
-            buffers = reused.layer(layer_idx, fresh)
-            if hidden is not None:  # not computed yet, and never left uninitialised: 0 · NaN is NaN
-                for buffer in buffers:
-                    buffer.index_fill_(2, hidden.to(buffer.device), 0)
-            return buffers
-
         if self._may_be_graph(one, reused):
-            for layer in host.layouts:
-                if layer not in self.buffers:
-                    self.buffers[layer] = load(layer, None)
+            self.buffers.update(reused.layers([layer for layer in host.layouts if layer not in self.buffers]))
+            if hidden is not None:
+                self._clear(self.buffers.values(), hidden)
             ran, output = graphs_of(host).run(forward, one, self.buffers)
             if ran:
                 return output
+
+        def load(layer_idx: int, fresh: KV) -> KV:
+            buffers = reused.layer(layer_idx, fresh)
+            if hidden is not None:
+                self._clear([buffers], hidden)
+            return buffers
 
         cache = BlendingCache(host.num_layers, self.buffers, load, rows, self.length, None if record else stop_at)
         output, entered = one.run(host, forward, cache, watch=record is None)
         self._entered = self._entered if entered is None else entered
         return output
+
+    @staticmethod
+    def _clear(buffers: Iterable[KV], hidden: torch.Tensor) -> None:
+        """Rows that are not computed yet are never left uninitialised: even unseen, 0 · NaN is NaN."""
+        for states in (states for kv in buffers for states in kv):
+            states.index_fill_(2, hidden.to(states.device), 0)
 
     def _may_be_graph(self, one: Pass, reused: ReusedKV) -> bool:
         """Whether this pass needs nothing that a CUDA graph cannot give."""

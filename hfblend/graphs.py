@@ -194,10 +194,9 @@ class PassGraphs:
             last = states.narrow(dim, states.shape[dim] - 1, 1)
             return torch.cat([states, last.expand(*(missing if i == dim else -1 for i in range(states.ndim)))], dim)
 
-        more = {} if one.resume_with is None else {"resume_with": fill(one.resume_with, 1)}
-        return replace(
-            one, ids=fill(one.ids, 1), rows=fill(one.rows, 0), seen_from=fill(one.seen_from, 0), **more
-        )
+        entered = None if one.resume_with is None else fill(one.resume_with, 1)
+        rows, seen_from = fill(one.rows, 0), fill(one.seen_from, 0)
+        return replace(one, ids=fill(one.ids, 1), rows=rows, seen_from=seen_from, resume_with=entered)
 
     def _received(self, one: Pass) -> torch.Tensor | None:
         if one.record is None:

@@ -227,7 +227,10 @@ def _attend_again(host: BlendableModel, prompt: Prompt, buffers: dict[int, KV], 
     length = len(prompt)
     rows = torch.arange(min(prompt.chunk_spans[-1][1], length - 1), length, device=host.device)
     cache = BlendingCache(host.num_layers, buffers, _nothing_to_load, rows, length)
-    with host.rows_pass(QueryRows(rows[None], record=record), length) as attention_mask, contextlib.suppress(StopForward):
+    with (
+        host.rows_pass(QueryRows(rows[None], record=record), length) as attention_mask,
+        contextlib.suppress(StopForward),
+    ):
         host.decoder_forward(
             input_ids=prompt.input_ids.to(host.device)[:, rows],
             position_ids=rows[None],

@@ -1,9 +1,10 @@
-"""The Triton kernels behind attention.py and reuse.py. Each computes what a plain function there computes, faster.
+"""The Triton kernels behind attention.py, reuse.py and norms.py. Each computes what a plain function there computes, faster.
 
     attend          attention by position                                   attention.reference_attention
     received        how much attention each key gets from all rows          attention.attention_weights, summed
     load_rows       stored rows into a prompt's buffer, keys realigned      rope.rotate and an index_copy_
     write_rows      fresh K/V of a pass into a prompt's buffer              index_copy_
+    rms_norm        a model's normalisation, six eager kernels in one       the model's own module
 
 A layer's cached state lies as *rows*, one a token: all heads' keys, then all heads' values (`caches.RowLayout`). A chunk's
 rows of a layer are one block, wherever they stand.
@@ -29,6 +30,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _FIRST_LAYER = tl.constexpr(4)  # of a state, whose first numbers are T, live rows, two addresses
 _TOKENS = 32  # a program of load_rows and write_rows moves that many rows of one head
 
+_TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _PROGRAMS = 8 if _INTERPRETED else 264  # enough to keep a large GPU busy
 _MANY_ROWS = [  # tuned on the first call, and kept on disk by Triton
@@ -76,6 +78,38 @@ def _logits(q, k, scaling, softcap, SOFTCAP: tl.constexpr):
     return x
 
 
+@triton.jit
+def _visit(
+    top, total, out, q, K, V, HIDDEN, position, begin, end, length, k_token, v_token, scaling, softcap, window,
+    D: tl.constexpr, DV: tl.constexpr, D_BLOCK: tl.constexpr, DV_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_HIDDEN: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the keys [begin, end), a block at a time."""
+    d, dv = tl.arange(0, D_BLOCK), tl.arange(0, DV_BLOCK)
+    for start in range(begin, end, KEYS):
+        key = start + tl.arange(0, KEYS)
+        at = tl.minimum(key, length - 1) if MASKED else key  # never past the end, where anything may stand
+        k_at = tl.multiple_of(K + at[None, :] * k_token + d[:, None], [16, 1])
+        k = tl.load(k_at) if D == D_BLOCK else tl.load(k_at, mask=d[:, None] < D, other=0.0)
+        x = _logits(q, k, scaling, softcap, SOFTCAP)
+        if MASKED:
+            seen = key[None, :] <= position[:, None]
+            if WINDOW:
+                seen = seen & (key[None, :] > position[:, None] - window)
+            if HAS_HIDDEN:
+                seen = seen & (tl.load(HIDDEN + at) == 0)[None, :]
+            x = tl.where(seen, x, -1e29)
+        higher = tl.maximum(top, tl.max(x, 1))
+        weight = tl.exp2(x - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weight, 1)
+        v_at = tl.multiple_of(V + at[:, None] * v_token + dv[None, :], [1, 16])
+        v = tl.load(v_at) if DV == DV_BLOCK else tl.load(v_at, mask=dv[None, :] < DV, other=0.0)
+        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        top = higher
+    return top, total, out
+
+
 @triton.jit(do_not_specialize=["length", "num_rows", "layer", "window"])
 def _attend_kernel(
     Q, K, V, OUT, LSE, POSITIONS, SINKS, HIDDEN, length, num_rows, layer, value_offset, scaling, softcap, window, kv_heads,
@@ -107,7 +141,9 @@ def _attend_kernel(
     K += batch * k_batch + kv_head * k_head
     V += batch * v_batch + kv_head * v_head
     d, dv = tl.arange(0, D_BLOCK), tl.arange(0, DV_BLOCK)
-    q = tl.load(Q + batch * q_batch + head[:, None] * q_head + row[:, None] * q_row + d[None, :], mask=d[None, :] < D, other=0.0)
+    q = tl.load(
+        Q + batch * q_batch + head[:, None] * q_head + row[:, None] * q_row + d[None, :], mask=d[None, :] < D, other=0.0
+    )
 
     top = tl.full([ROWS], -1e30, tl.float32)  # of the logits so far
     total = tl.zeros([ROWS], tl.float32)
@@ -124,30 +160,21 @@ def _attend_kernel(
         share = tl.cdiv(tl.cdiv(end - begin, SPLITS), KEYS) * KEYS
         begin += split * share
         end = tl.minimum(end, begin + share)
-    for start in range(begin, end, KEYS):
-        key = start + tl.arange(0, KEYS)
-        at = tl.minimum(key, length - 1)  # never past the end, where anything may stand
-        k_at = tl.multiple_of(K + at[None, :] * k_token + d[:, None], [16, 1])
-        k = tl.load(k_at) if D == D_BLOCK else tl.load(k_at, mask=d[:, None] < D, other=0.0)
-        x = _logits(q, k, scaling, softcap, SOFTCAP)
-        masked = start + KEYS > first + 1
-        if WINDOW:
-            masked = masked | (start <= last - window)
-        if masked | HAS_HIDDEN:
-            seen = key[None, :] <= position[:, None]
-            if WINDOW:
-                seen = seen & (key[None, :] > position[:, None] - window)
-            if HAS_HIDDEN:
-                seen = seen & (tl.load(HIDDEN + at) == 0)[None, :]
-            x = tl.where(seen, x, -1e29)
-        higher = tl.maximum(top, tl.max(x, 1))
-        weight = tl.exp2(x - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weight, 1)
-        v_at = tl.multiple_of(V + at[:, None] * v_token + dv[None, :], [1, 16])
-        v = tl.load(v_at) if DV == DV_BLOCK else tl.load(v_at, mask=dv[None, :] < DV, other=0.0)
-        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-        top = higher
+    # Keys that all rows see lie between those that only some see: [begin, open) and [closed, end) need a mask.
+    open_, closed = begin, tl.minimum((first + 1) // KEYS * KEYS, end)
+    if WINDOW:
+        open_ = tl.minimum(tl.maximum(tl.cdiv(last - window + 1, KEYS) * KEYS, begin), end)
+    if HAS_HIDDEN:
+        open_ = end
+    closed = tl.maximum(closed, open_)
+    if WINDOW or HAS_HIDDEN:
+        top, total, out = _visit(top, total, out, q, K, V, HIDDEN, position, begin, open_, length, k_token, v_token,
+                                 scaling, softcap, window, D, DV, D_BLOCK, DV_BLOCK, WINDOW, SOFTCAP, HAS_HIDDEN, True,
+                                 KEYS)  # fmt: skip
+    top, total, out = _visit(top, total, out, q, K, V, HIDDEN, position, open_, closed, length, k_token, v_token, scaling,
+                             softcap, window, D, DV, D_BLOCK, DV_BLOCK, WINDOW, SOFTCAP, HAS_HIDDEN, False, KEYS)  # fmt: skip
+    top, total, out = _visit(top, total, out, q, K, V, HIDDEN, position, closed, end, length, k_token, v_token, scaling,
+                             softcap, window, D, DV, D_BLOCK, DV_BLOCK, WINDOW, SOFTCAP, HAS_HIDDEN, True, KEYS)  # fmt: skip
 
     out = out / tl.maximum(total, 1e-30)[:, None]  # a split may hold no key that the row sees
     index = ((split * tl.num_programs(1) + batch) * num_rows + row) * (kv_heads * GROUP) + head
@@ -358,22 +385,23 @@ def write_rows(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, sta
 
 @triton.jit
 def _load_rows_kernel(
-    ROWS, SOURCES, TILES, COS, SIN, key_heads, width, pairs,
+    TARGETS, SOURCES, TILES, COS, SIN, pieces, key_heads, width, pairs, dtype: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
     ROTATES: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One program: up to TOKENS tokens of one piece, one head of keys or of values."""
-    tile, head = TILES + tl.program_id(0) * 5, tl.program_id(1)
+    """One program: up to TOKENS tokens of one piece, one head of keys or of values, of one layer."""
+    tile, head, layer = TILES + tl.program_id(0) * 5, tl.program_id(1), tl.program_id(2)
     piece, from_row, to_row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     count, turn = tl.load(tile + 3), tl.load(tile + 4)
-    source = tl.load(SOURCES + piece).to(tl.pointer_type(ROWS.dtype.element_ty))
+    source = tl.load(SOURCES + layer * pieces + piece).to(tl.pointer_type(dtype))
+    target = tl.load(TARGETS + layer).to(tl.pointer_type(dtype))
     is_key = head < key_heads
     column = tl.where(is_key, head * D, key_heads * D + (head - key_heads) * DV)
     size = tl.where(is_key, D, DV)
     token = tl.arange(0, TOKENS)
     live = token < count
     source += (from_row + token).to(tl.int64)[:, None] * width + column
-    target = ROWS + (to_row + token).to(tl.int64)[:, None] * width + column
+    target += (to_row + token).to(tl.int64)[:, None] * width + column
     copied_from = 0
     if ROTATES >= 0 and is_key == (ROTATES == 0) and turn >= 0:
         pair = tl.arange(0, PAIRS)[None, :]
@@ -383,8 +411,8 @@ def _load_rows_kernel(
         cos, sin = tl.load(COS + table, mask=mask), tl.load(SIN + table, mask=mask)
         x = tl.load(source + one, mask=mask).to(tl.float32)
         y = tl.load(source + other, mask=mask).to(tl.float32)
-        tl.store(target + one, (x * cos - y * sin).to(ROWS.dtype.element_ty), mask=mask)
-        tl.store(target + other, (x * sin + y * cos).to(ROWS.dtype.element_ty), mask=mask)
+        tl.store(target + one, (x * cos - y * sin).to(dtype), mask=mask)
+        tl.store(target + other, (x * sin + y * cos).to(dtype), mask=mask)
         copied_from = 2 * pairs
     if copied_from < size:
         d = tl.arange(0, BLOCK)[None, :]
@@ -410,28 +438,62 @@ def tiles_of(pieces: list[tuple[int, int, int]]) -> torch.Tensor:
 
 
 def load_rows(
-    rows: torch.Tensor,
+    targets: torch.Tensor,
     sources: torch.Tensor,
     tiles: torch.Tensor,
     layout: RowLayout,
+    dtype: torch.dtype,
     tables: tuple[torch.Tensor, torch.Tensor] | None,
     rotates: int = -1,
     half: bool = True,
 ) -> None:
-    """Copies stored rows into a layer's buffer and turns the rotated slot on the way, in fp32, rounded once.
+    """Copies stored rows into the buffers of some layers and turns the rotated slot on the way, in fp32, rounded once.
 
     Args:
-        rows: (T + room, W), the buffer; may be the source itself.
-        sources: (pieces,) int64, address of each piece's first row.
+        targets: (n,) int64, address of each layer's buffer (T + room, W).
+        sources: (n, pieces) int64, address of each piece's first row; it may lie in the buffer itself.
         tiles: from `tiles_of`, on the GPU.
+        dtype: of the rows.
         tables: cos and sin (N, R) in fp32, as for `rope.rotate`.
         rotates: 0 if keys turn, 1 if values do, −1 if nothing.
         half: dimension i turns with i + R, else 2i with 2i + 1.
     """
-    cos, sin = (rows, rows) if tables is None else tables
+    cos, sin = (tiles, tiles) if tables is None else tables
     pairs = 1 if tables is None else cos.shape[1]
-    _load_rows_kernel[(len(tiles), layout.key_heads + layout.value_heads)](
-        rows, sources, tiles, cos, sin, layout.key_heads, layout.width, pairs,
+    _load_rows_kernel[(len(tiles), layout.key_heads + layout.value_heads, len(targets))](
+        targets, sources, tiles, cos, sin, sources.shape[1], layout.key_heads, layout.width, pairs, _TRITON_TYPES[dtype],
         D=layout.key_dim, DV=layout.value_dim, BLOCK=triton.next_power_of_2(max(layout.key_dim, layout.value_dim)),
         PAIRS=triton.next_power_of_2(pairs), TOKENS=_TOKENS, ROTATES=rotates, HALF=half,
     )  # fmt: skip
+
+
+# --- normalisation ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rms_norm_kernel(X, WEIGHT, OUT, stride, size, epsilon, offset, BLOCK: tl.constexpr, LATE: tl.constexpr):
+    """One program: one row."""
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(X + row * stride + i, mask=i < size, other=0.0).to(tl.float32)
+    weight = tl.load(WEIGHT + i, mask=i < size, other=0.0).to(tl.float32) + offset
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / size + epsilon)
+    if LATE:
+        x = x.to(OUT.dtype.element_ty).to(tl.float32)
+    tl.store(OUT + row * size + i, (x * weight).to(OUT.dtype.element_ty), mask=i < size)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float, late: bool) -> torch.Tensor:
+    """x / √(mean(x²) + ε) · (weight + offset) over the last dimension, in fp32, in one kernel.
+
+    Args:
+        x: (…, C), rows of equal stride.
+        late: the quotient is rounded to the dtype of `x` before the weight comes to it, as Llama does.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    size = rows.shape[1]
+    _rms_norm_kernel[(len(rows),)](
+        rows, weight, out, rows.stride(0), size, epsilon, offset, BLOCK=triton.next_power_of_2(size), LATE=late,
+        num_warps=4 if size <= 2048 else 8,
+    )  # fmt: skip
+    return out.view(x.shape)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 from .caches import RowLayout
 from .fingerprint import Fingerprint
 from .host import Host
+from .norms import Norms, find_norms
 from .rope import KeyRotation, find_rotations
 
 
@@ -31,6 +33,16 @@ class BlendableModel(Host):
         self.rotations, self.layouts = find_rotations(self)
         self.fingerprint = Fingerprint(model)
         self.graphs: Any = None  # of its passes, kept by graphs.py
+        self._norms: Norms | None = None
+
+    @property
+    def norms(self) -> Norms:
+        """Normalisations that run as one kernel each in a pass; none where the model is not in half precision on a GPU."""
+        if self.device.type != "cuda" or self.dtype not in (torch.float16, torch.bfloat16):
+            return {}
+        if self._norms is None:
+            self._norms = find_norms(self.decoder)
+        return self._norms
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, BlendableModel] = weakref.WeakKeyDictionary()

@@ -17,6 +17,7 @@ from .caches import StopForward
 from .host import CACHE
 from .layers import Watched, cut, resumed, watched
 from .models import BlendableModel
+from .norms import in_one_kernel
 
 Forward = Callable[..., Any]
 
@@ -65,6 +66,8 @@ class Pass:
         with contextlib.ExitStack() as stack:
             rows = QueryRows(self.seen_from[None], self.hidden, self.record, state)
             mask = stack.enter_context(host.rows_pass(rows, self.length))
+            if host.attends_by_position:
+                stack.enter_context(in_one_kernel(host.norms))
             if self.resume_at is not None:
                 assert self.resume_with is not None
                 stack.enter_context(resumed(host.layers, self.resume_at, self.resume_with))

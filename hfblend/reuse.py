@@ -11,13 +11,15 @@ Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, D 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
 from .attention import kernels
-from .caches import KV, ROOM, empty_kv, rows_behind
+from .caches import KV, ROOM, RowLayout, empty_kv, rows_behind
 from .chunks import ChunkKV, Reader
 from .models import BlendableModel
 from .prompt import Span
@@ -75,7 +77,7 @@ class ReusedKV:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether every piece lies in this GPU's memory, so that all layers can be had at once."""
+        """Whether every piece lies in this GPU's memory, so that no layer has to be waited for."""
         return self._gpu is not None and not self._gpu.staged
 
     def preload(self) -> None:
@@ -99,6 +101,12 @@ class ReusedKV:
         keys, values = (b.index_select(2, self._moved_rows.to(b.device)) for b in self.layer(layer_idx, like))
         return keys, values
 
+    def layers(self, layers: Sequence[int]) -> dict[int, KV]:
+        """Layer -> buffers of several layers at once."""
+        if self._gpu is not None and all(map(self._gpu.has, layers)):
+            return self._gpu.load(layers)
+        return {i: self.layer(i) for i in layers}
+
     def prefetch(self, layer_idx: int) -> None:
         """Starts copying what lies in RAM, this layer and the next few, while the GPU is busy."""
         if self._gpu is not None:
@@ -109,7 +117,7 @@ class ReusedKV:
 
     def _load(self, layer_idx: int, like: KV) -> KV:
         if self._gpu is not None and self._gpu.has(layer_idx):
-            return self._gpu.load(layer_idx)
+            return self._gpu.load([layer_idx])[layer_idx]
         buffers = empty_kv(like, self.length + ROOM)
         for piece in self.reuse.exact:
             for buffer, states in zip(buffers, piece.entry.layer(layer_idx)):
@@ -130,7 +138,7 @@ def loads_by_kernel(host: BlendableModel, reuse: Reuse) -> bool:
 
 
 class GPULoader:
-    """Gathers a layer's reused rows on a GPU: one kernel a layer.
+    """Gathers reused rows on a GPU: one kernel for a layer, or for many.
 
     Args:
         host, reuse, length: as in `ReusedKV`.
@@ -141,58 +149,57 @@ class GPULoader:
     """
 
     def __init__(self, host: BlendableModel, reuse: Reuse, realigner: Realigner, length: int) -> None:
-        self.host, self.realigner, self.length, self.device = host, realigner, length, host.device
+        self.host, self.realigner, self.device = host, realigner, host.device
         self.pieces = [*reuse.exact, *reuse.moved]
-        self.num_layers = self.pieces[0].entry.num_layers
+        self._buffers = {i: self._allocate(layout, length + ROOM) for i, layout in host.layouts.items()}
         known = [piece.entry.addresses if isinstance(piece.entry, ChunkKV) else None for piece in self.pieces]
         self.staged = [piece for piece, addresses in zip(self.pieces, known) if addresses is None]
-        self._buffers: dict[int, KV] = {}
         self._copied: dict[int, torch.cuda.Event] = {}
-        self._stream = _copy_stream(self.device) if self.staged else None
         if self.staged:
-            for i in range(self.num_layers):
-                self._buffers[i] = self._allocate(i)
-            assert self._stream is not None
+            self._stream = _copy_stream(self.device)
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        self._sources = self._addresses(known).to(self.device)
-        starts = [-1] * len(reuse.exact) + _starts([len(piece.entry.cached_positions) for piece in reuse.moved])
+
+        targets = torch.tensor([self._rows(i).data_ptr() for i in host.layouts])
+        columns = [
+            targets + piece.span[0] * self._row_bytes if addresses is None else addresses
+            for piece, addresses in zip(self.pieces, known)
+        ]
+        addresses = torch.cat([targets, torch.stack(columns, 1).flatten()]).to(self.device)
+        self._targets, self._sources = addresses[: len(targets)], addresses[len(targets) :].view(-1, len(columns))
         spans = [piece.span for piece in self.pieces]
-        self._tiles = kernels.tiles_of([(stop - start, start, turn) for (start, stop), turn in zip(spans, starts)])
-        self._tiles = self._tiles.to(self.device)
+        turns = [-1] * len(reuse.exact) + _starts([stop - start for start, stop in spans[len(reuse.exact) :]])
+        tiles = kernels.tiles_of([(stop - start, start, turn) for (start, stop), turn in zip(spans, turns)])
+        self._tiles = tiles.to(self.device)
 
     def has(self, layer_idx: int) -> bool:
-        """Whether the layer can be loaded: once only, where pieces are staged in its buffers."""
-        return not self.staged or layer_idx in self._buffers
+        """Whether the layer's buffers are still here; they are given away once."""
+        return layer_idx in self._buffers
 
-    def load(self, layer_idx: int) -> KV:
-        """The layer's buffers, every reused row in place."""
-        if self.staged:
-            self.copy_ahead(layer_idx)
-            torch.cuda.current_stream(self.device).wait_event(self._copied[layer_idx])
-        buffers = self._buffers.pop(layer_idx) if self.staged else self._allocate(layer_idx)
-        rows = rows_behind(buffers)
-        assert rows is not None
-        rotation = self.realigner.rotations[layer_idx]
-        tables = self.realigner.tables(layer_idx, self.device)
-        slot = -1 if rotation is None or tables is None else rotation.slot
-        half = rotation is None or rotation.pairing == "half"
-        layout = self.host.layouts[layer_idx]
-        kernels.load_rows(rows, self._sources[layer_idx], self._tiles, layout, tables, slot, half)
-        return buffers
+    def load(self, layers: Sequence[int]) -> dict[int, KV]:
+        """Layer -> buffers, every reused row in place. Layers of one kind, next to each other, take one kernel."""
+        for i in layers if self.staged else ():
+            self.copy_ahead(i)
+            torch.cuda.current_stream(self.device).wait_event(self._copied[i])
+        for (layout, rotation), run in _runs(layers, lambda i: (self.host.layouts[i], self.realigner.rotations[i])):
+            tables = self.realigner.tables(run[0], self.device)
+            slot = -1 if rotation is None or tables is None else rotation.slot
+            half = rotation is None or rotation.pairing == "half"
+            of_run = slice(run[0], run[-1] + 1)
+            kernels.load_rows(
+                self._targets[of_run], self._sources[of_run], self._tiles, layout, self.host.dtype, tables, slot, half
+            )
+        return {i: self._buffers.pop(i) for i in layers}
 
     def copy_ahead(self, layer_idx: int) -> None:
         """Starts copying the staged pieces of this layer and the next few."""
         if not self.staged:
             return
-        for i in range(layer_idx, min(layer_idx + LAYERS_AHEAD, self.num_layers)):
+        for i in range(layer_idx, layer_idx + LAYERS_AHEAD):
             if i not in self._copied and i in self._buffers:
                 self._copy(i)
 
     def _copy(self, layer_idx: int) -> None:
-        assert self._stream is not None
-        buffers = self._buffers[layer_idx]
-        rows = rows_behind(buffers)
-        assert rows is not None
+        buffers, rows = self._buffers[layer_idx], self._rows(layer_idx)
         rows.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             for piece in self.staged:
@@ -207,22 +214,30 @@ class GPULoader:
             self._copied[layer_idx] = torch.cuda.Event()
             self._copied[layer_idx].record()
 
-    def _allocate(self, layer_idx: int) -> KV:
-        layout = self.host.layouts[layer_idx]
-        shape = (1, self.length + ROOM, layout.width)
-        return layout.views(torch.empty(shape, dtype=self.host.dtype, device=self.device))
+    def _allocate(self, layout: RowLayout, length: int) -> KV:
+        return layout.views(torch.empty((1, length, layout.width), dtype=self.host.dtype, device=self.device))
 
-    def _addresses(self, known: list[torch.Tensor | None]) -> torch.Tensor:
-        """(L, pieces) int64, where each piece's rows lie, or will lie."""
-        columns = []
-        for piece, addresses in zip(self.pieces, known):
-            columns.append(self._places(piece.span[0]) if addresses is None else addresses)
-        return torch.stack(columns, 1)
+    def _rows(self, layer_idx: int) -> torch.Tensor:
+        rows = rows_behind(self._buffers[layer_idx])
+        assert rows is not None
+        return rows
 
-    def _places(self, start: int) -> torch.Tensor:
-        """(L,) int64, where row `start` of each layer's buffer lies."""
-        rows = [rows_behind(self._buffers[i]) for i in range(self.num_layers)]
-        return torch.tensor([r[start:].data_ptr() for r in rows if r is not None])
+    @property
+    def _row_bytes(self) -> torch.Tensor:
+        """(L,) bytes of one row."""
+        size = torch.empty((), dtype=self.host.dtype).element_size()
+        return torch.tensor([layout.width * size for layout in self.host.layouts.values()])
+
+
+def _runs(layers: Sequence[int], kind: Callable[[int], Any]) -> list[tuple[Any, list[int]]]:
+    """Layers that follow each other and are of one kind, together."""
+    runs: list[tuple[Any, list[int]]] = []
+    for i in layers:
+        if runs and runs[-1][1][-1] == i - 1 and runs[-1][0] == kind(i):
+            runs[-1][1].append(i)
+        else:
+            runs.append((kind(i), [i]))
+    return runs
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}

@@ -153,6 +153,24 @@ def test_received_is_the_mean_of_the_weights(name, rows):
 # --- rows of the cache --------------------------------------------------------------------------------------------
 
 
+def addresses(*tensors):
+    return torch.tensor([t.data_ptr() for t in tensors], device=DEVICE)
+
+
+def test_several_layers_are_loaded_at_once():
+    layout = RowLayout(1, 16, 1, 16)
+    torch.manual_seed(0)
+    pieces = [[torch.randn(n, layout.width, device=DEVICE, dtype=DTYPES[0]) for n in (3, 40)] for _ in range(3)]
+    rows = [torch.zeros(50, layout.width, device=DEVICE, dtype=DTYPES[0]) for _ in range(3)]
+    tiles = kernels.tiles_of([(3, 0, -1), (40, 5, -1)]).to(DEVICE)
+    sources = torch.stack([addresses(*layer) for layer in pieces])
+    kernels.load_rows(addresses(*rows), sources, tiles, layout, DTYPES[0], None)
+    for layer, (one, other) in zip(rows, pieces):
+        assert torch.equal(layer[:3], one)
+        assert torch.equal(layer[5:45], other)
+        assert not layer[3:5].any()
+
+
 @pytest.mark.parametrize("rotates", [0, 1, -1])
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("pairs", [8, 3])  # all dimensions, or some
@@ -164,8 +182,8 @@ def test_load_rows_gathers_and_turns(rotates, half, pairs):
     cos, sin = (torch.randn(103, pairs, device=DEVICE) for _ in range(2))
     rows = torch.full((130, layout.width), 7.0, device=DEVICE, dtype=dtype)
     tiles = kernels.tiles_of([(len(p), to, turn) for p, to, turn in zip(pieces, places, turns)]).to(DEVICE)
-    sources = torch.tensor([p.data_ptr() for p in pieces], device=DEVICE)
-    kernels.load_rows(rows, sources, tiles, layout, (cos, sin), rotates, half)
+    sources = addresses(*pieces)[None]
+    kernels.load_rows(addresses(rows), sources, tiles, layout, dtype, (cos, sin), rotates, half)
 
     expected = torch.full_like(rows, 7.0)
     for piece, to, turn in zip(pieces, places, turns):
@@ -189,8 +207,9 @@ def test_load_rows_turns_in_place():
     cos, sin = (torch.randn(40, 8, device=DEVICE) for _ in range(2))
     elsewhere = torch.zeros_like(rows)
     tiles = kernels.tiles_of([(40, 10, 0)]).to(DEVICE)
-    kernels.load_rows(elsewhere, torch.tensor([rows[10:].data_ptr()], device=DEVICE), tiles, layout, (cos, sin), 0)
-    kernels.load_rows(rows, torch.tensor([rows[10:].data_ptr()], device=DEVICE), tiles, layout, (cos, sin), 0)
+    source = addresses(rows[10:])[None]
+    kernels.load_rows(addresses(elsewhere), source, tiles, layout, DTYPES[0], (cos, sin), 0)
+    kernels.load_rows(addresses(rows), source, tiles, layout, DTYPES[0], (cos, sin), 0)
     assert torch.equal(rows[10:50], elsewhere[10:50])
 
 
@@ -202,7 +221,7 @@ def test_unequal_keys_and_values():
     rows = torch.zeros(30, layout.width, device=DEVICE, dtype=DTYPES[0])
     cos, sin = (torch.randn(21, 8, device=DEVICE) for _ in range(2))
     tiles = kernels.tiles_of([(21, 4, 0)]).to(DEVICE)
-    kernels.load_rows(rows, torch.tensor([piece.data_ptr()], device=DEVICE), tiles, layout, (cos, sin), 1, False)
+    kernels.load_rows(addresses(rows), addresses(piece)[None], tiles, layout, DTYPES[0], (cos, sin), 1, False)
     keys, values = layout.views(rows[None, 4:25])
     stored_keys, stored_values = layout.views(piece[None])
     assert torch.equal(keys, stored_keys)
