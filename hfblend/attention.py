@@ -1,8 +1,8 @@
 """Attention of queries at given positions over all keys: key position ≤ query position, and nothing later.
 
 `attend` is the one front door: the Triton kernel on a GPU, PyTorch's attention with a mask elsewhere, and the plain
-reference for what neither can do. `attention_by_position` puts it in the place of a model's own attention for the length
-of a pass, so that a stock forward over scattered rows sees exactly what each row saw in a full prefill:
+reference for what neither can do. `attention_by_position` puts it in the place of a model's own attention for the
+length of a pass, so that a stock forward over scattered rows sees exactly what each row saw in a full prefill:
 
         keys 0 1 2 3 4 5
     row 1    ■ ■ ⬚ ⬚ ⬚ ⬚

@@ -143,6 +143,7 @@ class Blending:
         Args:
             forward: the decoder's or the whole model's forward.
         """
+        self._keep_the_gpu_busy(forward)
         reuse = self.look_up()
         reused = self.realign(reuse)
         self.clock.end_of("look_up")
@@ -237,23 +238,36 @@ class Blending:
         there on, a pass over the tokens in the running and the fresh ones goes further.
         """
         if layer <= self._fresh_up_to:
+            reused.prefetch(layer)
             return
         if self._fresh_up_to >= 0:
             rows = torch.cat([kept, reuse.fresh_idx]).sort().values
             self._pass(forward, reused, rows, stop_at=layer)
+            self._fresh_up_to = layer
         else:
-            rows = torch.arange(self.length, device=self.host.device)
-            cache = RecordingCache(self.host.num_layers, layer, room=ROOM)
-            with (
-                self.host.lock.exclusive(),
-                in_one_kernel(self.host.norms),
-                watched(self.host.layers, layer, rows) as self._entered,
-            ):
-                until_stopped(forward, self.input_ids, rows, None, cache)
-            self.buffers.update(cache.recorded)
-            self.trace.computed_pairs += self.length * layer
-        self._fresh_up_to = layer
+            self._compute_all_up_to(layer, forward)
         reused.prefetch(layer)
+
+    def _compute_all_up_to(self, layer: int, forward: Forward) -> None:
+        """The pass over all tokens."""
+        rows = torch.arange(self.length, device=self.host.device)
+        cache = RecordingCache(self.host.num_layers, layer, room=ROOM)
+        with (
+            self.host.lock.exclusive(),
+            in_one_kernel(self.host.norms),
+            watched(self.host.layers, layer, rows) as self._entered,
+        ):
+            until_stopped(forward, self.input_ids, rows, None, cache)
+        self.buffers.update(cache.recorded)
+        self.trace.computed_pairs += self.length * layer
+        self._fresh_up_to = layer
+
+    def _keep_the_gpu_busy(self, forward: Forward) -> None:
+        """Starts the pass over all tokens, which needs no chunk, where it will be asked for: Python then looks up."""
+        surely = self.config.selection == "kv_deviation" and self.config.check_layers and self.spans
+        if self.host.device.type == "cuda" and surely and not self.config.recomputes_all:
+            self._compute_all_up_to(self.config.check_layers[0], forward)
+            self.clock.end_of("select")
 
     def _suffix_attention(
         self, layers: Sequence[int], forward: Forward, reuse: Reuse, reused: ReusedKV

@@ -214,8 +214,7 @@ def packed(kv: KV, device: torch.device | str | None = None) -> KV:
 
     Copies from pinned memory run beside computing.
     """
-    keys, values = kv
-    layout = RowLayout.of(kv)
+    keys, layout = kv[0], RowLayout.of(kv)
     device = keys.device if device is None else torch.device(device)
     pinned = device.type == "cpu" and torch.cuda.is_available()
     shape = (1, keys.shape[2], layout.width)

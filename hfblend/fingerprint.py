@@ -25,23 +25,34 @@ class Fingerprint:
 
     A weight counts as changed when its storage or its version counter does: in-place operations, assignment, moving and
     casting are seen. Writing through `.data` moves neither; call `refresh()` after that.
+
+    Attributes:
+        generation: counts the changes.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._state: tuple[Any, ...] | None = None
+        self._inside: _Inside | None = None
         self._digest = ""
-        self.generation = 0  # counts changes
+        self.generation = 0
         self._unreadable = uuid.uuid4().hex  # stands for weights that are not in memory (offloaded)
         self._warned = False
         self.current(model)
 
     def current(self, model: nn.Module) -> str:
         """The fingerprint as a hex digest. Costs a walk over the parameters; all weights are read only on a change."""
-        state = _cheap_state(model)
+        if self._inside is None or not self._inside.is_as_it_was():
+            self._inside = _Inside(model)
+        state = self._inside.weights_state()
         if state != self._state:
             self._state, self._digest = state, self._take(model)
             self.generation += 1
         return self._digest
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules of the model, as `current` last saw them."""
+        return [] if self._inside is None else self._inside.modules
 
     def refresh(self) -> None:
         """Forgets the fingerprint: the next call reads every weight again."""
@@ -76,22 +87,26 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-def _cheap_state(model: nn.Module) -> tuple[Any, ...]:
-    """Changes whenever a weight is written in place, replaced, moved or cast, or an adapter is switched.
+class _Inside:
+    """What a model consists of. Asked before every blended prompt, where a millisecond is one of the first token's."""
 
-    Taken before every blended prompt, so one walk and no names: a millisecond here is one of the first token's.
-    """
-    versions, modules, seen = [], [model], {id(model)}
-    for module in modules:  # grows as children are found
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and name not in module._non_persistent_buffers_set:
-                    versions.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                modules.append(child)
-    return versions, _adapter_state(modules)
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        dicts = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
+        self._sizes = [(d, len(d)) for d in dicts]
+        self._members = [(d, name, one) for d in dicts for name, one in d.items()]
+        self._weights = [tensor for _, tensor in _named_tensors(model)]
+
+    def is_as_it_was(self) -> bool:
+        """Whether every module still holds the same modules, parameters and buffers."""
+        return all(len(d) == size for d, size in self._sizes) and all(
+            d.get(name) is one for d, name, one in self._members
+        )
+
+    def weights_state(self) -> tuple[Any, ...]:
+        """Changes whenever a weight is written in place, moved or cast, or an adapter is switched."""
+        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._weights]
+        return versions, _adapter_state(self.modules)
 
 
 def _adapter_state(modules: Iterable[nn.Module]) -> tuple[Any, ...]:

@@ -1,9 +1,9 @@
 """Passes without Python: recorded once as a CUDA graph, then replayed for other prompts.
 
-A pass over a few rows is over in a few milliseconds on a GPU, while Python needs several times as long to launch it. A
-graph fixes the number of rows (rounded up; the last row fills it) and nothing else: which rows they are, how long the
-prompt is and where its buffers lie is read from GPU memory when it runs (`kernels.State`). A size is recorded the second
-time it is asked for, so that a single call does not pay for what it never uses again.
+A pass over a few rows is over in a few milliseconds on a GPU, while Python needs several times as long to launch it.
+A graph fixes the number of rows (rounded up; the last row fills it) and nothing else: which rows they are, how long the
+prompt is and where its buffers lie is read from GPU memory when it runs (`kernels.State`). A size is recorded the
+second time it is asked for, so that a single call does not pay for what it never uses again.
 
 Shapes: S rows of the pass, T all tokens, H query heads, L layers.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -221,7 +221,7 @@ def can_record(host: BlendableModel) -> bool:
         and host.attends_by_position
         and not host.length_dependent
         and all(max(layout.key_dim, layout.value_dim) <= 256 for layout in host.layouts.values())
-        and not has_foreign_hooks(host.decoder)
+        and not has_foreign_hooks(host.fingerprint.modules)
     )
 
 

@@ -45,12 +45,20 @@ class RotarySource:
     layer_type: str | None
 
     @property
+    def rope_type(self) -> str:
+        """Transformers' name of this RoPE's scaling."""
+        rope_type = getattr(self.module, "rope_type", "default")
+        return rope_type.get(self.layer_type, "default") if isinstance(rope_type, dict) else rope_type
+
+    @property
+    def may_depend_on_length(self) -> bool:
+        """Whether its frequencies may change with the prompt's length."""
+        return self.rope_type not in ("default", "linear", "llama3", "yarn")
+
+    @property
     def length_in_force(self) -> int:
         """The prompt length that dynamic NTK scaling has grown its frequencies to; 0 for every other RoPE."""
-        rope_type = getattr(self.module, "rope_type", "default")
-        if isinstance(rope_type, dict):
-            rope_type = rope_type.get(self.layer_type, "default")
-        if "dynamic" not in rope_type:
+        if "dynamic" not in self.rope_type:
             return 0
         own = f"{self.layer_type}_max_seq_len_cached"
         return int(getattr(self.module, own, getattr(self.module, "max_seq_len_cached", 0)))
@@ -143,7 +151,8 @@ class Host:
         positions = positions.to(device)
         forcing = torch.cat([positions, positions.new_tensor([max(regime - 1, 0)])])[None]
         with torch.no_grad():
-            replica(x, torch.zeros_like(forcing[:, :1]), *extra)  # back to the short regime, then grow to `regime`
+            if self.rotary_sources[source].may_depend_on_length:
+                replica(x, torch.zeros_like(forcing[:, :1]), *extra)  # back to the short regime, then grow to `regime`
             tables = replica(x, forcing, *extra)
         cos, sin = (tables.real, tables.imag) if torch.is_tensor(tables) else tables
         return cos[0, :-1].float(), sin[0, :-1].float()

@@ -1,4 +1,4 @@
-"""The Triton kernels behind attention.py, reuse.py and norms.py. Each computes what a plain function there computes, faster.
+"""The Triton kernels behind attention.py, reuse.py and norms.py: what plain functions there compute, faster.
 
     attend          attention by position                                   attention.reference_attention
     received        how much attention each key gets from all rows          attention.attention_weights, summed
@@ -6,13 +6,14 @@
     write_rows      fresh K/V of a pass into a prompt's buffer              index_copy_
     rms_norm        a model's normalisation, six eager kernels in one       the model's own module
 
-A layer's cached state lies as *rows*, one a token: all heads' keys, then all heads' values (`caches.RowLayout`). A chunk's
-rows of a layer are one block, wherever they stand.
+A layer's cached state lies as *rows*, one a token: all heads' keys, then all heads' values (`caches.RowLayout`). A
+chunk's rows of a layer are one block, wherever they stand.
 
-A CUDA graph replays fixed addresses, but every prompt has buffers of its own. So kernels inside a graph find them through
-a `State`: a few numbers in GPU memory that are written before each replay.
+A CUDA graph replays fixed addresses, but every prompt has buffers of its own. So kernels inside a graph find them
+through a `State`: a few numbers in GPU memory that are written before each replay.
 
-Shapes: B batch, H query heads, Hkv KV heads, S query rows, T keys, D head_dim, R rotated pairs, W width of a row, L layers.
+Shapes: B batch, H query heads, Hkv KV heads, S query rows, T keys, D head_dim, R rotated pairs, W width of a row, L
+layers.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class State:
     """Where the kernels of a graph find the prompt at hand.
 
     Attributes:
-        numbers: (4 + L,) int64 on the GPU: T, rows that count, addresses of `received` and of the mask of hidden keys, and
-            of each layer's rows.
+        numbers: (4 + L,) int64 on the GPU: T, rows that count, addresses of `received` and of the mask of hidden keys,
+            and of each layer's rows.
         layouts: layer -> how its rows are laid out.
     """
 
@@ -112,7 +113,8 @@ def _visit(
 
 @triton.jit(do_not_specialize=["length", "num_rows", "layer", "window"])
 def _attend_kernel(
-    Q, K, V, OUT, LSE, POSITIONS, SINKS, HIDDEN, length, num_rows, layer, value_offset, scaling, softcap, window, kv_heads,
+    Q, K, V, OUT, LSE, POSITIONS, SINKS, HIDDEN, length, num_rows, layer, value_offset, scaling, softcap, window,
+    kv_heads,
     q_batch, q_head, q_row, k_batch, k_head, k_token, v_batch, v_head, v_token,
     D: tl.constexpr, DV: tl.constexpr, D_BLOCK: tl.constexpr, DV_BLOCK: tl.constexpr, GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr, SPLITS: tl.constexpr, IN_STATE: tl.constexpr, WINDOW: tl.constexpr,
@@ -168,13 +170,18 @@ def _attend_kernel(
         open_ = end
     closed = tl.maximum(closed, open_)
     if WINDOW or HAS_HIDDEN:
-        top, total, out = _visit(top, total, out, q, K, V, HIDDEN, position, begin, open_, length, k_token, v_token,
-                                 scaling, softcap, window, D, DV, D_BLOCK, DV_BLOCK, WINDOW, SOFTCAP, HAS_HIDDEN, True,
-                                 KEYS)  # fmt: skip
-    top, total, out = _visit(top, total, out, q, K, V, HIDDEN, position, open_, closed, length, k_token, v_token, scaling,
-                             softcap, window, D, DV, D_BLOCK, DV_BLOCK, WINDOW, SOFTCAP, HAS_HIDDEN, False, KEYS)  # fmt: skip
-    top, total, out = _visit(top, total, out, q, K, V, HIDDEN, position, closed, end, length, k_token, v_token, scaling,
-                             softcap, window, D, DV, D_BLOCK, DV_BLOCK, WINDOW, SOFTCAP, HAS_HIDDEN, True, KEYS)  # fmt: skip
+        top, total, out = _visit(
+            top, total, out, q, K, V, HIDDEN, position, begin, open_, length, k_token, v_token, scaling, softcap,
+            window, D, DV, D_BLOCK, DV_BLOCK, WINDOW, SOFTCAP, HAS_HIDDEN, True, KEYS,
+        )  # fmt: skip
+    top, total, out = _visit(
+        top, total, out, q, K, V, HIDDEN, position, open_, closed, length, k_token, v_token, scaling, softcap, window,
+        D, DV, D_BLOCK, DV_BLOCK, WINDOW, SOFTCAP, HAS_HIDDEN, False, KEYS,
+    )  # fmt: skip
+    top, total, out = _visit(
+        top, total, out, q, K, V, HIDDEN, position, closed, end, length, k_token, v_token, scaling, softcap, window,
+        D, DV, D_BLOCK, DV_BLOCK, WINDOW, SOFTCAP, HAS_HIDDEN, True, KEYS,
+    )  # fmt: skip
 
     out = out / tl.maximum(total, 1e-30)[:, None]  # a split may hold no key that the row sees
     index = ((split * tl.num_programs(1) + batch) * num_rows + row) * (kv_heads * GROUP) + head
@@ -461,7 +468,8 @@ def load_rows(
     cos, sin = (tiles, tiles) if tables is None else tables
     pairs = 1 if tables is None else cos.shape[1]
     _load_rows_kernel[(len(tiles), layout.key_heads + layout.value_heads, len(targets))](
-        targets, sources, tiles, cos, sin, sources.shape[1], layout.key_heads, layout.width, pairs, _TRITON_TYPES[dtype],
+        targets, sources, tiles, cos, sin, sources.shape[1], layout.key_heads, layout.width, pairs,
+        _TRITON_TYPES[dtype],
         D=layout.key_dim, DV=layout.value_dim, BLOCK=triton.next_power_of_2(max(layout.key_dim, layout.value_dim)),
         PAIRS=triton.next_power_of_2(pairs), TOKENS=_TOKENS, ROTATES=rotates, HALF=half,
     )  # fmt: skip

@@ -7,7 +7,8 @@
         layer 0 … c − 1      layer c …                  last layer
         skipped              rows S, all of the layer    K/V of rows S; attention and MLP of the last row
 
-Hooks and instance attributes are set for the length of a pass and taken off in `finally`; the layers' code is their own.
+Hooks and instance attributes are set for the length of a pass and taken off in `finally`; the layers' code is their
+own.
 
 Shapes: S rows of a pass, C hidden size, L layers.
 """
@@ -15,7 +16,7 @@ Shapes: S rows of a pass, C hidden size, L layers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,9 +119,9 @@ def cut(layers: nn.ModuleList, num_rows: int, num_read: int, go_on_with: Callabl
         yield
 
 
-def has_foreign_hooks(decoder: nn.Module) -> bool:
-    """Whether somebody watches or steers this model's modules from outside: hooks, offloading."""
-    return any(m._forward_hooks or m._forward_pre_hooks or "_hf_hook" in m.__dict__ for m in decoder.modules())
+def has_foreign_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody watches or steers these modules from outside: hooks, offloading."""
+    return any(m._forward_hooks or m._forward_pre_hooks or "_hf_hook" in m.__dict__ for m in modules)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """A model's RMS normalisations, found by what they compute, and done in one kernel while a pass runs on a GPU.
 
-Eager code takes six kernels for one; over few rows that is a good part of a pass. No name is looked up: a module with one
-weight vector is one of these forms if it gives what the form gives for random input, else it is left as it is.
+Eager code takes six kernels for one; over few rows that is a good part of a pass. No name is looked up: a module with
+one weight vector is of one of these forms if it gives what the form gives for random input, else it is left as it is.
 
     x / √(mean(x²) + ε)  · weight           rounded before the weight comes to it (Llama), or after
                          · (1 + weight)     (Gemma)

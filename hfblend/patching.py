@@ -50,6 +50,7 @@ class _Call:
     spans: ChunkSpans
     num_tokens: int
     tokens_seen: int = 0
+    ahead: tuple[Blending, Any] | None = None  # what was blended before the forward was reached, and its output
 
     def note_forward(self, num_tokens: int) -> None:
         """Called as a forward begins: the first one after the whole prompt was seen brings the first new token."""
@@ -57,6 +58,8 @@ class _Call:
             self.trace.ttft_ms = 1000 * (time.perf_counter() - self.started)
         self.tokens_seen += num_tokens
 
+
+_WAIT = {"assistant_model", "custom_generate", "inputs_embeds"}  # calls of generate that are not blended ahead
 
 # Per thread and task, so that many may generate on one patched model at once.
 _call: ContextVar[_Call | None] = ContextVar("hfblend_call", default=None)
@@ -260,6 +263,7 @@ class Blender:
             self._fall_back(call, planned.fallback)
         elif generate_option(self.model, kwargs, "prefill_chunk_size") is not None:
             kwargs["prefill_chunk_size"] = None  # the blended prefill is one forward; pieces would hide the prompt
+        self._blend_ahead(call, kwargs)
         token = _call.set(None if planned.fallback is Fallback.NESTED else call)
         try:
             output = self._stock_generate(*args, **kwargs)
@@ -326,14 +330,39 @@ class Blender:
         for name in ("attention_mask", "position_ids", "use_cache", *CACHE_NAMES):
             kwargs.pop(name, None)
         call.input_ids = None
-        token = _call.set(None)
-        try:
-            state = Blending(self.host, ids[:1], call.spans, self.store, call.config, call.trace, call.num_tokens)
-            output = state.run(functools.partial(self.host.decoder_forward, **kwargs))
-            hand_over(state.buffers, ids.shape[1], ids.shape[0], cache)
-            state.clock.end_of("hand_over")
-        finally:
-            _call.reset(token)
+        plain = all(value is None or value is False for value in kwargs.values())
+        if call.ahead is not None and ids.shape[1] == call.num_tokens and plain:
+            state, output = call.ahead
+        else:
+            call.trace.restart()
+            state, output = self._blend(call, ids, kwargs)
+        call.ahead = None
+        hand_over(state.buffers, ids.shape[1], ids.shape[0], cache)
+        state.clock.end_of("hand_over")
         output.last_hidden_state = output.last_hidden_state.expand(ids.shape[0], -1, -1)  # (B, S, C)
         output[CACHE] = cache
         return output
+
+    def _blend_ahead(self, call: _Call, kwargs: dict[str, Any]) -> None:
+        """Starts a GPU on the prompt before stock `generate` prepares itself, which takes Python some milliseconds.
+
+        Only what is sure to be asked for: calls with drafts, or with options that reach the decoder, wait for it.
+        """
+        options = ("output_attentions", "output_hidden_states", "prompt_lookup_num_tokens", "assistant_early_exit")
+        waits = any(generate_option(self.model, kwargs, name) for name in options) or bool(_WAIT & kwargs.keys())
+        if call.input_ids is None or not self._runs_beside_python() or waits:
+            return
+        with torch.no_grad():
+            call.ahead = self._blend(call, call.input_ids.to(self.host.device), {})
+
+    def _runs_beside_python(self) -> bool:
+        return self.host.device.type == "cuda"
+
+    def _blend(self, call: _Call, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[Blending, Any]:
+        """Blends the call's prompt; `kwargs` go to the decoder's forward."""
+        token = _call.set(None)
+        try:
+            state = Blending(self.host, ids[:1], call.spans, self.store, call.config, call.trace, call.num_tokens)
+            return state, state.run(functools.partial(self.host.decoder_forward, **kwargs))
+        finally:
+            _call.reset(token)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .attention import kernels
-from .caches import KV, ROOM, RowLayout, empty_kv, rows_behind
+from .caches import KV, ROOM, empty_kv, rows_behind
 from .chunks import ChunkKV, Reader
 from .models import BlendableModel
 from .prompt import Span
@@ -151,7 +151,7 @@ class GPULoader:
     def __init__(self, host: BlendableModel, reuse: Reuse, realigner: Realigner, length: int) -> None:
         self.host, self.realigner, self.device = host, realigner, host.device
         self.pieces = [*reuse.exact, *reuse.moved]
-        self._buffers = {i: self._allocate(layout, length + ROOM) for i, layout in host.layouts.items()}
+        self._buffers = self._allocate(length + ROOM)
         known = [piece.entry.addresses if isinstance(piece.entry, ChunkKV) else None for piece in self.pieces]
         self.staged = [piece for piece, addresses in zip(self.pieces, known) if addresses is None]
         self._copied: dict[int, torch.cuda.Event] = {}
@@ -214,8 +214,18 @@ class GPULoader:
             self._copied[layer_idx] = torch.cuda.Event()
             self._copied[layer_idx].record()
 
-    def _allocate(self, layout: RowLayout, length: int) -> KV:
-        return layout.views(torch.empty((1, length, layout.width), dtype=self.host.dtype, device=self.device))
+    def _allocate(self, length: int) -> dict[int, KV]:
+        """Layer -> buffers (1, Hkv, length, D), in one piece where all layers are alike."""
+
+        def rows(count: int, width: int) -> torch.Tensor:
+            return torch.empty((count, length, width), dtype=self.host.dtype, device=self.device)
+
+        layouts = self.host.layouts
+        if len(set(layouts.values())) > 1:
+            return {i: layout.views(rows(1, layout.width)) for i, layout in layouts.items()}
+        layout = next(iter(layouts.values()))
+        keys, values = layout.views(rows(len(layouts), layout.width))
+        return dict(zip(layouts, zip(keys.split(1), values.split(1))))
 
     def _rows(self, layer_idx: int) -> torch.Tensor:
         rows = rows_behind(self._buffers[layer_idx])

@@ -105,6 +105,10 @@ class BlendTrace:
     notes: list[str] = field(default_factory=list)
     clock: PhaseClock | None = field(default=None, repr=False)
 
+    def restart(self) -> None:
+        """Forgets what was noted, for the same prompt."""
+        vars(self).update(vars(BlendTrace(num_tokens=self.num_tokens, num_layers=self.num_layers)))
+
     @property
     def hits(self) -> int:
         """Chunks found in the store."""

@@ -108,6 +108,28 @@ def check(model, mode, settings, store, tolerance, expected_hits):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_blended_ahead_of_stock_generate(mode, monkeypatch):
+    """As on a GPU, where blending starts before stock `generate` prepares itself; drafts make it start later."""
+    monkeypatch.setattr(hfblend.patching.Blender, "_runs_beside_python", lambda self: True)
+    check(make_llama(), mode, config(1.0), None, 1e-4, 0)
+
+
+def test_what_was_blended_ahead_is_dropped_where_it_does_not_fit(monkeypatch):
+    """Draft tokens behind the prompt, had they not been foreseen: blended again, and counted once."""
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.2)) as blender:
+        generate(model, PROMPT.inputs())
+        expected, _ = run(model, PROMPT.inputs(), MODES["draft_model"])
+        trace = blender.trace
+        monkeypatch.setattr(hfblend.patching.Blender, "_runs_beside_python", lambda self: True)
+        monkeypatch.setattr(hfblend.patching, "_WAIT", set())
+        output, _ = run(model, PROMPT.inputs(), MODES["draft_model"])
+        assert torch.equal(output.sequences, expected.sequences)
+        assert blender.trace.num_tokens == trace.num_tokens > len(PROMPT)
+        assert (blender.trace.hits, blender.trace.computed_pairs) == (3, trace.computed_pairs)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", [make_llama, make_mistral])
 def test_ratio_1_is_stock(make, mode):
     check(make(), mode, config(1.0), hfblend.MemoryStore(), 2e-4, 0)

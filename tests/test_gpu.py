@@ -128,7 +128,7 @@ def test_graphs_give_what_python_gives(name, selection):
     """The third call replays what the second recorded, also for a prompt of another length."""
     model = on_gpu(name, torch.bfloat16)
     store = hfblend.MemoryStore()
-    others = [make_prompt(sizes=(200, 311, n), prefix=37, suffix=21) for n in (131, 128, 133)]
+    others = [make_prompt(sizes=(200, 311, n), prefix=37, suffix=21) for n in (131, 128, 133)]  # and gaps
     settings = {"ratio": 0.15, "selection": selection}
     for prompt in others * 2:
         graphed, with_graph = blended(model, prompt, store, **settings)
