@@ -356,8 +356,11 @@ class Blending:
 
     def _may_be_graph(self, one: Pass, reused: ReusedKV) -> bool:
         """Whether this pass needs nothing that a CUDA graph cannot give."""
-        stops_early = one.stop_at is not None and one.record is None
-        return self.config.cuda_graphs and reused.on_gpu and not stops_early
+        if not self.config.cuda_graphs or not reused.by_kernel:
+            return False
+        # A pass that records attention needs late layers before anything is known, so it may as well wait for all of
+        # them; one that recomputes goes along while layers arrive from RAM.
+        return one.record is not None or (one.stop_at is None and reused.on_gpu)
 
     def seen_from(self, rows: torch.Tensor) -> torch.Tensor:
         """(S,) the last key position that each row of a pass sees: its own."""

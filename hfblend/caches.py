@@ -144,20 +144,22 @@ class BlendingCache(PassCache):
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` with spare rows: decoding writes in place instead of copying the whole cache each step.
 
-    `keys` and `values` stay the exact views that callers expect. The buffer is trusted only while `keys` is a view of
-    it, so cropping, reordering and batch operations of the parent class keep working.
+    `keys` and `values` stay the exact views that callers expect. The buffer is trusted only while they are the views
+    that were shown last, so cropping, reordering and batch operations of the parent class keep working.
     """
 
     def __init__(self, room: int = ROOM) -> None:
         super().__init__()
         self.room = room
         self._buffers: KV | None = None
+        self._last_shown: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     @classmethod
     def adopt(cls, buffers: KV, length: int, room: int = ROOM) -> GrowingLayer:
         """Takes over buffers (B, Hkv, capacity, D) whose first `length` rows hold K/V, without a copy."""
         layer = cls(room)
-        layer.lazy_initialization(*buffers)
+        # What lazy_initialization sets, without its empty tensors: making one on a GPU waits for all work there.
+        layer.dtype, layer.device, layer.is_initialized = buffers[0].dtype, buffers[0].device, True
         layer._buffers = buffers
         layer._show(length)
         return layer
@@ -165,42 +167,41 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        new_length = length + key_states.shape[2]
-        if not self._fits(new_length, key_states.shape[0]):
-            capacity = new_length + max(self.room, new_length // 8)
-            buffers = empty_kv((key_states, value_states), capacity)
-            if length:
-                for buffer, states in zip(buffers, self._shown()):
-                    buffer[:, :, :length] = states
-            self._buffers = buffers
+        length, added = self.get_seq_length(), key_states.shape[2]
+        if not self._fits(length + added, key_states.shape[0]):
+            self._move_to_larger((key_states, value_states), length, length + added)
         assert self._buffers is not None
-        self._buffers[0][:, :, length:new_length] = key_states
-        self._buffers[1][:, :, length:new_length] = value_states
-        self._show(new_length)
-        return self._shown()
+        for buffer, states in zip(self._buffers, (key_states, value_states)):
+            buffer.narrow(2, length, added).copy_(states)
+        return self._show(length + added)
 
     def reset(self) -> None:
         super().reset()
-        self._buffers = None
+        self._buffers, self._last_shown = None, (None, None)
 
-    def _show(self, length: int) -> None:
+    def _move_to_larger(self, like: KV, length: int, new_length: int) -> None:
+        buffers = empty_kv(like, new_length + max(self.room, new_length // 8))
+        if length:
+            assert self.keys is not None
+            assert self.values is not None
+            for buffer, states in zip(buffers, (self.keys, self.values)):
+                buffer[:, :, :length] = states
+        self._buffers = buffers
+
+    def _show(self, length: int) -> KV:
         assert self._buffers is not None
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-
-    def _shown(self) -> KV:
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys, self.values
+        keys, values = self._buffers
+        self.keys, self.values = self._last_shown = shown = keys.narrow(2, 0, length), values.narrow(2, 0, length)
+        return shown
 
     def _fits(self, length: int, batch_size: int) -> bool:
-        if self._buffers is None or self.get_seq_length() == 0:
+        keys, values = self._last_shown
+        if self._buffers is None or keys is None or self.keys is not keys or self.values is not values:
             return False
-        is_view = all(s.data_ptr() == b.data_ptr() for s, b in zip(self._shown(), self._buffers))
-        keys = self._buffers[0]
-        if keys.is_inference() and not torch.is_inference_mode_enabled():
+        buffer = self._buffers[0]
+        if buffer.is_inference() and not torch.is_inference_mode_enabled():
             return False  # made under inference_mode, where alone it may be written
-        return is_view and keys.shape[0] == batch_size and length <= keys.shape[2]
+        return buffer.shape[0] == batch_size and length <= buffer.shape[2]
 
 
 def empty_kv(like: KV, length: int) -> KV:

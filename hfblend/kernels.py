@@ -361,7 +361,7 @@ def received(
 @triton.jit(do_not_specialize=["num_rows", "layer"])
 def _write_rows_kernel(
     KEYS, VALUES, ROWS, STATE, num_rows, layer, key_heads, k_head, k_row, v_head, v_row, width,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: some rows of one head, of keys or of values."""
     i, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1)
@@ -371,12 +371,18 @@ def _write_rows_kernel(
     if head < key_heads:
         mask = (i[:, None] < num_rows) & (d[None, :] < D)
         states = tl.load(KEYS + head * k_head + i[:, None] * k_row + d[None, :], mask=mask)
-        tl.store(base + row[:, None] * width + head * D + d[None, :], states, mask=mask)
+        to = base + row[:, None] * width + head * D + d[None, :]
+        if ALIGNED:
+            to = tl.multiple_of(to, [1, 16])
+        tl.store(to, states, mask=mask)
     else:
         head -= key_heads
         mask = (i[:, None] < num_rows) & (d[None, :] < DV)
         states = tl.load(VALUES + head * v_head + i[:, None] * v_row + d[None, :], mask=mask)
-        tl.store(base + row[:, None] * width + key_heads * D + head * DV + d[None, :], states, mask=mask)
+        to = base + row[:, None] * width + key_heads * D + head * DV + d[None, :]
+        if ALIGNED:
+            to = tl.multiple_of(to, [1, 16])
+        tl.store(to, states, mask=mask)
 
 
 def write_rows(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, state: State, layer: int) -> None:
@@ -387,44 +393,89 @@ def write_rows(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, sta
         keys, values, rows, state.numbers, count, layer, layout.key_heads, *keys.stride()[1:3], *values.stride()[1:3],
         layout.width, D=layout.key_dim, DV=layout.value_dim,
         BLOCK=triton.next_power_of_2(max(layout.key_dim, layout.value_dim)), TOKENS=_TOKENS,
+        ALIGNED=layout.key_dim % 8 == layout.value_dim % 8 == 0,
     )  # fmt: skip
 
 
 @triton.jit
 def _load_rows_kernel(
-    TARGETS, SOURCES, TILES, COS, SIN, pieces, key_heads, width, pairs, dtype: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
-    ROTATES: tl.constexpr, HALF: tl.constexpr,
+    TARGETS, SOURCES, TILES, COS, SIN, pieces, width, pairs, dtype: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, VALUE_HEADS: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
+    TOKENS: tl.constexpr, ROTATES: tl.constexpr, HALF: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One program: up to TOKENS tokens of one piece, one head of keys or of values, of one layer."""
-    tile, head, layer = TILES + tl.program_id(0) * 5, tl.program_id(1), tl.program_id(2)
+    """One program: up to TOKENS tokens of one piece, the keys or the values of one layer."""
+    tile, slot, layer = TILES + tl.program_id(0) * 5, tl.program_id(1), tl.program_id(2)
     piece, from_row, to_row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     count, turn = tl.load(tile + 3), tl.load(tile + 4)
+    token = tl.arange(0, TOKENS)
+    live = (token < count)[:, None]
     source = tl.load(SOURCES + layer * pieces + piece).to(tl.pointer_type(dtype))
     target = tl.load(TARGETS + layer).to(tl.pointer_type(dtype))
-    is_key = head < key_heads
-    column = tl.where(is_key, head * D, key_heads * D + (head - key_heads) * DV)
-    size = tl.where(is_key, D, DV)
-    token = tl.arange(0, TOKENS)
-    live = token < count
-    source += (from_row + token).to(tl.int64)[:, None] * width + column
-    target += (to_row + token).to(tl.int64)[:, None] * width + column
+    source += (from_row + token).to(tl.int64)[:, None] * width
+    target += (to_row + token).to(tl.int64)[:, None] * width
+    if slot == 0:
+        turns = ROTATES == 0 and turn >= 0
+        _move_heads(
+            source, target, COS, SIN, turn + token, live, turns, pairs, HEADS, D, PAIRS, HALF, ROTATES == 0, ALIGNED
+        )
+    else:
+        turns = ROTATES == 1 and turn >= 0
+        source += HEADS * D
+        target += HEADS * D
+        _move_heads(
+            source,
+            target,
+            COS,
+            SIN,
+            turn + token,
+            live,
+            turns,
+            pairs,
+            VALUE_HEADS,
+            DV,
+            PAIRS,
+            HALF,
+            ROTATES == 1,
+            ALIGNED,
+        )
+
+
+@triton.jit
+def _move_heads(
+    source, target, COS, SIN, row, live, turns, pairs, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
+    HALF: tl.constexpr, MAY_TURN: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """All heads of some tokens; the rotary tables are read once for all of them.
+
+    ALIGNED: heads start at multiples of 16 bytes, which an address read from memory does not tell the compiler.
+    """
+    d = tl.arange(0, triton.next_power_of_2(D))[None, :]
     copied_from = 0
-    if ROTATES >= 0 and is_key == (ROTATES == 0) and turn >= 0:
-        pair = tl.arange(0, PAIRS)[None, :]
-        mask = live[:, None] & (pair < pairs)
-        one, other = (pair, pair + pairs) if HALF else (2 * pair, 2 * pair + 1)
-        table = (turn + token)[:, None] * pairs + pair
-        cos, sin = tl.load(COS + table, mask=mask), tl.load(SIN + table, mask=mask)
-        x = tl.load(source + one, mask=mask).to(tl.float32)
-        y = tl.load(source + other, mask=mask).to(tl.float32)
-        tl.store(target + one, (x * cos - y * sin).to(dtype), mask=mask)
-        tl.store(target + other, (x * sin + y * cos).to(dtype), mask=mask)
-        copied_from = 2 * pairs
-    if copied_from < size:
-        d = tl.arange(0, BLOCK)[None, :]
-        mask = live[:, None] & (d >= copied_from) & (d < size)
-        tl.store(target + d, tl.load(source + d, mask=mask), mask=mask)
+    if MAY_TURN:
+        if turns:
+            copied_from = 2 * pairs
+            pair = tl.arange(0, PAIRS)[None, :]
+            mask = live & (pair < pairs)
+            one, other = (pair, pair + pairs) if HALF else (2 * pair, 2 * pair + 1)
+            cos = tl.load(COS + row[:, None] * pairs + pair, mask=mask)
+            sin = tl.load(SIN + row[:, None] * pairs + pair, mask=mask)
+            for head in range(HEADS):
+                from_one, from_other = source + head * D + one, source + head * D + other
+                to_one, to_other = target + head * D + one, target + head * D + other
+                if ALIGNED and HALF:
+                    from_one, from_other = tl.multiple_of(from_one, [1, 16]), tl.multiple_of(from_other, [1, 16])
+                    to_one, to_other = tl.multiple_of(to_one, [1, 16]), tl.multiple_of(to_other, [1, 16])
+                x = tl.load(from_one, mask=mask).to(tl.float32)
+                y = tl.load(from_other, mask=mask).to(tl.float32)
+                tl.store(to_one, (x * cos - y * sin).to(target.dtype.element_ty), mask=mask)
+                tl.store(to_other, (x * sin + y * cos).to(target.dtype.element_ty), mask=mask)
+    if copied_from < D:
+        mask = live & (d >= copied_from) & (d < D)
+        for head in range(HEADS):
+            from_all, to_all = source + head * D + d, target + head * D + d
+            if ALIGNED:
+                from_all, to_all = tl.multiple_of(from_all, [1, 16]), tl.multiple_of(to_all, [1, 16])
+            tl.store(to_all, tl.load(from_all, mask=mask), mask=mask)
 
 
 def tiles_of(pieces: list[tuple[int, int, int]]) -> torch.Tensor:
@@ -466,12 +517,12 @@ def load_rows(
         half: dimension i turns with i + R, else 2i with 2i + 1.
     """
     cos, sin = (tiles, tiles) if tables is None else tables
-    pairs = 1 if tables is None else cos.shape[1]
-    _load_rows_kernel[(len(tiles), layout.key_heads + layout.value_heads, len(targets))](
-        targets, sources, tiles, cos, sin, sources.shape[1], layout.key_heads, layout.width, pairs,
-        _TRITON_TYPES[dtype],
-        D=layout.key_dim, DV=layout.value_dim, BLOCK=triton.next_power_of_2(max(layout.key_dim, layout.value_dim)),
+    pairs = 8 if tables is None else cos.shape[1]
+    _load_rows_kernel[(len(tiles), 2, len(targets))](
+        targets, sources, tiles, cos, sin, sources.shape[1], layout.width, pairs, _TRITON_TYPES[dtype],
+        HEADS=layout.key_heads, D=layout.key_dim, VALUE_HEADS=layout.value_heads, DV=layout.value_dim,
         PAIRS=triton.next_power_of_2(pairs), TOKENS=_TOKENS, ROTATES=rotates, HALF=half,
+        ALIGNED=layout.key_dim % 8 == layout.value_dim % 8 == pairs % 8 == 0,
     )  # fmt: skip
 
 

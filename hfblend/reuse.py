@@ -76,9 +76,14 @@ class ReusedKV:
         self._gpu = GPULoader(host, reuse, self._realigner, length) if loads_by_kernel(host, reuse) else None
 
     @property
+    def by_kernel(self) -> bool:
+        """Whether layers are gathered by a kernel, into rows."""
+        return self._gpu is not None
+
+    @property
     def on_gpu(self) -> bool:
-        """Whether every piece lies in this GPU's memory, so that no layer has to be waited for."""
-        return self._gpu is not None and not self._gpu.staged
+        """Whether every piece lies in this GPU's memory, or has been copied there: no layer has to be waited for."""
+        return self._gpu is not None and not self._gpu.waiting
 
     def preload(self) -> None:
         """Reads and moves every layer now, instead of when its turn comes."""
@@ -170,6 +175,11 @@ class GPULoader:
         turns = [-1] * len(reuse.exact) + _starts([stop - start for start, stop in spans[len(reuse.exact) :]])
         tiles = kernels.tiles_of([(stop - start, start, turn) for (start, stop), turn in zip(spans, turns)])
         self._tiles = tiles.to(self.device)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are layers left that come from RAM."""
+        return bool(self.staged) and any(i not in self._copied for i in self._buffers)
 
     def has(self, layer_idx: int) -> bool:
         """Whether the layer's buffers are still here; they are given away once."""
