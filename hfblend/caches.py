@@ -159,7 +159,8 @@ class GrowingLayer(DynamicLayer):
         """Takes over buffers (B, Hkv, capacity, D) whose first `length` rows hold K/V, without a copy."""
         layer = cls(room)
         # What lazy_initialization sets, without its empty tensors: making one on a GPU waits for all work there.
-        layer.dtype, layer.device, layer.is_initialized = buffers[0].dtype, buffers[0].device, True
+        layer.dtype, layer.device = buffers[0].dtype, buffers[0].device  # type: ignore[attr-defined]
+        layer.is_initialized = True
         layer._buffers = buffers
         layer._show(length)
         return layer
@@ -223,6 +224,13 @@ def packed(kv: KV, device: torch.device | str | None = None) -> KV:
     for view, states in zip(views, kv):
         view.copy_(states)
     return views
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor on `device`. To a GPU it goes through pinned memory: other copies wait for all work there."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def rows_behind(kv: KV) -> torch.Tensor | None:

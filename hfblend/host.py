@@ -16,7 +16,7 @@ from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
 from .attention import QueryRows, attention_by_position
-from .caches import KV, RecordingCache
+from .caches import KV, RecordingCache, sent
 from .locks import ForwardLock
 
 _MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -148,8 +148,8 @@ class Host:
         device = next((b.device for b in replica._buffers.values() if b is not None), positions.device)
         x = torch.zeros((), dtype=torch.float32, device=device)
         extra = () if layer_type is None else (layer_type,)
-        positions = positions.to(device)
-        forcing = torch.cat([positions, positions.new_tensor([max(regime - 1, 0)])])[None]
+        last = torch.full((1,), max(regime - 1, 0), dtype=positions.dtype, device=positions.device)
+        forcing = sent(torch.cat([positions, last]), device)[None]
         with torch.no_grad():
             if self.rotary_sources[source].may_depend_on_length:
                 replica(x, torch.zeros_like(forcing[:, :1]), *extra)  # back to the short regime, then grow to `regime`

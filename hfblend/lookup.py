@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from .caches import sent
 from .chunks import Reader, prefill
 from .config import BlendConfig
 from .filler import require_filler
@@ -164,7 +165,7 @@ class LookUp:
         in_suffix = (fresh >= suffix_start) & (fresh <= last)
         # Counted on the CPU and sent together: no pass has to wait for a size.
         parts = [joined(candidates), fresh, fresh[in_suffix], fresh[~in_suffix]]
-        on_device = torch.cat(parts).to(self.host.device).split([len(part) for part in parts])
+        on_device = sent(torch.cat(parts), self.host.device).split([len(part) for part in parts])
         reuse = Reuse([piece for piece in pieces if piece.exact], moved, *on_device)
         self.trace.candidate_idx, self.trace.fresh_idx = reuse.candidate_idx, reuse.fresh_idx
         return reuse

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .attention import kernels
-from .caches import KV, ROOM, empty_kv, rows_behind
+from .caches import KV, ROOM, empty_kv, rows_behind, sent
 from .chunks import ChunkKV, Reader
 from .models import BlendableModel
 from .prompt import Span
@@ -69,7 +69,7 @@ class ReusedKV:
         self.reuse, self.length = reuse, length
         self._num_layers = host.num_layers
         positions = [torch.arange(*piece.span) for piece in reuse.moved]
-        self._moved_rows = joined(positions).to(host.device)
+        self._moved_rows = sent(joined(positions), host.device)
         moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
         self._realigner = Realigner(host, host.rotations, moves, host.regime(length))
         self._loaded: dict[int, KV] = {}
@@ -125,16 +125,19 @@ class ReusedKV:
             return self._gpu.load([layer_idx])[layer_idx]
         buffers = empty_kv(like, self.length + ROOM)
         for piece in self.reuse.exact:
-            for buffer, states in zip(buffers, piece.entry.layer(layer_idx)):
-                buffer[:, :, slice(*piece.span)] = states
-        if self.reuse.moved:
-            parts = [piece.entry.layer(layer_idx) for piece in self.reuse.moved]
-            device = buffers[0].device
-            keys, values = (torch.cat([part[slot].to(device) for part in parts], 2) for slot in (0, 1))
-            rows = self._moved_rows.to(device)
-            for buffer, states in zip(buffers, self._realigner(layer_idx, (keys, values))):
-                buffer.index_copy_(2, rows, states)
+            for place, states in zip(_places(buffers, piece.span), piece.entry.layer(layer_idx)):
+                place.copy_(states)
+        turned = 0
+        for piece in self.reuse.moved:
+            tokens = slice(turned, turned := turned + len(piece.entry.cached_positions))
+            self._realigner.move(layer_idx, piece.entry.layer(layer_idx), tokens, _places(buffers, piece.span))
         return buffers
+
+
+def _places(buffers: KV, span: Span) -> KV:
+    """The rows of a span, (1, Hkv, n, D)."""
+    keys, values = (buffer[:, :, slice(*span)] for buffer in buffers)
+    return keys, values
 
 
 def loads_by_kernel(host: BlendableModel, reuse: Reuse) -> bool:
@@ -169,12 +172,12 @@ class GPULoader:
             targets + piece.span[0] * self._row_bytes if addresses is None else addresses
             for piece, addresses in zip(self.pieces, known)
         ]
-        addresses = torch.cat([targets, torch.stack(columns, 1).flatten()]).to(self.device)
+        addresses = sent(torch.cat([targets, torch.stack(columns, 1).flatten()]), self.device)
         self._targets, self._sources = addresses[: len(targets)], addresses[len(targets) :].view(-1, len(columns))
         spans = [piece.span for piece in self.pieces]
         turns = [-1] * len(reuse.exact) + _starts([stop - start for start, stop in spans[len(reuse.exact) :]])
         tiles = kernels.tiles_of([(stop - start, start, turn) for (start, stop), turn in zip(spans, turns)])
-        self._tiles = tiles.to(self.device)
+        self._tiles = sent(tiles, self.device)
 
     @property
     def waiting(self) -> bool:

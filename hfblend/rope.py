@@ -67,14 +67,30 @@ def rotation_between(old: Tables, new: Tables) -> Tables:
     return (cos_new * cos_old + sin_new * sin_old) / square, (sin_new * cos_old - cos_new * sin_old) / square
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing) -> torch.Tensor:
-    """Turns the first 2R dimensions of `states` (B, Hkv, N, D) by tables (N, R), in fp32, rounded once at the end."""
-    rotated_dims = 2 * cos.shape[-1]
-    x = states[..., :rotated_dims].float()
-    first, second = x.chunk(2, -1) if pairing == "half" else (x[..., 0::2], x[..., 1::2])
-    turned = (first * cos - second * sin, first * sin + second * cos)
-    joined = torch.cat(turned, -1) if pairing == "half" else torch.stack(turned, -1).flatten(-2)
-    return torch.cat([joined.to(states.dtype), states[..., rotated_dims:]], -1)
+def rotate(
+    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Turns the first 2R dimensions of `states` (B, Hkv, N, D) by tables (N, R), in fp32, rounded once at the end.
+
+    Args:
+        out: where to write it; default, a new tensor.
+    """
+    out = torch.empty_like(states) if out is None else out
+    turned_dims = 2 * cos.shape[-1]
+    (x, y), (to_x, to_y) = (_pairs(t[..., :turned_dims], pairing) for t in (states, out))
+    x, y = x.float(), y.float()
+    to_x.copy_(x * cos - y * sin)
+    to_y.copy_(x * sin + y * cos)
+    out[..., turned_dims:] = states[..., turned_dims:]
+    return out
+
+
+def _pairs(states: torch.Tensor, pairing: Pairing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the two dimensions that turn with each other, each (…, R)."""
+    if pairing == "interleaved":
+        return states[..., 0::2], states[..., 1::2]
+    first, second = states.chunk(2, -1)
+    return first, second
 
 
 class Realigner:
@@ -112,6 +128,16 @@ class Realigner:
             return kv
         turned = rotate(kv[rotation.slot], *tables, rotation.pairing)
         return (turned, kv[1]) if rotation.slot == 0 else (kv[0], turned)
+
+    def move(self, layer_idx: int, kv: KV, tokens: slice, places: KV) -> None:
+        """Writes the K/V (1, Hkv, n, D) of some of the N tokens to their places, turned."""
+        rotation, tables = self.rotations[layer_idx], self.tables(layer_idx, places[0].device)
+        for slot, (states, place) in enumerate(zip(kv, places)):
+            if rotation is not None and tables is not None and slot == rotation.slot:
+                cos, sin = (table[tokens] for table in tables)
+                rotate(states.to(place.device), cos, sin, rotation.pairing, place)
+            else:
+                place.copy_(states)
 
     def tables(self, layer_idx: int, device: torch.device) -> Tables | None:
         """cos and sin (N, R) that turn a layer's cached state; `None` where nothing depends on position or moves."""
