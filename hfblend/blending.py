@@ -282,6 +282,7 @@ class Blending:
             raise AttentionNotRecorded(type(self.host.model).__name__)
         record = AttentionRecord(layers)
         hidden = reuse.unread_idx if reuse.unread_idx.numel() else None
+        self._entered = None  # rows of this pass do not see the hidden ones: every layer computes them again
         self._pass(forward, reused, reuse.suffix_idx, stop_at=max(layers), hidden=hidden, record=record)
         if len(record.received) < len(record.layers):  # a layer without attention, or with one of its own
             raise AttentionNotRecorded(type(self.host.model).__name__)
@@ -330,9 +331,10 @@ class Blending:
         )  # fmt: skip
         self.trace.computed_pairs += one.pairs(host)
         if self._may_be_graph(one, reused):
-            self.buffers.update(reused.layers([layer for layer in host.layouts if layer not in self.buffers]))
+            loaded = reused.layers([layer for layer in host.layouts if layer not in self.buffers])
             if hidden is not None:
-                self._clear(self.buffers.values(), hidden)
+                self._clear(loaded.values(), hidden)
+            self.buffers.update(loaded)
             ran, output = graphs_of(host).run(forward, one, self.buffers)
             if ran:
                 return output

@@ -61,11 +61,14 @@ class ChunkKV:
     def num_layers(self) -> int:
         return len(self.cache.layers)
 
+    def addresses_on(self, device: torch.device) -> torch.Tensor | None:
+        """(L,) int64, where each layer's rows lie on a GPU; `None` if they lie elsewhere or are not packed."""
+        return self._addresses if self._addresses is not None and self.layer(0)[0].device == device else None
+
     @cached_property
-    def addresses(self) -> torch.Tensor | None:
-        """(L,) int64, where each layer's rows lie on the GPU; `None` if they lie elsewhere or are not packed."""
+    def _addresses(self) -> torch.Tensor | None:
         rows = [rows_behind(self.layer(i)) for i in range(self.num_layers)]
-        if any(r is None or not r.is_cuda for r in rows):
+        if any(r is None or r.device != self.layer(0)[0].device for r in rows):
             return None
         return torch.tensor([r.data_ptr() for r in rows if r is not None])
 

@@ -216,7 +216,7 @@ def can_record(host: BlendableModel) -> bool:
     """Whether passes of this model can be CUDA graphs at all."""
     return (
         kernels is not None
-        and host.device.type == "cuda"
+        and host.on_one_gpu
         and host.dtype in (torch.float16, torch.bfloat16)
         and host.attends_by_position
         and not host.length_dependent

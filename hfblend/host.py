@@ -113,6 +113,11 @@ class Host:
         return torch.device("cpu") if device.type == "meta" else device
 
     @property
+    def on_one_gpu(self) -> bool:
+        """Whether all of the decoder is on one CUDA GPU."""
+        return self.device.type == "cuda" and len({p.device for p in self.decoder.parameters()}) == 1
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.decoder.parameters()).dtype
 

@@ -142,7 +142,7 @@ def _places(buffers: KV, span: Span) -> KV:
 
 def loads_by_kernel(host: BlendableModel, reuse: Reuse) -> bool:
     """Whether kernels may gather this prompt's pieces."""
-    return kernels is not None and host.device.type == "cuda" and bool(reuse.moved or reuse.exact)
+    return kernels is not None and host.on_one_gpu and bool(reuse.moved or reuse.exact)
 
 
 class GPULoader:
@@ -160,7 +160,7 @@ class GPULoader:
         self.host, self.realigner, self.device = host, realigner, host.device
         self.pieces = [*reuse.exact, *reuse.moved]
         self._buffers = self._allocate(length + ROOM)
-        known = [piece.entry.addresses if isinstance(piece.entry, ChunkKV) else None for piece in self.pieces]
+        known = [_addresses(piece.entry, self.device) for piece in self.pieces]
         self.staged = [piece for piece, addresses in zip(self.pieces, known) if addresses is None]
         self._copied: dict[int, torch.cuda.Event] = {}
         if self.staged:
@@ -261,6 +261,11 @@ def _runs(layers: Sequence[int], kind: Callable[[int], Any]) -> list[tuple[Any, 
         else:
             runs.append((kind(i), [i]))
     return runs
+
+
+def _addresses(entry: Reader, device: torch.device) -> torch.Tensor | None:
+    """(L,) int64, where an entry's rows lie on that GPU; `None` if they must be copied there."""
+    return entry.addresses_on(device) if isinstance(entry, ChunkKV) else None
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}

@@ -20,6 +20,7 @@ import hfblend
 from hfblend.blending import Blending
 from hfblend.caches import full_length_cache
 from hfblend.models import host_of
+from hfblend.selection import by_kv_deviation, by_suffix_attention, mixed
 from hfblend.store import MemoryStore
 
 PROMPT = make_prompt()
@@ -110,12 +111,18 @@ def test_eager_models_blend_through_our_attention():
 # --- what is reused, and what it costs (invariants 2, 4, 6, 7)
 
 
-@pytest.mark.parametrize("selection", ["kv_deviation", "suffix_attention", "mixed"])
+def deviation_first(evidence):
+    """Two rules whose passes follow each other in the other order than in "mixed"."""
+    return mixed({by_kv_deviation: 1, by_suffix_attention: 1})(evidence)
+
+
+@pytest.mark.parametrize("selection", ["kv_deviation", "suffix_attention", "mixed", deviation_first])
 @pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5])
 def test_every_layer_holds_reused_or_fresh_rows(ratio, selection):
     """Unselected rows above the check layer are the realigned entries; nothing is zero, stale or uninitialised."""
     model, store = make_llama(), MemoryStore()
-    settings = config(ratio, selection=selection)
+    check_layer = 3 if selection is deviation_first else 1
+    settings = config(ratio, selection=selection, check_layers=(check_layer,))
     hfblend.blend(model, PROMPT, store=store, config=settings)
     host = host_of(model)
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
@@ -136,7 +143,9 @@ def test_every_layer_holds_reused_or_fresh_rows(ratio, selection):
         assert torch.isfinite(keys).all()
         assert torch.isfinite(values).all()
         assert (keys.abs().sum((0, 1, 3)) > 0).all()
-        if layer <= 1 and selection != "suffix_attention":  # the check layer's pass computed them for every token
+        if (
+            layer <= check_layer and selection != "suffix_attention"
+        ):  # the check layer's pass computed them for every token
             assert torch.allclose(values, full[layer][1], atol=1e-5)
         else:
             moved_keys, moved_values = reused.moved_kv(layer, kv)
