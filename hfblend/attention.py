@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -205,11 +205,17 @@ class QueryRows:
         return self._masks[key]
 
 
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device: an NVIDIA GPU of compute capability 8.0 or more."""
+    is_nvidia = kernels is not None and device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def runs_on_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the Triton kernel takes these states: on a GPU, in half precision, heads of up to 256 dimensions."""
     return (
-        kernels is not None
-        and query.is_cuda
+        has_kernels(query.device)
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.dtype == key.dtype == value.dtype
         and max(query.shape[-1], value.shape[-1]) <= 256

@@ -215,8 +215,7 @@ def graphs_of(host: BlendableModel) -> PassGraphs:
 def can_record(host: BlendableModel) -> bool:
     """Whether passes of this model can be CUDA graphs at all."""
     return (
-        kernels is not None
-        and host.on_one_gpu
+        host.takes_kernels
         and host.dtype in (torch.float16, torch.bfloat16)
         and host.attends_by_position
         and not host.length_dependent

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
-from .attention import QueryRows, attention_by_position
+from .attention import QueryRows, attention_by_position, has_kernels
 from .caches import KV, RecordingCache, sent
 from .locks import ForwardLock
 
@@ -113,9 +113,9 @@ class Host:
         return torch.device("cpu") if device.type == "meta" else device
 
     @property
-    def on_one_gpu(self) -> bool:
-        """Whether all of the decoder is on one CUDA GPU."""
-        return self.device.type == "cuda" and len({p.device for p in self.decoder.parameters()}) == 1
+    def takes_kernels(self) -> bool:
+        """Whether the Triton kernels may work on this model's K/V: all of the decoder is on one GPU that has them."""
+        return has_kernels(self.device) and len({p.device for p in self.decoder.parameters()}) == 1
 
     @property
     def dtype(self) -> torch.dtype:

@@ -38,7 +38,7 @@ class BlendableModel(Host):
     @property
     def norms(self) -> Norms:
         """Normalisations that run as one kernel each in a pass; none but in half precision on a GPU."""
-        if self.device.type != "cuda" or self.dtype not in (torch.float16, torch.bfloat16):
+        if not self.takes_kernels or self.dtype not in (torch.float16, torch.bfloat16):
             return {}
         if self._norms is None:
             self._norms = find_norms(self.decoder)

@@ -31,7 +31,7 @@ Norms = dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]
 def find_norms(decoder: nn.Module) -> Norms:
     """Module -> the same in one kernel, for every one that is of a known form."""
     found: Norms = {}
-    for module in decoder.modules() if kernels is not None else ():
+    for module in decoder.modules():
         name, epsilon = _weight_name(module), _epsilon(module)
         if name is None or epsilon is None:
             continue

@@ -228,6 +228,7 @@ class Blender:
             else:
                 setattr(module, name, before)
         self.host.unwrapped_forward = None
+        self.host.graphs = None  # and their memory
         forget(self.model)
 
     def __enter__(self) -> Blender:

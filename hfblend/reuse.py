@@ -142,7 +142,7 @@ def _places(buffers: KV, span: Span) -> KV:
 
 def loads_by_kernel(host: BlendableModel, reuse: Reuse) -> bool:
     """Whether kernels may gather this prompt's pieces."""
-    return kernels is not None and host.on_one_gpu and bool(reuse.moved or reuse.exact)
+    return host.takes_kernels and bool(reuse.moved or reuse.exact)
 
 
 class GPULoader:
