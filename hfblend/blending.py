@@ -13,6 +13,7 @@ recomputed, S rows of a pass, D head_dim, L layers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -252,11 +253,11 @@ class Blending:
         """The pass over all tokens."""
         rows = torch.arange(self.length, device=self.host.device)
         cache = RecordingCache(self.host.num_layers, layer, room=ROOM)
-        with (
-            self.host.lock.exclusive(),
-            in_one_kernel(self.host.norms),
-            watched(self.host.layers, layer, rows) as self._entered,
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.host.lock.exclusive())
+            stack.enter_context(in_one_kernel(self.host.norms))
+            if self.host.layers_run_as_written:
+                self._entered = stack.enter_context(watched(self.host.layers, layer, rows))
             until_stopped(forward, self.input_ids, rows, None, cache)
         self.buffers.update(cache.recorded)
         self.trace.computed_pairs += self.length * layer

@@ -107,6 +107,11 @@ class Host:
         return next(child for child in self.decoder.children() if _is_list_of(child, self.num_layers))  # type: ignore[return-value]
 
     @property
+    def layers_run_as_written(self) -> bool:
+        """Whether hooks and a layer's own forward count when it is called: compiled layers may not look at them."""
+        return not any(layer._compiled_call_impl is not None or "_orig_mod" in layer._modules for layer in self.layers)
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go (offloaded parameters sit on `meta`; their hooks move inputs from the CPU)."""
         device = next(self.decoder.parameters()).device

@@ -71,7 +71,7 @@ class Pass:
             if self.resume_at is not None:
                 assert self.resume_with is not None
                 stack.enter_context(resumed(host.layers, self.resume_at, self.resume_with))
-            if watch and self.stop_at is not None:
+            if watch and self.stop_at is not None and host.layers_run_as_written:
                 found = stack.enter_context(watched(host.layers, self.stop_at, self.rows))
             if self.cuts(host):
                 assert self.num_read is not None
@@ -97,6 +97,7 @@ class Pass:
             and self.num_read < len(self.rows)
             and host.attends_by_position
             and host.num_layers - 1 in host.layouts
+            and host.layers_run_as_written
         )
 
 

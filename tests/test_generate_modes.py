@@ -313,6 +313,23 @@ def test_early_exit_drafts_are_nested_and_stock():
         assert blender.trace.computed_pairs == blender.trace.num_tokens * 4
 
 
+def test_compiled_layers_blend():
+    """Hooks on them might not be looked at, so nothing is resumed or cut; the result is the same."""
+    model = make_llama()
+    store = store_of_true_kv(model, PROMPT)
+    stock = generate(model, {"input_ids": IDS})
+    for layer in model.model.layers:
+        layer.compile(backend="eager", dynamic=True)
+    settings = config(0.2, selection="kv_deviation")
+    with hfblend.patch(model, config=settings, store=store) as blender:
+        blended = generate(model, PROMPT.inputs())
+        trace = blender.trace
+        assert trace.hits == 3
+        assert trace.computed_pairs == len(PROMPT) + 4 * (trace.selected_tokens + len(trace.fresh_idx))
+        assert torch.equal(blended.sequences, stock.sequences)
+        assert largest_difference(blended, stock) <= 1e-3
+
+
 def test_compiled_forwards_fall_back():
     model = make_llama()
     stock = generate(model, {"input_ids": IDS})
