@@ -69,14 +69,15 @@ def _find_rows(K, V, length, layer, value_offset, dtype: tl.constexpr, IN_STATE:
 
 @triton.jit
 def _logits(q, k, scaling, softcap, SOFTCAP: tl.constexpr):
-    """Attention logits in units of log 2."""
+    """Attention logits, and the positive unit that turns them into powers of 2: kept apart, it is free in a later sum."""
     x = tl.dot(q, k, input_precision="ieee")
     if SOFTCAP:
         e = tl.exp2(x * (scaling * 2 * _LOG2_E / softcap))
-        x = softcap * (1 - 2 / (e + 1)) * _LOG2_E  # softcap · tanh(x · scaling / softcap)
+        x = softcap * (1 - 2 / (e + 1))  # softcap · tanh(x · scaling / softcap)
+        unit = 1.0 * _LOG2_E
     else:
-        x = x * (scaling * _LOG2_E)
-    return x
+        unit = scaling * _LOG2_E
+    return x, unit
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def _visit(
         at = tl.minimum(key, length - 1) if MASKED else key  # never past the end, where anything may stand
         k_at = tl.multiple_of(K + at[None, :] * k_token + d[:, None], [16, 1])
         k = tl.load(k_at) if D == D_BLOCK else tl.load(k_at, mask=d[:, None] < D, other=0.0)
-        x = _logits(q, k, scaling, softcap, SOFTCAP)
+        x, unit = _logits(q, k, scaling, softcap, SOFTCAP)
         if MASKED:
             seen = key[None, :] <= position[:, None]
             if WINDOW:
@@ -100,8 +101,8 @@ def _visit(
             if HAS_HIDDEN:
                 seen = seen & (tl.load(HIDDEN + at) == 0)[None, :]
             x = tl.where(seen, x, -1e29)
-        higher = tl.maximum(top, tl.max(x, 1))
-        weight = tl.exp2(x - higher[:, None])
+        higher = tl.maximum(top, tl.max(x, 1) * unit)
+        weight = tl.exp2(x * unit - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weight, 1)
         v_at = tl.multiple_of(V + at[:, None] * v_token + dv[None, :], [1, 16])
@@ -314,8 +315,8 @@ def _received_kernel(
                 seen = seen & (key[None, :] > position[:, None] - window)
             if HAS_HIDDEN:
                 seen = seen & (tl.load(HIDDEN + at) == 0)[None, :]
-            x = _logits(q, k, scaling, softcap, SOFTCAP)
-            received += tl.sum(tl.where(seen, tl.exp2(x - lse[:, None]), 0.0), 0)
+            x, unit = _logits(q, k, scaling, softcap, SOFTCAP)
+            received += tl.sum(tl.where(seen, tl.exp2(x * unit - lse[:, None]), 0.0), 0)
         out = OUT + (slot * heads + head).to(tl.int64) * length + key
         tl.store(out, received / counted, mask=key < length)
 
