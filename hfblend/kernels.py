@@ -69,7 +69,7 @@ def _find_rows(K, V, length, layer, value_offset, dtype: tl.constexpr, IN_STATE:
 
 @triton.jit
 def _logits(q, k, scaling, softcap, SOFTCAP: tl.constexpr):
-    """Attention logits, and the positive unit that turns them into powers of 2: kept apart, it is free in a later sum."""
+    """Attention logits, and the unit that turns them into powers of 2: kept apart, it costs nothing in a later sum."""
     x = tl.dot(q, k, input_precision="ieee")
     if SOFTCAP:
         e = tl.exp2(x * (scaling * 2 * _LOG2_E / softcap))
