@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -31,7 +32,7 @@ from .host import CACHE, CACHE_NAMES, cache_given
 from .models import forget, host_of
 from .prompt import ChunkSpans, Prompt
 from .separator import Separator
-from .store import MemoryStore, Store
+from .store import Store, store_at
 from .trace import BlendTrace
 from .verification import Verification, Verifier, Verify, verify_prompt
 
@@ -69,7 +70,7 @@ def patch(
     model: nn.Module,
     config: BlendConfig | None = None,
     tokenizer: Any = None,
-    store: Store | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
     verify: Verify | int | None = None,
 ) -> Blender:
     """Lets `model.generate` reuse and blend chunk KV. Only this instance changes, until `remove()`.
@@ -82,7 +83,8 @@ def patch(
         model: a causal LM in eval mode, on one device.
         config: default `BlendConfig()`; `model.generate(..., blend_config=…)` overrides it for one call.
         tokenizer: needed to split plain `input_ids` at a separator given as text, and for `chunk_prefix="filler"`.
-        store: where chunk KV is kept; default, a `MemoryStore` of its own.
+        store: where chunk KV is kept; a folder keeps it on disk too, for later and for other processes
+            (`hfblend.store.DiskStore`). Default, a `MemoryStore` of its own.
         verify: after every k-th blended call, compares it with a full prefill of its prompt, and warns (logging, and
             `trace.verification`) above a bound: `hfblend.Verify(every=50, max_kl=0.1)`, or k alone.
 
@@ -93,8 +95,8 @@ def patch(
         UnsupportedModel: the model's cached KV cannot be moved (the message says why).
         ValueError: a model in training mode, or already patched; check layers beyond the model.
     """
-    config, store = BlendConfig() if config is None else config, MemoryStore() if store is None else store
-    return Blender(model, config, tokenizer, store, verify)
+    config = BlendConfig() if config is None else config
+    return Blender(model, config, tokenizer, store_at(store), verify)
 
 
 class Blender:

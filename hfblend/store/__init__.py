@@ -2,7 +2,9 @@
 
 from ..chunks import Reader
 from .base import Store
+from .disk import DiskStore
 from .keys import chunk_key
 from .memory import MemoryStore
+from .tiers import TieredStore, store_at
 
-__all__ = ["MemoryStore", "Reader", "Store", "chunk_key"]
+__all__ = ["DiskStore", "MemoryStore", "Reader", "Store", "TieredStore", "chunk_key", "store_at"]

@@ -9,6 +9,7 @@ from collections import OrderedDict
 import torch
 
 from ..chunks import ChunkKV
+from .sizes import num_bytes_of
 
 logger = logging.getLogger(__name__)
 
@@ -16,17 +17,15 @@ logger = logging.getLogger(__name__)
 class MemoryStore:
     """Keeps chunk KV in memory up to a byte budget; the least recently used entry goes first.
 
-    >>> store = MemoryStore(max_bytes=2 * 2**30, device="cpu")
+    >>> store = MemoryStore(max_bytes="2GB", device="cpu")
 
     Args:
-        max_bytes: budget for keys and values.
+        max_bytes: budget for keys and values; a number or `"8GB"`, `"512MiB"`.
         device: where entries are kept; `None` keeps each where it was computed.
     """
 
-    def __init__(self, max_bytes: int = 4 * 2**30, device: torch.device | str | None = None) -> None:
-        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
-            raise ValueError(f"max_bytes must be a whole number of bytes, 0 or more, got {max_bytes!r}.")
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int | str = 4 * 2**30, device: torch.device | str | None = None) -> None:
+        self.max_bytes = num_bytes_of(max_bytes)
         self.device = None if device is None else torch.device(device)
         self.num_bytes = 0
         self._entries: OrderedDict[str, ChunkKV] = OrderedDict()

@@ -1,0 +1,149 @@
+"""Chunk KV on disk, which outlives the process and is shared by many. What cannot be trusted is a miss."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..chunks import ChunkKV
+from .format import CorruptEntry, OtherVersion, dump, parse
+from .sizes import num_bytes_of
+
+logger = logging.getLogger(__name__)
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+_SUFFIX, _TEMPORARY = ".safetensors", ".tmp"
+_ABANDONED_S = 3600  # a temporary file of that age was left by a process that is gone
+
+
+class DiskStore:
+    """Keeps each chunk's KV in a file of its own, up to a byte budget; the least recently used goes first.
+
+    >>> store = DiskStore("~/.cache/hfblend/chunks", max_bytes="50GB")  # doctest: +SKIP
+
+    A file is written under a temporary name, synced and renamed, so that a crash leaves no half of it. It is read whole
+    and every byte is checked before any of it is used; a damaged file is logged, removed and prefilled again. A full,
+    read-only or failing disk is logged, and costs reuse only. Several processes may use one folder.
+
+    Args:
+        path: a folder of its own; made if it is not there.
+        max_bytes: of all files together; a number or `"8GB"`, `"512MiB"`.
+
+    Raises:
+        ValueError: a budget that is no size.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], max_bytes: int | str = "50GB") -> None:
+        self.path = Path(path).expanduser()
+        self.max_bytes = num_bytes_of(max_bytes)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._remove_abandoned()
+
+    def put(self, key: str, chunk_kv: ChunkKV) -> None:
+        """Keeps an entry; what the disk refuses is logged and not kept."""
+        path, file = self._path(key), dump(key, chunk_kv)
+        if len(file) > self.max_bytes:
+            logger.warning("A chunk's KV of %d bytes does not fit into %d bytes; not kept.", len(file), self.max_bytes)
+            return
+        temporary = self.path / f"{key}.{os.getpid()}.{uuid.uuid4().hex}{_TEMPORARY}"
+        try:
+            self._make_room(len(file), key)
+            with open(temporary, "xb") as stream:
+                stream.write(file)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+            self._sync_folder()
+        except OSError as error:
+            logger.warning("A chunk's KV could not be written to %s: %s", self.path, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+    def open(self, key: str) -> ChunkKV | None:
+        """The entry, in RAM and checked; `None` if there is none that can be trusted."""
+        path = self._path(key)
+        try:
+            with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as stream:
+                file = stream.read()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("A chunk's KV could not be read from %s, it is prefilled again: %s", path, error)
+            return None
+        try:
+            chunk_kv = parse(key, file)
+        except OtherVersion as error:
+            logger.info("%s is not read: %s", path, error)
+            return None
+        except CorruptEntry as error:
+            logger.warning("%s is damaged, removed and prefilled again: %s", path, error)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used just now
+        return chunk_kv
+
+    def clear(self) -> None:
+        """Removes every entry."""
+        for path, _, _ in self._files():
+            path.unlink(missing_ok=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(size for _, size, _ in self._files())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._files())
+
+    def __contains__(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def _path(self, key: str) -> Path:
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"A key is 64 hexadecimal digits, as of hfblend.store.chunk_key; got {key!r}.")
+        return self.path / (key + _SUFFIX)
+
+    def _files(self) -> Iterator[tuple[Path, int, float]]:
+        """Path, bytes and time of the last use of every entry; other processes may add and remove some meanwhile."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.path) as found:
+            for one in found:
+                if one.name.endswith(_SUFFIX) and _KEY.fullmatch(one.name.removesuffix(_SUFFIX)):
+                    with contextlib.suppress(FileNotFoundError):
+                        if one.is_file(follow_symlinks=False):
+                            state = one.stat(follow_symlinks=False)
+                            yield Path(one.path), state.st_size, state.st_mtime
+
+    def _make_room(self, needed: int, key: str) -> None:
+        """Removes the least recently used entries until so many bytes more fit."""
+        others = [one for one in self._files() if one[0] != self._path(key)]
+        free = self.max_bytes - sum(size for _, size, _ in others)
+        for path, size, _ in sorted(others, key=lambda one: one[2]):
+            if free >= needed:
+                return
+            path.unlink(missing_ok=True)
+            free += size
+
+    def _sync_folder(self) -> None:
+        if os.name != "posix":  # elsewhere a folder cannot be opened
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _remove_abandoned(self) -> None:
+        """Temporary files of processes that were killed while they wrote."""
+        for path in self.path.glob(f"*{_TEMPORARY}"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.lstat().st_mtime > _ABANDONED_S:
+                    path.unlink()

@@ -1,0 +1,137 @@
+"""A chunk as one file: a safetensors file whose every byte is covered by a checksum. No pickle.
+
+    8 bytes   length of the header
+    header    JSON: tensors and their places; metadata, with checksums of the tensors and a digest of the header itself
+    data      cached_positions, behind_ids, layer 0000, 0001, …: a layer's rows (n, W) are one contiguous block
+
+The checksums find faults of disks and networks, not forgeries: whoever can write the file can write its checksums.
+
+Shapes: n tokens of the chunk, W width of a row, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from ..caches import KV, RowLayout, full_length_cache, packed, rows_behind
+from ..chunks import ChunkKV
+
+FORMAT = "hfblend-chunk-1"
+_BLANK = "0" * 32  # stands in the header for its own digest while that is taken
+_LONGEST_HEADER = 16 * 2**20
+
+
+class CorruptEntry(ValueError):
+    """A stored chunk is not what was written; the message says what does not fit."""
+
+
+class OtherVersion(ValueError):
+    """A stored chunk is of another version of the format."""
+
+
+def dump(key: str, chunk_kv: ChunkKV) -> bytes:
+    """The file of a chunk.
+
+    Args:
+        key: under which it is stored; read back under another one, it is refused.
+    """
+    kv = [chunk_kv.layer(i) for i in range(chunk_kv.num_layers)]
+    tensors = {
+        "behind_ids": torch.tensor(chunk_kv.behind_ids, dtype=torch.int64),
+        "cached_positions": chunk_kv.cached_positions.to("cpu", torch.int64).contiguous(),
+        **{f"layer_{i:04}": _rows(one) for i, one in enumerate(kv)},
+    }
+    metadata = {
+        "format": FORMAT,
+        "key": key,
+        "provenance": chunk_kv.provenance,
+        "regime": str(chunk_kv.regime),
+        "layouts": json.dumps([list(vars(RowLayout.of(one)).values()) for one in kv]),
+        "checksums": json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()}),
+        "header": _BLANK,
+    }
+    file = bytearray(save(tensors, metadata))
+    start, stop = _digest_place(file)
+    file[start:stop] = xxhash.xxh3_128_hexdigest(file[: _header_stop(file)]).encode()
+    return bytes(file)
+
+
+def parse(key: str, file: bytes) -> ChunkKV:
+    """The chunk in a file, in RAM; every byte has been checked.
+
+    Raises:
+        CorruptEntry: the file is not what `dump` wrote under this key.
+        OtherVersion: it is whole, but of another version.
+    """
+    metadata = _checked_metadata(file)
+    if metadata.get("format") != FORMAT:
+        raise OtherVersion(f"its format is {metadata.get('format')!r}, this version reads {FORMAT!r}")
+    if metadata.get("key") != key:
+        raise CorruptEntry(f"it was stored under {metadata.get('key')!r}")
+    try:
+        tensors, checksums = load(file), json.loads(metadata["checksums"])
+        wrong = [name for name, tensor in tensors.items() if checksums.get(name) != _checksum(tensor)]
+        if wrong or tensors.keys() != checksums.keys():
+            raise CorruptEntry(f"checksums do not fit: {wrong or 'tensors are missing'}")
+        layouts = [RowLayout(*numbers) for numbers in json.loads(metadata["layouts"])]
+        kv = [layout.views(tensors[f"layer_{i:04}"][None]) for i, layout in enumerate(layouts)]
+        behind_ids = tuple(tensors["behind_ids"].tolist())
+        provenance: Any = metadata["provenance"]
+        cache = full_length_cache(packed(one) for one in kv)
+        return ChunkKV(cache, tensors["cached_positions"], behind_ids, provenance, int(metadata["regime"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise error if isinstance(error, CorruptEntry) else CorruptEntry(f"{type(error).__name__}: {error}") from error
+
+
+def _checked_metadata(file: bytes) -> dict[str, str]:
+    """The header's metadata, once its digest fits."""
+    header_stop = _header_stop(file)
+    start, stop = _digest_place(file)
+    blanked = bytearray(file[:header_stop])
+    blanked[start:stop] = _BLANK.encode()
+    if xxhash.xxh3_128_hexdigest(blanked).encode() != file[start:stop]:
+        raise CorruptEntry("the digest of its header does not fit")
+    try:
+        return json.loads(file[8:header_stop])["__metadata__"]
+    except (KeyError, ValueError, RecursionError) as error:
+        raise CorruptEntry(f"its header cannot be read: {error}") from error
+
+
+def _header_stop(file: bytes | bytearray) -> int:
+    """Where the data begin."""
+    length = int.from_bytes(file[:8], "little")
+    if len(file) < 8 or not 0 < length <= min(len(file) - 8, _LONGEST_HEADER):
+        raise CorruptEntry(f"it has {len(file)} bytes and names a header of {length}")
+    return 8 + length
+
+
+def _digest_place(file: bytes | bytearray) -> tuple[int, int]:
+    """Where in the file the header's digest stands, [start, stop)."""
+    name = b'"header":"'
+    found = file.find(name, 8, _header_stop(file))
+    if found < 0:
+        raise CorruptEntry("its header has no digest")
+    return found + len(name), found + len(name) + len(_BLANK)
+
+
+def _rows(kv: KV) -> torch.Tensor:
+    """(n, W) in RAM."""
+    rows = rows_behind(kv)
+    if rows is None:
+        rows = rows_behind(packed(kv, "cpu"))
+    assert rows is not None
+    return rows.cpu().contiguous()
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    """Of a tensor's bytes, its dtype and its shape."""
+    state = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.numel():
+        state.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return state.hexdigest()

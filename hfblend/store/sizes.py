@@ -1,0 +1,26 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+
+
+def num_bytes_of(size: Any) -> int:
+    """Bytes of a whole number of them, or of text such as `"8GB"` (10⁹) and `"512MiB"` (2²⁰).
+
+    >>> num_bytes_of("1.5GB"), num_bytes_of("2KiB")
+    (1500000000, 2048)
+
+    Raises:
+        ValueError: anything else.
+    """
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if found and found[2].lower() in _UNITS:
+        return int(float(found[1]) * _UNITS[found[2].lower()])
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ValueError(f'max_bytes must be a whole number of bytes, 0 or more, or text such as "8GB", got {size!r}.')
+    return size

@@ -1,0 +1,331 @@
+"""Chunk KV on disk: what was written is read, and what cannot be trusted is a miss. Faults are made for real."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import config, generate, make_llama, make_prompt
+
+import hfblend
+from hfblend.caches import full_length_cache
+from hfblend.store import DiskStore, MemoryStore, TieredStore, store_at
+from hfblend.store.format import FORMAT, CorruptEntry, OtherVersion, dump, parse
+from hfblend.store.sizes import num_bytes_of
+
+resource = pytest.importorskip("resource", reason="needs fork and limits of a POSIX system")
+KEYS = [f"{i:064x}" for i in range(40)]
+KEY = KEYS[0]
+
+
+def entry(tokens=4, layers=2, seed=0, dtype=torch.float32, **kwargs):
+    generator = torch.Generator().manual_seed(seed)
+    kv = [[torch.randn(1, 2, tokens, 8, generator=generator).to(dtype) for _ in range(2)] for _ in range(layers)]
+    return hfblend.ChunkKV(full_length_cache(kv), torch.arange(3, 3 + tokens), **kwargs)
+
+
+def same(one, other):
+    layers = one.num_layers == other.num_layers
+    kv = all(torch.equal(a, b) for i in range(one.num_layers) for a, b in zip(one.layer(i), other.layer(i)))
+    rest = [(e.cached_positions.tolist(), e.behind_ids, e.provenance, e.regime) for e in (one, other)]
+    return layers and kv and rest[0] == rest[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_written_is_read(tmp_path, dtype):
+    written = entry(dtype=dtype, provenance="in_context", behind_ids=[7, 1, 9], regime=300)
+    DiskStore(tmp_path).put(KEY, written)
+    store = DiskStore(tmp_path)  # as another process would
+    assert same(store.open(KEY), written)
+    assert KEY in store
+    assert len(store) == 1
+    assert store.open(KEYS[1]) is None
+    store.clear()
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
+def test_unequal_layers_are_kept_as_they_are(tmp_path):
+    kv = [(torch.randn(1, 1, 4, 48), torch.randn(1, 1, 4, 16)), (torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8))]
+    written = hfblend.ChunkKV(full_length_cache(kv), torch.arange(4))
+    store = DiskStore(tmp_path)
+    store.put(KEY, written)
+    assert same(store.open(KEY), written)
+
+
+# --- faults -------------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_anywhere_is_found():
+    file, draw = dump(KEY, entry(behind_ids=[5, 6])), random.Random(0)
+    header = 8 + int.from_bytes(file[:8], "little")
+    places = [
+        *range(16),
+        *(draw.randrange(header) for _ in range(492)),
+        *(draw.randrange(len(file)) for _ in range(492)),
+    ]
+    assert same(parse(KEY, file), entry(behind_ids=[5, 6]))
+    for place in places:
+        damaged = bytearray(file)
+        damaged[place] ^= 1 << draw.randrange(8)
+        with pytest.raises((CorruptEntry, OtherVersion)) as found:
+            parse(KEY, bytes(damaged))
+        assert found.type is CorruptEntry
+
+
+def test_a_truncated_or_lengthened_file_is_found():
+    file = dump(KEY, entry())
+    for length in (0, 1, 7, 8, 9, 100, *range(200, len(file), 97), len(file) - 1):
+        with pytest.raises(CorruptEntry):
+            parse(KEY, file[:length])
+    with pytest.raises(CorruptEntry):
+        parse(KEY, file + b"\0")
+
+
+def test_a_file_under_another_key_or_of_another_version_is_not_read(tmp_path, monkeypatch, caplog):
+    file = dump(KEY, entry())
+    with pytest.raises(CorruptEntry, match="stored under"):
+        parse(KEYS[1], file)
+    monkeypatch.setattr("hfblend.store.format.FORMAT", "hfblend-chunk-0")
+    store = DiskStore(tmp_path)
+    store.put(KEY, entry())
+    monkeypatch.setattr("hfblend.store.format.FORMAT", FORMAT)
+    with caplog.at_level(logging.INFO):
+        assert store.open(KEY) is None
+    assert "hfblend-chunk-0" in caplog.text
+    assert KEY in store  # it may be another version's; it is only passed by
+
+
+def test_hostile_headers_are_refused():
+    for header in (
+        b"",
+        b"{}",
+        b"[" * 5000,
+        b'{"__metadata__":{}}',
+        b"\xff" * 90,
+        b'{"__metadata__":{"header":"' + b"0" * 32,
+    ):
+        for length in (len(header), 0, 2**63, len(header) + 5):
+            with pytest.raises(CorruptEntry):
+                parse(KEY, length.to_bytes(8, "little") + header)
+
+
+def test_a_damaged_file_is_removed_and_said(tmp_path, caplog):
+    store = DiskStore(tmp_path)
+    store.put(KEY, entry())
+    path = next(tmp_path.glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    assert store.open(KEY) is None
+    assert "damaged" in caplog.text
+    assert not path.exists()
+
+
+def test_a_folder_that_is_gone_or_cannot_be_written_costs_reuse_only(tmp_path, caplog):
+    store = DiskStore(tmp_path / "chunks")
+    (tmp_path / "chunks").rmdir()
+    store.put(KEY, entry())
+    assert "could not be written" in caplog.text
+    assert store.open(KEY) is None
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
+def in_a_fork(work):
+    """Runs `work` in a child of this warm process; its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            torch.set_num_threads(1)
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return pid
+
+
+def succeeded(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    """A limit on the size of files stands for it: the write fails in its middle."""
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+        store = DiskStore(tmp_path)
+        store.put(KEY, entry(tokens=200))
+        assert KEY not in store
+        assert store.open(KEY) is None
+
+    assert succeeded(in_a_fork(work))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_in_the_middle_of_a_write_nothing_half_is_seen(tmp_path):
+    entries = {key: entry(tokens=600, seed=i) for i, key in enumerate(KEYS[:5])}
+    draw = random.Random(0)
+
+    def work():
+        store = DiskStore(tmp_path)
+        while True:
+            for key, one in entries.items():
+                store.put(key, one)
+
+    found = 0
+    for _ in range(100):
+        pid = in_a_fork(work)
+        time.sleep(draw.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        store = DiskStore(tmp_path)
+        for key in list(entries):
+            if key in store:
+                assert same(store.open(key), entries[key])
+                found += 1
+    assert found > 100
+    for path in tmp_path.glob("*.tmp"):
+        os.utime(path, (0, 0))
+    assert [path.suffix for path in DiskStore(tmp_path).path.iterdir()] == [".safetensors"] * len(store)
+
+
+def test_eight_processes_share_a_folder_while_one_prunes(tmp_path):
+    entries = {key: entry(seed=i) for i, key in enumerate(KEYS)}
+    size = len(dump(KEY, entries[KEY]))
+
+    def work(seed):
+        draw = random.Random(seed)
+        store = DiskStore(tmp_path, max_bytes=10**9 if seed else 15 * size)
+        for _ in range(150):
+            key = draw.choice(KEYS)
+            if draw.random() < 0.4:
+                store.put(key, entries[key])
+            else:
+                read = store.open(key)
+                assert read is None or same(read, entries[key])
+
+    children = [in_a_fork(lambda seed=seed: work(seed)) for seed in range(8)]
+    assert [succeeded(pid) for pid in children] == [True] * 8
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# --- budget, names, places ----------------------------------------------------------------------------------------
+
+
+def test_least_recently_used_goes_first(tmp_path):
+    size = len(dump(KEY, entry()))
+    store = DiskStore(tmp_path, max_bytes=2 * size + size // 2)
+    for i, key in enumerate(KEYS[:2]):
+        store.put(key, entry())
+        os.utime(store._path(key), (i, i))
+    store.open(KEYS[0])
+    store.put(KEYS[2], entry())
+    assert [key in store for key in KEYS[:3]] == [True, False, True]
+    store.put(KEYS[2], entry())  # replacing an entry pushes nobody out
+    assert [key in store for key in KEYS[:3]] == [True, False, True]
+
+
+def test_an_entry_larger_than_the_budget_is_not_kept_and_said(tmp_path, caplog):
+    store = DiskStore(tmp_path, max_bytes=100)
+    store.put(KEY, entry())
+    assert len(store) == 0
+    assert "does not fit" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["../" + "0" * 61, "a", "", "G" * 64, "0" * 64 + "/x", "0" * 64 + "\n"])
+def test_keys_cannot_leave_the_folder(tmp_path, key):
+    store = DiskStore(tmp_path)
+    for use in (store.open, lambda k: store.put(k, entry()), store.__contains__):
+        with pytest.raises(ValueError, match="64 hexadecimal digits"):
+            use(key)
+
+
+def test_links_are_not_followed(tmp_path, caplog):
+    other, store = DiskStore(tmp_path / "other"), DiskStore(tmp_path / "mine")
+    other.put(KEY, entry())
+    store._path(KEY).symlink_to(other._path(KEY))
+    assert store.open(KEY) is None
+    assert len(store) == 0
+    store.clear()
+    assert KEY in other
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GB", 8 * 10**9), ("512 MiB", 512 * 2**20), ("1.5kb", 1500), ("7", 7), (12, 12), ("2Ti", 2**41)],
+)
+def test_sizes(text, expected):
+    assert num_bytes_of(text) == expected
+
+
+def test_tiers_fill_the_faster_from_the_slower(tmp_path):
+    disk, fast = DiskStore(tmp_path), MemoryStore()
+    TieredStore([MemoryStore(), disk]).put(KEY, entry())
+    tiers = TieredStore([fast, disk])
+    assert same(tiers.open(KEY), entry())
+    assert KEY in fast
+    disk.clear()
+    assert same(tiers.open(KEY), entry())
+    assert tiers.open(KEYS[1]) is None
+    with pytest.raises(ValueError, match="one or more stores"):
+        TieredStore([])
+
+
+def test_places_as_users_name_them(tmp_path):
+    assert isinstance(store_at(None), MemoryStore)
+    assert [type(store) for store in store_at(str(tmp_path)).stores] == [MemoryStore, DiskStore]
+    own = MemoryStore()
+    assert store_at(own) is own
+    with pytest.raises(ValueError, match="URL"):
+        store_at("s3://bucket/chunks")
+
+
+# --- generate -----------------------------------------------------------------------------------------------------
+
+PROMPT = make_prompt()
+
+
+def test_a_second_process_reuses_what_the_first_one_stored(tmp_path):
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import hfblend
+from helpers import config, generate, make_llama, make_prompt
+model = make_llama()
+with hfblend.patch(model, config=config(0.3), store={str(tmp_path)!r}) as blender:
+    output = generate(model, make_prompt().inputs())
+    print(blender.trace.hits, output.sequences[0].tolist())
+"""
+    runs = [
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True) for _ in range(2)
+    ]
+    (cold, first), (warm, second) = (run.stdout.strip().split(" ", 1) for run in runs)
+    assert (cold, warm) == ("0", "3")
+    assert first == second
+
+
+@pytest.mark.parametrize("fault", ["flip", "truncate", "remove", "empty"])
+def test_generate_answers_as_with_an_intact_store(tmp_path, fault):
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.3), store=str(tmp_path)) as blender:
+        intact = generate(model, PROMPT.inputs())
+    damaged = store_at(str(tmp_path)).stores[1]._path(blender.trace.chunks[1].key)
+    content = damaged.read_bytes()
+    if fault == "flip":
+        damaged.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    elif fault == "remove":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(content[: len(content) // 2 if fault == "truncate" else 0])
+    with hfblend.patch(model, config=config(0.3), store=tmp_path) as blender:
+        output = generate(model, PROMPT.inputs())
+        assert (blender.trace.hits, blender.trace.misses) == (2, 1)
+        assert torch.equal(output.sequences, intact.sequences)
+    assert damaged.read_bytes()[8:] != b""  # written again
+    assert same(DiskStore(tmp_path).open(damaged.stem), blender.store.open(damaged.stem))
