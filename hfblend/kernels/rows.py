@@ -1,0 +1,185 @@
+"""Rows of the cache: written by a pass, and gathered from stored chunks with their keys realigned on the way.
+
+Shapes: Hkv KV heads, S rows of a pass, T tokens, N moved tokens, D head_dim, R rotated pairs, W width of a row, L
+layers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..caches import RowLayout
+from .state import FIRST_LAYER, State
+
+_TOKENS = 32  # a program moves that many rows
+_TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit(do_not_specialize=["num_rows", "layer"])
+def _write_rows_kernel(
+    KEYS, VALUES, ROWS, STATE, num_rows, layer, key_heads, k_head, k_row, v_head, v_row, width,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One program: some rows of one head, of keys or of values."""
+    i, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1)
+    d = tl.arange(0, BLOCK)
+    base = tl.load(STATE + FIRST_LAYER + layer).to(tl.pointer_type(KEYS.dtype.element_ty))
+    row = tl.load(ROWS + i, mask=i < num_rows, other=0).to(tl.int64)
+    if head < key_heads:
+        mask = (i[:, None] < num_rows) & (d[None, :] < D)
+        states = tl.load(KEYS + head * k_head + i[:, None] * k_row + d[None, :], mask=mask)
+        to = base + row[:, None] * width + head * D + d[None, :]
+        if ALIGNED:
+            to = tl.multiple_of(to, [1, 16])
+        tl.store(to, states, mask=mask)
+    else:
+        head -= key_heads
+        mask = (i[:, None] < num_rows) & (d[None, :] < DV)
+        states = tl.load(VALUES + head * v_head + i[:, None] * v_row + d[None, :], mask=mask)
+        to = base + row[:, None] * width + key_heads * D + head * DV + d[None, :]
+        if ALIGNED:
+            to = tl.multiple_of(to, [1, 16])
+        tl.store(to, states, mask=mask)
+
+
+def write_rows(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, state: State, layer: int) -> None:
+    """Writes fresh keys (1, Hkv, S, D) and values (1, Hkv, S, Dv) to rows (S,) of a layer's buffer."""
+    layout = state.layouts[layer]
+    count = keys.shape[2]
+    _write_rows_kernel[(triton.cdiv(count, _TOKENS), layout.key_heads + layout.value_heads)](
+        keys, values, rows, state.numbers, count, layer, layout.key_heads, *keys.stride()[1:3], *values.stride()[1:3],
+        layout.width, D=layout.key_dim, DV=layout.value_dim,
+        BLOCK=triton.next_power_of_2(max(layout.key_dim, layout.value_dim)), TOKENS=_TOKENS,
+        ALIGNED=layout.key_dim % 8 == layout.value_dim % 8 == 0,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_rows_kernel(
+    TARGETS, SOURCES, TILES, COS, SIN, pieces, width, pairs, dtype: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, VALUE_HEADS: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
+    TOKENS: tl.constexpr, ROTATES: tl.constexpr, HALF: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One program: up to TOKENS tokens of one piece, the keys or the values of one layer."""
+    tile, slot, layer = TILES + tl.program_id(0) * 5, tl.program_id(1), tl.program_id(2)
+    piece, from_row, to_row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    count, turn = tl.load(tile + 3), tl.load(tile + 4)
+    token = tl.arange(0, TOKENS)
+    live = (token < count)[:, None]
+    source = tl.load(SOURCES + layer * pieces + piece).to(tl.pointer_type(dtype))
+    target = tl.load(TARGETS + layer).to(tl.pointer_type(dtype))
+    source += (from_row + token).to(tl.int64)[:, None] * width
+    target += (to_row + token).to(tl.int64)[:, None] * width
+    if slot == 0:
+        turns = ROTATES == 0 and turn >= 0
+        _move_heads(
+            source, target, COS, SIN, turn + token, live, turns, pairs, HEADS, D, PAIRS, HALF, ROTATES == 0, ALIGNED
+        )
+    else:
+        turns = ROTATES == 1 and turn >= 0
+        source += HEADS * D
+        target += HEADS * D
+        _move_heads(
+            source,
+            target,
+            COS,
+            SIN,
+            turn + token,
+            live,
+            turns,
+            pairs,
+            VALUE_HEADS,
+            DV,
+            PAIRS,
+            HALF,
+            ROTATES == 1,
+            ALIGNED,
+        )
+
+
+@triton.jit
+def _move_heads(
+    source, target, COS, SIN, row, live, turns, pairs, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
+    HALF: tl.constexpr, MAY_TURN: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """All heads of some tokens; the rotary tables are read once for all of them.
+
+    ALIGNED: heads start at multiples of 16 bytes, which an address read from memory does not tell the compiler.
+    """
+    d = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    copied_from = 0
+    if MAY_TURN:
+        if turns:
+            copied_from = 2 * pairs
+            pair = tl.arange(0, PAIRS)[None, :]
+            mask = live & (pair < pairs)
+            one, other = (pair, pair + pairs) if HALF else (2 * pair, 2 * pair + 1)
+            cos = tl.load(COS + row[:, None] * pairs + pair, mask=mask)
+            sin = tl.load(SIN + row[:, None] * pairs + pair, mask=mask)
+            for head in range(HEADS):
+                from_one, from_other = source + head * D + one, source + head * D + other
+                to_one, to_other = target + head * D + one, target + head * D + other
+                if ALIGNED and HALF:
+                    from_one, from_other = tl.multiple_of(from_one, [1, 16]), tl.multiple_of(from_other, [1, 16])
+                    to_one, to_other = tl.multiple_of(to_one, [1, 16]), tl.multiple_of(to_other, [1, 16])
+                x = tl.load(from_one, mask=mask).to(tl.float32)
+                y = tl.load(from_other, mask=mask).to(tl.float32)
+                tl.store(to_one, (x * cos - y * sin).to(target.dtype.element_ty), mask=mask)
+                tl.store(to_other, (x * sin + y * cos).to(target.dtype.element_ty), mask=mask)
+    if copied_from < D:
+        mask = live & (d >= copied_from) & (d < D)
+        for head in range(HEADS):
+            from_all, to_all = source + head * D + d, target + head * D + d
+            if ALIGNED:
+                from_all, to_all = tl.multiple_of(from_all, [1, 16]), tl.multiple_of(to_all, [1, 16])
+            tl.store(to_all, tl.load(from_all, mask=mask), mask=mask)
+
+
+def tiles_of(pieces: list[tuple[int, int, int]]) -> torch.Tensor:
+    """How `load_rows` divides its work, (tiles, 5) int32: piece, its row, the buffer's row, tokens, row of the tables.
+
+    Args:
+        pieces: of each, in the order of the sources: tokens, first row in the buffer, and first row in the rotary
+            tables or −1 for a piece that is copied as it is.
+    """
+    return torch.tensor(
+        [
+            (piece, start, to_row + start, min(tokens - start, _TOKENS), -1 if turn < 0 else turn + start)
+            for piece, (tokens, to_row, turn) in enumerate(pieces)
+            for start in range(0, tokens, _TOKENS)
+        ],
+        dtype=torch.int32,
+    )
+
+
+def load_rows(
+    targets: torch.Tensor,
+    sources: torch.Tensor,
+    tiles: torch.Tensor,
+    layout: RowLayout,
+    dtype: torch.dtype,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    rotates: int = -1,
+    half: bool = True,
+) -> None:
+    """Copies stored rows into the buffers of some layers and turns the rotated slot on the way, in fp32, rounded once.
+
+    Args:
+        targets: (n,) int64, address of each layer's buffer (T + room, W).
+        sources: (n, pieces) int64, address of each piece's first row; it may lie in the buffer itself.
+        tiles: from `tiles_of`, on the GPU.
+        dtype: of the rows.
+        tables: cos and sin (N, R) in fp32, as for `rope.rotate`.
+        rotates: 0 if keys turn, 1 if values do, −1 if nothing.
+        half: dimension i turns with i + R, else 2i with 2i + 1.
+    """
+    cos, sin = (tiles, tiles) if tables is None else tables
+    pairs = 8 if tables is None else cos.shape[1]
+    _load_rows_kernel[(len(tiles), 2, len(targets))](
+        targets, sources, tiles, cos, sin, sources.shape[1], layout.width, pairs, _TRITON_TYPES[dtype],
+        HEADS=layout.key_heads, D=layout.key_dim, VALUE_HEADS=layout.value_heads, DV=layout.value_dim,
+        PAIRS=triton.next_power_of_2(pairs), TOKENS=_TOKENS, ROTATES=rotates, HALF=half,
+        ALIGNED=layout.key_dim % 8 == layout.value_dim % 8 == pairs % 8 == 0,
+    )  # fmt: skip
