@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from . import __version__
+from . import __version__, store_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="CacheBlend inside Hugging Face Transformers.")
+app.add_typer(store_cli.app, name="store")
 console = Console()
 
 Model = Annotated[

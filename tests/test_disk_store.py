@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import config, generate, make_llama, make_prompt
+from typer.testing import CliRunner
 
 import hfblend
 from hfblend.caches import full_length_cache
+from hfblend.cli import app
 from hfblend.store import DiskStore, MemoryStore, TieredStore, store_at
 from hfblend.store.format import FORMAT, CorruptEntry, OtherVersion, dump, parse
 from hfblend.store.sizes import num_bytes_of
@@ -285,6 +288,61 @@ def test_places_as_users_name_them(tmp_path):
     assert store_at(own) is own
     with pytest.raises(ValueError, match="URL"):
         store_at("s3://bucket/chunks")
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def command(*words):
+    return CliRunner().invoke(app, ["store", *map(str, words)])
+
+
+def a_store(folder):
+    store = DiskStore(folder)
+    for i, key in enumerate(KEYS[:3]):
+        store.put(key, entry(tokens=4 + i))
+        os.utime(store._path(key), (i, i))
+    return store
+
+
+def test_ls_and_stat_tell_what_is_there(tmp_path):
+    store = a_store(tmp_path)
+    listed = json.loads(command("ls", tmp_path, "--json").stdout)
+    assert [one["key"] for one in listed] == KEYS[2::-1]
+    newest = {name: listed[0][name] for name in ("tokens", "layers", "dtype", "provenance")}
+    assert newest == {"tokens": 6, "layers": 2, "dtype": "F32", "provenance": "isolated"}
+    assert KEYS[2][:12] in command("ls", tmp_path).stdout
+    found = json.loads(command("stat", tmp_path, "--json").stdout)
+    assert (found["entries"], found["tokens"], found["num_bytes"]) == (3, 15, store.num_bytes)
+    assert "15" in command("stat", tmp_path).stdout
+    store._path(KEY).write_bytes(b"nonsense")
+    assert json.loads(command("stat", tmp_path, "--json").stdout)["unreadable_headers"] == 1
+    assert command("ls", tmp_path).exit_code == 0
+
+
+def test_verify_finds_a_planted_fault(tmp_path):
+    store = a_store(tmp_path)
+    whole = command("verify", tmp_path)
+    assert (whole.exit_code, "3 of 3 entries are whole" in whole.stdout) == (0, True)
+    content = bytearray(store._path(KEYS[1]).read_bytes())
+    content[-1] ^= 128
+    store._path(KEYS[1]).write_bytes(content)
+    found = command("verify", tmp_path, "--json")
+    assert found.exit_code == 1
+    assert list(json.loads(found.stdout)["damaged"]) == [KEYS[1]]
+    assert "2 of 3" in command("verify", tmp_path).stdout
+    assert KEYS[1] in store  # told, not removed
+
+
+def test_prune_and_rm(tmp_path):
+    store = a_store(tmp_path)
+    assert command("prune", tmp_path, "--max-bytes", store.num_bytes - 1).exit_code == 0
+    assert [key in store for key in KEYS[:3]] == [False, True, True]
+    assert command("rm", tmp_path, KEYS[1]).exit_code == 0
+    assert [key in store for key in KEYS[:3]] == [False, False, True]
+    assert command("rm", tmp_path, "f" * 5).exit_code == 2
+    assert command("prune", tmp_path, "--max-bytes", "a lot").exit_code == 2
+    assert command("ls", tmp_path / "nowhere").exit_code == 2
 
 
 # --- generate -----------------------------------------------------------------------------------------------------

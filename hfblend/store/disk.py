@@ -9,10 +9,11 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..chunks import ChunkKV
-from .format import CorruptEntry, OtherVersion, dump, parse
+from .format import CorruptEntry, OtherVersion, dump, header_bytes, header_of, parse
 from .sizes import num_bytes_of
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,26 @@ logger = logging.getLogger(__name__)
 _KEY = re.compile(r"[0-9a-f]{64}")
 _SUFFIX, _TEMPORARY = ".safetensors", ".tmp"
 _ABANDONED_S = 3600  # a temporary file of that age was left by a process that is gone
+
+
+@dataclass(frozen=True)
+class DiskEntry:
+    """What a file's header says of it.
+
+    Attributes:
+        num_bytes: of the file.
+        last_used: seconds since 1970.
+        damaged: what is wrong with the header; empty if nothing is, and then the rest is filled in.
+    """
+
+    key: str
+    num_bytes: int
+    last_used: float
+    tokens: int = 0
+    layers: int = 0
+    dtype: str = ""
+    provenance: str = ""
+    damaged: str = ""
 
 
 class DiskStore:
@@ -91,6 +112,45 @@ class DiskStore:
             os.utime(path)  # used just now
         return chunk_kv
 
+    def entries(self) -> Iterator[DiskEntry]:
+        """Every entry, by its header; the data are not read."""
+        for path, size, used in self._files():
+            entry = DiskEntry(path.stem, size, used)
+            try:
+                with open(path, "rb") as stream:
+                    start = stream.read(8)
+                    header = header_of(start + stream.read(header_bytes(start) - 8))
+                layers = [one for name, one in header.items() if name.startswith("layer_")]
+                yield replace(
+                    entry,
+                    tokens=header["cached_positions"]["shape"][0],
+                    layers=len(layers),
+                    dtype=layers[0]["dtype"],
+                    provenance=header["__metadata__"]["provenance"],
+                )
+            except FileNotFoundError:
+                continue
+            except (OSError, CorruptEntry, LookupError, TypeError) as error:
+                yield replace(entry, damaged=str(error) or type(error).__name__)
+
+    def fault_of(self, key: str) -> str | None:
+        """What is wrong with an entry, every byte read; `None` if it is whole, or gone."""
+        try:
+            parse(key, self._path(key).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, CorruptEntry, OtherVersion) as error:
+            return str(error)
+        return None
+
+    def remove(self, key: str) -> None:
+        """Removes an entry, if it is there."""
+        self._path(key).unlink(missing_ok=True)
+
+    def prune(self) -> None:
+        """Removes the least recently used entries until the rest fits into `max_bytes`."""
+        self._make_room(0, None)
+
     def clear(self) -> None:
         """Removes every entry."""
         for path, _, _ in self._files():
@@ -122,9 +182,9 @@ class DiskStore:
                             state = one.stat(follow_symlinks=False)
                             yield Path(one.path), state.st_size, state.st_mtime
 
-    def _make_room(self, needed: int, key: str) -> None:
-        """Removes the least recently used entries until so many bytes more fit."""
-        others = [one for one in self._files() if one[0] != self._path(key)]
+    def _make_room(self, needed: int, key: str | None) -> None:
+        """Removes the least recently used entries, but not that of `key`, until so many bytes more fit."""
+        others = [one for one in self._files() if key is None or one[0] != self._path(key)]
         free = self.max_bytes - sum(size for _, size, _ in others)
         for path, size, _ in sorted(others, key=lambda one: one[2]):
             if free >= needed:

@@ -89,6 +89,21 @@ def parse(key: str, file: bytes) -> ChunkKV:
         raise error if isinstance(error, CorruptEntry) else CorruptEntry(f"{type(error).__name__}: {error}") from error
 
 
+def header_of(file: bytes) -> dict[str, Any]:
+    """The header at the beginning of a file, checked: metadata under `"__metadata__"`, and each tensor's place.
+
+    Raises:
+        CorruptEntry: it is not what `dump` wrote.
+    """
+    _checked_metadata(file)
+    return json.loads(file[8 : _header_stop(file)])
+
+
+def header_bytes(start: bytes) -> int:
+    """How many bytes of a file `header_of` needs, by its first 8."""
+    return 8 + min(int.from_bytes(start, "little"), _LONGEST_HEADER)
+
+
 def _checked_metadata(file: bytes) -> dict[str, str]:
     """The header's metadata, once its digest fits."""
     header_stop = _header_stop(file)
