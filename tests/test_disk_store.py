@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from helpers import config, generate, make_llama, make_prompt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import hfblend
@@ -118,6 +121,43 @@ def test_hostile_headers_are_refused():
         for length in (len(header), 0, 2**63, len(header) + 5):
             with pytest.raises(CorruptEntry):
                 parse(KEY, length.to_bytes(8, "little") + header)
+
+
+def signed(header, data=b""):
+    """A file whose header has the right digest, as somebody would write who means harm."""
+    digest = xxhash.xxh3_128_hexdigest(len(header).to_bytes(8, "little") + header)
+    return len(header).to_bytes(8, "little") + header.replace(b"0" * 32, digest.encode(), 1) + data
+
+
+TEXT = st.text("ab01[]{},:", max_size=8) | st.sampled_from([FORMAT, KEY, "{}", "[]", "[[1,2,3,4]]"])
+WORDS = st.none() | st.booleans() | st.integers() | TEXT
+TREES = st.recursive(WORDS, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=8)
+PLACE = st.fixed_dictionaries(
+    {"dtype": st.sampled_from(["I64", "F32", "X"]), "shape": st.lists(st.integers(-1, 2**62), max_size=3),
+     "data_offsets": st.lists(st.integers(-1, 2**62), min_size=2, max_size=2)}
+)  # fmt: skip
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    metadata=st.dictionaries(st.sampled_from(["layouts", "checksums", "provenance", "regime", "format", "key"]), TREES),
+    tensors=st.dictionaries(st.sampled_from(["layer_0000", "cached_positions", "behind_ids"]), PLACE | TREES),
+    data=st.binary(max_size=64),
+)
+def test_files_made_to_do_harm_are_refused(metadata, tensors, data):
+    metadata = {"format": FORMAT, "key": KEY, **metadata, "header": "0" * 32}
+    header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
+    with pytest.raises((CorruptEntry, OtherVersion)):
+        parse(KEY, signed(header, data))
+
+
+FORMS = ['[{"header":"%s"}]', '{"__metadata__":"\\"","header":"%s"}', '{"a":{"header":"%s"}}', '{"header":"%s"']
+
+
+@pytest.mark.parametrize("header", FORMS)
+def test_headers_of_another_form_are_refused(header):
+    with pytest.raises(CorruptEntry):
+        parse(KEY, signed((header % ("0" * 32)).encode()))
 
 
 def test_a_damaged_file_is_removed_and_said(tmp_path, caplog):
