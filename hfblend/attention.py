@@ -1,8 +1,8 @@
 """Attention of queries at given positions over all keys: key position ≤ query position, and nothing later.
 
 `attend` is the one front door: the Triton kernel on a GPU, PyTorch's attention with a mask elsewhere, and the plain
-reference for what neither can do. `attention_by_position` puts it in the place of a model's own attention for the
-length of a pass, so that a stock forward over scattered rows sees exactly what each row saw in a full prefill:
+reference for what neither can do. `switching.py` puts it in the place of a model's own attention for the length of a
+pass, so that a stock forward over scattered rows sees exactly what each row saw in a full prefill:
 
         keys 0 1 2 3 4 5
     row 1    ■ ■ ⬚ ⬚ ⬚ ⬚
@@ -14,17 +14,12 @@ Shapes: B batch, H query heads, Hkv KV heads, S query rows, T keys, D head_dim.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from functools import cache, cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from .caches import StopForward
 
@@ -262,6 +257,29 @@ def attend(
     return sdpa_attention(query, key, value, mask, scaling)
 
 
+def attend_in_pass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: QueryRows,
+    layer: int,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`attend` for one layer of a pass, which may be recorded, or find its K/V through a state."""
+    how = (scaling, sliding_window, softcap, sinks)
+    if rows.state is not None or runs_on_kernels(query, key, value):
+        if rows.record is not None and layer in rows.record.layers:
+            return _recorded_by_kernel(query, key, value, rows, layer, *how)
+        return _attend_by_kernel(query, key, value, rows, *how, layer=layer)[0]
+    if rows.record is not None:
+        seen = rows.visible(key.shape[2], sliding_window, query.device)
+        rows.record.add(layer, query, key, seen, scaling, softcap, sinks)
+    return attend(query, key, value, rows, *how)
+
+
 def _attend_by_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -304,86 +322,3 @@ def _recorded_by_kernel(
     record.received[layer] = received
     record.end_if_complete()
     return out
-
-
-# --- in the place of a model's own attention --------------------------------------------------------------------------
-
-_rows: ContextVar[QueryRows | None] = ContextVar("hfblend_query_rows", default=None)
-
-
-@contextlib.contextmanager
-def attention_by_position(config: Any, rows: QueryRows) -> Iterator[None]:
-    """While it lasts, layers of the model with this `config` attend through `attend`, as these rows.
-
-    `attend_as` changes the rows in the middle.
-
-    The setting is model-wide; the caller keeps other forwards out. Code of other threads that only reads the setting
-    (mask builders) is served as before.
-    """
-    own = config._attn_implementation
-    config._attn_implementation_internal = _registered(own)
-    token = _rows.set(rows)
-    try:
-        yield
-    finally:
-        _rows.reset(token)
-        config._attn_implementation_internal = own
-
-
-def attend_as(change: Callable[[QueryRows], QueryRows]) -> None:
-    """Within `attention_by_position`: the rest of the pass has other rows."""
-    rows = _rows.get()
-    assert rows is not None
-    _rows.set(change(rows))
-
-
-def _registered(implementation: str) -> str:
-    """The name under which our attention stands in for `implementation`."""
-    name = f"hfblend_{implementation}"
-    if name not in AttentionInterface._global_mapping:
-        own_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-        AttentionInterface.register(name, _attention_forward)
-        AttentionMaskInterface.register(name, _mask_for_others(own_mask))
-    return name
-
-
-def _mask_for_others(own_mask: Callable[..., Any] | None) -> Callable[..., Any]:
-    def make_mask(*args: Any, **kwargs: Any) -> Any:
-        if _rows.get() is not None or own_mask is None:
-            return None
-        return own_mask(*args, **kwargs)
-
-    return make_mask
-
-
-def _attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """`attend` in the form that Transformers' layers call: returns (B, S, H, D) and no weights."""
-    rows = _rows.get()
-    if rows is None:
-        raise RuntimeError("hfblend's attention was called outside its pass; another thread reached a switched model.")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: int = getattr(module, "layer_idx", 0)
-    how = (scaling, sliding_window, softcap, s_aux)
-    if rows.state is not None or runs_on_kernels(query, key, value):
-        if rows.record is not None and layer in rows.record.layers:
-            out = _recorded_by_kernel(query, key, value, rows, layer, *how)
-        else:
-            out, _ = _attend_by_kernel(query, key, value, rows, *how, layer=layer)
-        return out.transpose(1, 2).contiguous(), None
-    if rows.record is not None:
-        seen = rows.visible(key.shape[2], sliding_window, query.device)
-        rows.record.add(layer, query, key, seen, scaling, softcap, s_aux)
-    out = attend(query, key, value, rows, *how)
-    return out.transpose(1, 2).contiguous(), None

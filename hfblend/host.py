@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
-from .attention import QueryRows, attention_by_position, has_kernels
+from .attention import QueryRows, has_kernels
 from .caches import KV, RecordingCache, sent
 from .locks import ForwardLock
+from .switching import attention_by_position
 
 _MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _SELF_TEST_TOKENS, _SELF_TEST_SHIFT = 8, 37

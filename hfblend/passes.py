@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from .attention import AttentionRecord, QueryRows, attend_as
+from .attention import AttentionRecord, QueryRows
 from .caches import StopForward
 from .host import CACHE
 from .layers import Watched, cut, resumed, watched
 from .models import BlendableModel
 from .norms import in_one_kernel
+from .switching import attend_as
 
 Forward = Callable[..., Any]
 
