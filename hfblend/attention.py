@@ -29,6 +29,9 @@ try:
 except ImportError:
     kernels = None
 
+HALF = (torch.float16, torch.bfloat16)  # what the attention kernel computes in
+LARGEST_HEAD_DIM = 256  # that it takes
+
 
 def visible(
     positions: torch.Tensor, length: int, sliding_window: int | None = None, hidden: torch.Tensor | None = None
@@ -211,9 +214,9 @@ def runs_on_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     """Whether the Triton kernel takes these states: on a GPU, in half precision, heads of up to 256 dimensions."""
     return (
         has_kernels(query.device)
-        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype in HALF
         and query.dtype == key.dtype == value.dtype
-        and max(query.shape[-1], value.shape[-1]) <= 256
+        and max(query.shape[-1], value.shape[-1]) <= LARGEST_HEAD_DIM
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and key.stride(2) * key.shape[2] < 2**31  # it counts elements in 32 bits
     )

@@ -321,13 +321,11 @@ class Blending:
             record: keeps the attention that the rows give.
         """
         host, entered = self.host, self._entered
-        if entered is None or entered.hidden is None or record is not None:
-            start, resume_with = 0, None
-        else:
-            start, resume_with = entered.layer, entered.of_rows(rows)
+        if entered is not None and entered.hidden is None:
+            entered = None
         one = Pass(
             self.input_ids[:, rows], rows, self.seen_from(rows), self.length, stop_at, hidden, record,
-            resume_at=start if start else None, resume_with=resume_with,
+            resume_at=entered.layer if entered else None, resume_with=entered.of_rows(rows) if entered else None,
             num_read=self.length - self._prompt_stop + 1,
         )  # fmt: skip
         self.trace.computed_pairs += one.pairs(host)
@@ -347,8 +345,8 @@ class Blending:
             return buffers
 
         cache = BlendingCache(host.num_layers, self.buffers, load, rows, self.length, None if record else stop_at)
-        output, entered = one.run(host, forward, cache, watch=record is None)
-        self._entered = self._entered if entered is None else entered
+        output, seen = one.run(host, forward, cache, watch=record is None)
+        self._entered = self._entered if seen is None else seen
         return output
 
     @staticmethod

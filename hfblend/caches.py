@@ -97,7 +97,25 @@ class RecordingCache(PassCache):
         return key_states, value_states
 
 
-class BlendingCache(PassCache):
+class RowsCache(PassCache):
+    """Of a pass over some rows.
+
+    Args:
+        num_layers: L of the model.
+        rows: (S,) token indices, rising.
+        stop_at: end the forward after this layer's K/V.
+    """
+
+    def __init__(self, num_layers: int, rows: torch.Tensor, stop_at: int | None = None) -> None:
+        super().__init__(num_layers)
+        self.rows, self.stop_at = rows, stop_at
+
+    def take_last(self, count: int) -> None:
+        """From here on the pass has its last `count` rows, and runs to its end."""
+        self.rows, self.stop_at = self.rows[-count:], None
+
+
+class BlendingCache(RowsCache):
     """Mixes the fresh K/V of a pass over some rows into full-length buffers, and hands the whole layer to attention.
 
     A layer's reused KV is asked of `load` when the pass first reaches that layer, so loading runs a layer at a time.
@@ -120,8 +138,8 @@ class BlendingCache(PassCache):
         length: int,
         stop_at: int | None = None,
     ) -> None:
-        super().__init__(num_layers)
-        self.buffers, self.load, self.rows, self.length, self.stop_at = buffers, load, rows, length, stop_at
+        super().__init__(num_layers, rows, stop_at)
+        self.buffers, self.load, self.length = buffers, load, length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -135,10 +153,6 @@ class BlendingCache(PassCache):
         if layer_idx == self.stop_at:
             raise StopForward
         return keys, values
-
-    def take_last(self, count: int) -> None:
-        """From here on the pass has its last `count` rows, and runs to its end."""
-        self.rows, self.stop_at = self.rows[-count:], None
 
 
 class GrowingLayer(DynamicLayer):

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from .attention import AttentionRecord, kernels, mask_of
-from .caches import KV, PassCache, StopForward, rows_behind
+from .attention import HALF, LARGEST_HEAD_DIM, AttentionRecord, kernels, mask_of
+from .caches import KV, RowsCache, StopForward, rows_behind, sent
 from .layers import has_foreign_hooks
 from .models import BlendableModel
 from .passes import Forward, Pass
@@ -31,12 +31,12 @@ MAX_GRAPHS = 16
 _SIMPLE = (type(None), bool, int, str)
 
 
-class GraphCache(PassCache):
+class GraphCache(RowsCache):
     """A `BlendingCache` inside a graph: rows are written through the state, and attention reads them through it."""
 
     def __init__(self, num_layers: int, rows: torch.Tensor, state: Any, stop_at: int | None) -> None:
-        super().__init__(num_layers)
-        self.rows, self.state, self.stop_at = rows, state, stop_at
+        super().__init__(num_layers, rows, stop_at)
+        self.state = state
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -45,10 +45,6 @@ class GraphCache(PassCache):
         if layer_idx == self.stop_at:
             raise StopForward
         return key_states, value_states  # attention takes shapes from them, and K/V from the state
-
-    def take_last(self, count: int) -> None:
-        """From here on the pass has its last `count` rows."""
-        self.rows, self.stop_at = self.rows[-count:], None
 
 
 class PassGraph:
@@ -128,12 +124,12 @@ class PassGraphs:
         mask = None if one.hidden is None else mask_of(one.hidden, one.length)
         rows = [rows_behind(buffers[i]) if i in buffers else None for i in range(self.host.num_layers)]
         numbers = [one.length, count, *(0 if t is None else t.data_ptr() for t in (received, mask, *rows))]
-        sent = torch.tensor(numbers, pin_memory=True).to(self.host.device, non_blocking=True)
+        numbers_there = sent(torch.tensor(numbers), self.host.device)
         with self.host.lock.exclusive():
-            if form not in self._graphs and not self._capture(form, forward, padded, sent):
+            if form not in self._graphs and not self._capture(form, forward, padded, numbers_there):
                 return False, None
             self._graphs.move_to_end(form)
-            output = self._graphs[form].replay(padded, sent)
+            output = self._graphs[form].replay(padded, numbers_there)
         if one.record is not None and received is not None:
             one.record.received.update(zip(one.record.layers, received))
         return True, output
@@ -216,10 +212,10 @@ def can_record(host: BlendableModel) -> bool:
     """Whether passes of this model can be CUDA graphs at all."""
     return (
         host.takes_kernels
-        and host.dtype in (torch.float16, torch.bfloat16)
+        and host.dtype in HALF
         and host.attends_by_position
         and not host.length_dependent
-        and all(max(layout.key_dim, layout.value_dim) <= 256 for layout in host.layouts.values())
+        and all(max(layout.key_dim, layout.value_dim) <= LARGEST_HEAD_DIM for layout in host.layouts.values())
         and not has_foreign_hooks(host.fingerprint.modules)
     )
 

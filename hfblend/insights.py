@@ -29,7 +29,7 @@ from .calibration import with_ratio
 from .config import BlendConfig
 from .host import CACHE
 from .models import BlendableModel, host_of
-from .optional import require
+from .optional import figure_class
 from .prompt import Prompt
 from .selection import kv_deviation
 from .store import MemoryStore, Store
@@ -322,9 +322,7 @@ def _line_styles() -> list[dict[str, str]]:
 
 def _figure(columns: int) -> tuple[Figure, Any]:
     """A figure apart from pyplot and its global state, and its axes."""
-    figure = require("matplotlib.figure", "matplotlib", "plots", "Pictures need").Figure(
-        figsize=(4.8 * columns, 3.8), layout="constrained"
-    )
+    figure = figure_class("plots")(figsize=(4.8 * columns, 3.8), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)

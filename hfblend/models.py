@@ -5,9 +5,9 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import nn
 
+from .attention import HALF
 from .caches import RowLayout
 from .fingerprint import Fingerprint
 from .host import Host
@@ -38,7 +38,7 @@ class BlendableModel(Host):
     @property
     def norms(self) -> Norms:
         """Normalisations that run as one kernel each in a pass; none but in half precision on a GPU."""
-        if not self.takes_kernels or self.dtype not in (torch.float16, torch.bfloat16):
+        if not self.takes_kernels or self.dtype not in HALF:
             return {}
         if self._norms is None:
             self._norms = find_norms(self.decoder)

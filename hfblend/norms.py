@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from .attention import kernels
+from .attention import HALF, kernels
 
 _FORMS = tuple((offset, late) for offset in (0.0, 1.0) for late in (True, False))
-_HALF = (torch.float16, torch.bfloat16)
 _TOLERANCE = 4e-3  # of the norm; half precision rounds by half of it
 
 
@@ -73,7 +72,7 @@ def _weight_name(module: nn.Module) -> str | None:
     if len(module._parameters) != 1 or module._modules or not takes_one or "forward" in module.__dict__:
         return None
     name, weight = next(iter(module._parameters.items()))
-    fits = weight is not None and weight.ndim == 1 and weight.is_cuda and weight.dtype in _HALF
+    fits = weight is not None and weight.ndim == 1 and weight.is_cuda and weight.dtype in HALF
     return name if fits else None
 
 

@@ -6,6 +6,18 @@ import importlib
 from typing import Any
 
 
+def figure_class(extra: str) -> Any:
+    """`matplotlib.figure.Figure`, which draws without a screen.
+
+    Args:
+        extra: of hfblend, that installs it.
+
+    Raises:
+        ImportError: the package is missing (the message says what to install).
+    """
+    return require("matplotlib.figure", "matplotlib", extra, "Pictures need").Figure
+
+
 def require(module: str, package: str, extra: str, feature: str) -> Any:
     """The module of an optional package.
 

@@ -130,7 +130,7 @@ class Realigner:
         return (turned, kv[1]) if rotation.slot == 0 else (kv[0], turned)
 
     def move(self, layer_idx: int, kv: KV, tokens: slice, places: KV) -> None:
-        """Writes the K/V (1, Hkv, n, D) of some of the N tokens to their places, turned."""
+        """Writes the K/V (B, Hkv, n, D) of some of the N tokens to their places, turned."""
         rotation, tables = self.rotations[layer_idx], self.tables(layer_idx, places[0].device)
         for slot, (states, place) in enumerate(zip(kv, places)):
             if rotation is not None and tables is not None and slot == rotation.slot:

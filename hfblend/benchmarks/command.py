@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import demo_model
+from ..outputs import require_folders_of
 from .report import cells, footnotes, markdown, plot, require_matplotlib, title
 from .runner import Results, run
 from .settings import Settings
@@ -31,9 +32,7 @@ class Outputs:
 
     def check(self) -> None:
         """Raises `ValueError` for a folder that does not exist, `ImportError` for a missing package."""
-        for file in (self.json, self.markdown, self.plot):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise ValueError(f"The folder of {file} does not exist; create it first.")
+        require_folders_of(self.json, self.markdown, self.plot)
         if self.plot is not None:
             require_matplotlib()
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..optional import require
+from ..optional import figure_class
 
 Row = dict[str, Any]
 Results = dict[str, Any]
@@ -120,12 +120,8 @@ def _with_range(value: float | None, bounds: Sequence[float] | None, digits: int
 
 
 def require_matplotlib() -> Any:
-    """`matplotlib.figure.Figure`, which draws without a screen.
-
-    Raises:
-        ImportError: the package is missing (the message says what to install).
-    """
-    return require("matplotlib.figure", "matplotlib", "plots", "Pictures need").Figure
+    """What pictures are drawn with; raises `ImportError` where it is missing."""
+    return figure_class("plots")
 
 
 def plot(results: Results, file: Path) -> None:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import __version__
 from ..measures import describe_machine
+from ..outputs import require_folders_of
 from .data import QA, Example, digest, load
 from .metrics import require_rouge
 from .records import Record, RecordFile
@@ -56,9 +57,7 @@ class Outputs:
 
     def check(self) -> None:
         """Raises `ValueError` for a folder that does not exist, `ImportError` for a missing package."""
-        for file in (self.json, self.markdown, self.plot, self.records):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise ValueError(f"The folder of {file} does not exist; create it first.")
+        require_folders_of(self.json, self.markdown, self.plot, self.records)
         if self.plot is not None:
             require_matplotlib()
 

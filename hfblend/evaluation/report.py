@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..optional import require
+from ..optional import figure_class
 
 Rows = Sequence[dict[str, Any]]
 
@@ -63,12 +63,8 @@ def _with_interval(value: float | None, interval: Sequence[float] | None, digits
 
 
 def require_matplotlib() -> Any:
-    """`matplotlib.figure.Figure`, which draws without a screen.
-
-    Raises:
-        ImportError: the package is missing (the message says what to install).
-    """
-    return require("matplotlib.figure", "matplotlib", "eval", "Pictures need").Figure
+    """What pictures are drawn with; raises `ImportError` where it is missing."""
+    return figure_class("eval")
 
 
 def plot(rows: Rows, file: Path, title: str) -> None:
