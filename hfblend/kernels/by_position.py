@@ -14,6 +14,9 @@ import triton.language as tl
 from .state import FIRST_LAYER, State
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+# A hidden logit lies so far below the lowest running maximum that its weight is 0 even where a row sees no key of a
+# block. Were it the maximum itself, x · unit - maximum would be the rounding of one product, 1e21, as it is fused.
+_HIDDEN, _LOWEST = tl.constexpr(-1e29), tl.constexpr(-1e20)
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _PROGRAMS = 8 if _INTERPRETED else 264  # enough to keep a large GPU busy
 _MANY_ROWS = [  # tuned on the first call, and kept on disk by Triton
@@ -65,7 +68,7 @@ def _visit(
                 seen = seen & (key[None, :] > position[:, None] - window)
             if HAS_HIDDEN:
                 seen = seen & (tl.load(HIDDEN + at) == 0)[None, :]
-            x = tl.where(seen, x, -1e29)
+            x = tl.where(seen, x, _HIDDEN)
         higher = tl.maximum(top, tl.max(x, 1) * unit)
         weight = tl.exp2(x * unit - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -113,7 +116,7 @@ def _attend_kernel(
         Q + batch * q_batch + head[:, None] * q_head + row[:, None] * q_row + d[None, :], mask=d[None, :] < D, other=0.0
     )
 
-    top = tl.full([ROWS], -1e30, tl.float32)  # of the logits so far
+    top = tl.full([ROWS], _LOWEST, tl.float32)  # of the logits so far
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, DV_BLOCK], tl.float32)
     if HAS_SINKS:  # one more logit, which takes weight and gives nothing
@@ -149,7 +152,8 @@ def _attend_kernel(
         D, DV, D_BLOCK, DV_BLOCK, WINDOW, SOFTCAP, HAS_HIDDEN, True, KEYS,
     )  # fmt: skip
 
-    out = out / tl.maximum(total, 1e-30)[:, None]  # a split may hold no key that the row sees
+    total = tl.maximum(total, 1e-30)  # a split may hold no key that the row sees
+    out = out / total[:, None]
     index = ((split * tl.num_programs(1) + batch) * num_rows + row) * (kv_heads * GROUP) + head
     tl.store(OUT + index[:, None].to(tl.int64) * DV + dv[None, :], out.to(OUT.dtype.element_ty),
              mask=live[:, None] & (dv[None, :] < DV))  # fmt: skip
