@@ -125,6 +125,7 @@ class Blending:
 
     def __post_init__(self) -> None:
         self.config.require_layers(self.host.num_layers)
+        self.host.fingerprint.current(self.host.model)
         self.length = self.input_ids.shape[1]
         self.ids: list[int] = self.input_ids[0].tolist()
         self.spans.check(self.length)

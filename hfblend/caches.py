@@ -155,6 +155,26 @@ class BlendingCache(RowsCache):
         return keys, values
 
 
+class _Spare:
+    """A buffer (B, Hkv, capacity, D), and views of its rows that cost less than `narrow`: four a layer and token."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+        self.batch_size, self._heads, self.capacity, self._dim = buffer.shape
+        self._strides, self._offset = buffer.stride(), buffer.storage_offset()
+        self._needs_inference_mode = buffer.is_inference()  # made under inference_mode, where alone it may be written
+
+    def rows(self, start: int, count: int) -> torch.Tensor:
+        """(B, Hkv, count, D) from row `start` on."""
+        size = (self.batch_size, self._heads, count, self._dim)
+        return self.buffer.as_strided(size, self._strides, self._offset + start * self._strides[2])
+
+    def takes(self, batch_size: int, length: int) -> bool:
+        """Whether that many rows of that batch may be written."""
+        is_open = not self._needs_inference_mode or torch.is_inference_mode_enabled()
+        return is_open and batch_size == self.batch_size and length <= self.capacity
+
+
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` with spare rows: decoding writes in place instead of copying the whole cache each step.
 
@@ -165,8 +185,8 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, room: int = ROOM) -> None:
         super().__init__()
         self.room = room
-        self._buffers: KV | None = None
-        self._last_shown: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self._spare: tuple[_Spare, _Spare] | None = None
+        self._last_shown: tuple[torch.Tensor | None, torch.Tensor | None, int] = (None, None, 0)
 
     @classmethod
     def adopt(cls, buffers: KV, length: int, room: int = ROOM) -> GrowingLayer:
@@ -175,48 +195,46 @@ class GrowingLayer(DynamicLayer):
         # What lazy_initialization sets, without its empty tensors: making one on a GPU waits for all work there.
         layer.dtype, layer.device = buffers[0].dtype, buffers[0].device  # type: ignore[attr-defined]
         layer.is_initialized = True
-        layer._buffers = buffers
+        layer._spare = _Spare(buffers[0]), _Spare(buffers[1])
         layer._show(length)
         return layer
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length, added = self.get_seq_length(), key_states.shape[2]
-        if not self._fits(length + added, key_states.shape[0]):
-            self._move_to_larger((key_states, value_states), length, length + added)
-        assert self._buffers is not None
-        for buffer, states in zip(self._buffers, (key_states, value_states)):
-            buffer.narrow(2, length, added).copy_(states)
+        keys, values, length = self._last_shown
+        batch_size, _, added, _ = key_states.shape
+        as_shown = keys is not None and self.keys is keys and self.values is values
+        if not (as_shown and self._spare is not None and self._spare[0].takes(batch_size, length + added)):
+            length = self._move_to_larger((key_states, value_states), added)
+        assert self._spare is not None
+        for spare, states in zip(self._spare, (key_states, value_states)):
+            spare.rows(length, added).copy_(states)
         return self._show(length + added)
 
     def reset(self) -> None:
         super().reset()
-        self._buffers, self._last_shown = None, (None, None)
+        self._spare, self._last_shown = None, (None, None, 0)
 
-    def _move_to_larger(self, like: KV, length: int, new_length: int) -> None:
-        buffers = empty_kv(like, new_length + max(self.room, new_length // 8))
+    def _move_to_larger(self, like: KV, added: int) -> int:
+        """Makes buffers with room for `added` more rows, and moves what is there. Returns how many rows that is."""
+        if not self.is_initialized:
+            self.lazy_initialization(*like)
+        length = self.get_seq_length()
+        needed = length + added
+        buffers = empty_kv(like, needed + max(self.room, needed // 8))
         if length:
             assert self.keys is not None
             assert self.values is not None
             for buffer, states in zip(buffers, (self.keys, self.values)):
                 buffer[:, :, :length] = states
-        self._buffers = buffers
+        self._spare = _Spare(buffers[0]), _Spare(buffers[1])
+        return length
 
     def _show(self, length: int) -> KV:
-        assert self._buffers is not None
-        keys, values = self._buffers
-        self.keys, self.values = self._last_shown = shown = keys.narrow(2, 0, length), values.narrow(2, 0, length)
-        return shown
-
-    def _fits(self, length: int, batch_size: int) -> bool:
-        keys, values = self._last_shown
-        if self._buffers is None or keys is None or self.keys is not keys or self.values is not values:
-            return False
-        buffer = self._buffers[0]
-        if buffer.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # made under inference_mode, where alone it may be written
-        return buffer.shape[0] == batch_size and length <= buffer.shape[2]
+        assert self._spare is not None
+        keys, values = (spare.rows(0, length) for spare in self._spare)
+        self.keys, self.values = keys, values
+        self._last_shown = keys, values, length
+        return keys, values
 
 
 def empty_kv(like: KV, length: int) -> KV:

@@ -7,6 +7,7 @@ import json
 import logging
 import uuid
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,13 +28,16 @@ class Fingerprint:
     casting are seen. Writing through `.data` moves neither; call `refresh()` after that.
 
     Attributes:
+        digest: the fingerprint as `current` last found it.
+        devices: where the weights are, as `current` last found them.
         generation: counts the changes.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._state: tuple[Any, ...] | None = None
         self._inside: _Inside | None = None
-        self._digest = ""
+        self.digest = ""
+        self.devices: frozenset[torch.device] = frozenset()
         self.generation = 0
         self._unreadable = uuid.uuid4().hex  # stands for weights that are not in memory (offloaded)
         self._warned = False
@@ -45,9 +49,10 @@ class Fingerprint:
             self._inside = _Inside(model)
         state = self._inside.weights_state()
         if state != self._state:
-            self._state, self._digest = state, self._take(model)
+            self._state, self.digest = state, self._take(model)
+            self.devices = self._inside.devices()
             self.generation += 1
-        return self._digest
+        return self.digest
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -68,7 +73,7 @@ class Fingerprint:
                 digest.update(self._unreadable.encode())
             else:
                 digest.update(_sums(tensor))
-        digest.update(repr(_adapter_state(model.modules())).encode())
+        digest.update(repr(_adapter_state(_adapters(model.modules()))).encode())
         return digest.hexdigest()
 
     def _warn_unreadable(self) -> None:
@@ -93,29 +98,46 @@ class _Inside:
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
         dicts = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
-        self._sizes = [(d, len(d)) for d in dicts]
-        self._members = [(d, name, one) for d in dicts for name, one in d.items()]
+        self._dicts = dicts
+        self._members = list(chain.from_iterable(d.values() for d in dicts))  # held, so that no id is given twice
+        self._names_and_ids = self._look()
         self._weights = [tensor for _, tensor in _named_tensors(model)]
+        self._adapters = _adapters(self.modules)
 
     def is_as_it_was(self) -> bool:
         """Whether every module still holds the same modules, parameters and buffers."""
-        return all(len(d) == size for d, size in self._sizes) and all(
-            d.get(name) is one for d, name, one in self._members
-        )
+        return self._look() == self._names_and_ids
+
+    def _look(self) -> tuple[list[int], list[str], list[int]]:
+        """How many members each module has, their names and identities."""
+        members = chain.from_iterable(d.values() for d in self._dicts)
+        return list(map(len, self._dicts)), list(chain.from_iterable(self._dicts)), list(map(id, members))
+
+    def devices(self) -> frozenset[torch.device]:
+        """Where the weights are."""
+        return frozenset(tensor.device for tensor in self._weights)
 
     def weights_state(self) -> tuple[Any, ...]:
         """Changes whenever a weight is written in place, moved or cast, or an adapter is switched."""
         versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._weights]
-        return versions, _adapter_state(self.modules)
+        return versions, _adapter_state(self._adapters)
 
 
-def _adapter_state(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
-    """Which adapters (PEFT's tuner layers) act, and how strongly: they change KV without changing a weight."""
+def _adapters(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """PEFT's tuner layers."""
+    return [
+        m
+        for m in modules
+        if "base_layer" in m._modules and hasattr(m, "active_adapters") and hasattr(m, "disable_adapters")
+    ]
+
+
+def _adapter_state(adapters: Iterable[nn.Module]) -> tuple[Any, ...]:
+    """Which adapters act, and how strongly: they change KV without changing a weight."""
     return tuple(
         (str(m.active_adapters), bool(m.disable_adapters), str(getattr(m, "merged_adapters", ())),
          str(getattr(m, "scaling", {})))
-        for m in modules
-        if "base_layer" in m._modules and hasattr(m, "active_adapters") and hasattr(m, "disable_adapters")
+        for m in adapters
     )  # fmt: skip
 
 

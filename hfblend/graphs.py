@@ -53,9 +53,10 @@ class PassGraph:
     Args:
         like: a pass of the right number of rows; the first to be run.
         numbers: of its state.
+        pool: of CUDA graphs, whose memory it works in.
     """
 
-    def __init__(self, host: BlendableModel, forward: Forward, like: Pass, numbers: torch.Tensor) -> None:
+    def __init__(self, host: BlendableModel, forward: Forward, like: Pass, numbers: torch.Tensor, pool: Any) -> None:
         record = None if like.record is None else AttentionRecord(like.record.layers)
         inputs = {name: getattr(like, name).clone() for name in ("ids", "rows", "seen_from")}
         inputs["seen_from"] = inputs["seen_from"].to(torch.int32)
@@ -77,7 +78,7 @@ class PassGraph:
             run()  # kernels are compiled and tuned, libraries make their workspaces
         torch.cuda.current_stream(host.device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=_pool(host.device), capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.output = run()
         self._done.record()
 
@@ -104,6 +105,7 @@ class PassGraphs:
         self._graphs: OrderedDict[Any, PassGraph] = OrderedDict()
         self._asked: OrderedDict[Any, None] = OrderedDict()
         self._weights: Any = None
+        self._pool: Any = None  # one working memory for all: they never run at the same time
         self._works = True
 
     def run(self, forward: Forward, one: Pass, buffers: dict[int, KV]) -> tuple[bool, Any]:
@@ -170,9 +172,11 @@ class PassGraphs:
         return False
 
     def _capture(self, form: Any, forward: Forward, padded: Pass, numbers: torch.Tensor) -> bool:
+        if not self._graphs:  # a pool ends with the last graph that was in it
+            self._pool = torch.cuda.graph_pool_handle()
         try:
             with torch.inference_mode(False), torch.no_grad():
-                self._graphs[form] = PassGraph(self.host, forward, padded, numbers)
+                self._graphs[form] = PassGraph(self.host, forward, padded, numbers, self._pool)
         except Exception as error:  # whatever a model does that a graph cannot hold
             self._works = False
             name = type(self.host.model).__name__
@@ -218,12 +222,6 @@ def can_record(host: BlendableModel) -> bool:
         and all(max(layout.key_dim, layout.value_dim) <= LARGEST_HEAD_DIM for layout in host.layouts.values())
         and not has_foreign_hooks(host.fingerprint.modules)
     )
-
-
-@functools.cache
-def _pool(device: torch.device) -> Any:
-    """Graphs of a device share their working memory: they never run at the same time."""
-    return torch.cuda.graph_pool_handle()
 
 
 def _rounded(rows: int) -> int:

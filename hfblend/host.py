@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
-from .attention import QueryRows, has_kernels
+from .attention import QueryRows
 from .caches import KV, RecordingCache, sent
 from .locks import ForwardLock
 from .switching import attention_by_position
@@ -117,11 +117,6 @@ class Host:
         """Where token ids go (offloaded parameters sit on `meta`; their hooks move inputs from the CPU)."""
         device = next(self.decoder.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
-
-    @property
-    def takes_kernels(self) -> bool:
-        """Whether the Triton kernels may work on this model's K/V: all of the decoder is on one GPU that has them."""
-        return has_kernels(self.device) and len({p.device for p in self.decoder.parameters()}) == 1
 
     @property
     def dtype(self) -> torch.dtype:

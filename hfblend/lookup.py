@@ -42,8 +42,7 @@ class LookUp:
     prompt_length: int
 
     def __post_init__(self) -> None:
-        fingerprint = self.host.fingerprint.current(self.host.model)
-        self._key = partial(chunk_key, fingerprint, self.host.dtype, namespace=self.config.namespace)
+        self._key = partial(chunk_key, self.host.fingerprint.digest, self.host.dtype, namespace=self.config.namespace)
         self._prefix_context: Reader | None = None
         self._filler_context: Reader | None = None
 

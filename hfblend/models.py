@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .attention import HALF
+from .attention import HALF, has_kernels
 from .caches import RowLayout
 from .fingerprint import Fingerprint
 from .host import Host
@@ -34,6 +34,14 @@ class BlendableModel(Host):
         self.fingerprint = Fingerprint(model)
         self.graphs: Any = None  # of its passes, kept by graphs.py
         self._norms: Norms | None = None
+
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether the Triton kernels may work on this model's K/V: all of it is on one GPU that has them.
+
+        Asked several times a prompt, so it rests on what the fingerprint saw last.
+        """
+        return has_kernels(self.device) and self.fingerprint.devices == {self.device}
 
     @property
     def norms(self) -> Norms:

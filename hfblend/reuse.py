@@ -163,13 +163,11 @@ class GPULoader:
         known = [_addresses(piece.entry, self.device) for piece in self.pieces]
         self.staged = [piece for piece, addresses in zip(self.pieces, known) if addresses is None]
         self._copied: dict[int, torch.cuda.Event] = {}
-        if self.staged:
-            self._stream = _copy_stream(self.device)
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
-        targets = torch.tensor([self._rows(i).data_ptr() for i in host.layouts])
+        targets = torch.tensor([keys.data_ptr() for keys, _ in self._buffers.values()])
+        row_bytes = torch.tensor([layout.width * host.dtype.itemsize for layout in host.layouts.values()])
         columns = [
-            targets + piece.span[0] * self._row_bytes if addresses is None else addresses
+            targets + piece.span[0] * row_bytes if addresses is None else addresses
             for piece, addresses in zip(self.pieces, known)
         ]
         addresses = sent(torch.cat([targets, torch.stack(columns, 1).flatten()]), self.device)
@@ -178,6 +176,10 @@ class GPULoader:
         turns = [-1] * len(reuse.exact) + _starts([stop - start for start, stop in spans[len(reuse.exact) :]])
         tiles = kernels.tiles_of([(stop - start, start, turn) for (start, stop), turn in zip(spans, turns)])
         self._tiles = sent(tiles, self.device)
+        if self.staged:
+            self._stream = _copy_stream(self.device)
+            # Behind all that was sent so far: a small copy would wait for every large one that is under way.
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     @property
     def waiting(self) -> bool:
@@ -244,12 +246,6 @@ class GPULoader:
         rows = rows_behind(self._buffers[layer_idx])
         assert rows is not None
         return rows
-
-    @property
-    def _row_bytes(self) -> torch.Tensor:
-        """(L,) bytes of one row."""
-        size = torch.empty((), dtype=self.host.dtype).element_size()
-        return torch.tensor([layout.width * size for layout in self.host.layouts.values()])
 
 
 def _runs(layers: Sequence[int], kind: Callable[[int], Any]) -> list[tuple[Any, list[int]]]:

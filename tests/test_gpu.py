@@ -161,8 +161,20 @@ def test_a_hook_or_new_weights_keep_graphs_away():
         model.model.layers[2].mlp.up_proj.weight.mul_(1.5)
     graphed, _ = blended(model, PROMPT, store, ratio=0.15)
     assert list(recorded) != before or all(recorded[form] for form in before)
+    assert graphs_of(host_of(model))._works  # recorded again, though no graph was left
     python, _ = blended(model, PROMPT, store, ratio=0.15, cuda_graphs=False)
     assert (graphed - python).norm() <= 0.05 * python.norm()
+
+
+def test_graphs_are_recorded_again_after_remove():
+    model = on_gpu("llama-gqa", torch.bfloat16)
+    for _ in range(2):
+        with hfblend.patch(model, config=config(0.15), store=hfblend.MemoryStore()):
+            for _ in range(3):
+                generate(model, PROMPT.inputs(), max_new_tokens=1)
+            graphs = graphs_of(host_of(model))
+            assert graphs._works
+            assert graphs._graphs
 
 
 @pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation"])

@@ -144,14 +144,13 @@ def tiles_of(pieces: list[tuple[int, int, int]]) -> torch.Tensor:
         pieces: of each, in the order of the sources: tokens, first row in the buffer, and first row in the rotary
             tables or −1 for a piece that is copied as it is.
     """
-    return torch.tensor(
-        [
-            (piece, start, to_row + start, min(tokens - start, _TOKENS), -1 if turn < 0 else turn + start)
-            for piece, (tokens, to_row, turn) in enumerate(pieces)
-            for start in range(0, tokens, _TOKENS)
-        ],
-        dtype=torch.int32,
-    )
+    tokens, to_row, turn = torch.tensor(pieces, dtype=torch.int32).T
+    counts = (tokens + _TOKENS - 1) // _TOKENS
+    piece = torch.repeat_interleave(counts)
+    start = (torch.arange(len(piece)) - (counts.cumsum(0) - counts)[piece]).int() * _TOKENS
+    tokens, to_row, turn = tokens[piece], to_row[piece], turn[piece]
+    last = torch.where(turn < 0, -1, turn + start)
+    return torch.stack([piece.int(), start, to_row + start, (tokens - start).clamp_max(_TOKENS), last], 1)
 
 
 def load_rows(
