@@ -110,8 +110,9 @@ class _Inside:
 
     def _look(self) -> tuple[list[int], list[str], list[int]]:
         """How many members each module has, their names and identities."""
-        members = chain.from_iterable(d.values() for d in self._dicts)
-        return list(map(len, self._dicts)), list(chain.from_iterable(self._dicts)), list(map(id, members))
+        filled = [d for d in self._dicts if d]
+        members = chain.from_iterable(d.values() for d in filled)
+        return list(map(len, self._dicts)), list(chain.from_iterable(filled)), list(map(id, members))
 
     def devices(self) -> frozenset[torch.device]:
         """Where the weights are."""

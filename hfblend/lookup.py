@@ -159,7 +159,7 @@ class LookUp:
         stops = [0] + [min(piece.span[1], last) for piece in pieces]
         moved = [piece for piece in pieces if not piece.exact]
         candidates = [torch.arange(piece.span[0], min(piece.span[1], last)) for piece in moved]
-        fresh = joined([torch.arange(*gap) for gap in zip(stops, starts)])
+        fresh = joined([torch.arange(*gap) for gap in zip(stops, starts) if gap[0] < gap[1]])
         suffix_start = min(self.spans[-1][1], last) if self.spans else 0
         in_suffix = (fresh >= suffix_start) & (fresh <= last)
         # Counted on the CPU and sent together: no pass has to wait for a size.

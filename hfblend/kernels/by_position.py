@@ -252,42 +252,51 @@ def _splits(tiles: int) -> int:
 @triton.jit(do_not_specialize=["length", "num_rows", "layer", "slot"])
 def _received_kernel(
     Q, K, LSE, POSITIONS, OUT, HIDDEN, length, num_rows, layer, slot, scaling, softcap, window,
-    heads, group, q_head, q_row, k_head, k_token,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, IN_STATE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_HIDDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    heads, q_head, q_row, k_head, k_token,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, IN_STATE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_HIDDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One program: one head, every so many blocks of keys; the mean of the rows' softmax weights."""
-    head = tl.program_id(1)
+    """One program: the query heads of one KV head, every so many blocks of keys; the mean of the rows' weights.
+
+    Rows are some positions x those heads, as in `_attend_kernel`, so that a key is read once for all of them.
+    """
+    PER_TILE: tl.constexpr = ROWS // GROUP_BLOCK
+    kv_head = tl.program_id(1)
     counted = num_rows
     if IN_STATE:
         counted = tl.load(K + 1).to(tl.int32)
         OUT = tl.load(K + 2).to(tl.pointer_type(tl.float32))
         HIDDEN = tl.load(K + 3).to(tl.pointer_type(tl.uint8))
     K, _, length = _find_rows(K, K, length, layer, 0, Q.dtype.element_ty, IN_STATE)
-    K += head // group * k_head
-    d = tl.arange(0, D_BLOCK)
-    for block in range(tl.program_id(0), tl.cdiv(length, KEYS), tl.num_programs(0)):
-        key = block * KEYS + tl.arange(0, KEYS)
-        at = tl.minimum(key, length - 1)
-        k_at = tl.multiple_of(K + at[None, :] * k_token + d[:, None], [16, 1])
-        k = tl.load(k_at, mask=d[:, None] < D, other=0.0)
-        received = tl.zeros([KEYS], tl.float32)
-        for start in range(0, counted, ROWS):
-            row = start + tl.arange(0, ROWS)
-            live = row < counted
-            q = tl.load(Q + head * q_head + row[:, None] * q_row + d[None, :],
-                        mask=live[:, None] & (d[None, :] < D), other=0.0)  # fmt: skip
-            position = tl.load(POSITIONS + row, mask=live, other=-1)
-            lse = tl.load(LSE + row * heads + head, mask=live, other=0.0)
+    K += kv_head * k_head
+    d, in_tile, members = tl.arange(0, D_BLOCK), tl.arange(0, ROWS), tl.arange(0, GROUP_BLOCK)
+    OUT += (slot * heads + kv_head * GROUP + members[:, None]).to(tl.int64) * length
+    for start in range(0, counted, PER_TILE):
+        tl.debug_barrier()  # the sums of the tile before it are written
+        row, member = start + in_tile // GROUP_BLOCK, in_tile % GROUP_BLOCK
+        live = (row < counted) & (member < GROUP)
+        head = kv_head * GROUP + member
+        q = tl.load(Q + head[:, None] * q_head + row[:, None] * q_row + d[None, :],
+                    mask=live[:, None] & (d[None, :] < D), other=0.0)  # fmt: skip
+        position = tl.load(POSITIONS + row, mask=live, other=-1)
+        lse = tl.load(LSE + row * heads + head, mask=live, other=0.0)
+        for block in range(tl.program_id(0), tl.cdiv(length, KEYS), tl.num_programs(0)):
+            key = block * KEYS + tl.arange(0, KEYS)
+            at = tl.minimum(key, length - 1)
+            k_at = tl.multiple_of(K + at[None, :] * k_token + d[:, None], [16, 1])
+            k = tl.load(k_at) if D == D_BLOCK else tl.load(k_at, mask=d[:, None] < D, other=0.0)
             seen = key[None, :] <= position[:, None]
             if WINDOW:
                 seen = seen & (key[None, :] > position[:, None] - window)
             if HAS_HIDDEN:
                 seen = seen & (tl.load(HIDDEN + at) == 0)[None, :]
             x, unit = _logits(q, k, scaling, softcap, SOFTCAP)
-            received += tl.sum(tl.where(seen, tl.exp2(x * unit - lse[:, None]), 0.0), 0)
-        out = OUT + (slot * heads + head).to(tl.int64) * length + key
-        tl.store(out, received / counted, mask=key < length)
+            weight = tl.where(seen, tl.exp2(x * unit - lse[:, None]), 0.0)
+            received = tl.sum(tl.reshape(weight, [PER_TILE, GROUP_BLOCK, KEYS]), 0) / counted
+            to, mask = OUT + key[None, :], (members[:, None] < GROUP) & (key[None, :] < length)
+            if start > 0:
+                received += tl.load(to, mask=mask, other=0.0)
+            tl.store(to, received, mask=mask)
 
 
 def received(
@@ -314,12 +323,16 @@ def received(
             the state's address.
     """
     _, heads, rows, head_dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    group_block = triton.next_power_of_2(group)
     k, k_strides = (key, key.stride()) if state is None else (state.numbers, state.layouts[layer].strides("key"))
-    _received_kernel[(_PROGRAMS // 4, heads)](
+    _received_kernel[(max(1, _PROGRAMS // kv_heads), kv_heads)](
         query, k, lse, positions, lse if out is None else out, lse if hidden is None else hidden,
         key.shape[2], rows, layer, slot, scaling, softcap or 1.0, sliding_window or 0,
-        heads, heads // key.shape[1], *query.stride()[1:3], *k_strides[1:3],
-        D=head_dim, D_BLOCK=triton.next_power_of_2(head_dim), IN_STATE=state is not None,
-        WINDOW=sliding_window is not None, SOFTCAP=softcap is not None, HAS_HIDDEN=hidden is not None,
-        ROWS=32, KEYS=64, num_warps=4,
+        heads, *query.stride()[1:3], *k_strides[1:3],
+        D=head_dim, D_BLOCK=triton.next_power_of_2(head_dim), GROUP=group, GROUP_BLOCK=group_block,
+        IN_STATE=state is not None, WINDOW=sliding_window is not None, SOFTCAP=softcap is not None,
+        HAS_HIDDEN=hidden is not None, KEYS=64, num_warps=4,
+        ROWS=max(16, group_block, min(128, triton.next_power_of_2(rows) * group_block)),
     )  # fmt: skip

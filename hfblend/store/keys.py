@@ -23,4 +23,7 @@ def chunk_key(
     behind_ids = behind_ids or ()
     lengths = (len(ids), len(behind_ids))  # without them, ids could pass from one list to the other
     header = json.dumps(["hfblend-1", fingerprint, str(dtype), namespace, provenance, lengths])
-    return hashlib.sha256(header.encode() + array("q", [*ids, *behind_ids]).tobytes()).hexdigest()
+    digest = hashlib.sha256(header.encode())
+    digest.update(array("q", ids))
+    digest.update(array("q", behind_ids))
+    return digest.hexdigest()
