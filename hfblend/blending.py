@@ -32,7 +32,6 @@ from .graphs import graphs_of
 from .layers import Watched, watched
 from .lookup import LookUp
 from .models import BlendableModel, host_of
-from .norms import in_one_kernel
 from .passes import Forward, Pass, until_stopped
 from .prompt import ChunkSpans, Prompt
 from .reuse import Reuse, ReusedKV
@@ -256,7 +255,7 @@ class Blending:
         cache = RecordingCache(self.host.num_layers, layer, room=ROOM)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.host.lock.exclusive())
-            stack.enter_context(in_one_kernel(self.host.norms))
+            stack.enter_context(self.host.small_steps_in_one_kernel())
             if self.host.layers_run_as_written:
                 self._entered = stack.enter_context(watched(self.host.layers, layer, rows))
             until_stopped(forward, self.input_ids, rows, None, cache)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -11,8 +13,9 @@ from .attention import HALF, has_kernels
 from .caches import RowLayout
 from .fingerprint import Fingerprint
 from .host import Host
-from .norms import Norms, find_norms
+from .norms import Norms, find_norms, norms_in_one_kernel
 from .rope import KeyRotation, find_rotations
+from .rotary import Namespace, find_rotary, rotary_in_one_kernel
 
 
 class BlendableModel(Host):
@@ -33,7 +36,7 @@ class BlendableModel(Host):
         self.rotations, self.layouts = find_rotations(self)
         self.fingerprint = Fingerprint(model)
         self.graphs: Any = None  # of its passes, kept by graphs.py
-        self._norms: Norms | None = None
+        self._small_steps: tuple[Norms, list[Namespace]] | None = None
 
     @property
     def takes_kernels(self) -> bool:
@@ -43,14 +46,17 @@ class BlendableModel(Host):
         """
         return has_kernels(self.device) and self.fingerprint.devices == {self.device}
 
-    @property
-    def norms(self) -> Norms:
-        """Normalisations that run as one kernel each in a pass; none but in half precision on a GPU."""
-        if not self.takes_kernels or self.dtype not in HALF:
-            return {}
-        if self._norms is None:
-            self._norms = find_norms(self.decoder)
-        return self._norms
+    @contextlib.contextmanager
+    def small_steps_in_one_kernel(self) -> Iterator[None]:
+        """While it lasts, norms and rotary embedding run as one kernel each, in half precision on a GPU."""
+        if not self.takes_kernels or self.dtype not in HALF or not self.layers_run_as_written:
+            yield
+            return
+        if self._small_steps is None:
+            self._small_steps = find_norms(self.decoder), find_rotary(self.decoder)
+        norms, namespaces = self._small_steps
+        with norms_in_one_kernel(norms), rotary_in_one_kernel(namespaces):
+            yield
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, BlendableModel] = weakref.WeakKeyDictionary()

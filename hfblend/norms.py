@@ -48,7 +48,7 @@ def find_norms(decoder: nn.Module) -> Norms:
 
 
 @contextlib.contextmanager
-def in_one_kernel(norms: Norms) -> Iterator[None]:
+def norms_in_one_kernel(norms: Norms) -> Iterator[None]:
     """While it lasts, these modules run their kernel; one that has a forward of its own by now keeps it."""
     plain = {module: run for module, run in norms.items() if "forward" not in module.__dict__}
     for module, run in plain.items():

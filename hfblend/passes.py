@@ -17,7 +17,6 @@ from .caches import StopForward
 from .host import CACHE
 from .layers import Watched, cut, resumed, watched
 from .models import BlendableModel
-from .norms import in_one_kernel
 from .switching import attend_as
 
 Forward = Callable[..., Any]
@@ -68,7 +67,7 @@ class Pass:
             rows = QueryRows(self.seen_from[None], self.hidden, self.record, state)
             mask = stack.enter_context(host.rows_pass(rows, self.length))
             if host.attends_by_position:
-                stack.enter_context(in_one_kernel(host.norms))
+                stack.enter_context(host.small_steps_in_one_kernel())
             if self.resume_at is not None:
                 assert self.resume_with is not None
                 stack.enter_context(resumed(host.layers, self.resume_at, self.resume_with))

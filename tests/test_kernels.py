@@ -135,14 +135,15 @@ def test_what_stands_behind_the_last_key_is_not_read():
 
 
 @pytest.mark.parametrize("name", ["plain", "window", "softcap", "sinks", "hidden"])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
 @pytest.mark.parametrize("rows", [1, 70])
-def test_received_is_the_mean_of_the_weights(name, rows):
+def test_received_is_the_mean_of_the_weights(name, rows, heads):
     length, dtype = 150, DTYPES[0]
     positions = torch.arange(length - rows, length, device=DEVICE, dtype=torch.int32)[None]
-    query, key, value = states(1, 4, 2, rows, length, dtype=dtype)
-    options = {} if name == "plain" else options_of(name, 4, positions, length)
+    query, key, value = states(1, *heads, rows, length, dtype=dtype)
+    options = {} if name == "plain" else options_of(name, heads[0], positions, length)
     _, lse = kernels.attend(query, key, value, positions, 0.3, **options, return_lse=True)
-    out = torch.empty(4, length, device=DEVICE)
+    out = torch.empty(heads[0], length, device=DEVICE)
     without_sinks = {k: v for k, v in options.items() if k != "sinks"}
     kernels.received(query, key, lse, positions, 0.3, **without_sinks, out=out)
     seen = visible(positions, length, options.get("sliding_window"), for_reference(options)["hidden"])

@@ -1,10 +1,11 @@
-"""The Triton kernels behind attention.py, reuse.py and norms.py: what plain functions there compute, faster.
+"""The Triton kernels behind attention.py, reuse.py, norms.py and rotary.py: what plain functions there compute, faster.
 
     attend          attention by position                                   attention.reference_attention
     received        how much attention each key gets from all rows          attention.attention_weights, summed
     load_rows       stored rows into a prompt's buffer, keys realigned      rope.rotate, and a copy
     write_rows      fresh K/V of a pass into a prompt's buffer              index_copy_
     rms_norm        a model's normalisation, six eager kernels in one       the model's own module
+    rotary          its rotary embedding, a dozen in one                    the model's own function
 
 A layer's cached state lies as *rows*, one a token: all heads' keys, then all heads' values (`caches.RowLayout`). A
 chunk's rows of a layer are one block, wherever they stand.
@@ -12,7 +13,8 @@ chunk's rows of a layer are one block, wherever they stand.
 
 from .by_position import attend, received
 from .norm import rms_norm
+from .rotary import rotary
 from .rows import load_rows, tiles_of, write_rows
 from .state import State
 
-__all__ = ["State", "attend", "load_rows", "received", "rms_norm", "tiles_of", "write_rows"]
+__all__ = ["State", "attend", "load_rows", "received", "rms_norm", "rotary", "tiles_of", "write_rows"]
