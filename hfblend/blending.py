@@ -36,6 +36,7 @@ from .passes import Forward, Pass, until_stopped
 from .prompt import ChunkSpans, Prompt
 from .reuse import Reuse, ReusedKV
 from .store import MemoryStore, Store
+from .streams import Beside
 from .trace import BlendTrace, PhaseClock
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ class Blending:
         self._prompt_stop = self.prompt_length or self.length
         self._fresh_up_to = -1  # the last layer whose K/V are fresh for every token
         self._entered: Watched | None = None  # what entered the last check layer
+        self._beside = Beside(self.host.device)
         self.clock = PhaseClock(self.host.device)
         trace = self.trace
         trace.blended, trace.clock = True, self.clock
@@ -144,6 +146,24 @@ class Blending:
         Args:
             forward: the decoder's or the whole model's forward.
         """
+        output = self.start(forward)
+        self.join(output)
+        return output
+
+    def start(self, forward: Forward) -> Any:
+        """`run` beside the current stream of a GPU: before anything there uses what it made, `join` must be called."""
+        with self._beside.running():
+            return self._phases(forward)
+
+    def join(self, output: Any) -> None:
+        """The current stream waits for what `start` began; `output` is what it returned."""
+        trace = self.trace
+        made = [trace.scores, trace.candidate_idx, trace.fresh_idx, trace.selected_idx]
+        made += [] if output is None else output.values()
+        buffers = (states for kv in self.buffers.values() for states in kv)
+        self._beside.join([t for t in (*made, *buffers) if torch.is_tensor(t)])
+
+    def _phases(self, forward: Forward) -> Any:
         self._keep_the_gpu_busy(forward)
         reuse = self.look_up()
         reused = self.realign(reuse)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .attention import HALF, LARGEST_HEAD_DIM, AttentionRecord, kernels, mask_of
-from .caches import KV, RowsCache, StopForward, rows_behind, sent
+from .caches import KV, RowsCache, StopForward, sent
 from .layers import has_foreign_hooks
 from .models import BlendableModel
 from .passes import Forward, Pass
@@ -124,7 +124,7 @@ class PassGraphs:
         padded, count = self._padded(one), len(one.rows)
         received = self._received(one)
         mask = None if one.hidden is None else mask_of(one.hidden, one.length)
-        rows = [rows_behind(buffers[i]) if i in buffers else None for i in range(self.host.num_layers)]
+        rows = [buffers[i][0] if i in buffers else None for i in range(self.host.num_layers)]  # keys come first
         numbers = [one.length, count, *(0 if t is None else t.data_ptr() for t in (received, mask, *rows))]
         numbers_there = sent(torch.tensor(numbers), self.host.device)
         with self.host.lock.exclusive():

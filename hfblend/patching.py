@@ -272,6 +272,7 @@ class Blender:
             output = self._stock_generate(*args, **kwargs)
         finally:
             _call.reset(token)
+            self._give_up_ahead(call)
         if call.input_ids is not None:
             self._fall_back(call, Fallback.NOT_REACHED)
         self._note_end(call, output)
@@ -337,9 +338,11 @@ class Blender:
         if call.ahead is not None and ids.shape[1] == call.num_tokens and plain:
             state, output = call.ahead
         else:
+            self._give_up_ahead(call)
             call.trace.restart()
             state, output = self._blend(call, ids, kwargs)
         call.ahead = None
+        state.join(output)
         hand_over(state.buffers, ids.shape[1], ids.shape[0], cache)
         state.clock.end_of("hand_over")
         output.last_hidden_state = output.last_hidden_state.expand(ids.shape[0], -1, -1)  # (B, S, C)
@@ -358,6 +361,14 @@ class Blender:
         with torch.no_grad():
             call.ahead = self._blend(call, call.input_ids.to(self.host.device), {})
 
+    @staticmethod
+    def _give_up_ahead(call: _Call) -> None:
+        """What was blended ahead and is not used ends before anything takes its memory."""
+        if call.ahead is not None:
+            state, output = call.ahead
+            state.join(output)
+            call.ahead = None
+
     def _runs_beside_python(self) -> bool:
         return self.host.device.type == "cuda"
 
@@ -366,6 +377,6 @@ class Blender:
         token = _call.set(None)
         try:
             state = Blending(self.host, ids[:1], call.spans, self.store, call.config, call.trace, call.num_tokens)
-            return state, state.run(functools.partial(self.host.decoder_forward, **kwargs))
+            return state, state.start(functools.partial(self.host.decoder_forward, **kwargs))
         finally:
             _call.reset(token)

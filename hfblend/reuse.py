@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -24,6 +25,7 @@ from .chunks import ChunkKV, Reader
 from .models import BlendableModel
 from .prompt import Span
 from .rope import Realigner
+from .streams import copy_stream
 
 LAYERS_AHEAD = 4  # copied from RAM before they are needed
 
@@ -67,9 +69,8 @@ class ReusedKV:
 
     def __init__(self, host: BlendableModel, reuse: Reuse, length: int) -> None:
         self.reuse, self.length = reuse, length
-        self._num_layers = host.num_layers
+        self._num_layers, self._device = host.num_layers, host.device
         positions = [torch.arange(*piece.span) for piece in reuse.moved]
-        self._moved_rows = sent(joined(positions), host.device)
         moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
         self._realigner = Realigner(host, host.rotations, moves, host.regime(length))
         self._loaded: dict[int, KV] = {}
@@ -105,6 +106,11 @@ class ReusedKV:
         """K/V (1, Hkv, N, D) of the pieces that moved, realigned, on the device of `like`."""
         keys, values = (b.index_select(2, self._moved_rows.to(b.device)) for b in self.layer(layer_idx, like))
         return keys, values
+
+    @cached_property
+    def _moved_rows(self) -> torch.Tensor:
+        """(N,) the rows of the pieces that moved; a piece that ends with the prompt has one that is no candidate."""
+        return sent(joined([torch.arange(*piece.span) for piece in self.reuse.moved]), self._device)
 
     def layers(self, layers: Sequence[int]) -> dict[int, KV]:
         """Layer -> buffers of several layers at once."""
@@ -170,14 +176,14 @@ class GPULoader:
             targets + piece.span[0] * row_bytes if addresses is None else addresses
             for piece, addresses in zip(self.pieces, known)
         ]
-        addresses = sent(torch.cat([targets, torch.stack(columns, 1).flatten()]), self.device)
-        self._targets, self._sources = addresses[: len(targets)], addresses[len(targets) :].view(-1, len(columns))
         spans = [piece.span for piece in self.pieces]
         turns = [-1] * len(reuse.exact) + _starts([stop - start for start, stop in spans[len(reuse.exact) :]])
         tiles = kernels.tiles_of([(stop - start, start, turn) for (start, stop), turn in zip(spans, turns)])
-        self._tiles = sent(tiles, self.device)
+        numbers = [targets, torch.stack(columns, 1).flatten(), tiles.flatten()]
+        self._targets, sources, tiles_there = sent(torch.cat(numbers), self.device).split([len(n) for n in numbers])
+        self._sources, self._tiles = sources.view(-1, len(columns)), tiles_there.view(-1, 5)
         if self.staged:
-            self._stream = _copy_stream(self.device)
+            self._stream = copy_stream(self.device)
             # Behind all that was sent so far: a small copy would wait for every large one that is under way.
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
@@ -262,16 +268,6 @@ def _runs(layers: Sequence[int], kind: Callable[[int], Any]) -> list[tuple[Any, 
 def _addresses(entry: Reader, device: torch.device) -> torch.Tensor | None:
     """(L,) int64, where an entry's rows lie on that GPU; `None` if they must be copied there."""
     return entry.addresses_on(device) if isinstance(entry, ChunkKV) else None
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per device for all copies from RAM."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
 
 
 def _starts(sizes: list[int]) -> list[int]:

@@ -65,7 +65,7 @@ def _load_rows_kernel(
     """One program: up to TOKENS tokens of one piece, the keys or the values of one layer."""
     tile, slot, layer = TILES + tl.program_id(0) * 5, tl.program_id(1), tl.program_id(2)
     piece, from_row, to_row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    count, turn = tl.load(tile + 3), tl.load(tile + 4)
+    count, turn = tl.load(tile + 3), tl.load(tile + 4).to(tl.int32)
     token = tl.arange(0, TOKENS)
     live = (token < count)[:, None]
     source = tl.load(SOURCES + layer * pieces + piece).to(tl.pointer_type(dtype))
@@ -138,19 +138,19 @@ def _move_heads(
 
 
 def tiles_of(pieces: list[tuple[int, int, int]]) -> torch.Tensor:
-    """How `load_rows` divides its work, (tiles, 5) int32: piece, its row, the buffer's row, tokens, row of the tables.
+    """How `load_rows` divides its work, (tiles, 5) int64: piece, its row, the buffer's row, tokens, row of the tables.
 
     Args:
         pieces: of each, in the order of the sources: tokens, first row in the buffer, and first row in the rotary
             tables or −1 for a piece that is copied as it is.
     """
-    tokens, to_row, turn = torch.tensor(pieces, dtype=torch.int32).T
+    tokens, to_row, turn = torch.tensor(pieces).T
     counts = (tokens + _TOKENS - 1) // _TOKENS
     piece = torch.repeat_interleave(counts)
-    start = (torch.arange(len(piece)) - (counts.cumsum(0) - counts)[piece]).int() * _TOKENS
+    start = (torch.arange(len(piece)) - (counts.cumsum(0) - counts)[piece]) * _TOKENS
     tokens, to_row, turn = tokens[piece], to_row[piece], turn[piece]
     last = torch.where(turn < 0, -1, turn + start)
-    return torch.stack([piece.int(), start, to_row + start, (tokens - start).clamp_max(_TOKENS), last], 1)
+    return torch.stack([piece, start, to_row + start, (tokens - start).clamp_max(_TOKENS), last], 1)
 
 
 def load_rows(

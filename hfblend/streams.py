@@ -1,0 +1,60 @@
+"""CUDA streams of hfblend's own: a prompt is blended while Python prepares `generate`, and chunks come from RAM.
+
+caller's stream     …prepared…──────────────┬─ logits, decoding
+beside it           passes ────────────────┘ joined
+copies              chunk KV from RAM, some layers ahead
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+
+import torch
+
+
+class Beside:
+    """Work beside the caller's stream: it begins behind what the caller has queued, and the caller waits when it joins.
+
+    Each caller's stream has one stream beside it, so what one prompt gives back to the allocator the next one takes up
+    in order. What leaves for the caller's stream must be named in `join`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._done = device, None if device.type != "cuda" else torch.cuda.Event()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Work queued inside runs beside; nothing changes without a GPU."""
+        if self._done is None:
+            yield
+            return
+        caller = torch.cuda.current_stream(self.device)
+        stream = _beside(caller)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            try:
+                yield
+            finally:
+                self._done.record(stream)
+
+    def join(self, tensors: Iterable[torch.Tensor] = ()) -> None:
+        """The current stream waits for that work, and may use these tensors, made there, for as long as it likes."""
+        if self._done is None:
+            return
+        caller = torch.cuda.current_stream(self.device)
+        caller.wait_event(self._done)
+        for tensor in {t.untyped_storage().data_ptr(): t for t in tensors if t.is_cuda}.values():
+            tensor.record_stream(caller)
+
+
+@functools.cache
+def _beside(caller: torch.cuda.Stream) -> torch.cuda.Stream:
+    return torch.cuda.Stream(caller.device)
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device for all copies from RAM."""
+    return torch.cuda.Stream(device)
