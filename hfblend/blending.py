@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache
 from . import selection
 from .attention import AttentionRecord
 from .caches import KV, ROOM, BlendingCache, RecordingCache, full_length_cache, hand_over
-from .chunks import ChunkKV
+from .chunks import ChunkKV, ChunkLost
 from .config import BlendConfig
 from .graphs import graphs_of
 from .layers import Watched, watched
@@ -132,6 +132,8 @@ class Blending:
         self._prompt_stop = self.prompt_length or self.length
         self._fresh_up_to = -1  # the last layer whose K/V are fresh for every token
         self._entered: Watched | None = None  # what entered the last check layer
+        self._lost: frozenset[str] = frozenset()  # keys of entries that could not be read to their end
+        self._prefilled: frozenset[str] = frozenset()  # and of chunks that were prefilled before that was known
         self._beside = Beside(self.host.device)
         self.clock = PhaseClock(self.host.device)
         trace = self.trace
@@ -164,6 +166,24 @@ class Blending:
         self._beside.join([t for t in (*made, *buffers) if torch.is_tensor(t)])
 
     def _phases(self, forward: Forward) -> Any:
+        """An entry that cannot be read to its end is given up, and all begins again without it: once an entry."""
+        while True:
+            try:
+                return self._attempt(forward)
+            except ChunkLost as error:
+                self._begin_again(error)
+
+    def _begin_again(self, lost: ChunkLost) -> None:
+        logger.warning("%s; the prompt is blended again without it.", lost)
+        self._lost |= {lost.key}
+        self.buffers.clear()
+        self._fresh_up_to, self._entered = -1, None
+        trace = self.trace
+        self._prefilled |= {chunk.key for chunk in trace.chunks if chunk.status == "miss"}
+        trace.notes.append(f"{lost}; blended again without it.")
+        trace.prefix, trace.chunks, trace.scores = None, [], None
+
+    def _attempt(self, forward: Forward) -> Any:
         self._keep_the_gpu_busy(forward)
         reuse = self.look_up()
         reused = self.realign(reuse)
@@ -180,9 +200,14 @@ class Blending:
 
     def look_up(self) -> Reuse:
         """Finds, or makes, the KV of the prefix and of every chunk."""
-        return LookUp(
-            self.host, self.ids, self.spans, self.store, self.config, self.trace, self.clock, self._prompt_stop
-        ).run()
+        reuse = LookUp(
+            self.host, self.ids, self.spans, self.store, self.config, self.trace, self.clock, self._prompt_stop,
+            self._lost,
+        ).run()  # fmt: skip
+        for chunk in self.trace.chunks:
+            if chunk.key in self._prefilled:
+                chunk.status = "miss"
+        return reuse
 
     # --- 2 realign ------------------------------------------------------------------------------------------------
 

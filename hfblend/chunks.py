@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .caches import KV, full_length_cache, packed, rows_behind
+from .caches import KV, RowLayout, full_length_cache, packed, rows_behind
 from .host import CACHE, Host
 from .models import host_of
 
@@ -57,9 +57,21 @@ class ChunkKV:
         layer: Any = self.cache.layers[layer_idx]
         return layer.keys, layer.values
 
+    def prefetch(self, layer_idx: int) -> None:
+        """Nothing to do: every layer is in memory."""
+
     @property
     def num_layers(self) -> int:
         return len(self.cache.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer(0)[0].dtype
+
+    @cached_property
+    def layouts(self) -> tuple[RowLayout, ...]:
+        """How each layer's state of one token is made up."""
+        return tuple(RowLayout.of(self.layer(i)) for i in range(self.num_layers))
 
     def addresses_on(self, device: torch.device) -> torch.Tensor | None:
         """(L,) int64, where each layer's rows lie on a GPU; `None` if they lie elsewhere or are not packed."""
@@ -88,6 +100,14 @@ class ChunkKV:
         return ChunkKV(cache, self.cached_positions, self.behind_ids, self.provenance, self.regime)
 
 
+class ChunkLost(Exception):
+    """A chunk's KV that a store had offered cannot be read after all. It is treated as missing from then on."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"Chunk KV {key[:12]}… cannot be read: {reason}")
+        self.key = key
+
+
 class Reader(Protocol):
     """One chunk's KV, read a layer at a time. `ChunkKV` is one."""
 
@@ -104,13 +124,27 @@ class Reader(Protocol):
     def regime(self) -> int: ...
 
     @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def layouts(self) -> tuple[RowLayout, ...]: ...  # of each layer
+
+    @property
     def num_layers(self) -> int: ...
 
     @property
     def num_bytes(self) -> int: ...
 
+    def prefetch(self, layer_idx: int) -> None:
+        """This layer will be asked for soon."""
+        ...
+
     def layer(self, layer_idx: int) -> KV:
-        """Keys and values (B, Hkv, n, D) of one layer, as cached, on any device."""
+        """Keys and values (B, Hkv, n, D) of one layer, as cached, on any device.
+
+        Raises:
+            ChunkLost: they cannot be read.
+        """
         ...
 
 
@@ -136,27 +170,49 @@ def prefill_chunk(
     return prefill(host_of(model), ids, behind_ids, behind)
 
 
-@torch.no_grad()
 def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: Reader | None) -> ChunkKV:
     """`prefill_chunk` for a host that is already at hand."""
-    if not ids:
+    return prefill_batch(host, [ids], behind_ids, behind)[0]
+
+
+@torch.no_grad()
+def prefill_batch(
+    host: Host, chunks: Sequence[Sequence[int]], behind_ids: Sequence[int], behind: Reader | None
+) -> list[ChunkKV]:
+    """`prefill` of B chunks in one forward, each alone behind the same ids.
+
+    Shorter ones are padded behind their end, where causal rows do not look. Frequencies that depend on the prompt's
+    length would be those of the longest: such a model takes chunks one by one (`host.length_dependent`).
+    """
+    if not all(chunks):
         raise ValueError("A chunk needs at least one token id, got none.")
-    start, stop = len(behind_ids), len(behind_ids) + len(ids)
-    known = 0
+    start, longest = len(behind_ids), max(map(len, chunks))
+    stop, known = start + longest, 0
     if behind is not None and _can_continue(host, behind, stop):
         known = len(behind.cached_positions)
-        kv_behind = map(behind.layer, range(behind.num_layers))
-        cache = full_length_cache((k.to(host.device), v.to(host.device)) for k, v in kv_behind)
+        kv_behind = (behind.layer(i) for i in range(behind.num_layers))
+        shape = (len(chunks), -1, -1, -1)
+        cache = full_length_cache(
+            (k.to(host.device).expand(shape), v.to(host.device).expand(shape)) for k, v in kv_behind
+        )
     else:
         cache = DynamicCache()  # full-length layers, unlike DynamicCache(config=...) of a sliding model
-    new_ids = torch.tensor([[*behind_ids[known:], *ids]], device=host.device)
-    positions = torch.arange(known, stop, device=host.device)
+    # A chunk's own last id pads it: what a row does not see must still be finite.
+    rows = [[*behind_ids[known:], *ids, *[ids[-1]] * (longest - len(ids))] for ids in chunks]
+    new_ids = torch.tensor(rows, device=host.device)  # (B, stop − known)
+    positions = torch.arange(known, stop, device=host.device).expand(len(chunks), -1)
     with host.lock.shared():
-        host.decoder_forward(input_ids=new_ids, position_ids=positions[None], use_cache=True, **{CACHE: cache})
+        host.decoder_forward(input_ids=new_ids, position_ids=positions, use_cache=True, **{CACHE: cache})
+    return [_chunk_kv_of(host, cache, i, len(ids), tuple(behind_ids)) for i, ids in enumerate(chunks)]
+
+
+def _chunk_kv_of(host: Host, cache: DynamicCache, row: int, num_tokens: int, behind_ids: tuple[int, ...]) -> ChunkKV:
+    """The chunk in one row of a batch's cache (B, Hkv, T, D), without what stands before and behind it."""
+    start, stop = len(behind_ids), len(behind_ids) + num_tokens
+    place = (slice(row, row + 1), slice(None), slice(start, stop))
     layers: list[Any] = cache.layers
-    rows = slice(start, stop)
-    kv = full_length_cache(packed((layer.keys[:, :, rows], layer.values[:, :, rows])) for layer in layers)
-    return ChunkKV(kv, torch.arange(start, stop), tuple(behind_ids), "isolated", host.regime(stop))
+    kv = full_length_cache(packed((layer.keys[place], layer.values[place])) for layer in layers)
+    return ChunkKV(kv, torch.arange(start, stop), behind_ids, "isolated", host.regime(stop))
 
 
 def _can_continue(host: Host, behind: Reader, stop: int) -> bool:

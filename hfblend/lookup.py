@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from .caches import sent
 from .chunks import Reader, prefill
 from .config import BlendConfig
-from .filler import require_filler
+from .contexts import ChunkContext
 from .models import BlendableModel
 from .prompt import ChunkSpans
 from .reuse import Piece, Reuse, joined
 from .separator import Span
-from .store import Store, chunk_key
+from .store import Store
 from .trace import BlendTrace, ChunkTrace, PhaseClock, Status
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,6 +27,7 @@ class LookUp:
         ids: T token ids, drafts behind the prompt included.
         trace, clock: written to.
         prompt_length: tokens of the prompt itself.
+        lost: keys of entries that could not be read to their end; they count as missing.
     """
 
     host: BlendableModel
@@ -40,25 +38,25 @@ class LookUp:
     trace: BlendTrace
     clock: PhaseClock
     prompt_length: int
+    lost: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        self._key = partial(chunk_key, self.host.fingerprint.digest, self.host.dtype, namespace=self.config.namespace)
-        self._prefix_context: Reader | None = None
-        self._filler_context: Reader | None = None
+        self._prefix_stop = self.spans[0][0] if self.spans else 0
+        prefix_ids = self.ids[: self._prefix_stop]
+        self._context = ChunkContext(self.host, self.store, self.config, prefix_ids, self._prefill, self.lost)
 
     def run(self) -> Reuse:
         """Finds, or makes, the KV of the prefix and of every chunk."""
         pieces: list[Piece] = []
-        prefix_stop = self.spans[0][0] if self.spans else 0
-        if prefix_stop:
-            prefix, self.trace.prefix = self._find_or_prefill((0, prefix_stop), ())
+        if self._prefix_stop:
+            prefix, self.trace.prefix = self._find_or_prefill((0, self._prefix_stop), (), lambda: None)
             pieces.append(prefix)
-            self._prefix_context = prefix.entry if self.config.chunk_prefix == "prompt" else None
-        behind = self._chunk_prefix(prefix_stop)
+            self._context.kv = prefix.entry if self.config.chunk_prefix == "prompt" else None
+        behind = self._context.behind_ids
         for span in self.spans:
             piece: Piece | None
             if self.config.on_miss == "isolated":
-                piece, chunk_trace = self._find_or_prefill(span, behind)
+                piece, chunk_trace = self._find_or_prefill(span, behind, self._context.to_continue)
             else:
                 piece, chunk_trace = self._find(span, behind, accepts_in_context=True)
             pieces += [piece] if piece else []
@@ -66,38 +64,22 @@ class LookUp:
         self.trace.bytes_reused = sum(piece.entry.num_bytes for piece in pieces)
         return self._partition(pieces)
 
-    def _chunk_prefix(self, prefix_stop: int) -> tuple[int, ...]:
-        """The ids that chunks are computed behind."""
-        match self.config.chunk_prefix:
-            case "prompt":
-                return tuple(self.ids[:prefix_stop])
-            case "filler":
-                return (*self.ids[:prefix_stop], *self._filler())
-            case "none":
-                return ()
-        bos = getattr(self.host.config, "bos_token_id", None)
-        if bos is None:
-            raise ValueError('chunk_prefix="bos" needs a bos_token_id in the model\'s config, which has none.')
-        return (bos if isinstance(bos, int) else bos[0],)
-
-    def _filler(self) -> tuple[int, ...]:
-        """The filler, at most as long as half of the context that the model was trained for."""
-        limit = getattr(self.host.config, "max_position_embeddings", None) or len(self.config.filler_ids) * 2
-        return require_filler(self.config.filler_ids)[: limit // 2]
-
-    def _find_or_prefill(self, span: Span, behind: tuple[int, ...]) -> tuple[Piece, ChunkTrace]:
+    def _find_or_prefill(
+        self, span: Span, behind: tuple[int, ...], to_continue: Callable[[], Reader | None]
+    ) -> tuple[Piece, ChunkTrace]:
+        """The span's entry, or what a missing one is prefilled to; `to_continue` is asked only then."""
         piece, chunk_trace = self._find(span, behind, accepts_in_context=False)
         if piece:
             return piece, chunk_trace
-        key, context = chunk_trace.key, self._context(behind)
-        return self._piece(span, self._prefill(key, self.ids[slice(*span)], behind, context), key, "miss")
+        key, continues = chunk_trace.key, to_continue()
+        return self._piece(span, self._prefill(key, self.ids[slice(*span)], behind, continues), key, "miss")
 
     def _find(self, span: Span, behind: tuple[int, ...], accepts_in_context: bool) -> tuple[Piece | None, ChunkTrace]:
         """The span's entry in the store: computed alone behind those ids, else (if accepted) in some context."""
         ids = self.ids[slice(*span)]
         for ids_before in (behind, None) if accepts_in_context else (behind,):
-            key = self._key(ids, ids_before)
-            entry = self._open(key, len(ids))
+            key = self._context.key(ids, ids_before)
+            entry = self._context.open(key, len(ids))
             if entry is not None:
                 return self._piece(span, entry, key, "hit")
         return None, ChunkTrace(span, key, "fresh")
@@ -110,36 +92,6 @@ class LookUp:
         self.clock.end_of("prefill_chunks")
         self.trace.isolated_pairs += len(ids) * self.host.num_layers
         return chunk_kv
-
-    def _context(self, behind: tuple[int, ...]) -> Reader | None:
-        """KV of what chunks are computed behind, to continue from: the prefix's, or that of prefix and filler.
-
-        The second is made, and stored, at the first chunk that is missing: a warm store does not ask for it.
-        """
-        if self.config.chunk_prefix == "filler" and behind and self._filler_context is None:
-            ids = list(behind)
-            key = self._key(ids, ())
-            self._filler_context = self._open(key, len(ids)) or self._prefill(key, ids, (), None)
-        return self._filler_context or self._prefix_context
-
-    def _open(self, key: str, num_tokens: int) -> Reader | None:
-        entry = self.store.open(key)
-        return entry if entry is not None and self._fits(entry, num_tokens, key) else None
-
-    def _fits(self, entry: Reader, num_tokens: int, key: str) -> bool:
-        """Whether an entry can be this model's KV of that many tokens; if not, it is logged and treated as a miss."""
-        keys, _ = entry.layer(0)
-        got = (entry.num_layers, keys.shape[0], keys.shape[2], len(entry.cached_positions), keys.dtype)
-        expected = (self.host.num_layers, 1, num_tokens, num_tokens, self.host.dtype)
-        if got != expected:
-            logger.warning(
-                "The store's entry %s… is not this model's: (layers, batch, tokens, positions, dtype) are %s, expected "
-                "%s. The chunk is computed again.",
-                key[:12],
-                got,
-                expected,
-            )
-        return got == expected
 
     def _piece(self, span: Span, entry: Reader, key: str, status: Status) -> tuple[Piece, ChunkTrace]:
         """Exact is what stands where it was computed, behind the same ids, in the same RoPE regime."""

@@ -120,6 +120,8 @@ class ReusedKV:
 
     def prefetch(self, layer_idx: int) -> None:
         """Starts copying what lies in RAM, this layer and the next few, while the GPU is busy."""
+        for piece in self.reuse.exact + self.reuse.moved:
+            piece.entry.prefetch(layer_idx)
         if self._gpu is not None:
             self._gpu.copy_ahead(layer_idx)
 
@@ -130,6 +132,8 @@ class ReusedKV:
         if self._gpu is not None and self._gpu.has(layer_idx):
             return self._gpu.load([layer_idx])[layer_idx]
         buffers = empty_kv(like, self.length + ROOM)
+        for piece in self.reuse.exact + self.reuse.moved:
+            piece.entry.prefetch(layer_idx)
         for piece in self.reuse.exact:
             for place, states in zip(_places(buffers, piece.span), piece.entry.layer(layer_idx)):
                 place.copy_(states)
@@ -222,6 +226,8 @@ class GPULoader:
     def _copy(self, layer_idx: int) -> None:
         buffers, rows = self._buffers[layer_idx], self._rows(layer_idx)
         rows.record_stream(self._stream)
+        for piece in self.staged:
+            piece.entry.prefetch(layer_idx)
         with torch.cuda.stream(self._stream):
             for piece in self.staged:
                 start, stop = piece.span

@@ -6,17 +6,21 @@ import json
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from .store import DiskStore
+
 app = typer.Typer(no_args_is_help=True, help="Look after a folder of chunk KV.")
 console = Console()
 
 Folder = Annotated[Path, typer.Argument(help="The store's folder.", exists=True, file_okay=False)]
+Keys = Annotated[list[str], typer.Argument(help="Keys, or the beginnings of keys.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -29,15 +33,14 @@ def list_entries(path: Folder, as_json: AsJson = False) -> None:
     if as_json:
         console.print_json(json.dumps([asdict(entry) for entry in entries]))
         return
-    table = Table("key", "tokens", "layers", "dtype", "computed", "bytes", "last used")
+    table = Table("key", "tokens", "layers", "dtype", "computed", "bytes", "last used", "")
     for one in entries:
         used = datetime.fromtimestamp(one.last_used).strftime("%Y-%m-%d %H:%M")
         if one.damaged:
-            table.add_row(one.key[:12], "", "", "", f"[red]{escape(one.damaged)}[/red]", f"{one.num_bytes:,}", used)
+            table.add_row(one.key[:12], "", "", "", f"[red]{escape(one.damaged)}[/red]", f"{one.num_bytes:,}", used, "")
         else:
-            table.add_row(
-                one.key[:12], str(one.tokens), str(one.layers), one.dtype, one.provenance, f"{one.num_bytes:,}", used
-            )
+            numbers = (str(one.tokens), str(one.layers), one.dtype, one.provenance, f"{one.num_bytes:,}")
+            table.add_row(one.key[:12], *numbers, used, "pinned" if one.pinned else "")
     console.print(table)
 
 
@@ -99,16 +102,45 @@ def prune(path: Folder, max_bytes: Annotated[str, typer.Option(help='Keep at mos
 
 
 @app.command()
-def rm(path: Folder, keys: Annotated[list[str], typer.Argument(help="Keys, or the beginnings of keys.")]) -> None:
+def rm(path: Folder, keys: Keys) -> None:
     """Remove entries."""
     from .store import DiskStore
 
     store = DiskStore(path)
-    known = [entry.key for entry in store.entries()]
-    for wanted in keys:
+    for key in _keys_of(store, keys):
+        store.remove(key)
+        console.print(f"Removed {key}", highlight=False)
+
+
+@app.command()
+def pin(path: Folder, keys: Keys) -> None:
+    """Keep entries when others must go."""
+    from .store import DiskStore
+
+    store = DiskStore(path)
+    for key in _keys_of(store, keys):
+        store.pin(key)
+        console.print(f"Pinned {key}", highlight=False)
+
+
+@app.command()
+def unpin(path: Folder, keys: Keys) -> None:
+    """Let pinned entries go again."""
+    from .store import DiskStore
+
+    store = DiskStore(path)
+    for key in _keys_of(store, keys):
+        store.unpin(key)
+        console.print(f"Unpinned {key}", highlight=False)
+
+
+def _keys_of(store: DiskStore, beginnings: list[str]) -> list[str]:
+    """The one key that begins like each of these."""
+    known, keys = [entry.key for entry in store.entries()], []
+    for wanted in beginnings:
         found = [key for key in known if key.startswith(wanted)]
         if len(found) != 1:
             what = "no entry" if not found else f"{len(found)} entries, name one"
             raise typer.BadParameter(f"{wanted!r} is the beginning of {what}.", param_hint="KEYS")
-        store.remove(found[0])
-        console.print(f"Removed {found[0]}", highlight=False)
+        keys += found
+    return keys

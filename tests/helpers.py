@@ -158,3 +158,18 @@ def generate(model, inputs, **kwargs):
 def largest_difference(one, other) -> float:
     """Largest absolute difference of the logits of two runs, over all steps."""
     return max((a.float() - b.float()).abs().max().item() for a, b in zip(one.logits, other.logits))
+
+
+def entry(tokens=4, layers=2, seed=0, dtype=torch.float32, **kwargs) -> hfblend.ChunkKV:
+    """Chunk KV of random numbers, for stores."""
+    generator = torch.Generator().manual_seed(seed)
+    kv = [[torch.randn(1, 2, tokens, 8, generator=generator).to(dtype) for _ in range(2)] for _ in range(layers)]
+    return hfblend.ChunkKV(full_length_cache(kv), torch.arange(3, 3 + tokens), **kwargs)
+
+
+def same(one, other) -> bool:
+    """Whether two chunks' KV are equal bit by bit, with all that is said of them."""
+    layers = one.num_layers == other.num_layers
+    kv = all(torch.equal(a, b) for i in range(one.num_layers) for a, b in zip(one.layer(i), other.layer(i)))
+    rest = [(e.cached_positions.tolist(), e.behind_ids, e.provenance, e.regime) for e in (one, other)]
+    return layers and kv and rest[0] == rest[1]

@@ -5,6 +5,7 @@ from .base import Store
 from .disk import DiskStore
 from .keys import chunk_key
 from .memory import MemoryStore
+from .remote import RemoteStore
 from .tiers import TieredStore, store_at
 
-__all__ = ["DiskStore", "MemoryStore", "Reader", "Store", "TieredStore", "chunk_key", "store_at"]
+__all__ = ["DiskStore", "MemoryStore", "Reader", "RemoteStore", "Store", "TieredStore", "chunk_key", "store_at"]

@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 
 from ..chunks import ChunkKV
-from .format import CorruptEntry, OtherVersion, dump, header_bytes, header_of, parse
+from .counts import StoreCounts
+from .format import CorruptEntry, OtherVersion, contents_of, dump, header_bytes, header_of, parse
+from .keys import file_name_of, is_file_name
+from .loader import LayerwiseChunk
 from .sizes import num_bytes_of
 
 logger = logging.getLogger(__name__)
 
-_KEY = re.compile(r"[0-9a-f]{64}")
-_SUFFIX, _TEMPORARY = ".safetensors", ".tmp"
+_TEMPORARY = ".tmp"
 _ABANDONED_S = 3600  # a temporary file of that age was left by a process that is gone
 
 
@@ -30,12 +32,14 @@ class DiskEntry:
     Attributes:
         num_bytes: of the file.
         last_used: seconds since 1970.
+        pinned: whether it stays when others must go.
         damaged: what is wrong with the header; empty if nothing is, and then the rest is filled in.
     """
 
     key: str
     num_bytes: int
     last_used: float
+    pinned: bool = False
     tokens: int = 0
     layers: int = 0
     dtype: str = ""
@@ -48,13 +52,15 @@ class DiskStore:
 
     >>> store = DiskStore("~/.cache/hfblend/chunks", max_bytes="50GB")  # doctest: +SKIP
 
-    A file is written under a temporary name, synced and renamed, so that a crash leaves no half of it. It is read whole
-    and every byte is checked before any of it is used; a damaged file is logged, removed and prefilled again. A full,
-    read-only or failing disk is logged, and costs reuse only. Several processes may use one folder.
+    A file is written under a temporary name, synced and renamed, so that a crash leaves no half of it. It is read a
+    layer at a time, and every byte of a layer is checked before any of it is used; a damaged file is logged, removed
+    and prefilled again. A full, read-only or failing disk is logged, and costs reuse only. Several processes may use
+    one folder.
 
     Args:
         path: a folder of its own; made if it is not there.
-        max_bytes: of all files together; a number or `"8GB"`, `"512MiB"`.
+        max_bytes: of all files together; a number or `"8GB"`, `"512MiB"`. Processes that write at the same time may
+            pass it for a while.
 
     Raises:
         ValueError: a budget that is no size.
@@ -64,6 +70,8 @@ class DiskStore:
     def __init__(self, path: str | os.PathLike[str], max_bytes: int | str = "50GB") -> None:
         self.path = Path(path).expanduser()
         self.max_bytes = num_bytes_of(max_bytes)
+        self.counts = StoreCounts()
+        self._surely_free = 0  # bytes
         self.path.mkdir(parents=True, exist_ok=True)
         self._remove_abandoned()
 
@@ -82,40 +90,52 @@ class DiskStore:
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
             self._sync_folder()
+            self.counts.add(stored=1, bytes_written=len(file))
         except OSError as error:
+            self.counts.add(failed=1)
             logger.warning("A chunk's KV could not be written to %s: %s", self.path, error)
             with contextlib.suppress(OSError):
                 temporary.unlink()
 
-    def open(self, key: str) -> ChunkKV | None:
-        """The entry, in RAM and checked; `None` if there is none that can be trusted."""
+    def open(self, key: str) -> LayerwiseChunk | None:
+        """The entry, its header checked, its layers read and checked as they are asked for; `None` if there is none.
+
+        A layer that turns out to be damaged raises `ChunkLost` then, and the entry is removed.
+        """
         path = self._path(key)
-        try:
-            with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as stream:
-                file = stream.read()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            logger.warning("A chunk's KV could not be read from %s, it is prefilled again: %s", path, error)
-            return None
-        try:
-            chunk_kv = parse(key, file)
-        except OtherVersion as error:
-            logger.info("%s is not read: %s", path, error)
-            return None
-        except CorruptEntry as error:
+
+        def give_up(error: Exception) -> None:
             logger.warning("%s is damaged, removed and prefilled again: %s", path, error)
+            self.counts.add(damaged=1)
             with contextlib.suppress(OSError):
                 path.unlink()
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(path)  # used just now
-        return chunk_kv
+
+        chunk = None
+        try:
+            stream = FileIO(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)))
+            start = stream.read(8)
+            start += stream.read(header_bytes(start) - 8)
+            contents = contents_of(key, start, os.fstat(stream.fileno()).st_size)
+            chunk = LayerwiseChunk(stream, contents, self.counts, give_up)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            logger.warning("A chunk's KV could not be read from %s, it is prefilled again: %s", path, error)
+            self.counts.add(failed=1)
+        except OtherVersion as error:
+            logger.info("%s is not read: %s", path, error)
+        except CorruptEntry as error:
+            give_up(error)
+        self.counts.add(**{"misses" if chunk is None else "hits": 1})
+        if chunk is not None:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # used just now
+        return chunk
 
     def entries(self) -> Iterator[DiskEntry]:
         """Every entry, by its header; the data are not read."""
         for path, size, used in self._files():
-            entry = DiskEntry(path.stem, size, used)
+            entry = DiskEntry(path.stem, size, used, self._pin(path.stem).exists())
             try:
                 with open(path, "rb") as stream:
                     start = stream.read(8)
@@ -143,18 +163,34 @@ class DiskStore:
             return str(error)
         return None
 
+    def pin(self, key: str) -> None:
+        """An entry stays when others must go, whoever makes room in the folder, until `unpin`.
+
+        Raises:
+            KeyError: there is none of that key.
+            OSError: the folder cannot be written.
+        """
+        if key not in self:
+            raise KeyError(f"There is no entry {key[:12]}… to pin; store it first.")
+        self._pin(key).touch()
+
+    def unpin(self, key: str) -> None:
+        """An entry may go again."""
+        self._pin(key).unlink(missing_ok=True)
+
     def remove(self, key: str) -> None:
-        """Removes an entry, if it is there."""
+        """Removes an entry, if it is there, pinned or not."""
+        self.unpin(key)
         self._path(key).unlink(missing_ok=True)
 
     def prune(self) -> None:
-        """Removes the least recently used entries until the rest fits into `max_bytes`."""
+        """Removes the least recently used entries until the rest fits into `max_bytes`; pinned ones stay."""
         self._make_room(0, None)
 
     def clear(self) -> None:
         """Removes every entry."""
         for path, _, _ in self._files():
-            path.unlink(missing_ok=True)
+            self.remove(path.stem)
 
     @property
     def num_bytes(self) -> int:
@@ -168,29 +204,40 @@ class DiskStore:
         return self._path(key).is_file()
 
     def _path(self, key: str) -> Path:
-        if not _KEY.fullmatch(key):
-            raise ValueError(f"A key is 64 hexadecimal digits, as of hfblend.store.chunk_key; got {key!r}.")
-        return self.path / (key + _SUFFIX)
+        return self.path / file_name_of(key)
+
+    def _pin(self, key: str) -> Path:
+        """An empty file that is there while the entry is pinned."""
+        return self._path(key).with_suffix(".pin")
 
     def _files(self) -> Iterator[tuple[Path, int, float]]:
         """Path, bytes and time of the last use of every entry; other processes may add and remove some meanwhile."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self.path) as found:
             for one in found:
-                if one.name.endswith(_SUFFIX) and _KEY.fullmatch(one.name.removesuffix(_SUFFIX)):
+                if is_file_name(one.name):
                     with contextlib.suppress(FileNotFoundError):
                         if one.is_file(follow_symlinks=False):
                             state = one.stat(follow_symlinks=False)
                             yield Path(one.path), state.st_size, state.st_mtime
 
     def _make_room(self, needed: int, key: str | None) -> None:
-        """Removes the least recently used entries, but not that of `key`, until so many bytes more fit."""
+        """Removes the least recently used entries, but not that of `key`, until so many bytes more fit.
+
+        The folder is not looked through again before half of what was free is written: others write too.
+        """
+        if key is not None and needed <= self._surely_free:
+            self._surely_free -= needed
+            return
         others = [one for one in self._files() if key is None or one[0] != self._path(key)]
         free = self.max_bytes - sum(size for _, size, _ in others)
-        for path, size, _ in sorted(others, key=lambda one: one[2]):
+        may_go = [one for one in others if not self._pin(one[0].stem).exists()]
+        for path, size, _ in sorted(may_go, key=lambda one: one[2]):
             if free >= needed:
-                return
+                break
             path.unlink(missing_ok=True)
+            self.counts.add(evicted=1)
             free += size
+        self._surely_free = max(0, free - needed) // 2
 
     def _sync_folder(self) -> None:
         if os.name != "posix":  # elsewhere a folder cannot be opened

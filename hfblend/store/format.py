@@ -12,11 +12,13 @@ Shapes: n tokens of the chunk, W width of a row, L layers.
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from ..caches import KV, RowLayout, full_length_cache, packed, rows_behind
 from ..chunks import ChunkKV
@@ -24,6 +26,8 @@ from ..chunks import ChunkKV
 FORMAT = "hfblend-chunk-1"
 _BLANK = "0" * 32  # stands in the header for its own digest while that is taken
 _LONGEST_HEADER = 16 * 2**20
+_KV = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = dict(zip(("F16", "BF16", "F32", "F64", "I64"), (*_KV, torch.int64)))
 
 
 class CorruptEntry(ValueError):
@@ -61,6 +65,69 @@ def dump(key: str, chunk_kv: ChunkKV) -> bytes:
     return bytes(file)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands in a file, [start, stop), and what it must be."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    checksum: str
+
+    def tensor(self, data: torch.Tensor) -> torch.Tensor:
+        """The tensor of these bytes (stop − start,).
+
+        Raises:
+            CorruptEntry: they are not what was written.
+        """
+        tensor = data.view(self.dtype).view(self.shape)
+        if _checksum(tensor) != self.checksum:
+            raise CorruptEntry(f"a checksum does not fit (bytes {self.start} to {self.stop})")
+        return tensor
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, by its header."""
+
+    key: str
+    provenance: Any
+    regime: int
+    layouts: tuple[RowLayout, ...]
+    places: dict[str, Place]
+
+    def layer(self, layer_idx: int) -> Place:
+        """Where a layer's rows (n, W) stand."""
+        return self.places[f"layer_{layer_idx:04}"]
+
+
+def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
+    """What a file of so many bytes holds, by its beginning, `header_bytes` long or more.
+
+    Raises:
+        CorruptEntry: the header is not what `dump` wrote under this key, or does not fit the file's length.
+        OtherVersion: it is whole, but of another version.
+    """
+    metadata = _checked_metadata(start)
+    if metadata.get("format") != FORMAT:
+        raise OtherVersion(f"its format is {metadata.get('format')!r}, this version reads {FORMAT!r}")
+    if metadata.get("key") != key:
+        raise CorruptEntry(f"it was stored under {metadata.get('key')!r}")
+    try:
+        checksums, data = json.loads(metadata["checksums"]), _header_stop(start)
+        header = {name: one for name, one in json.loads(start[8:data]).items() if name != "__metadata__"}
+        places = {name: _place(one, data, checksums[name]) for name, one in header.items()}
+        layouts = tuple(RowLayout(*numbers) for numbers in json.loads(metadata["layouts"]))
+        contents = Contents(key, metadata["provenance"], int(metadata["regime"]), layouts, places)
+        _require_whole(contents, data, num_bytes)
+    except CorruptEntry:
+        raise
+    except Exception as error:  # whatever a header that was made to do harm makes go wrong
+        raise CorruptEntry(f"{type(error).__name__}: {error}") from error
+    return contents
+
+
 def parse(key: str, file: bytes) -> ChunkKV:
     """The chunk in a file, in RAM; every byte has been checked.
 
@@ -68,26 +135,52 @@ def parse(key: str, file: bytes) -> ChunkKV:
         CorruptEntry: the file is not what `dump` wrote under this key.
         OtherVersion: it is whole, but of another version.
     """
-    metadata = _checked_metadata(file)
-    if metadata.get("format") != FORMAT:
-        raise OtherVersion(f"its format is {metadata.get('format')!r}, this version reads {FORMAT!r}")
-    if metadata.get("key") != key:
-        raise CorruptEntry(f"it was stored under {metadata.get('key')!r}")
-    try:
-        tensors, checksums = load(file), json.loads(metadata["checksums"])
-        wrong = [name for name, tensor in tensors.items() if checksums.get(name) != _checksum(tensor)]
-        if wrong or tensors.keys() != checksums.keys():
-            raise CorruptEntry(f"checksums do not fit: {wrong or 'tensors are missing'}")
-        layouts = [RowLayout(*numbers) for numbers in json.loads(metadata["layouts"])]
-        kv = [layout.views(tensors[f"layer_{i:04}"][None]) for i, layout in enumerate(layouts)]
-        behind_ids = tuple(tensors["behind_ids"].tolist())
-        provenance: Any = metadata["provenance"]
-        cache = full_length_cache(packed(one) for one in kv)
-        return ChunkKV(cache, tensors["cached_positions"], behind_ids, provenance, int(metadata["regime"]))
-    except CorruptEntry:
-        raise
-    except Exception as error:  # whatever a file that was made to do harm makes go wrong
-        raise CorruptEntry(f"{type(error).__name__}: {error}") from error
+    contents = contents_of(key, file, len(file))
+    tensors = {name: place.tensor(_bytes(file[place.start : place.stop])) for name, place in contents.places.items()}
+    kv = (layout.views(tensors[f"layer_{i:04}"][None]) for i, layout in enumerate(contents.layouts))
+    cache, behind_ids = full_length_cache(packed(one) for one in kv), tuple(tensors["behind_ids"].tolist())
+    return ChunkKV(cache, tensors["cached_positions"], behind_ids, contents.provenance, contents.regime)
+
+
+def _place(header: dict[str, Any], data: int, checksum: str) -> Place:
+    start, stop = header["data_offsets"]
+    dtype, shape = _DTYPES[header["dtype"]], tuple(header["shape"])
+    if min((start, *shape)) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
+        raise CorruptEntry(f"a tensor of shape {shape} cannot stand in [{start}, {stop})")
+    return Place(dtype, shape, data + start, data + stop, checksum)
+
+
+def _require_whole(contents: Contents, data: int, num_bytes: int) -> None:
+    """Every tensor that a chunk has, of its form, one behind the other, and nothing else."""
+    names = ["behind_ids", "cached_positions", *(f"layer_{i:04}" for i in range(len(contents.layouts)))]
+    if not contents.layouts or sorted(contents.places) != names:
+        raise CorruptEntry("tensors are missing, or too many")
+    ends = data
+    for place in sorted(contents.places.values(), key=lambda place: (place.start, place.stop)):
+        if place.start != ends:
+            raise CorruptEntry("its tensors do not stand one behind the other")
+        ends = place.stop
+    if ends != num_bytes:
+        raise CorruptEntry(f"its tensors end at byte {ends}, the file at {num_bytes}")
+    positions, behind = contents.places["cached_positions"], contents.places["behind_ids"]
+    if any(place.dtype != torch.int64 or len(place.shape) != 1 for place in (positions, behind)):
+        raise CorruptEntry("positions and ids are not vectors of integers")
+    if not positions.shape[0]:
+        raise CorruptEntry("it has no tokens")
+    for i, layout in enumerate(contents.layouts):
+        place, is_layout = contents.layer(i), min(vars(layout).values()) > 0
+        if not is_layout or place.shape != (positions.shape[0], layout.width) or place.dtype not in _KV:
+            raise CorruptEntry(f"layer {i} is not of its form")
+    if contents.provenance not in ("isolated", "in_context"):
+        raise CorruptEntry(f"its provenance is {contents.provenance!r}")
+
+
+def _bytes(data: bytes) -> torch.Tensor:
+    """(N,) uint8, aligned."""
+    tensor = torch.empty(len(data), dtype=torch.uint8)
+    if data:
+        tensor.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    return tensor
 
 
 def header_of(file: bytes) -> dict[str, Any]:

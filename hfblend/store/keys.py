@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from array import array
 from collections.abc import Sequence
 
 import torch
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+SUFFIX = ".safetensors"
 
 
 def chunk_key(
@@ -27,3 +31,19 @@ def chunk_key(
     digest.update(array("q", ids))
     digest.update(array("q", behind_ids))
     return digest.hexdigest()
+
+
+def file_name_of(key: str) -> str:
+    """The name of an entry's file, whatever it is kept in.
+
+    Raises:
+        ValueError: no key, and perhaps a path that leads elsewhere.
+    """
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"A key is 64 hexadecimal digits, as of hfblend.store.chunk_key; got {key!r}.")
+    return key + SUFFIX
+
+
+def is_file_name(name: str) -> bool:
+    """Whether an entry's file may have this name."""
+    return name.endswith(SUFFIX) and _KEY.fullmatch(name.removesuffix(SUFFIX)) is not None

@@ -9,6 +9,7 @@ from collections import OrderedDict
 import torch
 
 from ..chunks import ChunkKV
+from .counts import StoreCounts
 from .sizes import num_bytes_of
 
 logger = logging.getLogger(__name__)
@@ -28,11 +29,13 @@ class MemoryStore:
         self.max_bytes = num_bytes_of(max_bytes)
         self.device = None if device is None else torch.device(device)
         self.num_bytes = 0
+        self.counts = StoreCounts()
         self._entries: OrderedDict[str, ChunkKV] = OrderedDict()
+        self._pinned: set[str] = set()
         self._lock = threading.Lock()
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
-        """Keeps an entry; one larger than the whole budget is not kept, and logged."""
+        """Keeps an entry; one that does not fit, whole or beside what is pinned, is not kept, and logged."""
         if chunk_kv.num_bytes > self.max_bytes:
             logger.warning(
                 "A chunk's KV of %d bytes does not fit into a memory store of %d bytes; it is not kept.",
@@ -46,20 +49,39 @@ class MemoryStore:
             self._remove(key)
             self._entries[key] = chunk_kv
             self.num_bytes += chunk_kv.num_bytes
-            while self.num_bytes > self.max_bytes:
-                self._remove(next(iter(self._entries)))
+            self.counts.add(stored=1)
+            self._make_room(key)
 
     def open(self, key: str) -> ChunkKV | None:
         """The entry, now the most recently used; `None` if there is none."""
         with self._lock:
-            if key in self._entries:
+            found = self._entries.get(key)
+            if found is not None:
                 self._entries.move_to_end(key)
-            return self._entries.get(key)
+        self.counts.add(**{"misses" if found is None else "hits": 1})
+        return found
+
+    def pin(self, key: str) -> None:
+        """An entry stays when others must go, until `unpin`.
+
+        Raises:
+            KeyError: there is none of that key.
+        """
+        with self._lock:
+            if key not in self._entries:
+                raise KeyError(f"There is no entry {key[:12]}… to pin; store it first.")
+            self._pinned.add(key)
+
+    def unpin(self, key: str) -> None:
+        """An entry may go again."""
+        with self._lock:
+            self._pinned.discard(key)
 
     def clear(self) -> None:
-        """Drops every entry."""
+        """Drops every entry, pinned ones too."""
         with self._lock:
             self._entries.clear()
+            self._pinned.clear()
             self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -67,6 +89,16 @@ class MemoryStore:
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
+
+    def _make_room(self, newest: str) -> None:
+        """Drops the least recently used entries, and the newest only where pinned ones leave it no room."""
+        for key in [key for key in self._entries if key not in self._pinned]:
+            if self.num_bytes <= self.max_bytes:
+                return
+            if key == newest:
+                logger.warning("Pinned entries leave no room for a chunk's KV in %d bytes; not kept.", self.max_bytes)
+            self.counts.add(evicted=1)
+            self._remove(key)
 
     def _remove(self, key: str) -> None:
         entry = self._entries.pop(key, None)

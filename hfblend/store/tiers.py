@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from ..chunks import ChunkKV, Reader
 from .base import Store
 from .disk import DiskStore
+from .loader import LayerwiseChunk
 from .memory import MemoryStore
+from .remote import RemoteStore
 
 
 class TieredStore:
-    """Looks an entry up in each store in turn, and keeps what a later one had in those before it.
+    """Looks an entry up in each store in turn, and keeps what a later one had in those before it, once it was read.
 
     >>> store = TieredStore([MemoryStore("8GB"), DiskStore("~/.cache/hfblend/chunks")])  # doctest: +SKIP
 
@@ -38,23 +41,32 @@ class TieredStore:
         for i, store in enumerate(self.stores):
             entry = store.open(key)
             if entry is not None:
-                for faster in self.stores[:i]:
-                    if isinstance(entry, ChunkKV):
-                        faster.put(key, entry)
+                if isinstance(entry, LayerwiseChunk):
+                    entry.keep(partial(self._promote, key, i))
+                elif isinstance(entry, ChunkKV):
+                    self._promote(key, i, entry)
                 return entry
         return None
 
+    def _promote(self, key: str, found_in: int, chunk_kv: ChunkKV) -> None:
+        """Keeps an entry in the stores before the one that had it."""
+        for faster in self.stores[:found_in]:
+            faster.put(key, chunk_kv)
+
 
 def store_at(where: Store | str | os.PathLike[str] | None) -> Store:
-    """A store as users name one: a store, a folder (a `DiskStore` with a `MemoryStore` before it), or `None` (memory).
+    """A store as users name one: a store, a folder, a URL, or `None` (memory).
+
+    A folder becomes a `DiskStore`, a URL a `RemoteStore`, each with a `MemoryStore` before it.
 
     Raises:
-        ValueError: a URL; only folders are supported.
+        ImportError: fsspec or the package of the URL's protocol is missing (the message says what to install).
+        ValueError: a URL that fsspec cannot open.
     """
     if where is None:
         return MemoryStore()
     if isinstance(where, str) and "://" in where:
-        raise ValueError(f"A store is a folder or a store object, got the URL {where!r}, which is not supported.")
+        return TieredStore([MemoryStore(), RemoteStore(where)])
     if isinstance(where, (str, os.PathLike)):
         return TieredStore([MemoryStore(), DiskStore(where)])
     return where

@@ -1,0 +1,171 @@
+"""Chunks read a layer at a time: ahead of the pass, checked, and given up in its middle when a file fails."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+
+import pytest
+import torch
+from helpers import config, generate, make_llama, make_prompt
+
+import hfblend
+from hfblend.caches import full_length_cache
+from hfblend.chunks import ChunkLost
+from hfblend.store import DiskStore, MemoryStore, TieredStore, loader
+from hfblend.store.format import contents_of
+
+PROMPT = make_prompt()
+KEYS = [f"{i:064x}" for i in range(8)]
+
+
+def entry(layers=12, tokens=5):
+    kv = [[torch.randn(1, 2, tokens, 8) for _ in range(2)] for _ in range(layers)]
+    return hfblend.ChunkKV(full_length_cache(kv), torch.arange(3, 3 + tokens))
+
+
+def damage(store, key, layer):
+    """Flips a bit in the middle of a layer's rows, in the file as it lies there."""
+    path = store._path(key)
+    content = bytearray(path.read_bytes())
+    place = contents_of(key, bytes(content), len(content)).layer(layer)
+    content[(place.start + place.stop) // 2] ^= 1
+    with open(path, "r+b") as file:  # the same file: readers have it open
+        file.write(content)
+
+
+def test_layers_are_read_ahead_and_few_are_held(tmp_path):
+    store, written = DiskStore(tmp_path), entry()
+    store.put(KEYS[0], written)
+    found = store.open(KEYS[0])
+    for i in range(found.num_layers):
+        keys, values = found.layer(i)
+        assert torch.equal(keys, written.layer(i)[0])
+        assert torch.equal(values, written.layer(i)[1])
+        assert found.layer(i)[0] is keys  # asked for twice, read once
+        found.prefetch(i + 1)
+        assert set(found._ahead) == set(range(i + 1, min(i + 2 + loader.LAYERS_AHEAD, 12)))
+    assert torch.equal(found.layer(2)[0], written.layer(2)[0])  # and again, from the beginning
+
+
+def test_an_entry_is_read_on_when_its_file_is_gone(tmp_path):
+    store, written = DiskStore(tmp_path), entry()
+    store.put(KEYS[0], written)
+    found = store.open(KEYS[0])
+    store.clear()
+    assert all(torch.equal(found.layer(i)[1], written.layer(i)[1]) for i in range(12))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_threads_are_few_however_many_chunks_are_read(tmp_path):
+    store = DiskStore(tmp_path)
+    for key in KEYS:
+        store.put(key, entry())
+    before = threading.active_count()
+    for _ in range(3):
+        for reader in [store.open(key) for key in KEYS]:
+            reader.layer(11)
+    assert threading.active_count() <= before + loader.READERS
+    del reader
+    gc.collect()
+    assert not [name for name in open_files() if name.startswith(str(tmp_path))]
+
+
+def open_files():
+    names = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            names.append(os.readlink(f"/proc/self/fd/{number}"))
+    return names
+
+
+def test_a_layer_that_fails_says_so_and_takes_the_entry_away(tmp_path, caplog):
+    store = DiskStore(tmp_path)
+    store.put(KEYS[0], entry())
+    found = store.open(KEYS[0])
+    damage(store, KEYS[0], 7)
+    assert found.layer(6)
+    with pytest.raises(ChunkLost, match="checksum") as error:
+        found.layer(7)
+    assert error.value.key == KEYS[0]
+    assert KEYS[0] not in store
+    assert "prefilled again" in caplog.text
+
+
+# --- in generate --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("selection", "layer"), [("suffix_attention", 0), ("suffix_attention", 3), ("kv_deviation", 2)]
+)
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_a_chunk_lost_in_mid_pass_is_prefilled_alone(tmp_path, layer, selection, layerwise):
+    model, settings = make_llama(), config(0.3, selection=selection, layerwise=layerwise)
+    disk = DiskStore(tmp_path)
+    with hfblend.patch(model, config=settings, store=disk) as blender:
+        intact = generate(model, PROMPT.inputs())
+        chunk = blender.trace.chunks[1]
+        selected = blender.trace.selected_idx
+        damage(disk, chunk.key, layer)
+        output = generate(model, PROMPT.inputs())
+        trace = blender.trace
+        assert torch.equal(output.sequences, intact.sequences)
+        assert torch.equal(trace.selected_idx, selected)
+        assert [one.status for one in trace.chunks] == ["hit", "miss", "hit"]
+        assert [note for note in trace.notes if chunk.key[:12] in note and "blended again" in note]
+        generate(model, PROMPT.inputs())  # what was prefilled again was stored
+        assert blender.trace.hits == 3
+
+
+def test_every_chunk_may_be_lost_and_a_miss_stays_a_miss(tmp_path):
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.3), store=DiskStore(tmp_path)) as blender:
+        intact = generate(model, PROMPT.inputs())
+        keys = [chunk.key for chunk in blender.trace.chunks]
+        blender.store.remove(keys[0])
+        for key in keys[1:]:
+            damage(blender.store, key, 3)
+        output = generate(model, PROMPT.inputs())
+        assert torch.equal(output.sequences, intact.sequences)
+        assert [one.status for one in blender.trace.chunks] == ["miss"] * 3
+
+
+def test_a_damaged_file_that_cannot_be_removed_is_given_up_once(tmp_path, monkeypatch):
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.3), store=DiskStore(tmp_path)) as blender:
+        intact = generate(model, PROMPT.inputs())
+        damage(blender.store, blender.trace.chunks[0].key, 3)
+        monkeypatch.setattr(DiskStore, "put", lambda *_: None)  # a folder that is only read
+        monkeypatch.setattr("pathlib.Path.unlink", lambda *_, **__: None)
+        output = generate(model, PROMPT.inputs())
+        assert torch.equal(output.sequences, intact.sequences)
+        assert [one.status for one in blender.trace.chunks] == ["miss", "hit", "hit"]
+
+
+def test_what_is_read_from_disk_is_in_memory_the_next_time(tmp_path):
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.3), store=DiskStore(tmp_path)):
+        intact = generate(model, PROMPT.inputs())
+    fast = MemoryStore()
+    with hfblend.patch(model, config=config(0.3), store=TieredStore([fast, DiskStore(tmp_path)])) as blender:
+        assert torch.equal(generate(model, PROMPT.inputs()).sequences, intact.sequences)
+        assert blender.trace.hits == 3
+        assert all(chunk.key in fast for chunk in blender.trace.chunks)
+
+
+def test_a_failing_disk_costs_reuse_only(tmp_path, monkeypatch):
+    """Reads that fail for good, in the middle of every file."""
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.3), store=DiskStore(tmp_path)) as blender:
+        intact = generate(model, PROMPT.inputs())
+
+        def fail(self, layer_idx):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(loader.LayerwiseChunk, "_read_layer", fail)
+        output = generate(model, PROMPT.inputs())
+        assert torch.equal(output.sequences, intact.sequences)
+        assert blender.trace.hits == 0
+        assert any("Input/output error" in note for note in blender.trace.notes)

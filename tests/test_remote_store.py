@@ -1,0 +1,435 @@
+"""Chunk KV behind a URL: what was written is read; what is damaged, late or refused is a miss, never an exception."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from helpers import config, entry, generate, make_llama, make_prompt, same
+
+import hfblend
+from hfblend.store import MemoryStore, RemoteStore, store_at
+from hfblend.store.format import FORMAT, dump, parse
+
+fsspec = pytest.importorskip("fsspec")
+from fsspec.implementations.local import LocalFileSystem  # noqa: E402
+from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
+
+KEY, OTHER = f"{1:064x}", f"{2:064x}"
+PATH = f"/chunks/{KEY}.safetensors"
+
+
+class FaultyFileSystem(MemoryFileSystem):
+    """Memory behind a bad line: its calls raise, or wait, as the test says."""
+
+    protocol = "faulty"
+    fault: Exception | None = None
+    writes_are_refused = False
+    line_is_up = threading.Event()
+    calls = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("faulty:/"))
+
+    def _suffer(self, writes):
+        cls = type(self)
+        cls.calls += 1
+        assert cls.line_is_up.wait(20)
+        if cls.writes_are_refused and writes:
+            raise PermissionError("read-only")
+        if cls.fault is not None:
+            raise cls.fault
+
+    def cat_file(self, path, **kwargs):
+        self._suffer(writes=False)
+        return super().cat_file(path, **kwargs)
+
+    def pipe_file(self, path, value, **kwargs):
+        self._suffer(writes=True)
+        super().pipe_file(path, value, **kwargs)
+
+    def rm_file(self, path):
+        self._suffer(writes=True)
+        super().rm_file(path)
+
+
+@pytest.fixture(autouse=True)
+def memory():
+    """fsspec's filesystem in memory, empty; no thread of a store outlives its test."""
+    fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
+    FaultyFileSystem.fault, FaultyFileSystem.writes_are_refused, FaultyFileSystem.calls = None, False, 0
+    FaultyFileSystem.line_is_up.set()
+    MemoryFileSystem.store.clear()
+    yield fsspec.filesystem("memory")
+    FaultyFileSystem.line_is_up.set()
+    deadline = time.monotonic() + 5
+    while threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not threads()
+    MemoryFileSystem.store.clear()
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "hfblend-remote"]
+
+
+def a_faulty_store(**kwargs):
+    """A store with one entry, behind a line that is still good."""
+    store = RemoteStore("faulty://chunks", **kwargs)
+    store.put(KEY, entry())
+    assert same(store.open(KEY), entry())
+    FaultyFileSystem.calls = 0
+    return store
+
+
+# --- what is written is read --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_written_is_read(memory, dtype):
+    written = entry(dtype=dtype, provenance="in_context", behind_ids=[7, 1, 9], regime=300)
+    RemoteStore("memory://chunks").put(KEY, written)
+    assert same(RemoteStore("memory://chunks/").open(KEY), written)
+    assert RemoteStore("memory://chunks").open(OTHER) is None
+    assert same(parse(KEY, memory.cat_file(PATH)), written)
+
+
+def test_what_is_there_is_known_without_reading_it(caplog, monkeypatch):
+    store = a_faulty_store()
+    assert KEY in store
+    assert OTHER not in store
+    assert FaultyFileSystem.calls == 0
+
+    def fail(self, path, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr(FaultyFileSystem, "info", fail)
+    assert KEY not in store
+    assert "no route" in caplog.text
+
+
+def test_an_entry_is_replaced():
+    store = RemoteStore("memory://chunks")
+    for seed in range(2):
+        store.put(KEY, entry(seed=seed))
+    assert same(store.open(KEY), entry(seed=1))
+
+
+def test_a_file_is_moved_to_its_place(tmp_path):
+    store = RemoteStore(f"file://{tmp_path}/new/chunks")
+    for seed in range(2):
+        store.put(KEY, entry(seed=seed))
+    assert same(store.open(KEY), entry(seed=1))
+    assert [path.name for path in (tmp_path / "new/chunks").iterdir()] == [f"{KEY}.safetensors"]
+
+
+def test_a_file_that_cannot_be_moved_leaves_nothing_behind(tmp_path, monkeypatch, caplog):
+    def mv(*args, **kwargs):
+        raise OSError("no move")
+
+    monkeypatch.setattr(LocalFileSystem, "mv", mv)
+    store = RemoteStore(f"file://{tmp_path}")
+    store.put(KEY, entry())
+    assert "could not be written" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["../" + "0" * 61, "a", "", "G" * 64, "0" * 64 + "\n"])
+def test_keys_cannot_leave_the_folder(key):
+    store = RemoteStore("memory://chunks")
+    for use in (store.open, lambda k: store.put(k, entry())):
+        with pytest.raises(ValueError, match="64 hexadecimal digits"):
+            use(key)
+
+
+# --- what cannot be trusted ---------------------------------------------------------------------------------------
+
+FAULTS = {
+    "flip": lambda file: file[:-9] + bytes([file[-9] ^ 1]) + file[-8:],
+    "header": lambda file: file[:20] + bytes([file[20] ^ 1]) + file[21:],
+    "truncate": lambda file: file[: len(file) // 2],
+    "lengthen": lambda file: file + b"\0",
+    "empty": lambda file: b"",
+    "other key": lambda file: dump(OTHER, entry()),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_object_is_a_miss_removed_and_said(memory, fault, caplog):
+    store = RemoteStore("memory://chunks")
+    store.put(KEY, entry())
+    memory.pipe_file(PATH, FAULTS[fault](memory.cat_file(PATH)))
+    assert store.open(KEY) is None
+    assert "damaged" in caplog.text
+    assert not memory.exists(PATH)
+    store.put(KEY, entry())
+    assert same(store.open(KEY), entry())
+
+
+def test_a_damaged_object_that_cannot_be_removed_is_a_miss(caplog):
+    store = a_faulty_store()
+    fsspec.filesystem("memory").pipe_file(PATH, b"nonsense")
+    FaultyFileSystem.writes_are_refused = True
+    assert store.open(KEY) is None
+    assert "could not be removed" in caplog.text
+
+
+def test_another_version_is_passed_by(memory, monkeypatch, caplog):
+    store = RemoteStore("memory://chunks")
+    monkeypatch.setattr("hfblend.store.format.FORMAT", "hfblend-chunk-0")
+    store.put(KEY, entry())
+    monkeypatch.setattr("hfblend.store.format.FORMAT", FORMAT)
+    with caplog.at_level(logging.INFO):
+        assert store.open(KEY) is None
+    assert "hfblend-chunk-0" in caplog.text
+    assert memory.exists(PATH)
+
+
+# --- a remote that fails ------------------------------------------------------------------------------------------
+
+
+class OfABackend(Exception):
+    """As botocore's, which are no OSErrors."""
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError("gone"), PermissionError("no"), OfABackend("what"), asyncio.TimeoutError(), NotImplementedError()]
+)
+def test_errors_of_the_remote_cost_reuse_only(fault, caplog):
+    store = a_faulty_store(pause_s=0.01)
+    FaultyFileSystem.fault = fault
+    assert store.open(KEY) is None
+    assert "could not be read from faulty://chunks" in caplog.text
+    time.sleep(0.02)
+    store.put(KEY, entry(seed=1))
+    assert "could not be written to faulty://chunks" in caplog.text
+    FaultyFileSystem.fault = None
+    time.sleep(0.02)
+    assert same(store.open(KEY), entry())
+
+
+def test_a_remote_that_hangs_costs_one_timeout_and_not_one_a_chunk(caplog):
+    store = a_faulty_store(timeout_s=0.2)
+    FaultyFileSystem.line_is_up.clear()
+    started = time.monotonic()
+    for _ in range(5):
+        assert store.open(KEY) is None
+        store.put(OTHER, entry())
+    assert 0.2 <= time.monotonic() - started < 2  # ten timeouts would be 2 s
+    assert FaultyFileSystem.calls == len(threads()) == 1
+    assert all(thread.daemon for thread in threads())
+    assert caplog.text.count("no answer within 0.2 s") == 1
+    assert caplog.text.count("left alone for 60 s") == 1
+
+
+def test_a_hanging_write_ends_after_the_timeout(caplog):
+    store = a_faulty_store(timeout_s=0.2)
+    FaultyFileSystem.line_is_up.clear()
+    started = time.monotonic()
+    store.put(KEY, entry())
+    assert time.monotonic() - started < 5
+    assert "could not be written to faulty://chunks: no answer within 0.2 s" in caplog.text
+
+
+def test_after_errors_in_a_row_the_remote_is_left_alone_for_a_while(caplog):
+    store = a_faulty_store(pause_s=0.3, max_failures=3)
+    FaultyFileSystem.fault = OSError("gone")
+    for _ in range(10):
+        assert store.open(KEY) is None
+    assert FaultyFileSystem.calls == 3
+    time.sleep(0.35)
+    for _ in range(10):
+        assert store.open(KEY) is None
+    assert FaultyFileSystem.calls == 4  # one try, and left alone again
+    assert caplog.text.count("left alone") == 2
+    time.sleep(0.35)
+    FaultyFileSystem.fault = None
+    assert same(store.open(KEY), entry())
+    FaultyFileSystem.fault = OSError("gone")
+    assert store.open(KEY) is None
+    FaultyFileSystem.fault = None
+    assert same(store.open(KEY), entry())  # one failure alone pauses nothing
+
+
+def test_many_threads_at_a_dead_remote_say_so_once(caplog):
+    store = a_faulty_store(timeout_s=0.2)
+    FaultyFileSystem.line_is_up.clear()
+    readers = [threading.Thread(target=store.open, args=(KEY,)) for _ in range(8)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert caplog.text.count("left alone") == 1
+
+
+def test_a_remote_that_may_only_be_read_is_read(caplog):
+    store = a_faulty_store()
+    FaultyFileSystem.writes_are_refused = True
+    for _ in range(5):
+        store.put(OTHER, entry())
+        assert same(store.open(KEY), entry())
+        assert store.open(OTHER) is None
+    assert caplog.text.count("could not be written") == 3
+    assert caplog.text.count("left alone") == 1
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def test_a_url_is_a_place_as_users_name_one():
+    fast, remote = store_at("memory://chunks").stores
+    assert (type(fast), type(remote)) == (MemoryStore, RemoteStore)
+
+
+def test_an_unknown_protocol_says_so():
+    with pytest.raises(ValueError, match="nowhere://bucket"):
+        store_at("nowhere://bucket/chunks")
+
+
+@pytest.mark.parametrize("limit", ["timeout_s", "pause_s", "max_failures"])
+def test_bad_limits(limit):
+    with pytest.raises(ValueError, match="above 0"):
+        RemoteStore("memory://chunks", **{limit: 0})
+
+
+@pytest.mark.parametrize("package", ["fsspec", "s3fs"])
+def test_a_missing_package_says_what_to_install(monkeypatch, package):
+    classes = sys.modules["fsspec.registry"]._registry  # `fsspec.registry` is a view of it
+    monkeypatch.delitem(classes, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'hfblend\[remote\]'"):
+        store_at("s3://bucket/chunks")
+
+
+def test_no_password_is_logged(caplog):
+    store = RemoteStore("faulty://me:secret@host/chunks")
+    FaultyFileSystem.fault = OSError("gone")
+    store.put(KEY, entry())
+    assert "faulty://host/chunks" in caplog.text
+    assert "secret" not in caplog.text
+
+
+# --- S3, as a real server on this machine -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def s3_server():
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """An empty bucket, found through the environment."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    settings = {"ACCESS_KEY_ID": "dummy", "SECRET_ACCESS_KEY": "dummy", "DEFAULT_REGION": "us-east-1"}
+    for name, value in {**settings, "ENDPOINT_URL": s3_server, "EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    filesystem.clear_instance_cache()
+    filesystem.mkdir("bucket")
+    yield filesystem
+    filesystem.rm("bucket", recursive=True)
+    filesystem.clear_instance_cache()
+
+
+def test_s3_keeps_what_is_written(s3, caplog):
+    written = entry(behind_ids=[5, 6], dtype=torch.bfloat16)
+    store = RemoteStore("s3://bucket/chunks")
+    assert store.open(KEY) is None
+    RemoteStore("s3://bucket/chunks", use_ssl=False).put(KEY, written)  # another client, as another machine's
+    assert same(store.open(KEY), written)
+    assert same(parse(KEY, s3.cat_file(f"bucket/chunks/{KEY}.safetensors")), written)
+    assert not [record for record in caplog.records if record.name.startswith("hfblend")]
+
+
+def test_s3_damaged_objects_are_removed(s3, caplog):
+    store, path = RemoteStore("s3://bucket/chunks"), f"bucket/chunks/{KEY}.safetensors"
+    store.put(KEY, entry())
+    s3.pipe_file(path, s3.cat_file(path)[:-1])
+    assert store.open(KEY) is None
+    assert "damaged" in caplog.text
+    assert not s3.exists(path)
+
+
+def test_s3_without_its_bucket_costs_reuse_only(s3, caplog):
+    store = RemoteStore("s3://nowhere/chunks")
+    store.put(KEY, entry())
+    assert "could not be written to s3://nowhere/chunks" in caplog.text
+    assert store.open(KEY) is None
+
+
+def test_s3_that_accepts_and_says_nothing_is_given_up(s3, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        store = RemoteStore("s3://bucket/chunks", endpoint_url=endpoint, timeout_s=0.5)
+        started = time.monotonic()
+        assert store.open(KEY) is None
+        store.put(KEY, entry())
+        assert time.monotonic() - started < 5
+        assert "no answer within 0.5 s" in caplog.text
+        deadline = time.monotonic() + 3
+        while threads() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not threads()  # the request was told to give up, though the server is still there
+
+
+# --- generate -----------------------------------------------------------------------------------------------------
+
+PROMPT = make_prompt()
+
+
+def blended(url):
+    """A prompt on a new model and behind a new memory tier, as another process would have; tokens and trace."""
+    with hfblend.patch(make_llama(), config=config(0.3), store=url) as blender:
+        output = generate(blender.model, PROMPT.inputs())
+    assert blender.trace.blended
+    return output.sequences, blender.trace
+
+
+def test_a_second_use_reuses_what_the_first_one_stored():
+    first, cold = blended("memory://chunks")
+    second, warm = blended("memory://chunks")
+    assert [(trace.hits, trace.misses) for trace in (cold, warm)] == [(0, 3), (3, 0)]
+    assert torch.equal(first, second)
+
+
+def test_a_second_use_reuses_what_the_first_one_stored_in_s3(s3):
+    first, cold = blended("s3://bucket/chunks")
+    second, warm = blended("s3://bucket/chunks")
+    assert [(trace.hits, trace.misses) for trace in (cold, warm)] == [(0, 3), (3, 0)]
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("fault", ["flip", "truncate", "other key"])
+def test_generate_answers_as_with_an_intact_store(memory, fault):
+    intact, trace = blended("memory://chunks")
+    path = f"/chunks/{trace.chunks[1].key}.safetensors"
+    file = memory.cat_file(path)
+    memory.pipe_file(path, FAULTS[fault](file))
+    tokens, trace = blended("memory://chunks")
+    assert (trace.hits, trace.misses) == (2, 1)
+    assert torch.equal(tokens, intact)
+    assert same(parse(trace.chunks[1].key, memory.cat_file(path)), parse(trace.chunks[1].key, file))  # written again
+
+
+def test_generate_answers_when_the_remote_is_dead():
+    intact, _ = blended("memory://chunks")
+    FaultyFileSystem.line_is_up.clear()
+    started = time.monotonic()
+    tokens, trace = blended(hfblend.store.TieredStore([MemoryStore(), RemoteStore("faulty://chunks", timeout_s=0.2)]))
+    assert time.monotonic() - started < 10
+    assert (trace.hits, trace.misses, FaultyFileSystem.calls) == (0, 3, 1)
+    assert torch.equal(tokens, intact)
