@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -218,6 +219,61 @@ def bench(
     except (OSError, ImportError, RuntimeError, ValueError, UnsupportedModel) as error:
         console.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+@app.command()
+def precompute(
+    corpus: Annotated[
+        Path, typer.Option(help="JSON lines: strings, or objects with a text.", exists=True, dir_okay=False)
+    ],
+    store: Annotated[str, typer.Option(help="Folder or URL that keeps the chunk KV.")],
+    model: Model = None,
+    prefix: Annotated[str | None, typer.Option(help="What will stand before the first chunk.")] = None,
+    prefix_file: Annotated[
+        Path | None, typer.Option(help="The same, from a file.", exists=True, dir_okay=False)
+    ] = None,
+    field: Annotated[str, typer.Option(help="Of an object, the text.")] = "text",
+    chunk_prefix: Annotated[
+        str | None, typer.Option(help="What chunks are computed behind.", show_default="BlendConfig's")
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="As in BlendConfig.")] = "",
+    max_bytes: Annotated[str | None, typer.Option(help="Of the folder.", show_default="50GB")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Chunks in one forward.", min=1, show_default="1 on a CPU, else 8")
+    ] = None,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+) -> None:
+    """Compute and store the KV of a corpus' chunks. Stopped and started again, it goes on where it was."""
+    from . import demo_model
+    from . import precompute_cli as command
+    from .config import BlendConfig
+    from .filler import filler_ids
+
+    stderr = Console(stderr=True)
+    try:
+        chosen: dict[str, Any] = {} if chunk_prefix is None else {"chunk_prefix": chunk_prefix}
+        config = BlendConfig(namespace=namespace, **chosen)
+        options: dict[str, Any] = {"prefix": command.prefix_of(prefix, prefix_file), "batch_size": batch_size}
+        total = command.count_texts(corpus, field)
+        options["store"] = command.store_of(store, max_bytes)
+        loaded, options["tokenizer"] = demo_model.load(model, device, _dtype(dtype))
+        if chunk_prefix == "filler":
+            config = replace(config, filler_ids=filler_ids(options["tokenizer"]))
+        report = command.precompute_corpus(loaded, corpus, field, total, stderr, config=config, **options)
+    except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
+        stderr.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    except KeyboardInterrupt as error:
+        stderr.print("Stopped. What is stored stays; the same command goes on from there.")
+        raise typer.Exit(130) from error
+    if as_json:
+        console.print_json(command.as_json(report))
+    else:
+        console.print(str(report), highlight=False, soft_wrap=True)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 def _names(text: str) -> list[str]:

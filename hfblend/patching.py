@@ -30,6 +30,7 @@ from .fallbacks import Fallback, generate_option, plan
 from .filler import filler_ids, require_filler
 from .host import CACHE, CACHE_NAMES, cache_given
 from .models import forget, host_of
+from .precomputing import Precomputed, precompute
 from .prompt import ChunkSpans, Prompt
 from .separator import Separator
 from .store import Store, store_at
@@ -84,7 +85,8 @@ def patch(
         config: default `BlendConfig()`; `model.generate(..., blend_config=…)` overrides it for one call.
         tokenizer: needed to split plain `input_ids` at a separator given as text, and for `chunk_prefix="filler"`.
         store: where chunk KV is kept; a folder keeps it on disk too, for later and for other processes
-            (`hfblend.store.DiskStore`). Default, a `MemoryStore` of its own.
+            (`hfblend.store.DiskStore`), a URL such as `"s3://bucket/prefix"` for other machines too
+            (`hfblend.store.RemoteStore`). Default, a `MemoryStore` of its own.
         verify: after every k-th blended call, compares it with a full prefill of its prompt, and warns (logging, and
             `trace.verification`) above a bound: `hfblend.Verify(every=50, max_kl=0.1)`, or k alone.
 
@@ -191,6 +193,26 @@ class Blender:
         """
         options = {"store": self.store, "config": self.config, **options}
         return calibrate(self.model, prompts, max_kl=max_kl, **options)
+
+    # --- ahead of time --------------------------------------------------------------------------------------------
+
+    def precompute(
+        self, chunks: Iterable[str | Sequence[int]], *, prefix: str | Sequence[int] = (), **options: Any
+    ) -> Precomputed:
+        """Stores the KV of many chunks before the first prompt with them comes; what is there already is skipped.
+
+        >>> print(blender.precompute(texts, prefix=system))  # doctest: +SKIP
+
+        Args:
+            chunks: texts or token ids; a generator is never held whole.
+            prefix: text or ids of all that will stand before the first chunk: `prompt.prefix_ids`.
+            options: of `hfblend.precomputing.precompute`: `batch_size`, `progress`, `separator`, ….
+
+        Returns:
+            A `hfblend.precomputing.Precomputed`: how many chunks, tokens, bytes, seconds.
+        """
+        options = {"store": self.store, "config": self.config, "tokenizer": self.tokenizer, **options}
+        return precompute(self.model, chunks, prefix=prefix, **options)
 
     # --- in and out -----------------------------------------------------------------------------------------------
 

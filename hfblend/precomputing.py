@@ -1,0 +1,326 @@
+"""Chunk KV stored before the first question, under the keys that a prompt with these chunks will look up.
+
+Chunks are taken from an iterable a window at a time; what a window lacks in the store is sorted by length and prefilled
+in batches. Only ids of one window and KV of one batch are in memory, and each batch is stored before the next is
+computed, so that a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from .caches import full_length_cache, packed
+from .chunks import ChunkKV, ChunkLost, Reader, prefill, prefill_batch
+from .config import BlendConfig
+from .contexts import ChunkContext
+from .encoding import Encoder
+from .models import BlendableModel, host_of
+from .prompt import Prompt
+from .store import DiskStore, Store, TieredStore
+
+logger = logging.getLogger(__name__)
+
+Ids = list[int]
+
+_BATCH_ON_GPU = 8
+_BATCH_TOKENS = 16384  # of a batch, with padding and what chunks stand behind
+_BATCHES_IN_WINDOW = 16
+
+
+@dataclass
+class Precomputed:
+    """What `precompute` has done so far.
+
+    Attributes:
+        chunks: taken from the iterable; `computed + skipped + failed`, once all is done.
+        computed: prefilled and stored.
+        skipped: were in the store, or came before.
+        failed: prefilled, but the store did not keep them (the log says why).
+        tokens, num_bytes: of the computed ones.
+        seconds: since the beginning.
+    """
+
+    chunks: int = 0
+    computed: int = 0
+    skipped: int = 0
+    failed: int = 0
+    tokens: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        failed = f", {self.failed:,} not kept by the store" if self.failed else ""
+        return (
+            f"{self.chunks:,} chunks: {self.computed:,} computed and stored, {self.skipped:,} were there{failed}; "
+            f"{self.tokens:,} tokens, {self.num_bytes / 1e6:,.1f} MB in {self.seconds:,.1f} s "
+            f"({self.tokens_per_s:,.0f} tokens/s)"
+        )
+
+
+def precompute(
+    model: nn.Module,
+    chunks: Iterable[str | Sequence[int]],
+    *,
+    prefix: str | Sequence[int] = (),
+    store: Store,
+    config: BlendConfig | None = None,
+    tokenizer: Any = None,
+    separator: str | Sequence[int] | None = None,
+    add_special_tokens: bool = False,
+    batch_size: int | None = None,
+    progress: Callable[[Precomputed], None] | None = None,
+) -> Precomputed:
+    """Computes and stores the KV of many chunks, and of what they are computed behind. `blender.precompute` calls it.
+
+    >>> print(precompute(model, texts, prefix=system, store=store, tokenizer=tokenizer))  # doctest: +SKIP
+
+    What the store has is skipped: a run that was stopped is simply started again.
+
+    Args:
+        model: a causal LM in eval mode, patched or not.
+        chunks: texts, or token ids, of any number; a generator is never held whole. Texts are tokenised as
+            `Prompt.from_texts` does it.
+        prefix: text or ids of all that will stand before the first chunk: `prompt.prefix_ids`.
+        store, config: as the prompts will have them; `chunk_prefix`, `filler_ids` and `namespace` enter the keys.
+        tokenizer: needed for texts.
+        separator, add_special_tokens: of a prefix given as text, as in `Prompt.from_texts`.
+        batch_size: chunks in one forward, at most; default 1 on a CPU and 8 on a GPU. KV is the same up to rounding,
+            which the first batch is checked for; a model that fails it takes chunks one by one.
+        progress: called with the report so far after each batch.
+
+    Returns:
+        The report.
+
+    Raises:
+        UnsupportedModel: the model's cached KV cannot be moved.
+        TypeError, ValueError: chunks that are neither texts nor ids, an empty one, ids that the model does not have,
+            texts without a tokenizer. What came before the chunk is stored.
+    """
+    if isinstance(chunks, str):
+        raise TypeError("chunks must be several texts or lists of ids, got one text; write [text].")
+    host = host_of(model)
+    batch_size = (1 if host.device.type == "cpu" else _BATCH_ON_GPU) if batch_size is None else batch_size
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be 1 chunk or more, got {batch_size!r}.")
+    to_ids = _ToIds(host, tokenizer)
+    prefix_ids = to_ids.prefix(prefix, separator, add_special_tokens)
+    host.fingerprint.current(model)
+    run = _Run(host, store, BlendConfig() if config is None else config, prefix_ids, batch_size, progress)
+    return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
+
+
+def holds(store: Store, key: str) -> bool:
+    """Whether a store has an entry to last: of tiers, the last one. Nothing is read where the store can tell."""
+    if isinstance(store, TieredStore):
+        return holds(store.stores[-1], key)
+    # A folder's entry is opened, which reads its header: a file of another version is none.
+    if isinstance(store, Container) and not isinstance(store, DiskStore):
+        return key in store
+    return store.open(key) is not None
+
+
+class _ToIds:
+    """Chunks and prefix as token ids that the model has."""
+
+    def __init__(self, host: BlendableModel, tokenizer: Any) -> None:
+        self.vocab_size = getattr(host.config, "vocab_size", None)
+        self.tokenizer = tokenizer
+        self.encode = None if tokenizer is None else Encoder(tokenizer)
+
+    def __call__(self, number: int, chunk: str | Sequence[int]) -> Ids:
+        """A chunk's ids.
+
+        Raises:
+            TypeError, ValueError: none, or such as are no ids; `number` (0-based) is named.
+        """
+        name = f"Chunk {number}"
+        ids = self._checked(name, chunk) if not isinstance(chunk, str) else self._encoder().plain(chunk)
+        if not ids:
+            raise ValueError(f"{name} has no tokens; leave empty chunks out.")
+        return ids
+
+    def prefix(self, prefix: str | Sequence[int], separator: Any, add_special_tokens: bool) -> Ids:
+        """The ids before the first chunk of a prompt with this prefix."""
+        if not isinstance(prefix, str):
+            return self._checked("The prefix", prefix)
+        if not (prefix or separator or add_special_tokens):
+            return []
+        self._encoder()
+        return Prompt.from_texts(
+            self.tokenizer,
+            prefix=prefix,
+            chunks=["a"],
+            suffix="",
+            separator=separator,
+            add_special_tokens=add_special_tokens,
+        ).prefix_ids
+
+    def _encoder(self) -> Encoder:
+        if self.encode is None:
+            raise ValueError("Texts need a tokenizer: give one to patch(), or pass token ids.")
+        return self.encode
+
+    def _checked(self, name: str, ids: Any) -> Ids:
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a tensor or an array
+        if not isinstance(ids, Sequence) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise TypeError(f"{name} must be a text or a list of token ids, got {_short(ids)}.")
+        if ids and not 0 <= min(ids) <= max(ids) < (self.vocab_size or max(ids) + 1):
+            raise ValueError(
+                f"{name} has ids from {min(ids)} to {max(ids)}; the model's are 0 … {self.vocab_size} − 1."
+            )
+        return list(ids)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+class _Run:
+    """One run over chunks."""
+
+    def __init__(
+        self,
+        host: BlendableModel,
+        store: Store,
+        config: BlendConfig,
+        prefix_ids: Ids,
+        batch_size: int,
+        progress: Callable[[Precomputed], None] | None,
+    ) -> None:
+        self.host, self.store, self.progress = host, store, progress
+        self.context = ChunkContext(host, store, config, prefix_ids, self._prefill)
+        # Frequencies that depend on length would be those of the batch's longest chunk.
+        self.batch_size = 1 if host.length_dependent else batch_size
+        self.report, self.started = Precomputed(), time.perf_counter()
+        self._is_checked = False
+        self._first_stored: str | None = None
+
+    def over(self, chunks: Iterator[Ids]) -> Precomputed:
+        """Stores the prefix and every chunk."""
+        self._keep_prefix()
+        size = self.batch_size * _BATCHES_IN_WINDOW if self.batch_size > 1 else 1
+        while window := list(islice(chunks, size)):
+            missing = self._missing(window)
+            if not missing:
+                self._tell()
+            for batch in _batches(missing, self.batch_size, len(self.context.behind_ids)):
+                self._store(batch)
+                self._tell()
+        self._tell()
+        self._warn_if_pushed_out()
+        return self.report
+
+    def _keep_prefix(self) -> None:
+        ids = list(self.context.prefix_ids)
+        key = self.context.key(ids, ())
+        if ids and not holds(self.store, key):
+            self._prefill(key, ids, (), None)
+
+    def _missing(self, window: list[Ids]) -> dict[str, Ids]:
+        """By key, the chunks that the store has not; the others are counted."""
+        missing: dict[str, Ids] = {}
+        for ids in window:
+            key = self.context.key(ids, self.context.behind_ids)
+            self.report.chunks += 1
+            if key in missing or holds(self.store, key):
+                self.report.skipped += 1
+            else:
+                missing[key] = ids
+        return missing
+
+    def _store(self, batch: list[tuple[str, Ids]]) -> None:
+        chunk_kvs = self._compute([ids for _, ids in batch])
+        for (key, ids), chunk_kv in zip(batch, chunk_kvs):
+            self.store.put(key, chunk_kv)
+            if not holds(self.store, key):
+                self.report.failed += 1
+                continue
+            self._first_stored = self._first_stored or key
+            self.report.computed += 1
+            self.report.tokens += len(ids)
+            self.report.num_bytes += chunk_kv.num_bytes
+
+    def _compute(self, chunks: list[Ids]) -> list[ChunkKV]:
+        """Of one batch, shortest first."""
+        behind_ids, behind = self.context.behind_ids, self._to_continue()
+        if len(chunks) > 1 and self.batch_size > 1:
+            batched = prefill_batch(self.host, chunks, behind_ids, behind)
+            if self._is_checked or len(chunks[0]) == len(chunks[-1]):  # nothing is padded
+                return batched
+            if _are_close(batched[0], prefill(self.host, chunks[0], behind_ids, behind)):
+                self._is_checked = True
+                return batched
+            logger.warning("In a batch, this model's chunks come out otherwise than alone; they are taken one by one.")
+            self.batch_size = 1
+        return [prefill(self.host, ids, behind_ids, behind) for ids in chunks]
+
+    def _to_continue(self) -> Reader | None:
+        """KV of what chunks stand behind, on the model's device: read once for all chunks."""
+        if isinstance(self.context.kv, ChunkKV) and self.context.kv.layer(0)[0].device == self.host.device:
+            return self.context.kv
+        behind = self.context.to_continue()
+        try:
+            self.context.kv = None if behind is None else _on_device(behind, self.host.device)
+        except ChunkLost as error:
+            logger.warning("%s; it is prefilled again.", error)
+            self.context.lost |= {error.key}
+            self.context.kv = None
+            return self._to_continue()
+        return self.context.kv
+
+    def _prefill(self, key: str, ids: Ids, behind_ids: tuple[int, ...], continues: Reader | None) -> Reader:
+        chunk_kv = prefill(self.host, ids, behind_ids, continues)
+        self.store.put(key, chunk_kv)
+        return chunk_kv
+
+    def _tell(self) -> None:
+        self.report.seconds = time.perf_counter() - self.started
+        if self.progress is not None:
+            self.progress(self.report)
+
+    def _warn_if_pushed_out(self) -> None:
+        if self._first_stored is not None and not holds(self.store, self._first_stored):
+            logger.warning("The store is too small for these chunks: later ones pushed earlier ones out.")
+
+
+def _batches(chunks: dict[str, Ids], batch_size: int, num_behind: int) -> Iterator[list[tuple[str, Ids]]]:
+    """Chunks of similar length together, shortest first."""
+    batch: list[tuple[str, Ids]] = []
+    for key, ids in sorted(chunks.items(), key=lambda one: len(one[1])):
+        tokens = (len(batch) + 1) * (num_behind + len(ids))
+        if batch and (len(batch) == batch_size or tokens > _BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append((key, ids))
+    if batch:
+        yield batch
+
+
+def _on_device(entry: Reader, device: torch.device) -> ChunkKV:
+    if isinstance(entry, ChunkKV):
+        return entry.to(device)
+    layers = (packed(entry.layer(i), device) for i in range(entry.num_layers))
+    return ChunkKV(full_length_cache(layers), entry.cached_positions, entry.behind_ids, entry.provenance, entry.regime)
+
+
+def _are_close(one: ChunkKV, other: ChunkKV) -> bool:
+    """Whether keys and values differ by rounding only: relative L2 distance of each layer's."""
+    bound = 1e-3 if one.dtype in (torch.float32, torch.float64) else 0.05
+    return all(
+        float((a.float() - b.float()).norm()) <= bound * float(b.float().norm())
+        for i in range(one.num_layers)
+        for a, b in zip(one.layer(i), other.layer(i))
+    )
