@@ -15,7 +15,7 @@ from .models import BlendableModel
 from .prompt import ChunkSpans
 from .reuse import Piece, Reuse, joined
 from .separator import Span
-from .store import Store
+from .store import ReadsAhead, Store
 from .trace import BlendTrace, ChunkTrace, PhaseClock, Status
 
 
@@ -44,10 +44,12 @@ class LookUp:
         self._prefix_stop = self.spans[0][0] if self.spans else 0
         prefix_ids = self.ids[: self._prefix_stop]
         self._context = ChunkContext(self.host, self.store, self.config, prefix_ids, self._prefill, self.lost)
+        self._keys: dict[tuple[Span, bool], str] = {}
 
     def run(self) -> Reuse:
         """Finds, or makes, the KV of the prefix and of every chunk."""
         pieces: list[Piece] = []
+        self._read_ahead()
         if self._prefix_stop:
             prefix, self.trace.prefix = self._find_or_prefill((0, self._prefix_stop), (), lambda: None)
             pieces.append(prefix)
@@ -78,11 +80,24 @@ class LookUp:
         """The span's entry in the store: computed alone behind those ids, else (if accepted) in some context."""
         ids = self.ids[slice(*span)]
         for ids_before in (behind, None) if accepts_in_context else (behind,):
-            key = self._context.key(ids, ids_before)
+            key = self._key(span, ids_before)
             entry = self._context.open(key, len(ids))
             if entry is not None:
                 return self._piece(span, entry, key, "hit")
         return None, ChunkTrace(span, key, "fresh")
+
+    def _read_ahead(self) -> None:
+        """Tells a store whose entries take long to come what will be asked for."""
+        if isinstance(self.store, ReadsAhead):
+            prefix = [self._key((0, self._prefix_stop), ())] if self._prefix_stop else []
+            self.store.read_ahead(prefix + [self._key(span, self._context.behind_ids) for span in self.spans])
+
+    def _key(self, span: Span, behind: tuple[int, ...] | None) -> str:
+        """The key of a span's ids behind those, or in some context. A span has one of each."""
+        place = (span, behind is None)
+        if place not in self._keys:
+            self._keys[place] = self._context.key(self.ids[slice(*span)], behind)
+        return self._keys[place]
 
     def _prefill(self, key: str, ids: list[int], behind: tuple[int, ...], continues: Reader | None) -> Reader:
         """Prefills ids alone and stores them; from then on they are treated exactly like a hit."""

@@ -14,8 +14,9 @@ import torch
 from helpers import config, entry, generate, make_llama, make_prompt, same
 
 import hfblend
-from hfblend.store import MemoryStore, RemoteStore, store_at
+from hfblend.store import MemoryStore, RemoteStore, TieredStore, store_at
 from hfblend.store.format import FORMAT, dump, parse
+from hfblend.store.remote import READS_AHEAD
 
 fsspec = pytest.importorskip("fsspec")
 from fsspec.implementations.local import LocalFileSystem  # noqa: E402
@@ -113,6 +114,53 @@ def test_what_is_there_is_known_without_reading_it(caplog, monkeypatch):
     monkeypatch.setattr(FaultyFileSystem, "info", fail)
     assert KEY not in store
     assert "no route" in caplog.text
+
+
+def test_what_is_done_is_counted():
+    store = a_faulty_store(max_failures=9)
+    assert store.open(OTHER) is None
+    FaultyFileSystem.fault = OSError("no route")
+    assert store.open(KEY) is None
+    found = store.counts.to_dict()
+    assert (found["hits"], found["misses"], found["stored"], found["failed"]) == (1, 2, 1, 1)
+    assert found["bytes_read"] == found["bytes_written"] == len(dump(KEY, entry()))
+
+
+def test_entries_that_are_told_are_read_at_once_and_once():
+    store, keys = a_faulty_store(), [f"{i:064x}" for i in range(12)]
+    for i, key in enumerate(keys):
+        store.put(key, entry(seed=i))
+    FaultyFileSystem.calls = 0
+    FaultyFileSystem.line_is_up.clear()
+    tiers = TieredStore([MemoryStore(), store])
+    tiers.stores[0].put(keys[0], entry(seed=0))
+    tiers.read_ahead(keys)
+    deadline = time.monotonic() + 5
+    while FaultyFileSystem.calls < READS_AHEAD and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert FaultyFileSystem.calls == READS_AHEAD  # and no more of them for now
+    FaultyFileSystem.line_is_up.set()
+    for i, key in enumerate(keys):
+        assert same(tiers.open(key), entry(seed=i))
+    assert FaultyFileSystem.calls == len(keys) - 1  # the first lay in memory
+
+
+def test_what_was_begun_for_another_prompt_is_dropped():
+    store = a_faulty_store()
+    store.read_ahead([KEY, OTHER])
+    store.read_ahead([OTHER])
+    assert set(store._ahead) == {OTHER}
+    assert store.open(OTHER) is None
+    assert same(store.open(KEY), entry())
+
+
+def test_a_dead_line_found_in_reading_ahead_costs_one_timeout(caplog):
+    store = a_faulty_store(timeout_s=0.2)
+    FaultyFileSystem.line_is_up.clear()
+    store.read_ahead([KEY, OTHER])
+    assert store.open(KEY) is None
+    assert store.open(OTHER) is None
+    assert caplog.text.count("no answer within") == 1
 
 
 def test_an_entry_is_replaced():
@@ -431,5 +479,6 @@ def test_generate_answers_when_the_remote_is_dead():
     started = time.monotonic()
     tokens, trace = blended(hfblend.store.TieredStore([MemoryStore(), RemoteStore("faulty://chunks", timeout_s=0.2)]))
     assert time.monotonic() - started < 10
-    assert (trace.hits, trace.misses, FaultyFileSystem.calls) == (0, 3, 1)
+    assert (trace.hits, trace.misses) == (0, 3)
+    assert FaultyFileSystem.calls == 4  # prefix and chunks, asked for at once
     assert torch.equal(tokens, intact)

@@ -1,11 +1,21 @@
 """Where chunk KV is kept, and under which key."""
 
 from ..chunks import Reader
-from .base import Store
+from .base import ReadsAhead, Store
 from .disk import DiskStore
 from .keys import chunk_key
 from .memory import MemoryStore
 from .remote import RemoteStore
 from .tiers import TieredStore, store_at
 
-__all__ = ["DiskStore", "MemoryStore", "Reader", "RemoteStore", "Store", "TieredStore", "chunk_key", "store_at"]
+__all__ = [
+    "DiskStore",
+    "MemoryStore",
+    "Reader",
+    "ReadsAhead",
+    "RemoteStore",
+    "Store",
+    "TieredStore",
+    "chunk_key",
+    "store_at",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from ..chunks import ChunkKV, Reader
 
@@ -16,4 +17,13 @@ class Store(Protocol):
 
     def open(self, key: str) -> Reader | None:
         """The entry, which stays readable even if it is evicted meanwhile; `None` if there is none."""
+        ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A store that can begin to read before it is asked, because an entry takes long to come."""
+
+    def read_ahead(self, keys: Sequence[str]) -> None:
+        """These entries will be opened soon, in that order."""
         ...

@@ -10,17 +10,23 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from ..chunks import ChunkKV
 from ..optional import require
+from .counts import StoreCounts
 from .format import CorruptEntry, OtherVersion, dump, parse
 from .keys import file_name_of
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+READS_AHEAD = 8  # entries at once
 
 # Their puts are atomic and need no folders; elsewhere a file is written under a temporary name and moved.
 _PUTS_ARE_ATOMIC = {"abfs", "adl", "az", "gcs", "gs", "memory", "oci", "oss", "s3", "s3a", "tos"}
@@ -32,11 +38,11 @@ class RemoteStore:
 
     >>> store = RemoteStore("s3://bucket/chunks", timeout_s=5)  # doctest: +SKIP
 
-    An object is read whole and every byte is checked before any of it is used; a damaged one is logged, removed and
-    prefilled again. Errors of the remote are logged, never raised, and cost reuse only. One answer that does not come
-    within `timeout_s`, or `max_failures` errors in a row when reading or when writing, and the store asks for nothing
-    for `pause_s`: a dead remote costs one timeout, not one a chunk. There is no budget and nothing is evicted: let the
-    remote's own rules do that.
+    Several chunks of a prompt are read at once. An object is read whole and every byte is checked before any of it is
+    used; a damaged one is logged, removed and prefilled again. Errors of the remote are logged, never raised, and cost
+    reuse only. One answer that does not come within `timeout_s`, or `max_failures` errors in a row when reading or when
+    writing, and the store asks for nothing for `pause_s`: a dead remote costs one timeout, not one a chunk. There is no
+    budget and nothing is evicted: let the remote's own rules do that.
 
     Object stores put atomically. Elsewhere (`file://`, `sftp://`, …) a file is written under a temporary name and
     moved: as atomic as the filesystem's move, and not synced; a process that is killed leaves its temporary file. A
@@ -80,6 +86,10 @@ class RemoteStore:
         self._puts_are_atomic = not _PUTS_ARE_ATOMIC.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
         self._reading, self._writing = _Breaker(max_failures, pause_s), _Breaker(max_failures, pause_s)
         is_async = getattr(self._filesystem, "async_impl", False)
+        self.counts = StoreCounts()
+        self._ahead: dict[str, Future[bytes | None]] = {}  # begun, and not yet asked for
+        self._to_begin: deque[str] = deque()
+        self._ahead_lock = threading.Lock()
         self._give_up: dict[str, Any] = {"timeout": timeout_s} if is_async else {}
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
@@ -88,23 +98,45 @@ class RemoteStore:
         if self._writing.is_open:
             return
         file = dump(key, chunk_kv)
-        self._ask(self._writing, "written to", lambda: self._write(path, file))
+        if self._ask(self._writing, "written to", lambda: self._write(path, file)):
+            self.counts.add(stored=1, bytes_written=len(file))
 
     def open(self, key: str) -> ChunkKV | None:
         """The entry, in RAM and checked; `None` if there is none that can be trusted, or none in time."""
         path = self._path(key)
-        file = self._ask(self._reading, "read from", lambda: self._read(path))
+        with self._ahead_lock:
+            begun = self._ahead.pop(key, None)
+        file = self._ask(self._reading, "read from", lambda: self._read(path), begun)
+        self._begin_next()
         if file is None:
+            self.counts.add(misses=1)
             return None
         try:
-            return parse(key, file)
+            chunk_kv = parse(key, file)
+            self.counts.add(hits=1, bytes_read=len(file))
+            return chunk_kv
         except OtherVersion as error:
             logger.info("%s of %s is not read: %s", file_name_of(key), self.url, error)
         except CorruptEntry as error:
             name = file_name_of(key)
             logger.warning("%s of %s is damaged, removed and prefilled again: %s", name, self.url, error)
             self._ask(self._writing, "removed from", lambda: self._remove(path))
+            self.counts.add(damaged=1)
+        self.counts.add(misses=1)
         return None
+
+    def read_ahead(self, keys: Sequence[str]) -> None:
+        """Begins to read these entries, some at once; what was begun for others and not taken is dropped."""
+        with self._ahead_lock:
+            self._ahead = {key: future for key, future in self._ahead.items() if key in keys}
+            self._to_begin = deque(key for key in keys if key not in self._ahead)
+        self._begin_next()
+
+    def _begin_next(self) -> None:
+        with self._ahead_lock:
+            while self._to_begin and len(self._ahead) < READS_AHEAD and not self._reading.is_open:
+                key = self._to_begin.popleft()
+                self._ahead[key] = _begun(partial(self._read, self._path(key)))
 
     def __contains__(self, key: str) -> bool:
         """Whether there is an object of that key; whether it can be trusted is seen when it is read."""
@@ -126,10 +158,11 @@ class RemoteStore:
             return self._filesystem.info(path, **self._give_up)["type"] == "file"
         return False
 
-    def _write(self, path: str, file: bytes) -> None:
+    def _write(self, path: str, file: bytes) -> bool:
+        """Whether it was written, and it is: anything else raises."""
         if self._puts_are_atomic:
             self._filesystem.pipe_file(path, file, **self._give_up)
-            return
+            return True
         self._filesystem.makedirs(self._root, exist_ok=True)
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
@@ -139,18 +172,20 @@ class RemoteStore:
             with contextlib.suppress(Exception):
                 self._filesystem.rm_file(temporary)
             raise
+        return True
 
     def _remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm_file(path, **self._give_up)
 
-    def _ask(self, breaker: _Breaker, what: str, request: Callable[[], T]) -> T | None:
-        """The answer to a request; `None`, and a line in the log, if there is none."""
+    def _ask(self, breaker: _Breaker, what: str, request: Callable[[], T], begun: Future[T] | None = None) -> T | None:
+        """The answer to a request, perhaps one that has begun; `None`, and a line in the log, if there is none."""
         if breaker.is_open:
             return None
         try:
-            answer = _within(self.timeout_s, request)
+            answer = (begun or _begun(request)).result(self.timeout_s)
         except (Exception, asyncio.CancelledError) as error:  # every filesystem has its own
+            self.counts.add(failed=1)
             late = isinstance(error, _LATE)
             reason = f"no answer within {self.timeout_s:g} s" if late else f"{type(error).__name__}: {error}"
             logger.warning("A chunk's KV could not be %s %s: %s", what, self.url, reason)
@@ -210,13 +245,9 @@ def _filesystem_at(url: str, name: str, storage_options: dict[str, Any]) -> tupl
         ) from error
 
 
-def _within(timeout_s: float, request: Callable[[], T]) -> T:
-    """What a request returns or raises, from a thread that no one waits for any longer than that.
-
-    Raises:
-        concurrent.futures.TimeoutError: it takes longer.
-    """
-    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+def _begun(request: Callable[[], T]) -> Future[T]:
+    """What a request returns or raises, from a thread that no one has to wait for."""
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
@@ -226,4 +257,4 @@ def _within(timeout_s: float, request: Callable[[], T]) -> T:
 
     # Not a ThreadPoolExecutor: its threads are joined when the process ends, a request that hangs included.
     threading.Thread(target=run, name="hfblend-remote", daemon=True).start()
-    return future.result(timeout_s)
+    return future

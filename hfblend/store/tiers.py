@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 
 from ..chunks import ChunkKV, Reader
-from .base import Store
+from .base import ReadsAhead, Store
 from .disk import DiskStore
 from .loader import LayerwiseChunk
 from .memory import MemoryStore
@@ -47,6 +47,14 @@ class TieredStore:
                     self._promote(key, i, entry)
                 return entry
         return None
+
+    def read_ahead(self, keys: Sequence[str]) -> None:
+        """Lets every store that can begin to read what those before it have not."""
+        for store in self.stores if any(isinstance(store, ReadsAhead) for store in self.stores) else ():
+            if isinstance(store, ReadsAhead):
+                store.read_ahead(keys)
+            if isinstance(store, Container):
+                keys = [key for key in keys if key not in store]
 
     def _promote(self, key: str, found_in: int, chunk_kv: ChunkKV) -> None:
         """Keeps an entry in the stores before the one that had it."""
