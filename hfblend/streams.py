@@ -36,8 +36,11 @@ class Beside:
         with torch.cuda.stream(stream):
             try:
                 yield
-            finally:
+            except BaseException:
                 self._done.record(stream)
+                caller.wait_event(self._done)  # nothing may take the memory of work that still runs
+                raise
+            self._done.record(stream)
 
     def join(self, tensors: Iterable[torch.Tensor] = ()) -> None:
         """The current stream waits for that work, and may use these tensors, made there, for as long as it likes."""
