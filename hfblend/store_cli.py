@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -104,34 +105,28 @@ def prune(path: Folder, max_bytes: Annotated[str, typer.Option(help='Keep at mos
 @app.command()
 def rm(path: Folder, keys: Keys) -> None:
     """Remove entries."""
-    from .store import DiskStore
-
-    store = DiskStore(path)
-    for key in _keys_of(store, keys):
-        store.remove(key)
-        console.print(f"Removed {key}", highlight=False)
+    _do_to_each("Removed", path, keys, lambda store, key: store.remove(key))
 
 
 @app.command()
 def pin(path: Folder, keys: Keys) -> None:
     """Keep entries when others must go."""
-    from .store import DiskStore
-
-    store = DiskStore(path)
-    for key in _keys_of(store, keys):
-        store.pin(key)
-        console.print(f"Pinned {key}", highlight=False)
+    _do_to_each("Pinned", path, keys, lambda store, key: store.pin(key))
 
 
 @app.command()
 def unpin(path: Folder, keys: Keys) -> None:
     """Let pinned entries go again."""
+    _do_to_each("Unpinned", path, keys, lambda store, key: store.unpin(key))
+
+
+def _do_to_each(done: str, path: Path, beginnings: list[str], act: Callable[[DiskStore, str], None]) -> None:
     from .store import DiskStore
 
     store = DiskStore(path)
-    for key in _keys_of(store, keys):
-        store.unpin(key)
-        console.print(f"Unpinned {key}", highlight=False)
+    for key in _keys_of(store, beginnings):
+        act(store, key)
+        console.print(f"{done} {key}", highlight=False)
 
 
 def _keys_of(store: DiskStore, beginnings: list[str]) -> list[str]:
