@@ -19,6 +19,7 @@ import hfblend
 from hfblend.attention import QueryRows, attend, reference_attention
 from hfblend.graphs import graphs_of
 from hfblend.models import host_of
+from hfblend.store import DiskStore
 
 pytestmark = pytest.mark.gpu
 
@@ -175,6 +176,19 @@ def test_graphs_are_recorded_again_after_remove():
             graphs = graphs_of(host_of(model))
             assert graphs._works
             assert graphs._graphs
+
+
+@pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation"])
+def test_chunks_on_disk_give_what_chunks_on_the_gpu_give(selection, tmp_path):
+    model = on_gpu("llama-gqa", torch.bfloat16)
+    runs = []
+    for store in (hfblend.MemoryStore(), DiskStore(tmp_path)):
+        for _ in range(2):
+            runs.append(blended(model, PROMPT, store, ratio=0.15, selection=selection, cuda_graphs=False))
+    (_, (on_device, one), _, (on_disk, other)) = runs
+    assert other.trace.hits == 3
+    assert torch.equal(one.trace.selected_idx, other.trace.selected_idx)
+    assert torch.equal(on_device, on_disk)
 
 
 @pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation"])
