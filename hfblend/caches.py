@@ -10,6 +10,7 @@ Shapes: B batch, Hkv KV heads, T all tokens, S selected rows, D head_dim, L laye
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,7 +36,13 @@ class RowLayout:
     def of(cls, kv: KV) -> RowLayout:
         """The layout of keys and values (B, Hkv, n, D)."""
         keys, values = kv
-        return cls(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3])
+        return cls.shared(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3])
+
+    @classmethod
+    @functools.lru_cache(maxsize=1024)
+    def shared(cls, *numbers: int) -> RowLayout:
+        """The layout of these four numbers: one object for all, so that comparing many costs nothing."""
+        return cls(*numbers)
 
     @property
     def value_offset(self) -> int:
@@ -163,7 +170,7 @@ class _SpareRows:
 
     def __init__(self, kv: KV) -> None:
         keys, values = kv
-        self.kv, self.batch_size, self.capacity = kv, keys.shape[0], keys.shape[2]
+        self.batch_size, self.capacity = keys.shape[0], keys.shape[2]
         self._views = [(t, t.shape[1], t.shape[3], t.stride(), t.storage_offset()) for t in kv]
         self._needs_inference_mode = keys.is_inference()  # made under inference_mode, where alone it may be written
         layout = RowLayout.of(kv)

@@ -45,10 +45,13 @@ class ChunkContext:
 
     def __post_init__(self) -> None:
         self.behind_ids = self._behind_ids()
+        # Asked for every chunk of a prompt, which waits for it.
+        self._dtype, self._layouts = self.host.dtype, tuple(self.host.layouts.values())
+        self._token_bytes = sum(layout.width for layout in self._layouts) * self._dtype.itemsize
 
     def key(self, ids: Sequence[int], behind_ids: Sequence[int] | None) -> str:
         """The key of ids that are computed behind others; `None`: in some context."""
-        return chunk_key(self.host.fingerprint.digest, self.host.dtype, ids, behind_ids, self.config.namespace)
+        return chunk_key(self.host.fingerprint.digest, self._dtype, ids, behind_ids, self.config.namespace)
 
     def open(self, key: str, num_tokens: int) -> Reader | None:
         """The entry; `None` if there is none that can be this model's KV of so many tokens."""
@@ -86,12 +89,12 @@ class ChunkContext:
 
     def _fits(self, entry: Reader, num_tokens: int, key: str) -> bool:
         """Whether an entry can be this model's KV of that many tokens; if not, it is logged and treated as a miss."""
-        got = (entry.num_layers, len(entry.cached_positions), entry.dtype, entry.layouts)
-        expected = (self.host.num_layers, num_tokens, self.host.dtype, tuple(self.host.layouts.values()))
+        got = (entry.num_layers, len(entry.cached_positions), entry.num_bytes, entry.dtype, entry.layouts)
+        expected = (self.host.num_layers, num_tokens, num_tokens * self._token_bytes, self._dtype, self._layouts)
         if got != expected:
             logger.warning(
-                "The store's entry %s… is not this model's: (layers, tokens, dtype, layouts) are %s, expected %s. The "
-                "chunk is computed again.",
+                "The store's entry %s… is not this model's: (layers, tokens, bytes, dtype, layouts) are %s, expected "
+                "%s. The chunk is computed again.",
                 key[:12],
                 got,
                 expected,

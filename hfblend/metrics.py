@@ -28,8 +28,8 @@ def export_to_prometheus(store: Store, name: str = "chunks", registry: Any = Non
     >>> export_to_prometheus(blender.store)  # doctest: +SKIP
     >>> prometheus_client.start_http_server(8000)  # doctest: +SKIP
 
-    Counters are `hfblend_store_<name>_total` with the labels `store` (`name`), `tier` (0 is asked first) and `kind`
-    (the class); `hfblend_store_bytes` is what a tier that knows it holds now.
+    Counters are `hfblend_store_<counter>_total` (those of `StoreCounts`) with the labels `store` (`name`), `tier` (0 is
+    asked first) and `kind` (the class); `hfblend_store_bytes` is what a tier that knows it holds now.
 
     Args:
         registry: of prometheus_client; default, its own.

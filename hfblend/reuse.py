@@ -119,11 +119,12 @@ class ReusedKV:
         return {i: self.layer(i) for i in layers}
 
     def prefetch(self, layer_idx: int) -> None:
-        """Starts copying what lies in RAM, this layer and the next few, while the GPU is busy."""
-        for piece in self.reuse.exact + self.reuse.moved:
-            piece.entry.prefetch(layer_idx)
+        """Starts reading what lies on disk, and copying what lies in RAM beside a GPU: this layer and the next few."""
         if self._gpu is not None:
             self._gpu.copy_ahead(layer_idx)
+            return
+        for piece in self.reuse.exact + self.reuse.moved:
+            piece.entry.prefetch(layer_idx)
 
     def _like(self, layer_idx: int) -> KV:
         return (self.reuse.moved + self.reuse.exact)[0].entry.layer(layer_idx)
@@ -132,8 +133,7 @@ class ReusedKV:
         if self._gpu is not None and self._gpu.has(layer_idx):
             return self._gpu.load([layer_idx])[layer_idx]
         buffers = empty_kv(like, self.length + ROOM)
-        for piece in self.reuse.exact + self.reuse.moved:
-            piece.entry.prefetch(layer_idx)
+        self.prefetch(layer_idx)
         for piece in self.reuse.exact:
             for place, states in zip(_places(buffers, piece.span), piece.entry.layer(layer_idx)):
                 place.copy_(states)

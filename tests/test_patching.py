@@ -191,13 +191,14 @@ def test_a_config_of_another_type_is_refused():
         hfblend.patch(model, config={})
 
 
-def test_an_entry_that_is_not_this_models_is_computed_again(caplog):
+@pytest.mark.parametrize("change", [lambda t: t.to(torch.float16), lambda t: t.repeat(2, 1, 1, 1)])
+def test_an_entry_that_is_not_this_models_is_computed_again(caplog, change):
     model = make_llama()
     with hfblend.patch(model, config=config(0.2)) as blender:
         right = generate(model, PROMPT.inputs())
         for key in list(blender.store._entries)[1:3]:
             entry = blender.store.open(key)
-            kv = [tuple(t.to(torch.float16) for t in entry.layer(i)) for i in range(4)]
+            kv = [tuple(map(change, entry.layer(i))) for i in range(4)]
             cache = hfblend.caches.full_length_cache(kv)
             blender.store.put(key, hfblend.ChunkKV(cache, entry.cached_positions, entry.behind_ids))
         with caplog.at_level(logging.WARNING, "hfblend"):

@@ -112,11 +112,13 @@ class DiskStore:
 
         chunk = None
         try:
-            stream = FileIO(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)))
-            start = stream.read(8)
-            start += stream.read(header_bytes(start) - 8)
-            contents = contents_of(key, start, os.fstat(stream.fileno()).st_size)
-            chunk = LayerwiseChunk(stream, contents, self.counts, give_up)
+            with contextlib.ExitStack() as opened:
+                stream = opened.enter_context(FileIO(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))))
+                start = stream.read(8)
+                start += stream.read(header_bytes(start) - 8)
+                contents = contents_of(key, start, os.fstat(stream.fileno()).st_size)
+                chunk = LayerwiseChunk(stream, contents, self.counts, give_up)
+                opened.pop_all()  # from here on the chunk closes it
         except FileNotFoundError:
             pass
         except OSError as error:

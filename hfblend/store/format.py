@@ -118,7 +118,7 @@ def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
         checksums, data = json.loads(metadata["checksums"]), _header_stop(start)
         header = {name: one for name, one in json.loads(start[8:data]).items() if name != "__metadata__"}
         places = {name: _place(one, data, checksums[name]) for name, one in header.items()}
-        layouts = tuple(RowLayout(*numbers) for numbers in json.loads(metadata["layouts"]))
+        layouts = tuple(RowLayout.shared(*numbers) for numbers in json.loads(metadata["layouts"]))
         contents = Contents(key, metadata["provenance"], int(metadata["regime"]), layouts, places)
         _require_whole(contents, data, num_bytes)
     except CorruptEntry:
