@@ -181,8 +181,11 @@ def bench(
     prefix: Annotated[int, typer.Option(help="Tokens of the prefix.", min=0)] = 32,
     suffix: Annotated[int, typer.Option(help="Tokens of the suffix.", min=1)] = 32,
     chunks_in: Annotated[
-        str | None, typer.Option(help="Where chunk KV is kept: gpu, ram or both.", show_default="gpu if any")
-    ] = None,
+        str,
+        typer.Option(
+            help="Where chunk KV is kept, separated by commas: gpu, ram, disk, disk_whole.", show_default="gpu if any"
+        ),
+    ] = "",
     decode: Annotated[int, typer.Option(help="Tokens to decode, for their speed; 0 measures none.", min=0)] = 64,
     throughput: Annotated[
         int, typer.Option(help="Prompts of a stream that shares chunks; 0 measures none.", min=0)
@@ -209,7 +212,7 @@ def bench(
             methods=tuple(_names(methods)),
             repeats=repeats,
             layout=Layout(prefix, chunk, suffix),
-            chunks_in=chunks_in,
+            chunks_in=tuple(_names(chunks_in)),
             decoded_tokens=decode,
             throughput_prompts=throughput,
             seed=seed,

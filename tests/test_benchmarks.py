@@ -148,8 +148,9 @@ def test_the_twin_shares_every_weight_and_is_never_patched():
 def test_a_call_that_is_not_blended_is_no_measurement():
     case = Case(METHODS["full_reuse"], 0.0, "ram")
     prompt = hfblend.Prompt.from_ids([1, 2], [], [3, 4])
-    with Pair(make_llama()) as both, pytest.raises(RuntimeError, match="full_reuse was not blended"):
-        both.run(case, prompt, empty_stores(("ram",)))
+    refused = pytest.raises(RuntimeError, match="full_reuse was not blended")
+    with Pair(make_llama()) as both, empty_stores(("ram",)) as stores, refused:
+        both.run(case, prompt, stores)
 
 
 def test_arrivals_count_from_the_first_new_token(monkeypatch):
@@ -179,7 +180,7 @@ def names_of(cases):
 
 
 def test_cases_begin_with_full_prefill_and_take_ratio_0_for_full_reuse():
-    settings = Settings(ratios=(0, 0.1, 0.3), methods=("chunk_start", "prefix_reuse"), chunks_in="both")
+    settings = Settings(ratios=(0, 0.1, 0.3), methods=("chunk_start", "prefix_reuse"), chunks_in=("gpu", "ram"))
     assert names_of(settings.cases()) == [
         ("full_prefill", 1.0, None), ("prefix_reuse", 1.0, None),
         ("full_reuse", 0.0, "gpu"), ("full_reuse", 0.0, "ram"),
@@ -190,9 +191,9 @@ def test_cases_begin_with_full_prefill_and_take_ratio_0_for_full_reuse():
 
 def test_the_device_settles_lengths_and_place():
     assert Settings().on(torch.device("cuda")).lengths == GPU_LENGTHS
-    assert Settings().on(torch.device("cpu")).places == ("ram",)
-    with pytest.raises(ValueError, match='"both" need a model on a GPU'):
-        Settings(chunks_in="both").on(torch.device("cpu"))
+    assert Settings().on(torch.device("cpu")).chunks_in == ("ram",)
+    with pytest.raises(ValueError, match='"gpu" need a model on a GPU'):
+        Settings(chunks_in=("gpu", "ram")).on(torch.device("cpu"))
 
 
 def turn(ms, gib=None, reused=None):
@@ -208,12 +209,12 @@ def test_rows_take_speed_ups_per_turn():
         Case(reuse, 0.0, "ram"): [turn(100, 2.0, 400), turn(150, 2.0, 400), turn(100, 2.0, 400)],
         Case(METHODS["last"], 0.5, "gpu"): [],
     }
-    rows = ttft.rows_of(turns, PromptMaker(90, LAYOUT).prompt(200), None, 2, PEAKS)
+    rows = ttft.rows_of(turns, PromptMaker(90, LAYOUT).prompt(200), None, 2, PEAKS, [{"place": "ram", "load_ms": 40.0}])
     assert [row["speed_up"] for row in rows] == [1.0, 3.0, 2.0, None]
     assert rows[1]["speed_up_range"] == [2.0, 4.0]
     assert rows[1]["peak_gib"] == 2.0
-    assert [row["ram_over_gpu"] for row in rows] == [None, None, 2.0, None]
-    assert [row["load_ms"] for row in rows] == [None, None, pytest.approx(400 / 1e10 * 1000), None]
+    assert [row["over_first_place"] for row in rows] == [None, None, 2.0, None]
+    assert [row["load_ms"] for row in rows] == [None, None, 40.0, None]
     assert [row["failed"] for row in rows] == [None, None, None, "out of memory"]
     assert rows[0]["flops"] is None
 
@@ -223,11 +224,10 @@ def test_methods_are_counted_where_they_are_hfblends_own(name):
     """The count is below what full prefill does, and the pairs that the trace counts are at least as many."""
     model = random_model("tiny", "cpu")
     shape, prompt = Shape.of(model), PromptMaker(500, LAYOUT).prompt(400)
-    settings = Settings(ratios=(0.1,), methods=(name,), chunks_in="ram")
-    with Pair(model) as both:
-        stores = empty_stores(("ram",))
+    settings = Settings(ratios=(0.1,), methods=(name,), chunks_in=("ram",))
+    with Pair(model) as both, empty_stores(("ram",)) as stores:
         turns = ttft.take_turns(both, prompt, stores, settings.cases(), 1, lambda what: None)
-    full, row = ttft.rows_of(turns, prompt, shape, 4, PEAKS)
+    full, row = ttft.rows_of(turns, prompt, shape, 4, PEAKS, [])
     assert full["speed_up_limit"] == 1.0
     if name == "lmcache_v1":
         assert row["flops"] is None
@@ -267,6 +267,24 @@ def test_a_picture_of_nothing_measured_is_drawn(tmp_path, results):
     assert (tmp_path / "empty.png").stat().st_size > 0
 
 
+def test_chunks_on_disk_are_measured_layer_by_layer_and_all_first_beside_those_in_ram():
+    """Both read what the store wrote; loading alone is timed in every place, plain reads where there are files."""
+    settings = Settings(
+        lengths=(200,), ratios=(0.1,), methods=("suffix_attention", "kv_deviation_in_context"), repeats=1,
+        layout=LAYOUT, decoded_tokens=0, chunks_in=("ram", "disk", "disk_whole"),
+    )  # fmt: skip
+    results = run(random_model("tiny", "cpu"), "tiny", settings)
+    blended = [row for row in results["rows"] if row["method"] == "suffix_attention"]
+    assert [row["chunks_in"] for row in blended] == ["ram", "disk", "disk_whole"]
+    assert [row["over_first_place"] is None for row in blended] == [True, False, False]
+    assert all("prefill_chunks" not in row["phase_ms"] and row["load_ms"] > 0 for row in blended)
+    in_ram, on_disk, whole = results["loading"]
+    assert in_ram["bytes"] == on_disk["bytes"] == blended[0]["bytes_reused"]
+    assert "read_ms" not in in_ram
+    assert min(on_disk["read_ms"], on_disk["plain_read_ms"], whole["load_ms"]) > 0
+    assert "MB of 216 tokens from disk: to the device, realigned" in markdown(results)
+
+
 # --- files and the command ------------------------------------------------------------------------------------------
 
 SETTINGS = Settings(
@@ -274,7 +292,7 @@ SETTINGS = Settings(
 )
 ROW_KEYS = {
     "tokens", "method", "ratio", "chunks_in", "failed", "turns", "ttft_ms", "ttft_ms_range", "speed_up",
-    "speed_up_range", "peak_gib", "pairs_share", "phase_ms", "bytes_reused", "load_ms", "ram_over_gpu", "flops",
+    "speed_up_range", "peak_gib", "pairs_share", "phase_ms", "bytes_reused", "load_ms", "over_first_place", "flops",
     "speed_up_limit", "roofline_ms", "share_of_limit",
 }  # fmt: skip
 
@@ -318,17 +336,17 @@ def test_markdown_names_the_machine_and_leaves_empty_columns_out(results):
     text = markdown(results)
     assert all(results[name] in text for name in ("machine", "model", "dtype", "attention", "transformers"))
     assert "| tokens | method | ratio |" in text
-    assert not {"peak, GiB", "RAM ÷ GPU"} & set(text.split(" | "))
+    assert not {"peak, GiB", "÷ first place"} & set(text.split(" | "))
     assert text.count("| 616 | kv_deviation | 0.1 |") == 1
     assert "Decoding 3 tokens behind 616: stock" in text
     assert "Throughput, 2 prompts of 616 tokens, 6 chunks each of a pool of 12" in text
 
 
 @pytest.mark.parametrize("lengths", [(316,), (316, 616)])
-@pytest.mark.parametrize("places", ["ram", "both"])
+@pytest.mark.parametrize("places", [1, 2])
 def test_picture(tmp_path, results, lengths, places):
     rows = [row for row in results["rows"] if row["tokens"] in lengths]
-    if places == "both":
+    if places == 2:
         rows += [{**row, "chunks_in": "gpu"} for row in rows if row["chunks_in"]]
     report.plot({**results, "rows": rows}, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -365,7 +383,7 @@ def test_the_command_writes_its_files(tmp_path):
         (("--shape", "tiny", "--ratios", "much"), "'much'"),
         (("--shape", "tiny", "--tokens", "0"), "A length must be 1 or more, got 0"),
         (("--shape", "tiny", "--tokens", "many"), "'many'"),
-        (("--shape", "tiny", "--chunks-in", "attic"), "got 'attic'"),
+        (("--shape", "tiny", "--chunks-in", "attic"), "got attic"),
         (("--shape", "tiny", "--chunks-in", "gpu", "--device", "cpu"), "need a model on a GPU"),
         (("--shape", "tiny", "--methods", "hfblend", "--tokens", "300", "--device", "cpu"), "tokenizer"),
         (("--shape", "tiny", "--json", "/missing/out.json"), "does not exist"),

@@ -87,7 +87,7 @@ def bench(
 def _table_of(results: Results, tokens: int) -> Table:
     """The rows of one length, with the columns that some row has a figure for; ranges of times are in the files."""
     rows = [cells(row) for row in results["rows"] if row["tokens"] == tokens]
-    hidden = _NOT_SHOWN if results["settings"]["chunks_in"] == "both" else _NOT_SHOWN | {"chunks in"}
+    hidden = _NOT_SHOWN if len(results["settings"]["chunks_in"]) > 1 else _NOT_SHOWN | {"chunks in"}
     shown = [heading for heading in rows[0] if heading not in hidden and any(row[heading] for row in rows)]
     table = Table(title=f"Time to first token, {tokens:,} tokens, {results['settings']['repeats']} turns")
     for heading in shown:

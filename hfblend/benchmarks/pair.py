@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 import hfblend
 
 from ..prompt import Prompt
-from ..store import MemoryStore, Store
+from ..store import DiskStore, MemoryStore, Store
 from ..trace import BlendTrace
 from .prompts import PromptMaker
 from .settings import Case
@@ -23,13 +25,16 @@ from .shapes import twin_of
 STORE_BYTES = 2**50  # no chunk ever leaves its store
 _ELSEWHERE_TOKENS = 128  # of the passage behind which methods that reuse another request's KV find theirs
 
-Stores = Mapping[str, Store]  # "gpu", "ram" -> store
+Stores = Mapping[str, Store]  # place -> store
 
 
-def empty_stores(places: tuple[str, ...]) -> Stores:
-    """A store per place: where chunks were computed, or in RAM."""
-    devices = {"gpu": None, "ram": "cpu"}
-    return {place: MemoryStore(STORE_BYTES, devices[place]) for place in places}
+@contextmanager
+def empty_stores(places: tuple[str, ...]) -> Iterator[Stores]:
+    """A store per place, gone with what it holds afterwards; files stand in the system's folder for temporary ones."""
+    with TemporaryDirectory(prefix="hfblend-bench-") as folder:
+        on_disk = DiskStore(folder, STORE_BYTES)
+        stores = {"gpu": MemoryStore(STORE_BYTES), "ram": MemoryStore(STORE_BYTES, "cpu")}
+        yield {place: stores.get(place, on_disk) for place in places}
 
 
 class Arrivals:
@@ -96,6 +101,7 @@ class Pair:
         config = case.method.config(case.ratio)
         if case.method.uses_filler:
             config = replace(config, chunk_prefix="filler")
+        config = replace(config, layerwise=case.chunks_in != "disk_whole")
         self._blender.store = self._store(case, stores)
         self.model.generate(**inputs, **settings, blend_config=config, streamer=streamer)
         trace = self._blender.trace

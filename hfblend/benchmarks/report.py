@@ -15,6 +15,7 @@ Results = dict[str, Any]
 _BASELINES = {"full_prefill": "#000000", "prefix_reuse": "#7f7f7f", "full_reuse": "#CC79A7"}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
+_STROKES = ("-", ":", "--", "-.")
 
 # what an axis shows, and how to read it
 _TIMES = ("time to first token, ms", "low is better")
@@ -65,21 +66,33 @@ def cells(row: Row) -> dict[str, str]:
         "peak, GiB": _text(row["peak_gib"], "{:.2f}"),
         "reused, MB": _text(row["bytes_reused"], "{:,.1f}", 1e-6),
         "load, ms": _text(row["load_ms"], "{:.1f}"),
-        "RAM ÷ GPU": _text(row["ram_over_gpu"], "{:.2f}"),
+        "÷ first place": _text(row["over_first_place"], "{:.2f}"),
         "phases, ms": ", ".join(f"{phase} {ms:.1f}" for phase, ms in row["phase_ms"].items()),
     }
 
 
 def footnotes(results: Results) -> list[str]:
-    """Decoding, throughput and the machine's peaks, a line each."""
+    """Loading, decoding, throughput and the machine's peaks, a line each."""
     peaks = results["peaks"]
     load = peaks["load_bytes_per_s"]
     return [
+        *(_loading_note(found) for found in results["loading"]),
         *(_decoding_note(found) for found in results["decoding"]),
         *(_throughput_note(found) for found in results["throughput"]),
         f"Measured peaks: {peaks['flops_per_s'] / 1e12:.3g} TFLOP/s, {peaks['bytes_per_s'] / 1e9:.4g} GB/s"
         + ("." if load is None else f", {load / 1e9:.3g} GB/s from pinned RAM."),
     ]
+
+
+def _loading_note(found: dict[str, Any]) -> str:
+    ways = {"load_ms": "to the device, realigned", "read_ms": "through the store", "plain_read_ms": "a plain read"}
+    rates = [
+        f"{name} {found[ms]:.1f} ms ({found['bytes'] / found[ms] / 1e6:.3g} GB/s)"
+        for ms, name in ways.items()
+        if ms in found
+    ]
+    loaded = f"{found['bytes'] / 1e6:,.1f} MB of {found['tokens']:,} tokens from {found['place']}"
+    return f"Loading {loaded}: {', '.join(rates)}."
 
 
 def _decoding_note(found: dict[str, Any]) -> str:
@@ -179,11 +192,10 @@ def _draw_lines(figure: Any, lines: Sequence[tuple[dict[str, Any], Sequence[Row]
 
 
 def _looks(lines: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """How each line is drawn: colour by method, tint and marker by ratio, hollow where chunks come from RAM beside a
-    GPU's."""
+    """How each line is drawn: colour by method, tint and marker by ratio, stroke by where chunks are."""
     methods = [name for name in dict.fromkeys(method for method, _, _ in lines) if name not in _BASELINES]
     ratios = {name: sorted({ratio for method, ratio, _ in lines if method == name}) for name in methods}
-    places = {place for *_, place in lines if place}
+    places = list(dict.fromkeys(place for *_, place in lines if place))
     looks = {}
     for method, ratio, place in lines:
         name, i = method, 0
@@ -192,13 +204,13 @@ def _looks(lines: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], dict[str, 
             i = ratios[method].index(ratio)
             colour = _tint(_COLOURS[methods.index(method) % len(_COLOURS)], i / (len(ratios[method]) + 1))
             name = f"{method} {ratio:g}"
-        is_second = len(places) > 1 and place == "ram"
+        at = places.index(place) if place else 0
         looks[method, ratio, place] = {
             "color": colour,
             "marker": _MARKERS[i % len(_MARKERS)],
             "markersize": 6,
-            "markerfacecolor": "white" if is_second else colour,
-            "linestyle": ":" if is_second else "-",
+            "markerfacecolor": "white" if at else colour,
+            "linestyle": _STROKES[at % len(_STROKES)],
             "linewidth": 1.5,
             "label": name + (f", {place}" if place and len(places) > 1 else ""),
         }

@@ -14,6 +14,7 @@ from .. import __version__
 from ..measures import describe_machine
 from .device import Peaks, free_memory, if_memory_lasts
 from .flops import Shape
+from .loading import loading
 from .pair import Pair, empty_stores
 from .prompts import PromptMaker
 from .settings import Settings
@@ -79,6 +80,7 @@ def _header(model: Any, name: str, settings: Settings, peaks: Peaks) -> Results:
         "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in asked.items()},
         "peaks": asdict(peaks),
         "rows": [],
+        "loading": [],
         "decoding": [],
         "throughput": [],
     }
@@ -89,18 +91,21 @@ def _measure_length(
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows of one length, with a store of its own."""
     maker = PromptMaker(pair.model.config.vocab_size, settings.layout, settings.seed)
-    prompt, stores = maker.prompt(length), empty_stores(settings.places)
-    turns = take_turns(pair, prompt, stores, settings.cases(), settings.repeats, say)
-    found: dict[str, list[dict[str, Any]]] = {
-        "rows": rows_of(turns, prompt, shape, pair.model.dtype.itemsize, peaks),
-        "decoding": [],
-        "throughput": [],
-    }
-    failed = {"tokens": len(prompt), "failed": OUT_OF_MEMORY}
-    if settings.decoded_tokens:
-        decode = partial(decoding, pair, prompt, stores, settings.decoded_tokens, settings.repeats, say)
-        found["decoding"].append(if_memory_lasts(decode) or failed)
-    if settings.throughput_prompts:
-        stream = partial(throughput, pair, maker, stores, length, settings.throughput_prompts, say)
-        found["throughput"].append(if_memory_lasts(stream) or failed)
+    prompt = maker.prompt(length)
+    with empty_stores(settings.chunks_in) as stores:
+        turns = take_turns(pair, prompt, stores, settings.cases(), settings.repeats, say)
+        loads = if_memory_lasts(partial(loading, pair, prompt, stores, settings.repeats, say)) or []
+        found: dict[str, list[dict[str, Any]]] = {
+            "rows": rows_of(turns, prompt, shape, pair.model.dtype.itemsize, peaks, loads),
+            "loading": loads,
+            "decoding": [],
+            "throughput": [],
+        }
+        failed = {"tokens": len(prompt), "failed": OUT_OF_MEMORY}
+        if settings.decoded_tokens:
+            decode = partial(decoding, pair, prompt, stores, settings.decoded_tokens, settings.repeats, say)
+            found["decoding"].append(if_memory_lasts(decode) or failed)
+        if settings.throughput_prompts:
+            stream = partial(throughput, pair, maker, stores, length, settings.throughput_prompts, say)
+            found["throughput"].append(if_memory_lasts(stream) or failed)
     return found

@@ -14,7 +14,12 @@ from .prompts import Layout
 
 GPU_LENGTHS = (4096, 8192, 16384, 32768, 65536)
 CPU_LENGTHS = (2000,)
-PLACES = {"gpu": ("gpu",), "ram": ("ram",), "both": ("gpu", "ram")}
+PLACES = {
+    "gpu": "where they were computed",
+    "ram": "pinned beside a GPU",
+    "disk": "in files, read a layer at a time",
+    "disk_whole": "in the same files, all layers read first",
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Case:
     """A line of the table: a method at a ratio, with its chunk KV somewhere.
 
     Attributes:
-        chunks_in: `"gpu"` or `"ram"`; `None`: nothing of chunks is reused.
+        chunks_in: a place from `PLACES`; `None`: nothing of chunks is reused.
     """
 
     method: Method
@@ -44,8 +49,8 @@ class Settings:
         ratios: recompute ratios in [0, 1]; 0 is full reuse.
         methods: names from `hfblend.baselines.METHODS`; full prefill is always measured.
         repeats: turns that count.
-        chunks_in: where chunk KV is kept: `"gpu"`, `"ram"`, or `"both"`, which measures every method that reuses chunks
-            with either; `None`: `"gpu"` if there is one.
+        chunks_in: where chunk KV is kept, names from `PLACES`: every method that reuses chunks is measured with each;
+            `()`: `"gpu"` if there is one, else `"ram"`.
         decoded_tokens: per answer, whose speed is measured; 0: decoding is not measured.
         throughput_prompts: of a stream of prompts that share chunks; 0: not measured.
         seed: of the ids.
@@ -59,7 +64,7 @@ class Settings:
     methods: tuple[str, ...] = ("prefix_reuse", "suffix_attention", "kv_deviation")
     repeats: int = 7
     layout: Layout = field(default_factory=Layout)
-    chunks_in: str | None = None
+    chunks_in: tuple[str, ...] = ()
     decoded_tokens: int = 64
     throughput_prompts: int = 0
     seed: int = 0
@@ -71,8 +76,9 @@ class Settings:
         outside = [ratio for ratio in self.ratios if not 0 <= ratio <= 1]
         if outside or not self.ratios:
             raise ValueError(f"Ratios are shares in [0, 1], got {outside or 'none'}.")
-        if self.chunks_in is not None and self.chunks_in not in PLACES:
-            raise ValueError(f"Chunks are in one of {', '.join(PLACES)}, got {self.chunks_in!r}.")
+        nowhere = [place for place in self.chunks_in if place not in PLACES]
+        if nowhere:
+            raise ValueError(f"Chunks are in some of {', '.join(PLACES)}, got {', '.join(nowhere)}.")
         least: dict[str, tuple[Any, int]] = {
             "A length": (min(self.lengths, default=1), 1),
             "repeats": (self.repeats, 1),
@@ -93,15 +99,10 @@ class Settings:
             ValueError: chunks on a GPU that the model is not on.
         """
         on_gpu = device.type == "cuda"
-        if self.chunks_in in ("gpu", "both") and not on_gpu:
-            raise ValueError(f'Chunks in "{self.chunks_in}" need a model on a GPU, this one is on "{device}".')
+        if "gpu" in self.chunks_in and not on_gpu:
+            raise ValueError(f'Chunks in "gpu" need a model on a GPU, this one is on "{device}".')
         lengths = self.lengths or (GPU_LENGTHS if on_gpu else CPU_LENGTHS)
-        return replace(self, lengths=lengths, chunks_in=self.chunks_in or ("gpu" if on_gpu else "ram"))
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """Where chunk KV is kept."""
-        return PLACES[self.chunks_in or "gpu"]
+        return replace(self, lengths=lengths, chunks_in=self.chunks_in or ("gpu" if on_gpu else "ram",))
 
     def cases(self) -> list[Case]:
         """The lines of the table: full prefill first, then what knows one ratio only, then the others by ratio."""
@@ -112,4 +113,7 @@ class Settings:
         return [case for method, ratio in pairs for case in self._in_places(method, ratio)]
 
     def _in_places(self, method: Method, ratio: float) -> Sequence[Case]:
-        return [Case(method, ratio, place) for place in ((None,) if ratio == method.fixed_ratio == 1 else self.places)]
+        cases = [Case(method, ratio, place) for place in dict.fromkeys(self.chunks_in or ("gpu",))]
+        if ratio == method.fixed_ratio == 1:
+            return [Case(method, ratio, None)]
+        return [case for case in cases if case.through_generate or case.chunks_in != "disk_whole"]

@@ -60,13 +60,25 @@ def _turn(pair: Pair, case: Case, prompt: Prompt, stores: Stores) -> Turn:
 
 
 def rows_of(
-    turns: Mapping[Case, Sequence[Turn]], prompt: Prompt, shape: Shape | None, element_bytes: int, peaks: Peaks
+    turns: Mapping[Case, Sequence[Turn]],
+    prompt: Prompt,
+    shape: Shape | None,
+    element_bytes: int,
+    peaks: Peaks,
+    loads: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """A row per case; what was not measured, or cannot be counted, is `None`."""
+    """A row per case; what was not measured, or cannot be counted, is `None`.
+
+    Args:
+        loads: what `loading` found.
+    """
     whole = next((own for case, own in turns.items() if case.method.whole), [])
+    places = list(dict.fromkeys(case.chunks_in for case in turns if case.chunks_in))
+    load_ms = {found["place"]: found["load_ms"] for found in loads}
     rows = []
     for case, own in turns.items():
-        on_gpu = turns.get(Case(case.method, case.ratio, "gpu"), ()) if case.chunks_in == "ram" else ()
+        elsewhere = case.chunks_in is not None and case.chunks_in != places[0]
+        in_first = turns.get(Case(case.method, case.ratio, places[0]), ()) if elsewhere else ()
         row: dict[str, Any] = {
             "tokens": len(prompt),
             "method": case.method.name,
@@ -75,8 +87,9 @@ def rows_of(
             "failed": None if own else OUT_OF_MEMORY,
             "turns": len(own),
             **_times(own, whole),
-            **_trace_figures(own, case, peaks),
-            "ram_over_gpu": _median_ratio(own, on_gpu),
+            **_trace_figures(own),
+            "load_ms": load_ms.get(case.chunks_in) if own else None,
+            "over_first_place": _median_ratio(own, in_first),
             **_counted(own, case, prompt, shape, element_bytes, peaks),
         }
         limit, speed_up = row["speed_up_limit"], row["speed_up"]
@@ -107,15 +120,12 @@ def _median_ratio(own: Sequence[Turn], other: Sequence[Turn]) -> float | None:
     return median(ratios) if ratios else None
 
 
-def _trace_figures(own: Sequence[Turn], case: Case, peaks: Peaks) -> dict[str, Any]:
+def _trace_figures(own: Sequence[Turn]) -> dict[str, Any]:
     trace, phases = (own[0].trace, own[0].phase_ms) if own else (None, {})
-    reused = None if trace is None else trace.bytes_reused
-    load_rate = peaks.load_bytes_per_s if case.chunks_in == "ram" else None
     return {
         "pairs_share": 1.0 if own and trace is None else trace and trace.recomputed_pairs_share,
         "phase_ms": {phase: median(turn.phase_ms.get(phase, 0.0) for turn in own) for phase in phases},
-        "bytes_reused": reused,
-        "load_ms": None if reused is None or load_rate is None else 1000 * reused / load_rate,
+        "bytes_reused": None if trace is None else trace.bytes_reused,
     }
 
 
