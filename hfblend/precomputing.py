@@ -24,7 +24,7 @@ from .contexts import ChunkContext
 from .encoding import Encoder
 from .models import BlendableModel, host_of
 from .prompt import Prompt
-from .store import DiskStore, Store, TieredStore
+from .store import DiskStore, RemoteStore, Store, TieredStore
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,8 @@ def holds(store: Store, key: str) -> bool:
     """Whether a store has an entry to last: of tiers, the last one. Nothing is read where the store can tell."""
     if isinstance(store, TieredStore):
         return holds(store.stores[-1], key)
-    # A folder's entry is opened, which reads its header: a file of another version is none.
-    if isinstance(store, Container) and not isinstance(store, DiskStore):
+    # A file is opened, which reads its header: one of another version, or of another kv_dtype, is none.
+    if isinstance(store, Container) and not isinstance(store, (DiskStore, RemoteStore)):
         return key in store
     return store.open(key) is not None
 
@@ -244,7 +244,7 @@ class _Run:
     def _store(self, batch: list[tuple[str, Ids]]) -> None:
         chunk_kvs = self._compute([ids for _, ids in batch])
         for (key, ids), chunk_kv in zip(batch, chunk_kvs):
-            self.store.put(key, chunk_kv)
+            self._put(key, chunk_kv)
             if not holds(self.store, key):
                 self.report.failed += 1
                 continue
@@ -272,6 +272,8 @@ class _Run:
         if isinstance(self.context.kv, ChunkKV) and self.context.kv.layer(0)[0].device == self.host.device:
             return self.context.kv
         behind = self.context.to_continue()
+        if behind is not None and behind.quantised:  # what is computed behind it would carry its error
+            behind = prefill(self.host, list(self.context.behind_ids), (), None)
         try:
             self.context.kv = None if behind is None else _on_device(behind, self.host.device)
         except ChunkLost as error:
@@ -283,8 +285,14 @@ class _Run:
 
     def _prefill(self, key: str, ids: Ids, behind_ids: tuple[int, ...], continues: Reader | None) -> Reader:
         chunk_kv = prefill(self.host, ids, behind_ids, continues)
-        self.store.put(key, chunk_kv)
+        self._put(key, chunk_kv)
         return chunk_kv
+
+    def _put(self, key: str, chunk_kv: ChunkKV) -> None:
+        """Stored when this returns: tiers write in the background."""
+        self.store.put(key, chunk_kv)
+        if isinstance(self.store, TieredStore):
+            self.store.flush()
 
     def _tell(self) -> None:
         self.report.seconds = time.perf_counter() - self.started
@@ -313,7 +321,8 @@ def _on_device(entry: Reader, device: torch.device) -> ChunkKV:
     if isinstance(entry, ChunkKV):
         return entry.to(device)
     layers = (packed(entry.layer(i), device) for i in range(entry.num_layers))
-    return ChunkKV(full_length_cache(layers), entry.cached_positions, entry.behind_ids, entry.provenance, entry.regime)
+    said = (entry.cached_positions, entry.behind_ids, entry.provenance, entry.regime, entry.quantised)
+    return ChunkKV(full_length_cache(layers), *said)
 
 
 def _are_close(one: ChunkKV, other: ChunkKV) -> bool:

@@ -28,6 +28,8 @@ class MemoryStore:
     def __init__(self, max_bytes: int | str = 4 * 2**30, device: torch.device | str | None = None) -> None:
         self.max_bytes = num_bytes_of(max_bytes)
         self.device = None if device is None else torch.device(device)
+        if self.device == torch.device("cuda"):  # tensors say which one they are on
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.num_bytes = 0
         self.counts = StoreCounts()
         self._entries: OrderedDict[str, ChunkKV] = OrderedDict()

@@ -7,6 +7,7 @@ from collections.abc import Container, Sequence
 from functools import partial
 
 from ..chunks import ChunkKV, Reader
+from .background import Background, keeps_as_it_is
 from .base import ReadsAhead, Store
 from .disk import DiskStore
 from .loader import LayerwiseChunk
@@ -15,51 +16,95 @@ from .remote import RemoteStore
 
 
 class TieredStore:
-    """Looks an entry up in each store in turn, and keeps what a later one had in those before it, once it was read.
+    """Looks an entry up in each store in turn; all of them keep it, the first at once and the others soon after.
 
     >>> store = TieredStore([MemoryStore("8GB"), DiskStore("~/.cache/hfblend/chunks")])  # doctest: +SKIP
+    >>> gpu, ram = MemoryStore("8GB", device="cuda:0"), MemoryStore("32GB", device="cpu")  # doctest: +SKIP
+    >>> store = TieredStore([gpu, ram, DiskStore("~/.cache/hfblend/chunks")])  # doctest: +SKIP
+
+    `put` returns when the first store has the entry. A thread puts it into the others, one entry after the other; it
+    copies from the GPU beside the GPU's work, and lives as long as something waits. What waits can be opened, whatever
+    the first store has done with it; once it is written, a faster store that evicts it loses nothing. What a slower
+    store had is kept in faster ones once it was read: at once where that moves no bytes, else by the thread. A slower
+    store that fails is logged, and costs reuse only.
+
+    A process that ends, by an exception too, writes what waits; one that is killed loses it. `hfblend.patch`'s
+    `remove()` and `precompute` flush.
 
     Args:
-        stores: the fastest first. `put` keeps an entry in all of them.
+        stores: the fastest first.
+        max_waiting_bytes: keys and values that may wait, on a GPU too if they were computed there; a number or `"4GB"`,
+            which is a prompt of 30,000 tokens of an 8B Llama. One entry always may. Where it is full, `put` writes the
+            entry to every store before it returns, and what was read is not copied into faster stores.
 
     Raises:
-        ValueError: no store.
+        ValueError: no store; bytes that are no size.
     """
 
-    def __init__(self, stores: Sequence[Store]) -> None:
+    def __init__(self, stores: Sequence[Store], max_waiting_bytes: int | str = "4GB") -> None:
         if not stores:
             raise ValueError("A TieredStore needs one or more stores, got none.")
         self.stores = list(stores)
+        self._background = Background(max_waiting_bytes)
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
-        """Keeps an entry in every store."""
-        for store in self.stores:
-            store.put(key, chunk_kv)
+        """Keeps an entry in the first store now, and in the others soon. Its tensors must not change any more."""
+        first, *slower = self.stores
+        first.put(key, chunk_kv)
+        if slower:
+            self._background.put(key, chunk_kv, slower)
 
     def open(self, key: str) -> Reader | None:
-        """The entry of the first store that has it."""
+        """The entry of the first store that has it; what is waiting to be written comes behind the first store."""
         for i, store in enumerate(self.stores):
             entry = store.open(key)
+            if entry is None and i == 0:
+                entry = self._background.get(key)
+            elif isinstance(entry, LayerwiseChunk):
+                entry.keep(partial(self._promote, key, i))
+            elif isinstance(entry, ChunkKV):
+                self._promote(key, i, entry)
             if entry is not None:
-                if isinstance(entry, LayerwiseChunk):
-                    entry.keep(partial(self._promote, key, i))
-                elif isinstance(entry, ChunkKV):
-                    self._promote(key, i, entry)
                 return entry
         return None
 
     def read_ahead(self, keys: Sequence[str]) -> None:
         """Lets every store that can begin to read what those before it have not."""
+        keys = [key for key in keys if key not in self._background]
         for store in self.stores if any(isinstance(store, ReadsAhead) for store in self.stores) else ():
             if isinstance(store, ReadsAhead):
                 store.read_ahead(keys)
-            if isinstance(store, Container):
+            elif isinstance(store, Container):
                 keys = [key for key in keys if key not in store]
+
+    def flush(self) -> None:
+        """Returns once all that was put so far is in every store, or has failed there."""
+        self._background.flush()
+        for store in self.stores:
+            if isinstance(store, TieredStore):
+                store.flush()
+
+    def close(self) -> None:
+        """Flushes, and returns once the thread has ended. The store may be used again."""
+        self.flush()
+        self._background.close()
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a store has the entry, or it is waiting to be written."""
+        return key in self._background or any(
+            key in store if isinstance(store, Container) else store.open(key) is not None for store in self.stores
+        )
 
     def _promote(self, key: str, found_in: int, chunk_kv: ChunkKV) -> None:
         """Keeps an entry in the stores before the one that had it."""
-        for faster in self.stores[:found_in]:
-            faster.put(key, chunk_kv)
+        faster = self.stores[:found_in]
+        as_it_is = [store for store in faster if keeps_as_it_is(store, chunk_kv)]
+        if not isinstance(self.stores[found_in], MemoryStore):
+            for store in as_it_is[-1:]:  # in more of them it would take room and be no faster
+                store.put(key, chunk_kv)
+        to_copy = [store for store in faster if store not in as_it_is]
+        if to_copy:
+            self._background.offer(key, chunk_kv, to_copy)
 
 
 def store_at(where: Store | str | os.PathLike[str] | None) -> Store:

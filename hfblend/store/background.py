@@ -1,0 +1,259 @@
+"""Entries on their way into other stores, written by a thread that lives as long as there are any.
+
+put       first store ──┬── back to the caller, who computes on
+thread                  └── to RAM, beside the GPU's work ── store in RAM ── folder ── remote        one by one
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..caches import KV, full_length_cache, packed, rows_behind
+from ..chunks import ChunkKV
+from .base import Store
+from .memory import MemoryStore
+from .sizes import num_bytes_of
+
+logger = logging.getLogger(__name__)
+
+
+class Background:
+    """Puts entries into stores, in the order in which they come.
+
+    The thread is no daemon, so a process that ends writes what waits; it ends with the last entry, so nobody has to
+    stop it. A forked process has nothing waiting: its parent writes it.
+
+    Args:
+        max_bytes: of keys and values that may wait, though one entry always may; a number or `"4GB"`.
+    """
+
+    def __init__(self, max_bytes: int | str) -> None:
+        self.max_bytes = num_bytes_of(max_bytes)
+        self.forget()
+        _all.add(self)
+
+    def forget(self) -> None:
+        """As new: nothing waits, and no thread holds a lock."""
+        self.at_work = threading.RLock()  # held by the thread while it is inside of a store
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._entries: dict[str, ChunkKV] = {}  # key -> the newest that waits
+        self._thread: threading.Thread | None = None
+        self._is_working = False
+        self._written, self.num_bytes = 0, 0  # num_bytes: of what waits
+
+    def put(self, key: str, chunk_kv: ChunkKV, stores: Sequence[Store]) -> None:
+        """Writes an entry soon; now, in the caller's thread, where too much is waiting."""
+        job = _Job(key, chunk_kv, stores)
+        if not self._queued(job):
+            with self._changed:  # an older entry of the key must not come last
+                self._changed.wait_for(lambda: key not in self._entries)
+            job.run()
+
+    def offer(self, key: str, chunk_kv: ChunkKV, stores: Sequence[Store]) -> None:
+        """Writes an entry soon, unless too much is waiting or this is."""
+        if key not in self._entries:
+            self._queued(_Job(key, chunk_kv, stores))
+
+    def get(self, key: str) -> ChunkKV | None:
+        """The newest entry of that key which is waiting."""
+        return self._entries.get(key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def flush(self) -> None:
+        """Returns once all that waits now is written."""
+        with self._changed:
+            goal = self._written + len(self._jobs)
+            self._changed.wait_for(lambda: self._written >= goal)
+
+    def close(self) -> None:
+        """Returns once all is written and the thread has ended; the next entry starts another."""
+        self.flush()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _queued(self, job: _Job) -> bool:
+        with self._changed:
+            if self._jobs and self.num_bytes + job.chunk_kv.num_bytes > self.max_bytes:
+                return False
+            if not self._is_working:
+                thread = threading.Thread(target=self._work, name="hfblend-store", daemon=False)
+                try:
+                    thread.start()
+                except RuntimeError:  # the process is ending, or may have no more threads
+                    return False
+                self._thread, self._is_working = thread, True
+            self._jobs.append(job)
+            self._entries[job.key] = job.chunk_kv
+            self.num_bytes += job.chunk_kv.num_bytes
+        return True
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._jobs:
+                    self._is_working = False
+                    return
+                job = self._jobs[0]
+            with self.at_work:
+                job.run()
+            with self._changed:
+                self._jobs.popleft()
+                self.num_bytes -= job.chunk_kv.num_bytes
+                if self._entries.get(job.key) is job.chunk_kv:
+                    del self._entries[job.key]
+                self._written += 1
+                self._changed.notify_all()
+            del job  # and its memory
+
+
+class _Job:
+    """An entry and where it is to be put. Made in the thread that has computed it or read it."""
+
+    def __init__(self, key: str, chunk_kv: ChunkKV, stores: Sequence[Store]) -> None:
+        self.key, self.chunk_kv, self.stores = key, chunk_kv, stores
+        devices: set[torch.device] = {chunk_kv.layer(i)[0].device for i in range(chunk_kv.num_layers)}
+        devices |= {place for store in stores if (place := _place_in(store)) is not None}
+        gpus = [device for device in devices if device.type == "cuda"]
+        self._streams = {gpu: torch.cuda.current_stream(gpu) for gpu in gpus}
+        self._ready = [stream.record_event() for stream in self._streams.values()]
+
+    def run(self) -> None:
+        """Puts it everywhere; what fails is logged."""
+        copies: dict[torch.device | None, ChunkKV] = {None: self.chunk_kv}
+        for store in self.stores:
+            place = _place_in(store)
+            try:
+                if place not in copies:
+                    copies[place] = self._at(place)
+                store.put(self.key, copies[place])
+            except Exception as error:  # every store has its own
+                logger.warning("A chunk's KV could not be put into a %s: %s", type(store).__name__, error)
+
+    def _at(self, place: torch.device | None) -> ChunkKV:
+        """The entry there, every byte of it."""
+        if place is None or _lies_in(self.chunk_kv, place):
+            return self.chunk_kv
+        in_ram = self.chunk_kv if _lies_in(self.chunk_kv, _RAM) else self._in_ram()
+        return in_ram if place == _RAM else self._on_gpu(in_ram, place)
+
+    def _in_ram(self) -> ChunkKV:
+        """Copied as soon as it is computed, while the GPUs go on with what was queued behind it."""
+        for gpu, ready in zip(self._streams, self._ready):
+            _beside(gpu).wait_event(ready)
+        rows = []
+        for i in range(self.chunk_kv.num_layers):
+            kv = self.chunk_kv.layer(i)
+            with torch.cuda.stream(_beside(kv[0].device) if kv[0].is_cuda else None):
+                of_layer = _rows_of(kv)
+                target = torch.empty(of_layer.shape, dtype=of_layer.dtype, pin_memory=True)
+                rows.append(target.copy_(of_layer, non_blocking=True))
+        for gpu in self._streams:
+            _wait_for(_beside(gpu))
+        return _around(rows, self.chunk_kv)
+
+    def _on_gpu(self, in_ram: ChunkKV, gpu: torch.device) -> ChunkKV:
+        """In memory of the caller's stream, so that it is taken up again only behind what that stream reads of it."""
+        stream = self._streams[gpu]
+        sources = [_rows_of(in_ram.layer(i)) for i in range(in_ram.num_layers)]
+        with torch.cuda.stream(stream):
+            rows = [torch.empty_like(source, device=gpu) for source in sources]
+            _beside(gpu).wait_event(stream.record_event())
+        with torch.cuda.stream(_beside(gpu)):
+            for target, source in zip(rows, sources):
+                target.copy_(source, non_blocking=True)
+        _wait_for(_beside(gpu))
+        return _around(rows, in_ram)
+
+
+_RAM = torch.device("cpu")
+
+
+def _place_in(store: Store) -> torch.device | None:
+    """Where a store has its entries' tensors, or writes them from; `None`: wherever they are."""
+    return store.device if isinstance(store, MemoryStore) else _RAM
+
+
+def keeps_as_it_is(store: Store, chunk_kv: ChunkKV) -> bool:
+    """Whether a store takes an entry without moving a byte of it."""
+    return isinstance(store, MemoryStore) and (store.device is None or _lies_in(chunk_kv, store.device))
+
+
+def _lies_in(chunk_kv: ChunkKV, place: torch.device) -> bool:
+    """Whether all tensors are there."""
+    return all(chunk_kv.layer(i)[0].device == place for i in range(chunk_kv.num_layers))
+
+
+def _rows_of(kv: KV) -> torch.Tensor:
+    """The rows (n, W) of K/V (1, Hkv, n, D), where they are."""
+    rows = rows_behind(kv)
+    rows = rows_behind(packed(kv)) if rows is None else rows
+    assert rows is not None
+    return rows
+
+
+def _around(rows: Sequence[torch.Tensor], like: ChunkKV) -> ChunkKV:
+    """An entry as `like` whose layers are these rows (n, W)."""
+    cache = full_length_cache(layout.views(one[None]) for layout, one in zip(like.layouts, rows))
+    return replace(like, cache=cache)
+
+
+@functools.cache
+def _beside(gpu: torch.device) -> torch.cuda.Stream:
+    """One stream per GPU for all copies of this kind."""
+    return torch.cuda.Stream(gpu)
+
+
+def _wait_for(stream: torch.cuda.Stream) -> None:
+    """Sleeps until all that is queued there is done."""
+    done = torch.cuda.Event(blocking=True)
+    done.record(stream)
+    done.synchronize()
+
+
+# --- the process --------------------------------------------------------------------------------------------------
+
+_all: weakref.WeakSet[Background] = weakref.WeakSet()
+_held: list[Background] = []
+
+
+def _hold() -> None:
+    """A process is forked between two entries: the child would find a store's locks taken, with nobody to let go."""
+    _held.extend(_all)
+    for one in _held:
+        one.at_work.acquire()
+
+
+def _let_go() -> None:
+    for one in _held:
+        one.at_work.release()
+    _held.clear()
+
+
+def _start_anew() -> None:
+    for one in _held:
+        one.forget()
+    _held.clear()
+
+
+@atexit.register
+def _flush_all() -> None:
+    """By now threads that were there have been waited for; this is for what other functions put at exit."""
+    for one in list(_all):
+        one.flush()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_start_anew)
