@@ -66,21 +66,21 @@ def prefix_of(prefix: str | None, prefix_file: Path | None) -> str:
     return prefix_file.read_bytes().decode("utf-8") if prefix_file is not None else prefix or ""
 
 
-def store_of(where: str, max_bytes: str | None) -> Store:
+def store_of(where: str, max_bytes: str | None, kv_dtype: str | None = None) -> Store:
     """Where chunk KV is to last: no memory stands before it.
 
     Raises:
         ImportError: a package that the URL needs is missing.
         OSError: the folder cannot be made.
-        ValueError: no size, no URL that can be opened; a size for a URL, which has no budget.
+        ValueError: no size, no `kv_dtype`, no URL that can be opened; a size for a URL, which has no budget.
     """
     from .store import DiskStore, RemoteStore
 
     if "://" not in where:
-        return DiskStore(where) if max_bytes is None else DiskStore(where, max_bytes)
+        return DiskStore(where, *([] if max_bytes is None else [max_bytes]), kv_dtype=kv_dtype)
     if max_bytes is not None:
         raise ValueError(f"--max-bytes is for folders; {where} has no budget of its own.")
-    return RemoteStore(where)
+    return RemoteStore(where, kv_dtype=kv_dtype)
 
 
 def precompute_corpus(

@@ -151,7 +151,9 @@ def _measure(evaluation: Evaluation, model: Any, tokenizer: Any, records: Record
 def _write(results: dict[str, Any], table: str, outputs: Outputs) -> None:
     data = results["data"]["source"]
     count = results["questions"][1] - results["questions"][0]
-    title = f"{results['model']}, {results['dtype']}, {count} questions of {data}\n{results['machine']}"
+    kv_dtype = results["settings"]["kv_dtype"]
+    kv = "" if kv_dtype is None else f", chunk KV in {kv_dtype}"
+    title = f"{results['model']}, {results['dtype']}{kv}, {count} questions of {data}\n{results['machine']}"
     if outputs.json is not None:
         outputs.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if outputs.markdown is not None:

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..blending import BlendResult
+from ..chunks import ChunkKV
 from ..encoding import Encoder
 from ..host import CACHE
 from ..measures import kl_divergence, teacher_forced_logits, top1_agreement
 from ..prompt import Prompt
 from ..store import MemoryStore
+from ..store.format import dump, parse
+from ..store.quantisation import require_kv_dtype
 from ..verification import FullAnswer
 from .data import NEWS, QA, Example, passage_text, to_prompt
 from .metrics import best, f1_ids, f1_words, first_line, rouge_l
@@ -44,12 +47,17 @@ class Settings:
         answer_tokens: of the greedy answers; 0 measures none.
         seed: of methods that draw, and of the bootstrap.
         forced_tokens: P, of full prefill's own answer.
+        kv_dtype: `"int8"` or `"fp8"`: chunk KV is what a store that keeps it in that gives back.
     """
 
     max_context: int = 6500
     answer_tokens: int = 32
     seed: int = 0
     forced_tokens: int = FORCED_TOKENS
+    kv_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        require_kv_dtype(self.kv_dtype)
 
 
 def methods_named(names: Sequence[str], methods: Mapping[str, Method]) -> list[Method]:
@@ -114,12 +122,32 @@ class Runner:
             self.advance()
 
 
+class _AsFromAFile(MemoryStore):
+    """Gives back what a store gives that keeps files: here, KV in 8 bits.
+
+    Args:
+        kv_dtype: of the files.
+        device: where entries are kept.
+    """
+
+    def __init__(self, kv_dtype: str, device: torch.device) -> None:
+        super().__init__(_STORE_BYTES, device)
+        self.kv_dtype = kv_dtype
+
+    def put(self, key: str, chunk_kv: ChunkKV) -> None:
+        super().put(key, parse(key, dump(key, chunk_kv, self.kv_dtype)))
+
+
+def _store_of(kv_dtype: str | None, device: torch.device) -> MemoryStore:
+    return MemoryStore(_STORE_BYTES) if kv_dtype is None else _AsFromAFile(kv_dtype, device)
+
+
 class _Question:
     """One question: its prompt, its full prefill, and the store that all its methods share."""
 
     def __init__(self, model: Any, tokenizer: Any, examples: Sequence[Example], index: int, settings: Settings) -> None:
         self.model, self.tokenizer, self.index, self.settings = model, tokenizer, index, settings
-        self.example, self.store = examples[index], MemoryStore(max_bytes=_STORE_BYTES)
+        self.example, self.store = examples[index], _store_of(settings.kv_dtype, model.device)
         self.prompt = to_prompt(tokenizer, self.example, settings.max_context)
         other = examples[(index + 1) % len(examples)]
         unrelated = [] if other is self.example else Encoder(tokenizer).plain(passage_text(other.passages[0]))
