@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -28,6 +28,7 @@ class ChunkKV:
         behind_ids: the ids that stood before them then.
         provenance: `"isolated"` (chunk alone behind those ids) or `"in_context"` (inside some prompt).
         regime: prompt length that set length-dependent RoPE frequencies then; default, last position + 1.
+        quantised: `"int8"` or `"fp8"`, where a store kept it in that; it is then near what was computed, never exact.
     """
 
     cache: DynamicCache
@@ -35,6 +36,7 @@ class ChunkKV:
     behind_ids: tuple[int, ...] = ()
     provenance: Provenance = "isolated"
     regime: int = 0
+    quantised: str | None = None
 
     def __post_init__(self) -> None:
         layers: list[Any] = self.cache.layers
@@ -73,13 +75,25 @@ class ChunkKV:
         """How each layer's state of one token is made up."""
         return tuple(RowLayout.of(self.layer(i)) for i in range(self.num_layers))
 
+    def tier_beside(self, device: torch.device) -> str:
+        """`"memory"` on that device, `"ram"` on another."""
+        return "memory" if self.layer(0)[0].device == device else "ram"
+
     def addresses_on(self, device: torch.device) -> torch.Tensor | None:
         """(L,) int64, where each layer's rows lie on a GPU; `None` if they lie elsewhere or are not packed."""
         return self._addresses if self._addresses is not None and self.layer(0)[0].device == device else None
 
+    def rows(self, layer_idx: int) -> torch.Tensor | None:
+        """The rows (n, W) that a layer is views of; `None` if it is not packed."""
+        return self._rows[layer_idx]
+
+    @cached_property
+    def _rows(self) -> list[torch.Tensor | None]:
+        return [rows_behind(self.layer(i)) for i in range(self.num_layers)]
+
     @cached_property
     def _addresses(self) -> torch.Tensor | None:
-        rows = [rows_behind(self.layer(i)) for i in range(self.num_layers)]
+        rows = self._rows
         if any(r is None or r.device != self.layer(0)[0].device for r in rows):
             return None
         return torch.tensor([r.data_ptr() for r in rows if r is not None])
@@ -97,7 +111,7 @@ class ChunkKV:
         if all(t.device == torch.device(device) for i in range(self.num_layers) for t in self.layer(i)):
             return self
         cache = full_length_cache(packed(self.layer(i), device) for i in range(self.num_layers))
-        return ChunkKV(cache, self.cached_positions, self.behind_ids, self.provenance, self.regime)
+        return replace(self, cache=cache)
 
 
 class ChunkLost(Exception):
@@ -124,6 +138,9 @@ class Reader(Protocol):
     def regime(self) -> int: ...
 
     @property
+    def quantised(self) -> str | None: ...
+
+    @property
     def dtype(self) -> torch.dtype: ...
 
     @property
@@ -135,6 +152,10 @@ class Reader(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
+    def tier_beside(self, device: torch.device) -> str:
+        """Where it is loaded from, of `hfblend.controller.TIERS`."""
+        ...
+
     def prefetch(self, layer_idx: int) -> None:
         """This layer will be asked for soon."""
         ...
@@ -145,6 +166,10 @@ class Reader(Protocol):
         Raises:
             ChunkLost: they cannot be read.
         """
+        ...
+
+    def rows(self, layer_idx: int) -> torch.Tensor | None:
+        """The rows (n, W) that `layer` is views of; `None` if it is not packed. Errors as there."""
         ...
 
 
@@ -159,7 +184,8 @@ def prefill_chunk(
         model: a causal LM, patched or not.
         ids: the chunk's n token ids.
         behind_ids: what it is computed behind (prefix, BOS, …).
-        behind: KV of the first of `behind_ids`, at positions 0 …, to continue from instead of computing them again.
+        behind: KV of the first of `behind_ids`, at positions 0 …, to continue from instead of computing them again;
+            quantised KV is not continued from.
 
     Returns:
         K/V at positions len(behind_ids) … len(behind_ids) + n − 1.
@@ -216,6 +242,9 @@ def _chunk_kv_of(host: Host, cache: DynamicCache, row: int, num_tokens: int, beh
 
 
 def _can_continue(host: Host, behind: Reader, stop: int) -> bool:
-    """Whether KV stands at positions 0 …, in the RoPE regime of a prompt of `stop` tokens."""
+    """Whether KV stands at positions 0 …, in the RoPE regime of a prompt of `stop` tokens, and holds as it is.
+
+    What is computed behind quantised KV would carry its error, and nothing would say so.
+    """
     in_place = behind.cached_positions.tolist() == list(range(len(behind.cached_positions)))
-    return in_place and host.same_regime(behind.regime, stop)
+    return in_place and behind.quantised is None and host.same_regime(behind.regime, stop)

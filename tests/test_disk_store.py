@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -25,12 +26,12 @@ from hfblend.caches import full_length_cache
 from hfblend.chunks import ChunkLost
 from hfblend.cli import app
 from hfblend.store import DiskStore, MemoryStore, TieredStore, store_at
-from hfblend.store.format import FORMAT, CorruptEntry, OtherVersion, dump, parse
+from hfblend.store.format import FORMAT, CorruptEntry, OtherVersion, contents_of, dump, parse
 from hfblend.store.sizes import num_bytes_of
 
 resource = pytest.importorskip("resource", reason="needs fork and limits of a POSIX system")
-KEYS = [f"{i:064x}" for i in range(40)]
-KEY = KEYS[0]
+KEYS = [f"{i:064x}" for i in range(200)]
+KEY = "ab" * 32  # not all zeros, which stand for the digest while it is taken
 
 
 def read(store, key):
@@ -66,21 +67,25 @@ def test_unequal_layers_are_kept_as_they_are(tmp_path):
 # --- faults -------------------------------------------------------------------------------------------------------
 
 
-def test_a_flipped_bit_anywhere_is_found():
-    file, draw = dump(KEY, entry(behind_ids=[5, 6])), random.Random(0)
-    header = 8 + int.from_bytes(file[:8], "little")
-    places = [
-        *range(16),
-        *(draw.randrange(header) for _ in range(492)),
-        *(draw.randrange(len(file)) for _ in range(492)),
-    ]
-    assert same(parse(KEY, file), entry(behind_ids=[5, 6]))
+def test_a_flipped_bit_anywhere_is_found(tmp_path):
+    """1,000 of them: in the header's length, in the header, and in every tensor; by both ways of reading."""
+    whole, draw, store = entry(behind_ids=[5, 6]), random.Random(0), DiskStore(tmp_path)
+    file = dump(KEY, whole)
+    assert same(parse(KEY, file), whole)
+    header_stop, contents = 8 + int.from_bytes(file[:8], "little"), contents_of(KEY, file, len(file))
+    regions = [(0, 8), (8, header_stop), *((place.start, place.stop) for place in contents.places.values())]
+    assert sum(stop - start for start, stop in regions) == len(file)
+    places = [draw.randrange(*regions[i % len(regions)]) for i in range(1000)]
     for place in places:
         damaged = bytearray(file)
         damaged[place] ^= 1 << draw.randrange(8)
         with pytest.raises((CorruptEntry, OtherVersion)) as found:
             parse(KEY, bytes(damaged))
         assert found.type is CorruptEntry
+        store._path(KEY).write_bytes(damaged)
+        assert read(store, KEY) is None
+    assert store.counts.damaged == 1000
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_truncated_or_lengthened_file_is_found():
@@ -209,51 +214,123 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_in_the_middle_of_a_write_nothing_half_is_seen(tmp_path):
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 KiB."""
+    words = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(tmp_path)]
+    with contextlib.suppress(FileNotFoundError):
+        if subprocess.run(words, capture_output=True, check=False).returncode == 0:
+            yield tmp_path
+            subprocess.run(["umount", str(tmp_path)], check=True)
+            return
+    pytest.skip("needs the right to mount")
+
+
+def test_a_disk_that_fills_up_keeps_what_it_has(small_disk, caplog):
+    store = DiskStore(small_disk)
+    for i, key in enumerate(KEYS[:60]):
+        store.put(key, entry(tokens=60, seed=i))
+    kept = [i for i, key in enumerate(KEYS[:60]) if key in store]
+    assert 3 <= len(kept) < 60
+    assert "No space left" in caplog.text
+    assert store.counts.failed == 60 - len(kept)
+    assert all(same(store.open(KEYS[i]), entry(tokens=60, seed=i)) for i in kept)
+    assert not list(small_disk.glob("*.tmp"))
+
+
+def test_generate_answers_on_a_full_disk(small_disk):
+    (small_disk / "others").write_bytes(bytes(250 * 1024))
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.3)) as blender:
+        intact = [generate(model, PROMPT.inputs()) for _ in range(2)]
+    for store in (DiskStore(small_disk), small_disk):
+        with hfblend.patch(model, config=config(0.3), store=store) as blender:
+            for expected in intact:
+                assert torch.equal(generate(model, PROMPT.inputs()).sequences, expected.sequences)
+    assert blender.store.stores[1].counts.failed > 0
+    assert not list(small_disk.glob("*.tmp"))
+
+
+def test_a_folder_that_may_only_be_read_is_read(tmp_path):
+    def work():
+        os.chdir(tmp_path)
+        if os.geteuid() == 0:  # who may write everywhere
+            os.setgid(65534)
+            os.setuid(65534)
+        store = DiskStore(".")
+        store.put(KEYS[1], entry())
+        assert store.counts.failed == 1
+        assert store.open(KEYS[1]) is None
+        assert same(store.open(KEY), entry(seed=3))
+        store.prune()
+
+    DiskStore(tmp_path).put(KEY, entry(seed=3))
+    tmp_path.chmod(0o555)
+    assert succeeded(in_a_fork(work))
+    tmp_path.chmod(0o755)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_killed_in_the_middle_of_a_write_nothing_half_is_seen_and_nothing_stored_is_lost(tmp_path):
     entries = {key: entry(tokens=600, seed=i) for i, key in enumerate(KEYS[:5])}
     draw = random.Random(0)
 
-    def work():
+    def work(told):
         store = DiskStore(tmp_path)
         while True:
-            for key, one in entries.items():
+            for i, (key, one) in enumerate(entries.items()):
                 store.put(key, one)
+                os.write(told, bytes([i]))
 
-    found = 0
+    found, stored = 0, set()
     for _ in range(100):
-        pid = in_a_fork(work)
+        ear, mouth = os.pipe()
+        pid = in_a_fork(lambda mouth=mouth: work(mouth))
         time.sleep(draw.uniform(0, 0.03))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        os.close(mouth)
+        stored.update(KEYS[i] for i in os.read(ear, 65536))
+        os.close(ear)
         store = DiskStore(tmp_path)
-        for key in list(entries):
+        for key in entries:
+            assert key in store or key not in stored
             if key in store:
                 assert same(store.open(key), entries[key])
                 found += 1
     assert found > 100
+    assert stored
     for path in tmp_path.glob("*.tmp"):
         os.utime(path, (0, 0))
     assert [path.suffix for path in DiskStore(tmp_path).path.iterdir()] == [".safetensors"] * len(store)
 
 
-def test_eight_processes_share_a_folder_while_one_prunes(tmp_path):
+def test_eight_processes_share_200_chunks_of_a_folder_while_one_prunes(tmp_path):
     entries = {key: entry(seed=i) for i, key in enumerate(KEYS)}
-    size = len(dump(KEY, entries[KEY]))
+    size = len(dump(KEYS[0], entries[KEYS[0]]))
 
     def work(seed):
-        draw = random.Random(seed)
-        store = DiskStore(tmp_path, max_bytes=10**9 if seed else 15 * size)
-        for _ in range(150):
+        draw, found = random.Random(seed), 0
+        store = DiskStore(tmp_path, max_bytes=10**9 if seed else 60 * size)
+        for _ in range(600):
             key = draw.choice(KEYS)
-            if draw.random() < 0.4:
+            if seed == 0:
+                store.prune()
+                assert store.num_bytes < 10**9
+            elif draw.random() < 0.4:
                 store.put(key, entries[key])
             else:
-                found = store.open(key)
-                assert found is None or same(found, entries[key])
+                chunk_kv = store.open(key)
+                assert chunk_kv is None or same(chunk_kv, entries[key])
+                found += chunk_kv is not None
+        assert seed == 0 or found > 50
+        assert store.counts.damaged == store.counts.failed == 0
 
     children = [in_a_fork(lambda seed=seed: work(seed)) for seed in range(8)]
     assert [succeeded(pid) for pid in children] == [True] * 8
+    store = DiskStore(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
+    assert all(same(store.open(one.key), entries[one.key]) for one in store.entries())
 
 
 # --- budget, names, places ----------------------------------------------------------------------------------------
@@ -307,7 +384,9 @@ def test_sizes(text, expected):
 
 def test_tiers_fill_the_faster_from_the_slower(tmp_path):
     disk, fast = DiskStore(tmp_path), MemoryStore()
-    TieredStore([MemoryStore(), disk]).put(KEY, entry())
+    first = TieredStore([MemoryStore(), disk])
+    first.put(KEY, entry())
+    first.flush()
     tiers = TieredStore([fast, disk])
     found = tiers.open(KEY)
     assert KEY not in fast  # nothing of it has been read yet
@@ -476,6 +555,6 @@ def test_a_folder_with_room_is_not_looked_through_at_every_put(tmp_path, monkeyp
     store, looks = DiskStore(tmp_path, max_bytes=100 * len(dump(KEY, entry()))), []
     files = DiskStore._files
     monkeypatch.setattr(DiskStore, "_files", lambda self: looks.append(1) or files(self))
-    for key in KEYS:
+    for key in KEYS[:40]:
         store.put(key, entry())
     assert len(looks) <= 3

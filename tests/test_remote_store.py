@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 import socket
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 from helpers import config, entry, generate, make_llama, make_prompt, same
 
 import hfblend
-from hfblend.store import MemoryStore, RemoteStore, TieredStore, store_at
-from hfblend.store.format import FORMAT, dump, parse
-from hfblend.store.remote import READS_AHEAD
+from hfblend.chunks import ChunkLost
+from hfblend.store import MemoryStore, RemoteStore, TieredStore, remote, store_at
+from hfblend.store.format import FORMAT, contents_of, dump, parse
+from hfblend.store.loader import LAYERS_A_READ
+from hfblend.store.remote import REQUESTS
 
 fsspec = pytest.importorskip("fsspec")
 from fsspec.implementations.local import LocalFileSystem  # noqa: E402
@@ -27,13 +32,14 @@ PATH = f"/chunks/{KEY}.safetensors"
 
 
 class FaultyFileSystem(MemoryFileSystem):
-    """Memory behind a bad line: its calls raise, or wait, as the test says."""
+    """Memory behind a bad line: its calls raise, wait or answer something else, as the test says."""
 
     protocol = "faulty"
     fault: Exception | None = None
     writes_are_refused = False
     line_is_up = threading.Event()
     calls = 0
+    on_read = None  # (path, start, answer) -> what comes instead
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -48,9 +54,11 @@ class FaultyFileSystem(MemoryFileSystem):
         if cls.fault is not None:
             raise cls.fault
 
-    def cat_file(self, path, **kwargs):
+    def cat_file(self, path, start=None, end=None, **kwargs):
         self._suffer(writes=False)
-        return super().cat_file(path, **kwargs)
+        answer = super().cat_file(path, start=start, end=end, **kwargs)
+        on_read = type(self).on_read
+        return answer if on_read is None else on_read(self._strip_protocol(path), start, answer)
 
     def pipe_file(self, path, value, **kwargs):
         self._suffer(writes=True)
@@ -67,6 +75,7 @@ def memory():
     fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
     FaultyFileSystem.fault, FaultyFileSystem.writes_are_refused, FaultyFileSystem.calls = None, False, 0
     FaultyFileSystem.line_is_up.set()
+    FaultyFileSystem.on_read = None
     MemoryFileSystem.store.clear()
     yield fsspec.filesystem("memory")
     FaultyFileSystem.line_is_up.set()
@@ -79,6 +88,24 @@ def memory():
 
 def threads():
     return [thread for thread in threading.enumerate() if thread.name == "hfblend-remote"]
+
+
+def whole(store, key=KEY):
+    """The entry, every layer read; `None` if it is not there or lost on the way."""
+    found = store.open(key)
+    if found is None:
+        return None
+    try:
+        return found if [found.layer(i) for i in range(found.num_layers)] else None
+    except ChunkLost:
+        return None
+
+
+def wait_until(happens):
+    deadline = time.monotonic() + 5
+    while not happens() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert happens()
 
 
 def a_faulty_store(**kwargs):
@@ -123,11 +150,12 @@ def test_what_is_done_is_counted():
     assert store.open(KEY) is None
     found = store.counts.to_dict()
     assert (found["hits"], found["misses"], found["stored"], found["failed"]) == (1, 2, 1, 1)
-    assert found["bytes_read"] == found["bytes_written"] == len(dump(KEY, entry()))
+    assert found["bytes_written"] == len(dump(KEY, entry()))
+    assert found["bytes_read"] == entry().num_bytes + 4 * 8  # keys and values, and positions
 
 
-def test_entries_that_are_told_are_read_at_once_and_once():
-    store, keys = a_faulty_store(), [f"{i:064x}" for i in range(12)]
+def test_entries_that_are_told_are_looked_for_at_once_and_once():
+    store, keys = a_faulty_store(), [f"{i:064x}" for i in range(REQUESTS + 8)]
     for i, key in enumerate(keys):
         store.put(key, entry(seed=i))
     FaultyFileSystem.calls = 0
@@ -135,14 +163,22 @@ def test_entries_that_are_told_are_read_at_once_and_once():
     tiers = TieredStore([MemoryStore(), store])
     tiers.stores[0].put(keys[0], entry(seed=0))
     tiers.read_ahead(keys)
-    deadline = time.monotonic() + 5
-    while FaultyFileSystem.calls < READS_AHEAD and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert FaultyFileSystem.calls == READS_AHEAD  # and no more of them for now
+    wait_until(lambda: FaultyFileSystem.calls == REQUESTS)
+    assert len(threads()) == REQUESTS  # and no more of them for now
     FaultyFileSystem.line_is_up.set()
     for i, key in enumerate(keys):
         assert same(tiers.open(key), entry(seed=i))
-    assert FaultyFileSystem.calls == len(keys) - 1  # the first lay in memory
+    assert (
+        FaultyFileSystem.calls == len(keys) - 1
+    )  # the first lay in memory; the others are so small that they come whole
+
+
+def test_what_is_stored_is_found_though_it_was_looked_for_before():
+    store = RemoteStore("memory://chunks")
+    store.read_ahead([KEY])
+    store.put(KEY, entry())
+    store.read_ahead([KEY])
+    assert same(store.open(KEY), entry())
 
 
 def test_what_was_begun_for_another_prompt_is_dropped():
@@ -209,16 +245,21 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("head_bytes", [16, 2**11, 2**16])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_object_is_a_miss_removed_and_said(memory, fault, caplog):
-    store = RemoteStore("memory://chunks")
-    store.put(KEY, entry())
+def test_a_damaged_object_is_a_miss_removed_and_said(memory, fault, head_bytes, caplog, monkeypatch):
+    """Whether it is seen in the header, in a layer or at the end: of an object that is read whole, or in parts."""
+    monkeypatch.setattr(remote, "HEAD_BYTES", head_bytes)
+    store, written = RemoteStore("memory://chunks"), entry(tokens=20, behind_ids=range(50))
+    store.put(KEY, written)
+    assert len(memory.cat_file(PATH)) > 2**12
     memory.pipe_file(PATH, FAULTS[fault](memory.cat_file(PATH)))
-    assert store.open(KEY) is None
+    assert whole(store) is None
     assert "damaged" in caplog.text
+    assert store.counts.to_dict()["damaged"] == 1
     assert not memory.exists(PATH)
-    store.put(KEY, entry())
-    assert same(store.open(KEY), entry())
+    store.put(KEY, written)
+    assert same(store.open(KEY), written)
 
 
 def test_a_damaged_object_that_cannot_be_removed_is_a_miss(caplog):
@@ -238,6 +279,115 @@ def test_another_version_is_passed_by(memory, monkeypatch, caplog):
         assert store.open(KEY) is None
     assert "hfblend-chunk-0" in caplog.text
     assert memory.exists(PATH)
+
+
+# --- layer by layer -----------------------------------------------------------------------------------------------
+
+
+def in_parts(monkeypatch, **kwargs):
+    """A store with one entry of 12 layers that does not come whole with its header, and the entry."""
+    monkeypatch.setattr(remote, "HEAD_BYTES", 2**12)
+    store, written = RemoteStore("faulty://chunks", **kwargs), entry(layers=12, tokens=40)
+    store.put(KEY, written)
+    FaultyFileSystem.calls = 0
+    return store, written
+
+
+def test_layers_are_read_ahead_and_few_are_held(monkeypatch):
+    store, written = in_parts(monkeypatch)
+    found = store.open(KEY)
+    assert found.tier_beside(torch.device("cpu")) == "remote"
+    assert FaultyFileSystem.calls == 1  # its header, and nothing is asked about its size
+    for i in range(12):
+        found.prefetch(i)
+        run = i // LAYERS_A_READ
+        assert set(found._ahead) <= {run, run + 1}
+        assert (run + 1 in found._ahead) == (run < 2)
+        assert all(torch.equal(a, b) for a, b in zip(found.layer(i), written.layer(i)))
+    assert FaultyFileSystem.calls == 1 + 3
+
+
+def test_what_a_chunk_that_was_given_up_waits_for_is_not_read(monkeypatch):
+    store, _ = in_parts(monkeypatch)
+    readers = [store.open(KEY) for _ in range(REQUESTS)]
+    FaultyFileSystem.calls = 0
+    FaultyFileSystem.line_is_up.clear()
+    for reader in readers:
+        reader.prefetch(0)
+    wait_until(lambda: FaultyFileSystem.calls == REQUESTS)
+    assert len(threads()) == REQUESTS
+    readers.clear()
+    del reader
+    FaultyFileSystem.line_is_up.set()
+    wait_until(lambda: not threads())
+    # Those at work held a chunk each, of which a layer may have been begun meanwhile.
+    assert FaultyFileSystem.calls < 2 * REQUESTS
+
+
+def test_a_chunk_of_a_remote_that_reads_no_parts_comes_whole(monkeypatch):
+    store, written = in_parts(monkeypatch)
+    file = dump(KEY, written)
+    FaultyFileSystem.on_read = lambda path, start, answer: file
+    assert same(store.open(KEY), written)
+    assert FaultyFileSystem.calls == 1
+
+
+def test_a_remote_that_reads_other_parts_than_it_is_asked_for_is_a_miss(memory, monkeypatch, caplog):
+    store, written = in_parts(monkeypatch)
+    file = dump(KEY, written)
+    FaultyFileSystem.on_read = lambda path, start, answer: file[: start + len(answer)]  # each from the beginning
+    assert whole(store) is None
+    assert "were asked for" in caplog.text
+    assert memory.exists(PATH)  # it is not the object's fault
+
+
+def test_a_remote_that_dies_between_two_layers(monkeypatch, caplog):
+    store, _ = in_parts(monkeypatch, timeout_s=0.2)
+    found = store.open(KEY)
+    assert found.layer(3)
+    wait_until(lambda: all(future.done() for future in found._ahead.values()))
+    FaultyFileSystem.line_is_up.clear()
+    for i in range(4, 4 + LAYERS_A_READ):
+        assert found.layer(i)  # they were there already
+    started = time.monotonic()
+    for i in (8, 9, 10):
+        with pytest.raises(ChunkLost) as error:
+            found.layer(i)
+        assert error.value.key == KEY
+    assert store.open(KEY) is None
+    assert time.monotonic() - started < 0.5
+    assert caplog.text.count("no answer within") == 1
+
+
+def test_a_chunk_that_was_given_up_is_freed_at_once(monkeypatch):
+    def fail(path, start, answer):
+        raise OfABackend("gone")
+
+    store, _ = in_parts(monkeypatch)
+    found = store.open(KEY)
+    FaultyFileSystem.on_read = fail
+    gc.disable()
+    logging.disable()  # a record holds the error
+    try:
+        with contextlib.suppress(ChunkLost):
+            found.layer(0)
+        there = weakref.ref(found)
+        del found
+        wait_until(lambda: there() is None)
+    finally:
+        gc.enable()
+        logging.disable(logging.NOTSET)
+
+
+def test_a_chunk_costs_one_failure_however_many_layers_fail(monkeypatch, caplog):
+    store, written = in_parts(monkeypatch)
+    found = store.open(KEY)
+    FaultyFileSystem.fault = OfABackend("gone")
+    with pytest.raises(ChunkLost, match="OfABackend: gone"):
+        found.layer(0)
+    assert "left alone" not in caplog.text
+    FaultyFileSystem.fault = None
+    assert same(store.open(KEY), written)
 
 
 # --- a remote that fails ------------------------------------------------------------------------------------------
@@ -412,6 +562,34 @@ def test_s3_damaged_objects_are_removed(s3, caplog):
     assert not s3.exists(path)
 
 
+@pytest.mark.parametrize("fault", ["flip", "truncate", "lengthen", "empty"])
+def test_s3_objects_damaged_in_a_layer_are_lost(s3, fault, monkeypatch):
+    monkeypatch.setattr(remote, "HEAD_BYTES", 2**11)
+    store, path, written = RemoteStore("s3://bucket/chunks"), f"bucket/chunks/{KEY}.safetensors", entry(tokens=64)
+    store.put(KEY, written)
+    s3.pipe_file(path, FAULTS[fault](s3.cat_file(path)))
+    assert whole(store) is None
+    store.put(KEY, written)
+    assert same(store.open(KEY), written)
+
+
+def test_s3_is_asked_once_for_a_header_and_once_for_some_layers(s3, monkeypatch):
+    monkeypatch.setattr(remote, "HEAD_BYTES", 2**11)
+    store, written, requests = RemoteStore("s3://bucket/chunks"), entry(tokens=64, layers=3), []
+    store.put(KEY, written)
+    call_s3 = type(store._filesystem)._call_s3
+
+    async def call(self, method, *args, **kwargs):
+        requests.append(method)
+        return await call_s3(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(type(store._filesystem), "_call_s3", call)
+    assert store.open(OTHER) is None
+    assert requests == ["get_object"]
+    assert same(store.open(KEY), written)
+    assert requests == ["get_object"] * (1 + 1 + 1)  # three layers come in one
+
+
 def test_s3_without_its_bucket_costs_reuse_only(s3, caplog):
     store = RemoteStore("s3://nowhere/chunks")
     store.put(KEY, entry())
@@ -454,7 +632,9 @@ def test_a_second_use_reuses_what_the_first_one_stored():
     assert torch.equal(first, second)
 
 
-def test_a_second_use_reuses_what_the_first_one_stored_in_s3(s3):
+@pytest.mark.parametrize("head_bytes", [2**11, 2**16])
+def test_a_second_use_reuses_what_the_first_one_stored_in_s3(s3, head_bytes, monkeypatch):
+    monkeypatch.setattr(remote, "HEAD_BYTES", head_bytes)
     first, cold = blended("s3://bucket/chunks")
     second, warm = blended("s3://bucket/chunks")
     assert [(trace.hits, trace.misses) for trace in (cold, warm)] == [(0, 3), (3, 0)]
@@ -481,4 +661,74 @@ def test_generate_answers_when_the_remote_is_dead():
     assert time.monotonic() - started < 10
     assert (trace.hits, trace.misses) == (0, 3)
     assert FaultyFileSystem.calls == 4  # prefix and chunks, asked for at once
+    assert torch.equal(tokens, intact)
+
+
+class BadLine:
+    """What a remote does from the moment on in which layer `layer` of a chunk is asked for."""
+
+    def __init__(self, path, layer, fault):
+        file = fsspec.filesystem("memory").cat_file(path)
+        self.path, self.start = path, contents_of(path.split("/")[-1][:64], file, len(file)).layers[layer].start
+        self.fault, self.reached = fault, False
+
+    def __call__(self, path, start, answer):
+        here = (path, start) == (self.path, self.start)
+        if here and not self.reached and self.fault == "hangs":
+            FaultyFileSystem.line_is_up.clear()
+        self.reached |= here
+        if self.reached and self.fault == "dies":
+            raise OfABackend("connection reset")
+        if self.reached and self.fault == "hangs":
+            assert FaultyFileSystem.line_is_up.wait(20)
+        if here and self.fault == "gone":
+            raise FileNotFoundError(path)
+        if here and self.fault == "other bytes":
+            return bytes([answer[0] ^ 1]) + answer[1:]
+        if here and self.fault == "too few":
+            return answer[:-1]
+        if here and self.fault == "too many":
+            return answer * 2
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("fault", "layer", "layerwise"),
+    [(fault, 2, True) for fault in ("dies", "hangs", "gone", "other bytes", "too few", "too many")]
+    + [(fault, *when) for fault in ("dies", "hangs", "other bytes") for when in ((0, True), (3, True), (2, False))],
+)
+def test_generate_answers_when_the_remote_fails_in_mid_pass(monkeypatch, caplog, fault, layer, layerwise):
+    monkeypatch.setattr(remote, "HEAD_BYTES", 2**11)
+    monkeypatch.setattr("hfblend.store.loader.LAYERS_A_READ", 1)  # so that the first layers come before the fault
+    settings, model = config(0.3, layerwise=layerwise), make_llama()
+    with hfblend.patch(model, config=settings, store=RemoteStore("faulty://chunks")) as blender:
+        intact = generate(model, PROMPT.inputs()).sequences
+    chunk = blender.trace.chunks[1]
+
+    store = RemoteStore("faulty://chunks", timeout_s=0.3)
+    FaultyFileSystem.on_read = line = BadLine(f"/chunks/{chunk.key}.safetensors", layer, fault)
+    with hfblend.patch(model, config=settings, store=store) as blender:
+        started = time.monotonic()
+        output = generate(model, PROMPT.inputs()).sequences
+        assert time.monotonic() - started < 5
+        assert line.reached
+        assert torch.equal(output, intact)
+        assert [note for note in blender.trace.notes if "blended again" in note]
+        statuses = [one.status for one in blender.trace.chunks]
+        assert statuses == (["miss"] * 3 if fault in ("dies", "hangs") else ["hit", "miss", "hit"])
+        assert caplog.text.count("could not be read from faulty://chunks: no answer within") == (fault == "hangs")
+        assert caplog.text.count("is damaged, removed") == (fault in ("other bytes", "too few"))
+
+
+def test_what_is_read_in_parts_is_in_memory_the_next_time(monkeypatch):
+    monkeypatch.setattr(remote, "HEAD_BYTES", 2**11)
+    intact, _ = blended("memory://chunks")
+    tiers = TieredStore([MemoryStore(), RemoteStore("memory://chunks")])
+    tokens, trace = blended(tiers)
+    assert trace.hits == 3
+    assert torch.equal(tokens, intact)
+    MemoryFileSystem.store.clear()
+    tiers.stores[1].read_ahead([])
+    tokens, trace = blended(tiers)
+    assert trace.hits == 3
     assert torch.equal(tokens, intact)

@@ -16,7 +16,8 @@ from ..chunks import ChunkKV
 from .counts import StoreCounts
 from .format import CorruptEntry, OtherVersion, contents_of, dump, header_bytes, header_of, parse
 from .keys import file_name_of, is_file_name
-from .loader import LayerwiseChunk
+from .loader import FileSource, LayerwiseChunk
+from .quantisation import require_kv_dtype, takes
 from .sizes import num_bytes_of
 
 logger = logging.getLogger(__name__)
@@ -61,23 +62,31 @@ class DiskStore:
         path: a folder of its own; made if it is not there.
         max_bytes: of all files together; a number or `"8GB"`, `"512MiB"`. Processes that write at the same time may
             pass it for a while.
+        kv_dtype: `"int8"` or `"fp8"` keeps KV in 8 bits, near what was computed; `None`, as computed. An entry in
+            8 bits that is not of that kind is a miss.
 
     Raises:
-        ValueError: a budget that is no size.
+        ValueError: a budget that is no size; no such `kv_dtype`.
         OSError: the folder cannot be made.
     """
 
-    def __init__(self, path: str | os.PathLike[str], max_bytes: int | str = "50GB") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], max_bytes: int | str = "50GB", *, kv_dtype: str | None = None
+    ) -> None:
+        self.max_bytes, self.kv_dtype = num_bytes_of(max_bytes), require_kv_dtype(kv_dtype)
         self.path = Path(path).expanduser()
-        self.max_bytes = num_bytes_of(max_bytes)
         self.counts = StoreCounts()
         self._surely_free = 0  # bytes
         self.path.mkdir(parents=True, exist_ok=True)
         self._remove_abandoned()
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
-        """Keeps an entry; what the disk refuses is logged and not kept."""
-        path, file = self._path(key), dump(key, chunk_kv)
+        """Keeps an entry; what the disk refuses is logged and not kept, nor is KV in 8 bits of another kind."""
+        path = self._path(key)
+        if not takes(self.kv_dtype, chunk_kv.quantised):
+            logger.info("A chunk's KV that was in %s is not kept in %s.", chunk_kv.quantised, self.path)
+            return
+        file = dump(key, chunk_kv, self.kv_dtype)
         if len(file) > self.max_bytes:
             logger.warning("A chunk's KV of %d bytes does not fit into %d bytes; not kept.", len(file), self.max_bytes)
             return
@@ -117,7 +126,8 @@ class DiskStore:
                 start = stream.read(8)
                 start += stream.read(header_bytes(start) - 8)
                 contents = contents_of(key, start, os.fstat(stream.fileno()).st_size)
-                chunk = LayerwiseChunk(stream, contents, self.counts, give_up)
+                contents.require_served_by(self.kv_dtype)
+                chunk = LayerwiseChunk(FileSource(stream), contents, self.counts, give_up)
                 opened.pop_all()  # from here on the chunk closes it
         except FileNotFoundError:
             pass
@@ -179,6 +189,12 @@ class DiskStore:
     def unpin(self, key: str) -> None:
         """An entry may go again."""
         self._pin(key).unlink(missing_ok=True)
+
+    def drop_from_ram(self, key: str) -> None:
+        """Asks the system to let go of its copy of an entry in RAM, as for one that was not used for long."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError), open(self._path(key), "rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def remove(self, key: str) -> None:
         """Removes an entry, if it is there, pinned or not."""

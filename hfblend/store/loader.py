@@ -1,46 +1,167 @@
-"""A chunk read from its file a layer at a time, ahead of the pass that needs it.
+"""A chunk read from its file, near or far, some layers at a time, ahead of the pass that needs them.
 
-    the pass asks for layer     0           1           2
-    threads are at              1 2 3 4     2 3 4 5     3 4 5 6        of every chunk of the prompt at once
+    the pass asks for layer     0 1 2 3         4 5 6 7
+    threads are at              4 5 6 7         8 9 10 11           of every chunk of the prompt at once
 
-A layer is checked when it arrives. At most LAYERS_AHEAD + 1 layers of a chunk are in memory, unless it is kept.
+A layer is checked when it arrives. At most 2 · LAYERS_A_READ layers of a chunk are in memory, unless it is kept.
+
+Threads do what lets other threads run, reads and checksums, and little else: buffers are made, and tensors formed in
+them, by the thread that asks. With 8 threads that make tensors, Python's lock costs more than the reading.
 
 Shapes: n tokens of the chunk, Hkv KV heads, D head_dim, W width of a row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from io import FileIO
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ..caches import KV, RowLayout, full_length_cache
 from ..chunks import ChunkKV, ChunkLost, Provenance
 from .counts import StoreCounts
-from .format import Contents, CorruptEntry, Place
+from .format import Contents, CorruptEntry, Place, QuantisedPlace, memory_of
 
 logger = logging.getLogger(__name__)
 
-LAYERS_AHEAD = 4
-READERS = 8  # threads, of all stores of the process together
+T = TypeVar("T")
+
+LAYERS_A_READ = 4  # neighbours in the file; each read costs a turn of Python's lock, or a request
+READERS = 8  # threads that read from disks, of all stores of the process together
+
+
+class Source(Protocol):
+    """The file behind a chunk, and the threads that read it."""
+
+    def fill(self, buffer: memoryview, start: int) -> None:
+        """Fills a buffer with the bytes from `start` on, in the thread that calls.
+
+        Raises:
+            CorruptEntry: the file ends before, or does not where it must.
+            OSError: they cannot be read.
+        """
+        ...
+
+    def tier(self, start: int) -> str:
+        """Where the bytes from `start` on are read from, of `hfblend.controller.TIERS`."""
+        ...
+
+    def begin(self, read: Callable[[], T]) -> Future[T]:
+        """Calls `read` in a thread, soon."""
+        ...
+
+    def result(self, begun: Future[T]) -> T:
+        """What that call returns or raises; `OSError` if it does not come in time."""
+        ...
+
+
+class FileSource:
+    """A file on a disk. It stays open as long as this lives, so that it can be read on when its name is gone."""
+
+    def __init__(self, stream: FileIO) -> None:
+        self._stream, self._reading = stream, threading.Lock()
+        weakref.finalize(self, stream.close)
+
+    def fill(self, buffer: memoryview, start: int) -> None:
+        read = 0
+        while read < len(buffer):
+            more = self._read_into(buffer[read:], start + read)
+            if not more:
+                raise CorruptEntry(f"it ends after {read} of {len(buffer)} bytes of a tensor")
+            read += more
+
+    def _read_into(self, buffer: memoryview, start: int) -> int | None:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._stream.fileno(), [buffer], start)
+        with self._reading:
+            self._stream.seek(start)
+            return self._stream.readinto(buffer)
+
+    def tier(self, start: int) -> str:
+        """`"page_cache"` where the system still has them in its own RAM, and says so."""
+        if hasattr(os, "RWF_NOWAIT"):
+            with contextlib.suppress(OSError):
+                os.preadv(self._stream.fileno(), [bytearray(1)], start, os.RWF_NOWAIT)
+                return "page_cache"
+        return "disk"
+
+    def begin(self, read: Callable[[], T]) -> Future[T]:
+        return _threads().submit(read)
+
+    def result(self, begun: Future[T]) -> T:
+        try:
+            return begun.result()
+        finally:
+            del begun  # or a frame of what it raised would hold it, and so the whole pass
+
+
+class DaemonThreads:
+    """Up to `most` threads, which never keep a process from ending, and end themselves when nothing waits for them.
+
+    A ThreadPoolExecutor's are joined when the process ends, one that hangs included.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most, self._name = most, name
+        self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._at_work: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+
+    def begin(self, call: Callable[[], T]) -> Future[T]:
+        """Calls in a thread, behind what was begun before."""
+        future: Future[T] = Future()
+        with self._lock:
+            self._waiting.append((future, call))
+            if len(self._at_work) < self._most:
+                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                with contextlib.suppress(RuntimeError):  # the process may have no more of them
+                    thread.start()
+                    self._at_work.add(thread)
+        return future
+
+    def drop(self) -> None:
+        """Cancels what waits; a thread that hangs takes no other's place from now on."""
+        with self._lock:
+            for future, _ in self._waiting:
+                future.cancel()
+            self._waiting.clear()
+            self._at_work.clear()
+
+    def _work(self) -> None:
+        this = threading.current_thread()
+        while True:
+            with self._lock:
+                if this not in self._at_work or not self._waiting:
+                    self._at_work.discard(this)
+                    return
+                future, call = self._waiting.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+            del future, call  # and what they hold
 
 
 class LayerwiseChunk:
     """A chunk in a file whose header has been checked. A `Reader`.
 
     Args:
-        stream: the file; it stays open, so that the chunk can be read on when its name is gone.
+        source: the file.
         contents: of the file.
         counts: of the store; what is read is added.
-        lost: called when a layer turns out to be damaged, before `ChunkLost` is raised.
+        lost: called when a layer cannot be read or is damaged, before `ChunkLost` is raised.
 
     Raises:
         CorruptEntry: positions or ids are not what was written.
@@ -48,14 +169,16 @@ class LayerwiseChunk:
     """
 
     def __init__(
-        self, stream: FileIO, contents: Contents, counts: StoreCounts, lost: Callable[[Exception], None]
+        self,
+        source: Source,
+        contents: Contents,
+        counts: StoreCounts,
+        lost: Callable[[Exception], None],
     ) -> None:
-        self._stream, self._contents, self._counts, self._lost = stream, contents, counts, lost
-        weakref.finalize(self, stream.close)
-        self._reading = threading.Lock()
-        self._ahead: dict[int, Future[KV]] = {}
-        self._latest: tuple[int, KV] | None = None
-        self._kept: dict[int, KV] | None = None
+        self._source, self._contents, self._counts, self._lost = source, contents, counts, lost
+        self._ahead: dict[int, Future[list[torch.Tensor]]] = {}  # of a run of layers, by its number
+        self._latest: tuple[int, list[torch.Tensor]] | None = None
+        self._kept: dict[int, torch.Tensor] | None = None
         self._whole: Callable[[ChunkKV], None] = lambda chunk_kv: None
         self.cached_positions = self._read(contents.places["cached_positions"])
         self.behind_ids = tuple(self._read(contents.places["behind_ids"]).tolist())
@@ -68,7 +191,11 @@ class LayerwiseChunk:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._contents.layer(0).dtype
+        return self._contents.layers[0].dtype
+
+    @property
+    def quantised(self) -> str | None:
+        return self._contents.quantised
 
     @property
     def num_layers(self) -> int:
@@ -76,8 +203,11 @@ class LayerwiseChunk:
 
     @property
     def num_bytes(self) -> int:
-        places = map(self._contents.layer, range(self.num_layers))
-        return sum(place.stop - place.start for place in places)
+        return sum(place.num_bytes for place in self._contents.layers)
+
+    def tier_beside(self, device: torch.device) -> str:
+        """Where its last layer is read from: a file is rarely in part in the system's RAM."""
+        return self._source.tier(self._contents.layers[-1].start)
 
     def layer(self, layer_idx: int) -> KV:
         """Keys and values (1, Hkv, n, D), packed in rows, in RAM (pinned beside a GPU).
@@ -85,56 +215,70 @@ class LayerwiseChunk:
         Raises:
             ChunkLost: they cannot be read, or are not what was written.
         """
-        if self._latest is not None and self._latest[0] == layer_idx:
-            return self._latest[1]
+        return self._contents.layouts[layer_idx].views(self.rows(layer_idx)[None])
+
+    def rows(self, layer_idx: int) -> torch.Tensor:
+        """The rows (n, W) of `layer`."""
         if self._kept is not None and layer_idx in self._kept:
             return self._kept[layer_idx]
-        self.prefetch(layer_idx)
-        try:
-            kv = self._ahead.pop(layer_idx).result()
-        except (OSError, CorruptEntry) as error:
-            self._lost(error)
-            raise ChunkLost(self._contents.key, str(error)) from error
-        self._latest = layer_idx, kv
-        self._keep(layer_idx, kv)
-        return kv
+        run, at = divmod(layer_idx, LAYERS_A_READ)
+        if self._latest is None or self._latest[0] != run:
+            self.prefetch(layer_idx)
+            try:
+                self._latest = run, self._source.result(self._ahead.pop(run))
+            except (OSError, CorruptEntry) as error:
+                self._lost(error)
+                raise ChunkLost(self._contents.key, str(error)) from error
+        rows = self._contents.layers[layer_idx].tensor(self._latest[1][at])
+        self._keep(layer_idx, rows)
+        return rows
 
     def prefetch(self, layer_idx: int) -> None:
-        """Starts reading this layer and the next few."""
-        for i in range(layer_idx, min(layer_idx + LAYERS_AHEAD + 1, self.num_layers)):
-            if i not in self._ahead and not (self._kept and i in self._kept):
-                self._ahead[i] = _threads().submit(self._read_layer, i)
+        """Starts reading this layer, its neighbours, and the next few."""
+        first = layer_idx // LAYERS_A_READ
+        for run in (first, first + 1):
+            layers = range(run * LAYERS_A_READ, min((run + 1) * LAYERS_A_READ, self.num_layers))
+            is_here = self._latest is not None and self._latest[0] == run
+            if layers and run not in self._ahead and not is_here and not (self._kept and layers[-1] in self._kept):
+                self._ahead[run] = self._source.begin(self._to_read(self._contents.layers[layers.start : layers.stop]))
 
     def keep(self, whole: Callable[[ChunkKV], None]) -> None:
         """Keeps every layer that is read, and hands the whole chunk over once all of them are there."""
         self._kept, self._whole = {}, whole
 
-    def _keep(self, layer_idx: int, kv: KV) -> None:
+    def _keep(self, layer_idx: int, rows: torch.Tensor) -> None:
         if self._kept is None:
             return
-        self._kept[layer_idx] = kv
+        self._kept[layer_idx] = rows
         if len(self._kept) == self.num_layers:
-            cache = full_length_cache(self._kept[i] for i in range(self.num_layers))
-            self._whole(ChunkKV(cache, self.cached_positions, self.behind_ids, self.provenance, self.regime))
-
-    def _read_layer(self, layer_idx: int) -> KV:
-        rows = self._read(self._contents.layer(layer_idx))
-        return self._contents.layouts[layer_idx].views(rows[None])
+            cache = full_length_cache(self.layer(i) for i in range(self.num_layers))
+            said = (self.cached_positions, self.behind_ids, self.provenance, self.regime, self.quantised)
+            self._whole(ChunkKV(cache, *said))
 
     def _read(self, place: Place) -> torch.Tensor:
-        began = time.perf_counter()
-        data = torch.empty(place.stop - place.start, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        with self._reading:
-            self._stream.seek(place.start)
-            read = 0
-            while read < len(data):
-                more = self._stream.readinto(data[read:].numpy().data)
-                if not more:
-                    raise CorruptEntry(f"it ends after {read} of {len(data)} bytes of a tensor")
-                read += more
-        tensor = place.tensor(data)
-        self._counts.add(bytes_read=len(data), read_seconds=time.perf_counter() - began)
-        return tensor
+        """A small tensor, now."""
+        return place.tensor(self._to_read([place])()[0])
+
+    def _to_read(self, places: Sequence[Place | QuantisedPlace]) -> Callable[[], list[torch.Tensor]]:
+        """What a thread has to do for the bytes of tensors that stand one behind the other, with the buffer made; an
+        error, once the chunk is given up."""
+        start, num_bytes = places[0].start, places[-1].stop - places[0].start
+        data = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        parts = data.split([place.stop - place.start for place in places])
+        memory, source, counts, chunk = memory_of(data), self._source, self._counts, weakref.ref(self)
+
+        def read() -> list[torch.Tensor]:
+            if chunk() is None:
+                raise CancelledError
+            began = time.perf_counter()
+            source.fill(memory, start)
+            for place in places:
+                place.require_whole(memory[place.start - start : place.stop - start])
+            decoded = [place.decoded(part) for place, part in zip(places, parts)]
+            counts.add(bytes_read=num_bytes, read_seconds=time.perf_counter() - began)
+            return decoded
+
+        return read
 
 
 @functools.cache

@@ -10,7 +10,6 @@ import re
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -19,14 +18,17 @@ from typing import Any, TypeVar
 from ..chunks import ChunkKV
 from ..optional import require
 from .counts import StoreCounts
-from .format import CorruptEntry, OtherVersion, dump, parse
+from .format import Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes, header_of
 from .keys import file_name_of
+from .loader import DaemonThreads, LayerwiseChunk
+from .quantisation import require_kv_dtype, takes
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-READS_AHEAD = 8  # entries at once
+HEAD_BYTES = 64 * 2**10  # of an object, read first: the header, positions and ids of most
+REQUESTS = 32  # of a store at once; as many again for writing. A disk's 8 would leave a line idle while they travel.
 
 # Their puts are atomic and need no folders; elsewhere a file is written under a temporary name and moved.
 _PUTS_ARE_ATOMIC = {"abfs", "adl", "az", "gcs", "gs", "memory", "oci", "oss", "s3", "s3a", "tos"}
@@ -38,31 +40,35 @@ class RemoteStore:
 
     >>> store = RemoteStore("s3://bucket/chunks", timeout_s=5)  # doctest: +SKIP
 
-    Several chunks of a prompt are read at once. An object is read whole and every byte is checked before any of it is
-    used; a damaged one is logged, removed and prefilled again. Errors of the remote are logged, never raised, and cost
-    reuse only. One answer that does not come within `timeout_s`, or `max_failures` errors in a row when reading or when
-    writing, and the store asks for nothing for `pause_s`: a dead remote costs one timeout, not one a chunk. There is no
-    budget and nothing is evicted: let the remote's own rules do that.
+    An object is read as a file on a disk is: first its header, for all chunks of a prompt at once, then a layer at a
+    time, ahead of the pass and with up to 32 requests at once. Every byte of a layer is checked before any of it is
+    used; a damaged object is logged, removed and prefilled again. Errors of the remote are logged, never raised, and
+    cost reuse only. One answer that does not come within `timeout_s` of being waited for, or `max_failures` errors in a
+    row when reading or when writing, and the store asks for nothing for `pause_s`: a dead remote costs one timeout, not
+    one a chunk or a layer. There is no budget and nothing is evicted: let the remote's own rules do that.
 
     Object stores put atomically. Elsewhere (`file://`, `sftp://`, …) a file is written under a temporary name and
     moved: as atomic as the filesystem's move, and not synced; a process that is killed leaves its temporary file. A
     half that is seen all the same does not pass the checks.
 
-    Each request runs in a daemon thread, which never keeps a process from ending. After a timeout, filesystems that
-    are asynchronous (S3, GCS, Azure) are told to give the request up, and the thread ends; with others it stays until
-    the filesystem returns. fsspec's thread for its event loop lives as long as the process. A process that was forked
-    needs a store of its own.
+    A filesystem that cannot read a part of a file sends all of it: then a chunk is in memory whole.
+
+    Requests run in daemon threads, which never keep a process from ending, and end with the last request. After a
+    timeout, filesystems that are asynchronous (S3, GCS, Azure) are told to give the request up, and the thread ends;
+    with others it stays until the filesystem returns. fsspec's thread for its event loop lives as long as the process.
+    A process that was forked needs a store of its own.
 
     Args:
         url: of the folder, as fsspec has it: `"s3://bucket/prefix"`, `"gs://…"`, `"memory://…"`.
-        timeout_s: for one read or write.
+        timeout_s: for one write, and for one read from when it is waited for.
         pause_s: for how long a remote that fails is left alone.
         max_failures: errors in a row after which it is.
+        kv_dtype: `"int8"` or `"fp8"` keeps KV in 8 bits, as in `DiskStore`.
         storage_options: of fsspec's filesystem: `endpoint_url`, `anon`, ….
 
     Raises:
         ImportError: fsspec or the package of the URL's protocol is missing (the message says what to install).
-        ValueError: a protocol that fsspec does not know; limits that are not above 0.
+        ValueError: a protocol that fsspec does not know; limits that are not above 0; no such `kv_dtype`.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class RemoteStore:
         timeout_s: float = 10.0,
         pause_s: float = 60.0,
         max_failures: int = 3,
+        kv_dtype: str | None = None,
         **storage_options: Any,
     ) -> None:
         if min(timeout_s, pause_s, max_failures) <= 0:
@@ -79,7 +86,7 @@ class RemoteStore:
                 f"timeout_s, pause_s and max_failures must be above 0, got {timeout_s}, {pause_s} and {max_failures}."
             )
         self.url = re.sub(r"//[^/@]*@", "//", url)  # without a password, as it stands in logs
-        self.timeout_s = timeout_s
+        self.timeout_s, self.kv_dtype = timeout_s, require_kv_dtype(kv_dtype)
         self._filesystem, root = _filesystem_at(url, self.url, storage_options)
         self._root = root.rstrip("/")
         protocol = self._filesystem.protocol  # one name, or several
@@ -87,8 +94,7 @@ class RemoteStore:
         self._reading, self._writing = _Breaker(max_failures, pause_s), _Breaker(max_failures, pause_s)
         is_async = getattr(self._filesystem, "async_impl", False)
         self.counts = StoreCounts()
-        self._ahead: dict[str, Future[bytes | None]] = {}  # begun, and not yet asked for
-        self._to_begin: deque[str] = deque()
+        self._ahead: dict[str, Future[tuple[_Object, Contents]]] = {}  # begun, and not yet asked for
         self._ahead_lock = threading.Lock()
         self._give_up: dict[str, Any] = {"timeout": timeout_s} if is_async else {}
 
@@ -97,46 +103,66 @@ class RemoteStore:
         path = self._path(key)
         if self._writing.is_open:
             return
-        file = dump(key, chunk_kv)
+        if not takes(self.kv_dtype, chunk_kv.quantised):
+            logger.info("A chunk's KV that was in %s is not kept in %s.", chunk_kv.quantised, self.url)
+            return
+        file = dump(key, chunk_kv, self.kv_dtype)
+        self._forget(key)
         if self._ask(self._writing, "written to", lambda: self._write(path, file)):
             self.counts.add(stored=1, bytes_written=len(file))
 
-    def open(self, key: str) -> ChunkKV | None:
-        """The entry, in RAM and checked; `None` if there is none that can be trusted, or none in time."""
-        path = self._path(key)
-        with self._ahead_lock:
-            begun = self._ahead.pop(key, None)
-        file = self._ask(self._reading, "read from", lambda: self._read(path), begun)
-        self._begin_next()
-        if file is None:
-            self.counts.add(misses=1)
-            return None
+    def open(self, key: str) -> LayerwiseChunk | None:
+        """The entry, its header checked, its layers read and checked as they are asked for.
+
+        `None` if there is none that can be trusted, or none in time. A layer of which that turns out later raises
+        `ChunkLost` then; a damaged entry is removed.
+        """
+        chunk = None
         try:
-            chunk_kv = parse(key, file)
-            self.counts.add(hits=1, bytes_read=len(file))
-            return chunk_kv
+            source, contents = self._answer(self._reading, "read from", self._begun_for(key))
+            contents.require_served_by(self.kv_dtype)
+            chunk = LayerwiseChunk(source, contents, self.counts, partial(self._lost, key))
         except OtherVersion as error:
             logger.info("%s of %s is not read: %s", file_name_of(key), self.url, error)
-        except CorruptEntry as error:
-            name = file_name_of(key)
+        except (CorruptEntry, OSError) as error:
+            self._lost(key, error)
+        self.counts.add(**{"misses" if chunk is None else "hits": 1})
+        return chunk
+
+    def read_ahead(self, keys: Sequence[str]) -> None:
+        """Begins to read the headers of these entries; what was begun for others and not taken is dropped."""
+        with self._ahead_lock:
+            for key in self._ahead.keys() - set(keys):
+                self._ahead.pop(key).cancel()
+            for key in keys:
+                if key not in self._ahead:
+                    self._ahead[key] = self._begin_to_open(key)
+
+    def _begun_for(self, key: str) -> Future[tuple[_Object, Contents]]:
+        begun = self._forget(key)
+        return self._begin_to_open(key) if begun is None or begun.cancelled() else begun
+
+    def _begin_to_open(self, key: str) -> Future[tuple[_Object, Contents]]:
+        return self._reading.begin(partial(_Object.opened, self, key, self._path(key)))
+
+    def _forget(self, key: str) -> Future[tuple[_Object, Contents]] | None:
+        """What was begun for an entry, once."""
+        with self._ahead_lock:
+            return self._ahead.pop(key, None)
+
+    def _lost(self, key: str, error: Exception) -> None:
+        """Removes an entry that is damaged. Of one that did not come, `_answer` has said so."""
+        if isinstance(error, CorruptEntry):
+            name, path = file_name_of(key), self._path(key)
             logger.warning("%s of %s is damaged, removed and prefilled again: %s", name, self.url, error)
             self._ask(self._writing, "removed from", lambda: self._remove(path))
             self.counts.add(damaged=1)
-        self.counts.add(misses=1)
-        return None
 
-    def read_ahead(self, keys: Sequence[str]) -> None:
-        """Begins to read these entries, some at once; what was begun for others and not taken is dropped."""
-        with self._ahead_lock:
-            self._ahead = {key: future for key, future in self._ahead.items() if key in keys}
-            self._to_begin = deque(key for key in keys if key not in self._ahead)
-        self._begin_next()
-
-    def _begin_next(self) -> None:
-        with self._ahead_lock:
-            while self._to_begin and len(self._ahead) < READS_AHEAD and not self._reading.is_open:
-                key = self._to_begin.popleft()
-                self._ahead[key] = _begun(partial(self._read, self._path(key)))
+    def remove(self, key: str) -> None:
+        """Removes an entry, if it is there; what the remote refuses is logged."""
+        path = self._path(key)
+        self._forget(key)
+        self._ask(self._writing, "removed from", lambda: self._remove(path))
 
     def __contains__(self, key: str) -> bool:
         """Whether there is an object of that key; whether it can be trusted is seen when it is read."""
@@ -148,10 +174,12 @@ class RemoteStore:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def _read(self, path: str) -> bytes | None:
-        with contextlib.suppress(FileNotFoundError):  # a miss is an answer, not a failure
-            return self._filesystem.cat_file(path, **self._give_up)
-        return None
+    def read(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of an object, fewer where it ends before, in the thread that calls."""
+        try:
+            return self._filesystem.cat_file(path, start=start, end=stop, **self._give_up)
+        except FileNotFoundError as error:
+            raise _Missing("it is not there") from error
 
     def _is_there(self, path: str) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -178,12 +206,28 @@ class RemoteStore:
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm_file(path, **self._give_up)
 
-    def _ask(self, breaker: _Breaker, what: str, request: Callable[[], T], begun: Future[T] | None = None) -> T | None:
-        """The answer to a request, perhaps one that has begun; `None`, and a line in the log, if there is none."""
-        if breaker.is_open:
-            return None
+    def _ask(self, breaker: _Breaker, what: str, request: Callable[[], T]) -> T | None:
+        """The answer to a request; `None`, and a line in the log, if there is none."""
+        with contextlib.suppress(OSError):
+            return self._answer(breaker, what, breaker.begin(request))
+        return None
+
+    def _answer(self, breaker: _Breaker, what: str, begun: Future[T]) -> T:
+        """The answer to a request that has begun.
+
+        Raises:
+            OSError: there is none, which is logged; or the remote is left alone; or what was read is not there.
+            CorruptEntry, OtherVersion: what was read is that.
+        """
         try:
-            answer = (begun or _begun(request)).result(self.timeout_s)
+            if breaker.is_open and not begun.done():
+                raise concurrent.futures.CancelledError
+            answer = begun.result(self.timeout_s)
+        except concurrent.futures.CancelledError:
+            raise OSError(f"{self.url} is left alone") from None
+        except (_Missing, CorruptEntry, OtherVersion):  # answers, not failures
+            breaker.worked()
+            raise
         except (Exception, asyncio.CancelledError) as error:  # every filesystem has its own
             self.counts.add(failed=1)
             late = isinstance(error, _LATE)
@@ -192,18 +236,95 @@ class RemoteStore:
             opened = [one.open() for one in (self._reading, self._writing)] if late else [breaker.failed()]
             if any(opened):
                 logger.warning("%s is left alone for %g s; chunks are prefilled.", self.url, breaker.pause_s)
-            return None
+            raise OSError(reason) from error
+        finally:
+            del begun  # or a frame of what it raised would hold it, and so the whole pass
         breaker.worked()
         return answer
 
 
+class _Missing(OSError):
+    """There is no such object."""
+
+
+class _Object:
+    """A chunk's object. A `Source`.
+
+    Args:
+        head: its first bytes.
+        is_whole: whether they are all of it.
+        num_bytes: of all of it, by its header.
+    """
+
+    def __init__(self, store: RemoteStore, path: str, head: bytes, is_whole: bool, num_bytes: int) -> None:
+        self._store, self._path, self._head, self._is_whole, self._num_bytes = store, path, head, is_whole, num_bytes
+
+    @classmethod
+    def opened(cls, store: RemoteStore, key: str, path: str) -> tuple[_Object, Contents]:
+        """An object and what it holds, by its header; positions and ids are read with it."""
+        head = store.read(path, 0, HEAD_BYTES)
+        is_whole = len(head) != HEAD_BYTES  # shorter; or longer, where the filesystem reads no parts
+        if not is_whole and header_bytes(head[:8]) > len(head):
+            head += store.read(path, len(head), header_bytes(head[:8]))
+        num_bytes = len(head) if is_whole else _stated_bytes(head)
+        contents = contents_of(key, head, num_bytes)
+        stop = max(contents.places[name].stop for name in ("cached_positions", "behind_ids"))
+        if not is_whole and stop > len(head):
+            head += store.read(path, len(head), stop)
+        return cls(store, path, head, is_whole, num_bytes), contents
+
+    def fill(self, buffer: memoryview, start: int) -> None:
+        stop = start + len(buffer)
+        stop += stop == self._num_bytes  # one byte more, which must not be there
+        is_here = self._is_whole or stop <= len(self._head)
+        data = self._head[start:stop] if is_here else self._store.read(self._path, start, stop)
+        if len(data) > stop - start:
+            raise OSError(f"{len(data)} bytes came where {stop - start} were asked for")
+        if len(data) != len(buffer):
+            raise CorruptEntry(f"from byte {start} on it has {len(data)} bytes, not {len(buffer)}")
+        buffer[:] = data
+
+    def tier(self, start: int) -> str:
+        return "remote"
+
+    def begin(self, read: Callable[[], T]) -> Future[T]:
+        return self._store._reading.begin(read)
+
+    def result(self, begun: Future[T]) -> T:
+        try:
+            return self._store._answer(self._store._reading, "read from", begun)
+        finally:
+            del begun
+
+
+def _stated_bytes(head: bytes) -> int:
+    """How long an object is by its header; 0 where that says nothing, and `contents_of` says why."""
+    try:
+        tensors = [one for name, one in header_of(head).items() if name != "__metadata__"]
+        return header_bytes(head[:8]) + int(max(one["data_offsets"][1] for one in tensors))
+    except (LookupError, TypeError, ValueError):
+        return 0
+
+
 class _Breaker:
-    """Opens for `pause_s` after so many failures in a row; the first one after that opens it again."""
+    """Opens for `pause_s` after so many failures in a row; the first one after that opens it again.
+
+    What was begun and still waits is dropped when it opens, and nothing is begun before it closes.
+    """
 
     def __init__(self, max_failures: int, pause_s: float) -> None:
         self.max_failures, self.pause_s = max_failures, pause_s
         self._failures, self._until = 0, 0.0
         self._lock = threading.Lock()
+        self._threads = DaemonThreads(REQUESTS, "hfblend-remote")
+
+    def begin(self, request: Callable[[], T]) -> Future[T]:
+        """Starts a request; one that is cancelled while it is open."""
+        if not self.is_open:
+            return self._threads.begin(request)
+        dropped: Future[T] = Future()
+        dropped.cancel()
+        return dropped
 
     @property
     def is_open(self) -> bool:
@@ -221,12 +342,14 @@ class _Breaker:
         with self._lock:
             was_open = self.is_open
             self._failures, self._until = self.max_failures, time.monotonic() + self.pause_s
+        self._threads.drop()
         return not was_open
 
     def worked(self) -> None:
-        """Forgets the failures before."""
+        """Forgets the failures before, unless it has opened since that was asked."""
         with self._lock:
-            self._failures = 0
+            if not self.is_open:
+                self._failures = 0
 
 
 def _filesystem_at(url: str, name: str, storage_options: dict[str, Any]) -> tuple[Any, str]:
@@ -243,18 +366,3 @@ def _filesystem_at(url: str, name: str, storage_options: dict[str, Any]) -> tupl
         raise ValueError(
             f"A store is a folder, a URL that fsspec can open or a store object, got {name!r}: {error}."
         ) from error
-
-
-def _begun(request: Callable[[], T]) -> Future[T]:
-    """What a request returns or raises, from a thread that no one has to wait for."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(request())
-        except BaseException as error:
-            future.set_exception(error)
-
-    # Not a ThreadPoolExecutor: its threads are joined when the process ends, a request that hangs included.
-    threading.Thread(target=run, name="hfblend-remote", daemon=True).start()
-    return future
