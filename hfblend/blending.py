@@ -28,6 +28,7 @@ from .attention import AttentionRecord
 from .caches import KV, ROOM, BlendingCache, RecordingCache, full_length_cache, hand_over
 from .chunks import ChunkKV, ChunkLost
 from .config import BlendConfig
+from .controller import BlendShape, Controller
 from .graphs import graphs_of
 from .layers import Watched, watched
 from .lookup import LookUp
@@ -74,6 +75,7 @@ def blend(
     store: Store | None = None,
     config: BlendConfig | None = None,
     algorithm: type[Blending] | None = None,
+    controller: Controller | None = None,
 ) -> BlendResult:
     """Blends one prompt, outside `generate`. The model may be patched or not; it is not changed.
 
@@ -86,16 +88,17 @@ def blend(
         store: where chunk KV is looked up and kept; default, a new `MemoryStore`.
         config: default `BlendConfig()`. `min_reused_tokens` is not applied here.
         algorithm: a subclass of `Blending` that does a phase in another way, as those of `hfblend.baselines`.
+        controller: settles `recompute_ratios="auto"`; needed for that.
 
     Raises:
         UnsupportedModel: the model's KV cannot be moved.
-        ValueError: a check layer beyond the model, or a model in training mode.
+        ValueError: a check layer beyond the model, a model in training mode, or `"auto"` without a controller.
     """
     host, config = host_of(model), BlendConfig() if config is None else config
     with torch.no_grad():
         input_ids = prompt.input_ids.to(host.device)
         store = MemoryStore() if store is None else store
-        state = (algorithm or Blending)(host, input_ids, prompt.chunk_spans, store, config)
+        state = (algorithm or Blending)(host, input_ids, prompt.chunk_spans, store, config, controller=controller)
         output = state.run(host.last_logits)
         cache = DynamicCache(config=host.config)
         hand_over(state.buffers, len(prompt) - 1, 1, cache)
@@ -112,6 +115,7 @@ class Blending:
         spans: of the chunks.
         store, config: as in `blend`.
         prompt_length: tokens of the prompt, if draft tokens follow it; default T.
+        controller: settles `recompute_ratios="auto"`.
     """
 
     host: BlendableModel
@@ -121,10 +125,16 @@ class Blending:
     config: BlendConfig
     trace: BlendTrace = field(default_factory=BlendTrace)
     prompt_length: int | None = None
+    controller: Controller | None = None
     buffers: dict[int, KV] = field(default_factory=dict)  # layer -> (1, Hkv, T + room, D), filled by the passes
 
     def __post_init__(self) -> None:
         self.config.require_layers(self.host.num_layers)
+        if self.config.is_auto and self.controller is None:
+            raise ValueError(
+                'recompute_ratios="auto" needs a controller, got none. `hfblend.patch` makes one; for `hfblend.blend` '
+                "pass controller=Controller(profile_of(model, store, config))."
+            )
         self.host.fingerprint.current(self.host.model)
         self.length = self.input_ids.shape[1]
         self.ids: list[int] = self.input_ids[0].tolist()
@@ -135,6 +145,7 @@ class Blending:
         self._lost: frozenset[str] = frozenset()  # keys of entries that could not be read to their end
         self._prefilled: frozenset[str] = frozenset()  # and of chunks that were prefilled before that was known
         self._beside = Beside(self.host.device)
+        self._asked = self.config  # before "auto" is settled
         self.clock = PhaseClock(self.host.device)
         trace = self.trace
         trace.blended, trace.clock = True, self.clock
@@ -185,7 +196,7 @@ class Blending:
 
     def _attempt(self, forward: Forward) -> Any:
         self._keep_the_gpu_busy(forward)
-        reuse = self.look_up()
+        reuse = self.decide(self.look_up())
         reused = self.realign(reuse)
         self.clock.end_of("look_up")
         selected_idx = self.select(forward, reuse, reused)
@@ -200,14 +211,33 @@ class Blending:
 
     def look_up(self) -> Reuse:
         """Finds, or makes, the KV of the prefix and of every chunk."""
-        reuse = LookUp(
+        self._look_up = LookUp(
             self.host, self.ids, self.spans, self.store, self.config, self.trace, self.clock, self._prompt_stop,
             self._lost,
-        ).run()  # fmt: skip
+        )  # fmt: skip
+        reuse = self._look_up.run()
         for chunk in self.trace.chunks:
             if chunk.key in self._prefilled:
                 chunk.status = "miss"
         return reuse
+
+    def decide(self, reuse: Reuse) -> Reuse:
+        """Settles the ratio, if it is "auto"; where a full prefill is quicker, only what is exact is reused."""
+        if self.controller is None or not self._asked.is_auto:
+            return reuse
+        num_exact = sum(stop - start for start, stop in (piece.span for piece in reuse.exact))
+        shape = BlendShape(self.length, num_exact, reuse.fresh_idx.numel())
+        decision = self.trace.decision = self.controller.decide(shape, reuse.loads(self.host.device))
+        if decision.ratio is not None:
+            self.config = self._asked.settled(decision)
+            return reuse
+        self.config = self._asked.settled()  # nothing is left to be selected
+        self.trace.notes.append(f"Computed in full: {decision.reason}.")
+        logger.info("A prompt is computed in full: %s.", decision.reason)
+        for chunk in self.trace.chunks:
+            if chunk.status == "hit" and not chunk.exact:
+                chunk.status, chunk.cached_start = "unused", None
+        return self._look_up.partition(reuse.exact)
 
     # --- 2 realign ------------------------------------------------------------------------------------------------
 
@@ -229,7 +259,7 @@ class Blending:
         kept = reuse.candidate_idx
         if self.config.recomputes_all:
             return kept
-        for layer, ratio in zip(self.config.check_layers, self.config.recompute_ratios):
+        for layer, ratio in zip(self.config.check_layers, self.config.fixed_ratios):
             if kept.numel() == 0:
                 break
             scores = self._scores(self._evidence(forward, reuse, reused, kept, layer))

@@ -141,7 +141,7 @@ def _measure(
         agreements.append(top1_agreement(answer.logits, logits))
         shares.append(result.trace.recomputed_pairs_share)
     layers = getattr(config, _layers_field(config) or "check_layers")
-    return CalibrationRow(config.recompute_ratios[0], layers, mean(kls), max(kls), mean(agreements), mean(shares))
+    return CalibrationRow(config.fixed_ratios[0], layers, mean(kls), max(kls), mean(agreements), mean(shares))
 
 
 def _layers_field(config: BlendConfig) -> str | None:
@@ -166,7 +166,7 @@ def _candidates(config: BlendConfig, layers: Sequence[Layers] | None) -> list[Bl
         if name == "check_layers":
             if not chosen:
                 raise ValueError(f"Each of layers must name check layers for kv_deviation, got {wanted!r}.")
-            ratios = (config.recompute_ratios or (1.0,))[:1] * len(chosen)
+            ratios = (config.fixed_ratios or (1.0,))[:1] * len(chosen)
             found.append(replace(config, check_layers=chosen, recompute_ratios=ratios))
         else:
             found.append(replace(config, score_layers=chosen))

@@ -21,6 +21,7 @@ Model = Annotated[
     str | None, typer.Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
 ]
 Device = Annotated[str | None, typer.Option(help="As torch names it.", show_default="GPU if any, else CPU")]
+KVDType = Annotated[str | None, typer.Option(help="Keep chunk KV in 8 bits: int8 or fp8.", show_default="as computed")]
 DType = Annotated[str | None, typer.Option(help="As torch names it.", show_default="float32 on a CPU, else bfloat16")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 Markdown = Annotated[Path | None, typer.Option(help="Write the table to this file.")]
@@ -131,6 +132,7 @@ def evaluate(
         str | None, typer.Option(help="Method that KL is compared with.", show_default="kv_deviation if measured")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap and of methods that draw.")] = 0,
+    kv_dtype: KVDType = None,
     model: Model = None,
     device: Device = None,
     dtype: DType = None,
@@ -150,7 +152,7 @@ def evaluate(
     try:
         outputs = command.Outputs(json_file, markdown, plot, records)
         outputs.check()
-        settings = Settings(max_context, answer_tokens, seed)
+        settings = Settings(max_context, answer_tokens, seed, kv_dtype=kv_dtype)
         ratio_values = [float(ratio) for ratio in _names(ratios)]
         asked = command.prepare(data, n, skip, _names(methods), ratio_values, baseline, settings, METHODS)
         loaded, tokenizer = demo_model.load(model, device, _dtype(dtype))
@@ -241,6 +243,7 @@ def precompute(
     ] = None,
     namespace: Annotated[str, typer.Option(help="As in BlendConfig.")] = "",
     max_bytes: Annotated[str | None, typer.Option(help="Of the folder.", show_default="50GB")] = None,
+    kv_dtype: KVDType = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Chunks in one forward.", min=1, show_default="1 on a CPU, else 8")
     ] = None,
@@ -260,7 +263,7 @@ def precompute(
         config = BlendConfig(namespace=namespace, **chosen)
         options: dict[str, Any] = {"prefix": command.prefix_of(prefix, prefix_file), "batch_size": batch_size}
         total = command.count_texts(corpus, field)
-        options["store"] = command.store_of(store, max_bytes)
+        options["store"] = command.store_of(store, max_bytes, kv_dtype)
         loaded, options["tokenizer"] = demo_model.load(model, device, _dtype(dtype))
         if chunk_prefix == "filler":
             config = replace(config, filler_ids=filler_ids(options["tokenizer"]))
@@ -277,6 +280,46 @@ def precompute(
         console.print(str(report), highlight=False, soft_wrap=True)
     if report.failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def profile(
+    store: Annotated[str | None, typer.Option(help="Folder or URL whose loading is measured too.")] = None,
+    model: Model = None,
+    tokens: Annotated[str, typer.Option(help="Lengths to forecast, separated by commas.")] = "1024,4096,16384",
+    selection: Annotated[str, typer.Option(help="The rule to forecast.")] = "kv_deviation",
+    least_ratio: Annotated[float, typer.Option(help="The paper's r*.", min=0, max=1)] = 0.15,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure prefilling, blending and loading once, and show what recompute_ratios="auto" would decide."""
+    from . import demo_model, precompute_cli, profile_cli
+    from .config import BlendConfig
+    from .controller import Controller
+    from .models import host_of
+    from .profiling import profile_of
+    from .store import MemoryStore
+
+    try:
+        lengths = [int(length) for length in _names(tokens)]
+        if not lengths or min(lengths) <= profile_cli.SUFFIX:
+            raise ValueError(f"--tokens must be above {profile_cli.SUFFIX}, got {tokens!r}.")
+        config = BlendConfig(selection=selection, recompute_ratios="auto", least_ratio=least_ratio)  # type: ignore[arg-type]
+        where = MemoryStore() if store is None else precompute_cli.store_of(store, None)
+        loaded, _ = demo_model.load(model, device, _dtype(dtype))
+        with Console(stderr=True).status("Measuring …"):
+            found = profile_of(loaded, where, config, refresh=refresh)
+        bytes_per_token = host_of(loaded).kv_bytes_per_token
+        rows = profile_cli.forecasts(Controller(found, least_ratio), lengths, bytes_per_token)
+    except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
+        console.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    if as_json:
+        console.print_json(profile_cli.as_json(found, rows))
+    else:
+        profile_cli.show(found, rows, console)
 
 
 def _names(text: str) -> list[str]:

@@ -6,8 +6,11 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from .controller import Decision
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,10 @@ class BlendConfig:
             suffix attends to. `"kv_deviation"`: CacheBlend's. `"chunk_start"`, `"mixed"`, `"random"`, `"last"`, or a
             function of your own: see `hfblend.selection`.
         recompute_ratios: the share in [0, 1] of reused tokens that is recomputed, `ceil(ratio * reused tokens)` of
-            them; 1.0 recomputes every token of the prompt. With several check layers one each, never rising.
+            them; 1.0 recomputes every token of the prompt. With several check layers one each, never rising. `"auto"`:
+            as many as loading chunk KV hides, `least_ratio` or more, and a full prefill where that is quicker: see
+            `hfblend.controller`.
+        least_ratio: in [0, 1], the paper's r*, for `"auto"`.
         check_layers: 0-based layers at which `"kv_deviation"` ranks tokens, rising, one per ratio. Several mean the
             paper's gradual filtering. `()`, with `recompute_ratios=()`, selects nothing by any rule: plain full reuse.
         score_layers: 0-based layers whose attention `"suffix_attention"` averages; `None`: all from L/3 up.
@@ -59,7 +65,8 @@ class BlendConfig:
     enabled: bool = True
     separator: str | tuple[int, ...] | None = " # # "
     selection: Selection | Callable[..., Any] = "suffix_attention"
-    recompute_ratios: tuple[float, ...] = (0.15,)
+    recompute_ratios: tuple[float, ...] | Literal["auto"] = (0.15,)
+    least_ratio: float = 0.15
     check_layers: tuple[int, ...] = (1,)
     score_layers: tuple[int, ...] | None = None
     deviation: Deviation = "value"
@@ -92,7 +99,24 @@ class BlendConfig:
     @property
     def recomputes_all(self) -> bool:
         """Whether every token of the prompt is recomputed (ratio 1 at every check layer)."""
-        return bool(self.recompute_ratios) and min(self.recompute_ratios) == 1.0
+        return bool(self.recompute_ratios) and not self.is_auto and min(self.fixed_ratios) == 1.0
+
+    def settled(self, decision: Decision | None = None) -> BlendConfig:
+        """With a number for `"auto"`: what was decided, 1 where that was a full prefill; without a decision, r*."""
+        if not self.is_auto:
+            return self
+        ratio = self.least_ratio if decision is None else 1.0 if decision.ratio is None else decision.ratio
+        return replace(self, recompute_ratios=(ratio,))
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the ratio is left to a controller."""
+        return self.recompute_ratios == "auto"
+
+    @property
+    def fixed_ratios(self) -> tuple[float, ...]:
+        """The ratios as numbers; with `"auto"`, the least that it may be."""
+        return self.recompute_ratios if isinstance(self.recompute_ratios, tuple) else (self.least_ratio,)
 
     def require_layers(self, num_layers: int) -> None:
         """Raises `ValueError` for a check layer that a model of `num_layers` does not have."""
@@ -131,9 +155,15 @@ class BlendConfig:
 
     def _check_layers_and_ratios(self) -> None:
         layers = _as_tuple("check_layers", self.check_layers, int)
-        ratios = tuple(float(r) for r in _as_tuple("recompute_ratios", self.recompute_ratios, (int, float)))
         object.__setattr__(self, "check_layers", layers)
-        object.__setattr__(self, "recompute_ratios", ratios)
+        if not isinstance(self.least_ratio, int | float) or not 0 <= self.least_ratio <= 1:
+            raise ValueError(f"least_ratio must be a number in [0, 1], got {self.least_ratio!r}.")
+        if self.is_auto and len(layers) != 1:
+            raise ValueError(f'recompute_ratios="auto" needs one check layer, got {layers}.')
+        if not self.is_auto:
+            ratios = tuple(float(r) for r in _as_tuple("recompute_ratios", self.recompute_ratios, (int, float)))
+            object.__setattr__(self, "recompute_ratios", ratios)
+        ratios = self.fixed_ratios
         if len(layers) != len(ratios):
             raise ValueError(
                 f"check_layers and recompute_ratios need one entry each per check layer, got {layers} and {ratios}."
@@ -175,7 +205,8 @@ class BlendConfig:
                 if name in environ:
                     values[field] = _read(name, environ[name], read)
                     break
-        if "check_layers" in values and len(values.get("recompute_ratios", (0.15,))) == 1:
+        ratios = values.get("recompute_ratios", (0.15,))
+        if "check_layers" in values and ratios != "auto" and len(ratios) == 1:
             values["recompute_ratios"] = values.get("recompute_ratios", (0.15,)) * len(values["check_layers"])
         if values.get("check_layers") and "selection" not in values:
             values["selection"] = "kv_deviation"
@@ -216,13 +247,18 @@ def _list_of(kind: type) -> Any:
     return lambda text: tuple(kind(part) for part in text.strip().strip("[]()").split(",") if part.strip())
 
 
+def _ratios(text: str) -> Any:
+    return "auto" if text.strip().lower() == "auto" else _list_of(float)(text)
+
+
 _ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "enabled": ("LMCACHE_ENABLE_BLENDING", _flag),
     "separator": ("LMCACHE_BLEND_SPECIAL_STR", str),
     "selection": ("", str),
     "check_layers": ("LMCACHE_BLEND_CHECK_LAYERS", _list_of(int)),
     "score_layers": ("", _list_of(int)),
-    "recompute_ratios": ("LMCACHE_BLEND_RECOMPUTE_RATIOS", _list_of(float)),
+    "recompute_ratios": ("LMCACHE_BLEND_RECOMPUTE_RATIOS", _ratios),
+    "least_ratio": ("", float),
     "deviation": ("", str),
     "min_reused_tokens": ("LMCACHE_BLEND_MIN_TOKENS", int),
     "force_chunk_start": ("", int),

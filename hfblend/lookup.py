@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .caches import sent
-from .chunks import Reader, prefill
+from .chunks import ChunkKV, Reader, prefill
 from .config import BlendConfig
 from .contexts import ChunkContext
 from .models import BlendableModel
@@ -58,13 +58,13 @@ class LookUp:
         for span in self.spans:
             piece: Piece | None
             if self.config.on_miss == "isolated":
-                piece, chunk_trace = self._find_or_prefill(span, behind, self._context.to_continue)
+                piece, chunk_trace = self._find_or_prefill(span, behind, self._to_continue)
             else:
                 piece, chunk_trace = self._find(span, behind, accepts_in_context=True)
             pieces += [piece] if piece else []
             self.trace.chunks.append(chunk_trace)
         self.trace.bytes_reused = sum(piece.entry.num_bytes for piece in pieces)
-        return self._partition(pieces)
+        return self.partition(pieces)
 
     def _find_or_prefill(
         self, span: Span, behind: tuple[int, ...], to_continue: Callable[[], Reader | None]
@@ -75,6 +75,13 @@ class LookUp:
             return piece, chunk_trace
         key, continues = chunk_trace.key, to_continue()
         return self._piece(span, self._prefill(key, self.ids[slice(*span)], behind, continues), key, "miss")
+
+    def _to_continue(self) -> Reader | None:
+        """KV of what chunks stand behind; computed again, once for the prompt, where the store has it quantised."""
+        behind = self._context.to_continue()
+        if behind is not None and behind.quantised:
+            self._context.kv = behind = self._prefilled(list(self._context.behind_ids), (), None)
+        return behind
 
     def _find(self, span: Span, behind: tuple[int, ...], accepts_in_context: bool) -> tuple[Piece | None, ChunkTrace]:
         """The span's entry in the store: computed alone behind those ids, else (if accepted) in some context."""
@@ -101,25 +108,35 @@ class LookUp:
 
     def _prefill(self, key: str, ids: list[int], behind: tuple[int, ...], continues: Reader | None) -> Reader:
         """Prefills ids alone and stores them; from then on they are treated exactly like a hit."""
+        chunk_kv = self._prefilled(ids, behind, continues)
+        self.store.put(key, chunk_kv)
+        self.clock.end_of("prefill_chunks")
+        return chunk_kv
+
+    def _prefilled(self, ids: list[int], behind: tuple[int, ...], continues: Reader | None) -> ChunkKV:
         self.clock.end_of("look_up")
         chunk_kv = prefill(self.host, ids, behind, continues)
-        self.store.put(key, chunk_kv)
         self.clock.end_of("prefill_chunks")
         self.trace.isolated_pairs += len(ids) * self.host.num_layers
         return chunk_kv
 
     def _piece(self, span: Span, entry: Reader, key: str, status: Status) -> tuple[Piece, ChunkTrace]:
-        """Exact is what stands where it was computed, behind the same ids, in the same RoPE regime."""
+        """Exact is what stands where it was computed, behind the same ids, in the same RoPE regime, as computed.
+
+        Quantised KV is not: an exact piece is never recomputed, and ratio 1 would keep its error.
+        """
         start, stop = span
         exact = (
-            len(entry.behind_ids) == start
+            entry.quantised is None
+            and len(entry.behind_ids) == start
             and list(entry.behind_ids) == self.ids[:start]
             and entry.cached_positions.tolist() == list(range(start, stop))
             and self.host.same_regime(entry.regime, len(self.ids))
         )
-        return Piece(span, entry, exact), ChunkTrace(span, key, status, exact, int(entry.cached_positions[0]))
+        cached_start = int(entry.cached_positions[0])
+        return Piece(span, entry, exact), ChunkTrace(span, key, status, exact, cached_start, entry.quantised)
 
-    def _partition(self, pieces: list[Piece]) -> Reuse:
+    def partition(self, pieces: list[Piece]) -> Reuse:
         """Sorts pieces into exact and moved, and tokens into candidates and fresh ones."""
         last = self.prompt_length - 1  # its output is asked for, and that of drafts behind it
         starts = [piece.span[0] for piece in pieces] + [len(self.ids)]

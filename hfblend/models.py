@@ -46,6 +46,11 @@ class BlendableModel(Host):
         """
         return has_kernels(self.device) and self.fingerprint.devices == {self.device}
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token's K/V in all layers."""
+        return self.dtype.itemsize * sum(layout.width for layout in self.layouts.values())
+
     @contextlib.contextmanager
     def small_steps_in_one_kernel(self) -> Iterator[None]:
         """While it lasts, norms and rotary embedding run as one kernel each, in half precision on a GPU."""

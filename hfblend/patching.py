@@ -26,14 +26,16 @@ from .blending import Blending
 from .caches import hand_over
 from .calibration import Calibration, calibrate
 from .config import BlendConfig
+from .controller import Controller, Profile
 from .fallbacks import Fallback, generate_option, plan
 from .filler import filler_ids, require_filler
 from .host import CACHE, CACHE_NAMES, cache_given
 from .models import forget, host_of
 from .precomputing import Precomputed, precompute
+from .profiling import profile_of
 from .prompt import ChunkSpans, Prompt
 from .separator import Separator
-from .store import Store, store_at
+from .store import Store, TieredStore, store_at
 from .trace import BlendTrace
 from .verification import Verification, Verifier, Verify, verify_prompt
 
@@ -51,6 +53,7 @@ class _Call:
     input_ids: torch.Tensor | None  # (1, T) to be blended; None: this call is stock
     spans: ChunkSpans
     num_tokens: int
+    controller: Controller | None = None
     tokens_seen: int = 0
     ahead: tuple[Blending, Any] | None = None  # what was blended before the forward was reached, and its output
 
@@ -123,6 +126,7 @@ class Blender:
         self.host = host_of(model)
         if self.host.unwrapped_forward is not None:
             raise ValueError("This model is already patched. Use its blender, or call blender.remove() first.")
+        self._controllers: dict[tuple[Any, ...], Controller] = {}
         self.config = config
         self._traces = threading.local()
         self._wrap()
@@ -149,6 +153,7 @@ class Blender:
         if not isinstance(config, BlendConfig):
             raise TypeError(f"config must be a hfblend.BlendConfig, got {type(config).__name__}.")
         config.require_layers(self.host.num_layers)
+        self._controller_of(config)
         if config.chunk_prefix != "filler" or config.filler_ids:
             return config
         ids = () if self.tokenizer is None else filler_ids(self.tokenizer)
@@ -193,6 +198,25 @@ class Blender:
         """
         options = {"store": self.store, "config": self.config, **options}
         return calibrate(self.model, prompts, max_kl=max_kl, **options)
+
+    def profile(self, *, refresh: bool = False) -> Profile:
+        """What this machine takes to prefill, to blend and to load from the store; measured once, and kept.
+
+        Args:
+            refresh: measure again, after the machine or the store has changed.
+        """
+        profile = profile_of(self.model, self.store, self.config, refresh=refresh)
+        self._controllers.clear()
+        return profile
+
+    def _controller_of(self, config: BlendConfig) -> Controller | None:
+        """What settles `"auto"`; the first time, the machine is measured, or what was measured before is read."""
+        if not config.is_auto:
+            return None
+        key = (id(self.store), config.selection, config.check_layers, config.score_layers, config.least_ratio)
+        if key not in self._controllers:
+            self._controllers[key] = Controller(profile_of(self.model, self.store, config), config.least_ratio)
+        return self._controllers[key]
 
     # --- ahead of time --------------------------------------------------------------------------------------------
 
@@ -241,7 +265,7 @@ class Blender:
         return method
 
     def remove(self) -> None:
-        """Takes hfblend off the model again. Calling it twice does nothing."""
+        """Takes hfblend off the model again, and waits until its chunk KV is stored. Twice does nothing."""
         if self.host.unwrapped_forward is None:
             return
         for (module, name, before), wrapper in zip(self._before, self._wrappers):
@@ -254,6 +278,8 @@ class Blender:
         self.host.unwrapped_forward = None
         self.host.graphs = None  # and their memory
         forget(self.model)
+        if isinstance(self.store, TieredStore):
+            self.store.flush()
 
     def __enter__(self) -> Blender:
         return self
@@ -273,8 +299,9 @@ class Blender:
         **kwargs: Any,
     ) -> Any:
         """Decides whether this call is blended, and runs stock `generate` in that scope."""
-        started = time.perf_counter()
         config = self.config if blend_config is None else self._settled(blend_config)
+        controller = self._controller_of(config)
+        started = time.perf_counter()
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
             chunk_spans = chunk_spans if isinstance(chunk_spans, ChunkSpans) else ChunkSpans(chunk_spans)
@@ -283,7 +310,7 @@ class Blender:
         trace = BlendTrace(num_tokens=planned.num_tokens, num_layers=self.host.num_layers)
         if planned.fallback is not Fallback.NESTED:  # the trace is that of the call which the user made
             self._traces.last = trace
-        call = _Call(self, trace, started, config, planned.input_ids, planned.spans, planned.num_tokens)
+        call = _Call(self, trace, started, config, planned.input_ids, planned.spans, planned.num_tokens, controller)
         if planned.fallback:
             self._fall_back(call, planned.fallback)
         elif generate_option(self.model, kwargs, "prefill_chunk_size") is not None:
@@ -300,7 +327,7 @@ class Blender:
         self._note_end(call, output)
         if self._verifier is not None and trace.blended and planned.input_ids is not None:
             prompt = Prompt(planned.input_ids, planned.spans)
-            self._verifier.after(self.model, prompt, self.store, config, trace)
+            self._verifier.after(self.model, prompt, self.store, config.settled(trace.decision), trace)
         return output
 
     def _on_device(self, values: Any) -> Any:
@@ -398,7 +425,10 @@ class Blender:
         """Blends the call's prompt; `kwargs` go to the decoder's forward."""
         token = _call.set(None)
         try:
-            state = Blending(self.host, ids[:1], call.spans, self.store, call.config, call.trace, call.num_tokens)
+            state = Blending(
+                self.host, ids[:1], call.spans, self.store, call.config, call.trace, call.num_tokens,
+                call.controller,
+            )  # fmt: skip
             return state, state.start(functools.partial(self.host.decoder_forward, **kwargs))
         finally:
             _call.reset(token)

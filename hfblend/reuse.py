@@ -22,6 +22,7 @@ import torch
 from .attention import kernels
 from .caches import KV, ROOM, empty_kv, rows_behind, sent
 from .chunks import ChunkKV, Reader
+from .controller import Load
 from .models import BlendableModel
 from .prompt import Span
 from .rope import Realigner
@@ -57,6 +58,14 @@ class Reuse:
     fresh_idx: torch.Tensor
     suffix_idx: torch.Tensor
     unread_idx: torch.Tensor
+
+    def loads(self, device: torch.device) -> dict[str, Load]:
+        """Tier -> what has to be loaded from it; `"memory"` is the device's own."""
+        found: dict[str, Load] = {}
+        for piece in self.exact + self.moved:
+            tier = piece.entry.tier_beside(device)
+            found[tier] = found.get(tier, Load(0, 0)) + Load(1, piece.entry.num_bytes)
+        return found
 
 
 class ReusedKV:
@@ -231,12 +240,11 @@ class GPULoader:
         with torch.cuda.stream(self._stream):
             for piece in self.staged:
                 start, stop = piece.span
-                kv = piece.entry.layer(layer_idx)
-                block = rows_behind(kv)
+                block = piece.entry.rows(layer_idx)
                 if block is not None:
                     rows[start:stop].copy_(block, non_blocking=True)
                 else:
-                    for buffer, states in zip(buffers, kv):
+                    for buffer, states in zip(buffers, piece.entry.layer(layer_idx)):
                         buffer[:, :, start:stop].copy_(states, non_blocking=True)
             self._copied[layer_idx] = torch.cuda.Event()
             self._copied[layer_idx].record()

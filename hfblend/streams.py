@@ -61,3 +61,9 @@ def _beside(caller: torch.cuda.Stream) -> torch.cuda.Stream:
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream per device for all copies from RAM."""
     return torch.cuda.Stream(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all that was asked of a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

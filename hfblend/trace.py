@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 
-Status = Literal["hit", "miss", "fresh"]
+from .controller import Decision
+
+Status = Literal["hit", "miss", "fresh", "unused"]
 
 
 class PhaseClock:
@@ -49,10 +51,11 @@ class ChunkTrace:
     Attributes:
         span: [start, stop) in the prompt.
         key: the store's key (a hex digest).
-        status: `"hit"` (found), `"miss"` (prefilled alone, stored, then used like a hit) or `"fresh"` (computed inside
-            this prompt).
+        status: `"hit"` (found), `"miss"` (prefilled alone, stored, then used like a hit), `"fresh"` (computed inside
+            this prompt) or `"unused"` (found, and yet computed inside this prompt, which was quicker).
         exact: reused where and behind what it was computed, so that nothing of it need be recomputed.
         cached_start: position of its first token when it was computed; `None` if nothing was reused.
+        quantised: `"int8"` or `"fp8"`, where its KV was kept in that: near what was computed, and never exact.
     """
 
     span: tuple[int, int]
@@ -60,6 +63,7 @@ class ChunkTrace:
     status: Status
     exact: bool = False
     cached_start: int | None = None
+    quantised: str | None = None
 
 
 @dataclass
@@ -74,14 +78,15 @@ class BlendTrace:
         blended: whether the call was blended; if not, `fallback` says why (see `docs/fallbacks.md`).
         num_tokens: T, tokens of the prompt's forward.
         prefix, chunks: what happened to each.
-        candidate_idx: (N,) reused tokens that could be recomputed: those of chunks (and of a prefix from another
-            RoPE regime) that are not exact.
+        candidate_idx: (N,) reused tokens that could be recomputed: those of chunks (and of a prefix that is quantised,
+            or from another RoPE regime) that are not exact.
         scores: (N,) what the selection rule gave each, in its first round; `None` where nothing was ranked.
         selected_idx: (S,) of these, the recomputed ones.
         fresh_idx: tokens that are always computed: gaps, suffix, in-context misses, the last token.
         computed_pairs, isolated_pairs: see above.
         bytes_reused: bytes of chunk KV that were read to be reused.
         ttft_ms: from the call of `generate` to the first new token on the host; `None` until then.
+        decision: what the controller settled, `None` without `recompute_ratios="auto"`.
         verification: how far this call is from its full prefill, where `patch(verify=...)` had it checked: what
             `hfblend.Verification` holds, with `max_kl` and `within_bound`; or `{"error": ...}`.
         notes: remarks, one line each.
@@ -101,6 +106,7 @@ class BlendTrace:
     isolated_pairs: int = 0
     bytes_reused: int = 0
     ttft_ms: float | None = None
+    decision: Decision | None = None
     verification: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     clock: PhaseClock | None = field(default=None, repr=False)
@@ -112,7 +118,7 @@ class BlendTrace:
     @property
     def hits(self) -> int:
         """Chunks found in the store."""
-        return sum(chunk.status == "hit" for chunk in self.chunks)
+        return sum(chunk.status in ("hit", "unused") for chunk in self.chunks)
 
     @property
     def misses(self) -> int:
@@ -123,6 +129,13 @@ class BlendTrace:
     def reused_tokens(self) -> int:
         """Chunk tokens taken from the store or from an isolated prefill, exact ones included."""
         return sum(c.span[1] - c.span[0] for c in self.chunks if c.cached_start is not None)
+
+    @property
+    def _quantised(self) -> str:
+        """`", 3 in int8"`, chunks and prefix; empty where none is."""
+        pieces = [self.prefix, *self.chunks] if self.prefix else self.chunks
+        kinds = [piece.quantised for piece in pieces if piece.quantised]
+        return "".join(f", {kinds.count(kind)} in {kind}" for kind in dict.fromkeys(kinds))
 
     @property
     def selected_tokens(self) -> int:
@@ -152,7 +165,8 @@ class BlendTrace:
             for name in ("candidate_idx", "scores", "selected_idx", "fresh_idx")
         }
         chunks = {"prefix": self.prefix and vars(self.prefix), "chunks": [vars(chunk) for chunk in self.chunks]}
-        return {**plain, **chunks, **tensors, "phase_ms": self.phase_ms}
+        decision = None if self.decision is None else asdict(self.decision)
+        return {**plain, **chunks, **tensors, "decision": decision, "phase_ms": self.phase_ms}
 
     def __str__(self) -> str:
         if not self.blended:
@@ -161,7 +175,7 @@ class BlendTrace:
         candidates = 0 if self.candidate_idx is None else len(self.candidate_idx)
         return (
             f"blended {self.num_tokens} tokens: {len(self.chunks)} chunks ({self.hits} hits, {self.misses} misses, "
-            f"{exact} exact), {self.selected_tokens} of {candidates} moved tokens recomputed, "
+            f"{exact} exact{self._quantised}), {self.selected_tokens} of {candidates} moved tokens recomputed, "
             f"{self.recomputed_pairs_share:.1%} of a full prefill's (token, layer) pairs"
             + (f", first token after {self.ttft_ms:.0f} ms" if self.ttft_ms is not None else "")
         )

@@ -89,14 +89,14 @@ def verify_prompt(
 
     Args:
         model: a causal LM in eval mode, patched or not; its full prefill is stock in either case.
-        prompt, store, config: as in `hfblend.blend`.
+        prompt, store, config: as in `hfblend.blend`; `recompute_ratios="auto"` counts as `least_ratio`.
         num_tokens: P.
 
     Raises:
         ValueError: `num_tokens` below 1, or as `hfblend.blend`.
     """
     full = FullAnswer.of(model, prompt, num_tokens)
-    result = blend(model, prompt, store=store, config=config)
+    result = blend(model, prompt, store=store, config=None if config is None else config.settled())
     logits = teacher_forced_logits(model, prompt.input_ids, full.ids, copy.deepcopy(result.cache)).float()
     blended_ids, _ = _greedy(model, prompt, num_tokens, **{CACHE: result.cache})
     return Verification(

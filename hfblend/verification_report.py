@@ -113,7 +113,7 @@ def as_json(
         "model": name,
         "machine": describe_machine(host_of(model).device),
         "selection": config.selection,
-        "recompute_ratio": config.recompute_ratios[0],
+        "recompute_ratio": config.fixed_ratios[0],
         "max_kl": max_kl,
         "prompts": [one.to_dict() for one in found],
     }

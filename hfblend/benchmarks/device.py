@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from ..streams import synchronize
+
 T = TypeVar("T")
 
 _BATCHES, _CALLS = 5, 4  # the best of so many batches counts, each of so many calls
@@ -61,12 +63,6 @@ def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
         synchronize(device)
         times.append((time.perf_counter() - started) / _CALLS)
     return min(times)
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for all that was asked of the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def timed(call: Callable[[], T], device: torch.device) -> tuple[float, float | None, T]:

@@ -23,7 +23,7 @@ _STOCK = Case(METHODS["full_prefill"], 1.0, None)
 def default_case(place: str) -> Case:
     """hfblend's default settings, which both measurements blend with."""
     config = BlendConfig()
-    return Case(METHODS[str(config.selection)], config.recompute_ratios[0], place)
+    return Case(METHODS[str(config.selection)], config.fixed_ratios[0], place)
 
 
 def decoding(pair: Pair, prompt: Prompt, stores: Stores, num_tokens: int, repeats: int, say: Say) -> dict[str, Any]:

@@ -1,0 +1,338 @@
+r"""The paper's loading controller: how much to recompute while chunk KV loads, and whether blending pays at all.
+
+A forward over some rows costs, with rows and seen keys summed over the layers,
+
+    T = fixed + per_row · rows + per_key · keys
+
+and loading n chunks of b bytes together from a tier costs n · per_entry + b / rate. With a rule that selects early
+(CacheBlend's), layers load while others compute, and time to first token is the larger of both. A rule that looks at
+late layers first (the suffix's attention) has to wait for all of them, and it is the sum:
+
+    TTFT(r) = max(T_compute(r), T_load)        or        T_compute(r) + T_load
+
+`Controller.decide` takes the largest ratio that loading hides, but never less than r*; and none, a full prefill, where
+that is quicker. All numbers come from a `Profile`, measured once (`hfblend.profiling`).
+
+Source: CacheBlend (arXiv 2405.16444) section 5.1, whose T_recompute is r · T_prefill.
+
+Shapes: T all tokens, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .selection import budget
+
+PROFILE_FORMAT = "hfblend-profile-1"
+TIERS = ("remote", "disk", "page_cache", "ram", "memory")  # the cheapest first; "memory" is the model's own device
+
+
+@dataclass(frozen=True)
+class Work:
+    """What forwards do: rows, and the keys that they see, summed over layers.
+
+    >>> Work.of_prefill(4, 2)
+    Work(rows=8, keys=20.0)
+    """
+
+    rows: float
+    keys: float
+
+    @classmethod
+    def of_prefill(cls, tokens: int, layers: int, exact: int = 0) -> Work:
+        """All tokens but the first `exact` ones, whose KV is there."""
+        return cls(layers * (tokens - exact), layers * _seen(exact, tokens))
+
+    @classmethod
+    def of_blend(cls, prompt: BlendShape, ratio: float, layers: int, check_layer: int | None) -> Work:
+        """A blend at a ratio: the suffix and the selected tokens, which stand anywhere behind the exact ones; and what
+        selecting takes: all tokens up to the check layer, or (`None`) the suffix through all layers."""
+        start = prompt.tokens - prompt.suffix
+        selected = budget(ratio, start - prompt.exact)
+        suffix_keys = _seen(start, prompt.tokens)
+        rows, keys = selected + prompt.suffix, selected * (prompt.exact + start + 1) / 2 + suffix_keys
+        if check_layer is None:
+            return cls(layers * (rows + prompt.suffix), layers * (keys + suffix_keys))
+        above = layers - check_layer
+        return cls(check_layer * prompt.tokens + above * rows, check_layer * _seen(0, prompt.tokens) + above * keys)
+
+
+@dataclass(frozen=True)
+class BlendShape:
+    """What a prompt holds.
+
+    Args:
+        tokens: T.
+        exact: at its beginning, with KV that holds as it is.
+        suffix: behind the last chunk, always computed.
+    """
+
+    tokens: int
+    exact: int
+    suffix: int
+
+
+def _seen(start: int, stop: int) -> float:
+    """Keys that the rows at positions start … stop − 1 see, summed."""
+    return (stop * (stop + 1) - start * (start + 1)) / 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a forward: `fixed + per_row · rows + per_key · keys`.
+
+    >>> Cost.fit([Work(0, 0), Work(10, 0), Work(10, 100)], [1.0, 3.0, 4.0]).seconds(Work(20, 0))
+    5.0
+    """
+
+    fixed: float
+    per_row: float
+    per_key: float
+
+    @classmethod
+    def fit(cls, works: Sequence[Work], seconds: Sequence[float]) -> Cost:
+        """The cost whose relative errors are smallest (least squares, nothing below 0)."""
+        return cls(*_fit([[1.0, work.rows, work.keys] for work in works], seconds))
+
+    def seconds(self, work: Work) -> float:
+        """What this work takes."""
+        return round(self.fixed + self.per_row * work.rows + self.per_key * work.keys, 9)
+
+
+@dataclass(frozen=True)
+class BlendCost:
+    """Seconds of a blend whose chunk KV lies on the model's device.
+
+        fixed + slower · (what as many rows and keys cost in a full prefill) + per_token · T
+
+    Attributes:
+        slower: few rows are computed less efficiently than many.
+        per_token: look-up, keys that move, ranking.
+    """
+
+    fixed: float
+    slower: float
+    per_token: float
+
+    @classmethod
+    def fit(cls, prefill: Cost, works: Sequence[Work], tokens: Sequence[int], seconds: Sequence[float]) -> BlendCost:
+        """As `Cost.fit`, from blends of prompts with so many tokens."""
+        rows = [[1.0, prefill.seconds(work) - prefill.fixed, float(n)] for work, n in zip(works, tokens)]
+        return cls(*_fit(rows, seconds))
+
+    def seconds(self, prefill: Cost, work: Work, tokens: int) -> float:
+        """What a blend takes."""
+        return self.fixed + self.slower * (prefill.seconds(work) - prefill.fixed) + self.per_token * tokens
+
+
+def _fit(rows: list[list[float]], seconds: Sequence[float]) -> list[float]:
+    """Non-negative least squares on relative errors; columns whose coefficient would be negative are left out."""
+    a = torch.tensor(rows, dtype=torch.float64) / torch.tensor(seconds, dtype=torch.float64)[:, None]
+    scale = a.abs().amax(0).clamp_min(1e-300)
+    found, columns = torch.zeros(a.shape[1], dtype=torch.float64), list(range(a.shape[1]))
+    while columns:
+        part = (a / scale)[:, columns]
+        x = torch.linalg.lstsq(part, torch.ones(len(rows), 1, dtype=torch.float64), driver="gelsd").solution[:, 0]
+        if (x >= 0).all():
+            found[columns] = x
+            break
+        del columns[int(x.argmin())]
+    return (found / scale).tolist()
+
+
+@dataclass(frozen=True)
+class LoadCost:
+    """Seconds to load from one tier: `per_entry · entries + bytes / bytes_per_s`.
+
+    >>> LoadCost(0.001, 1e9).seconds(Load(2, 10**9))
+    1.002
+    """
+
+    per_entry: float
+    bytes_per_s: float
+
+    @classmethod
+    def fit(cls, loads: Sequence[Load], seconds: Sequence[float]) -> LoadCost:
+        """As `Cost.fit`."""
+        per_entry, per_byte = _fit([[float(load.entries), float(load.num_bytes)] for load in loads], seconds)
+        return cls(per_entry, 1 / max(per_byte, 1e-15))
+
+    def seconds(self, load: Load) -> float:
+        """What this load takes."""
+        return self.per_entry * load.entries + load.num_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True)
+class Load:
+    """Entries to load from one tier, and their bytes together."""
+
+    entries: int
+    num_bytes: int
+
+    def __add__(self, other: Load) -> Load:
+        return Load(self.entries + other.entries, self.num_bytes + other.num_bytes)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a model and the places of its chunk KV take on one machine.
+
+    Attributes:
+        made_of: machine, model, dtype and rule, in words.
+        layers: L.
+        check_layer: of a rule that selects early; `None`: the rule waits for late layers.
+        prefill, blend: seconds of computing.
+        tiers: tier -> what loading takes, read, checked and on the device; `"memory"` needs none.
+    """
+
+    made_of: str
+    layers: int
+    check_layer: int | None
+    prefill: Cost
+    blend: BlendCost
+    tiers: Mapping[str, LoadCost] = field(default_factory=dict)
+
+    def save(self, file: Path) -> None:
+        """Writes a JSON file; one that is there is replaced at once."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"format": PROFILE_FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+
+    @classmethod
+    def load(cls, file: Path) -> Profile | None:
+        """What `save` wrote; `None` if there is none of this version."""
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if found.pop("format") != PROFILE_FORMAT:
+                return None
+            prefill, blend = Cost(**found.pop("prefill")), BlendCost(**found.pop("blend"))
+            tiers = {tier: LoadCost(**cost) for tier, cost in found.pop("tiers").items()}
+            return cls(prefill=prefill, blend=blend, tiers=tiers, **found)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with one prompt, and the forecast behind it, in ms.
+
+    Attributes:
+        ratio: to recompute; `None`: compute the prompt in full.
+        reason: in words.
+        full_ms, compute_ms, load_ms: a full prefill; the blend's own computing, and its loading.
+        ttft_ms: of what was decided; `None`, and `load_ms` too, where a tier is not known.
+    """
+
+    ratio: float | None
+    reason: str
+    full_ms: float
+    compute_ms: float
+    load_ms: float | None
+    ttft_ms: float | None
+
+
+class Controller:
+    """Decides prompt by prompt.
+
+    Args:
+        profile: of this model, rule and machine.
+        least_ratio: r*, below which quality suffers.
+    """
+
+    def __init__(self, profile: Profile, least_ratio: float = 0.15) -> None:
+        self.profile, self.least_ratio = profile, least_ratio
+
+    def decide(self, prompt: BlendShape, loads: Mapping[str, Load]) -> Decision:
+        """The ratio for a prompt whose chunk KV lies in these tiers.
+
+        Args:
+            loads: tier -> what is to be loaded; what is in `"memory"` costs nothing.
+
+        """
+        full, ratio = self.full_s(prompt), self.least_ratio
+        unknown = [tier for tier in loads if tier != "memory" and tier not in self.profile.tiers]
+        if unknown:
+            compute = self.compute_s(prompt, ratio)
+            reason = (
+                f"r* = {ratio:.0%}: the profile has no rate for {', '.join(unknown)}; blender.profile(refresh=True)"
+            )
+            return Decision(ratio, reason, 1e3 * full, 1e3 * compute, None, None)
+        load = self.load_s(loads)
+        if self.hides_loading and self.compute_s(prompt, ratio) < load:
+            ratio = self._hidden_ratio(prompt, load)
+        compute = self.compute_s(prompt, ratio)
+        ttft = self.ttft_s(compute, load)
+        if full <= ttft:
+            slow = max(loads, key=lambda tier: self.load_s({tier: loads[tier]}), default="memory")
+            why = (
+                f"loading from {slow} takes {_ms(load)}" if load > compute else f"blending computes for {_ms(compute)}"
+            )
+            reason = f"a full prefill takes {_ms(full)}, {why}"
+            return Decision(None, reason, 1e3 * full, 1e3 * compute, 1e3 * load, 1e3 * full)
+        if ratio > self.least_ratio:
+            reason = f"loading takes {_ms(load)}, which hides recomputing {ratio:.0%}"
+        else:
+            reason = f"r* = {ratio:.0%}: computing takes {_ms(compute)}, loading {_ms(load)}"
+        return Decision(ratio, reason, 1e3 * full, 1e3 * compute, 1e3 * load, 1e3 * ttft)
+
+    def cheapest_tier(self, prompt: BlendShape, load: Load, ratio: float | None = None) -> str:
+        """Where chunk KV may lie so that loading does not delay the first token: the cheapest such tier, or the one
+        with the least delay if none hides it.
+
+        Args:
+            ratio: default r*.
+        """
+        compute = self.compute_s(prompt, self.least_ratio if ratio is None else ratio)
+        known = [tier for tier in TIERS if tier == "memory" or tier in self.profile.tiers]
+        for tier in known:
+            if self.hides_loading and self.load_s({tier: load}) <= compute:
+                return tier
+        return "memory"
+
+    # --- forecasts, in seconds ------------------------------------------------------------------------------------
+
+    @property
+    def hides_loading(self) -> bool:
+        """Whether the rule lets layers load while others compute."""
+        return self.profile.check_layer is not None
+
+    def full_s(self, prompt: BlendShape) -> float:
+        """A prefill of all that is not exact."""
+        return self.profile.prefill.seconds(Work.of_prefill(prompt.tokens, self.profile.layers, prompt.exact))
+
+    def compute_s(self, prompt: BlendShape, ratio: float) -> float:
+        """A blend with its chunk KV on the device."""
+        work = Work.of_blend(prompt, ratio, self.profile.layers, self.profile.check_layer)
+        return self.profile.blend.seconds(self.profile.prefill, work, prompt.tokens)
+
+    def load_s(self, loads: Mapping[str, Load]) -> float:
+        """Loading alone, from all tiers, one behind the other."""
+        return sum(self.profile.tiers[tier].seconds(load) for tier, load in loads.items() if tier != "memory")
+
+    def ttft_s(self, compute_s: float, load_s: float) -> float:
+        """Both together."""
+        return max(compute_s, load_s) if self.hides_loading else compute_s + load_s
+
+    def _hidden_ratio(self, prompt: BlendShape, load_s: float) -> float:
+        """The largest ratio, to a percent, whose computing is not longer than loading."""
+        low, high = round(100 * self.least_ratio), 100
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.compute_s(prompt, middle / 100) <= load_s:
+                low = middle
+            else:
+                high = middle - 1
+        return max(self.least_ratio, low / 100)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f} ms"
