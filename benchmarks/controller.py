@@ -95,6 +95,8 @@ def points(model: Any, lengths: list[int], ratios: list[float], turns: int, fold
 
 def draw(found: list[Point], title: str, file: Path) -> None:
     """Measured against forecast, both logarithmic; a quarter off in grey."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure = figure_class("plots")(figsize=(10, 5), dpi=150, layout="constrained")
     low = min(min(p.forecast_ms, p.measured_ms) for p in found) / 1.3
     high = max(max(p.forecast_ms, p.measured_ms) for p in found) * 1.3
@@ -108,6 +110,10 @@ def draw(found: list[Point], title: str, file: Path) -> None:
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="forecast, ms")
         axes.set_title(rule, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
+        for axis in (axes.xaxis, axes.yaxis):  # 200, 500, 1,000, …
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter(NullFormatter())
     figure.axes[0].set_ylabel("measured TTFT, ms")
     figure.axes[0].legend(frameon=False, fontsize=9, loc="upper left")
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
