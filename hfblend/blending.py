@@ -36,7 +36,7 @@ from .models import BlendableModel, host_of
 from .passes import Forward, Pass, until_stopped
 from .prompt import ChunkSpans, Prompt
 from .reuse import Reuse, ReusedKV
-from .store import MemoryStore, Store
+from .store import MemoryStore, RemoteStore, Store
 from .streams import Beside
 from .trace import BlendTrace, PhaseClock
 
@@ -464,13 +464,19 @@ class Blending:
             self.store.put(chunk.key, chunk_kv)
 
     def _note_what_was_not_kept(self) -> None:
-        """Says when the store is too small for this prompt: its chunks push each other out and miss every time."""
+        """Says when the store is too small for this prompt: its chunks push each other out and miss every time.
+
+        A remote has no budget, and says itself what it could not keep.
+        """
+        if isinstance(self.store, RemoteStore):
+            return
         prefilled = [chunk for chunk in self.trace.chunks if chunk.status == "miss"]
         lost = sum(self.store.open(chunk.key) is None for chunk in prefilled)
         if lost:
             note = (
-                f"{lost} of {len(prefilled)} chunks prefilled for this prompt are not in the store any more: too small "
-                f"for them ({self.trace.bytes_reused} bytes), and they will be prefilled again. Give it more bytes."
+                f"{lost} of {len(prefilled)} chunks prefilled for this prompt are not in the store any more: it is too "
+                f"small for them ({self.trace.bytes_reused} bytes; give it more), or could not keep them, as its log "
+                "says. They will be prefilled again."
             )
             self.trace.notes.append(note)
             logger.warning(note)
