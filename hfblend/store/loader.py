@@ -20,11 +20,10 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from io import FileIO
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -104,54 +103,6 @@ class FileSource:
             return begun.result()
         finally:
             del begun  # or a frame of what it raised would hold it, and so the whole pass
-
-
-class DaemonThreads:
-    """Up to `most` threads, which never keep a process from ending, and end themselves when nothing waits for them.
-
-    A ThreadPoolExecutor's are joined when the process ends, one that hangs included.
-    """
-
-    def __init__(self, most: int, name: str) -> None:
-        self._most, self._name = most, name
-        self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._at_work: set[threading.Thread] = set()
-        self._lock = threading.Lock()
-
-    def begin(self, call: Callable[[], T]) -> Future[T]:
-        """Calls in a thread, behind what was begun before."""
-        future: Future[T] = Future()
-        with self._lock:
-            self._waiting.append((future, call))
-            if len(self._at_work) < self._most:
-                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                with contextlib.suppress(RuntimeError):  # the process may have no more of them
-                    thread.start()
-                    self._at_work.add(thread)
-        return future
-
-    def drop(self) -> None:
-        """Cancels what waits; a thread that hangs takes no other's place from now on."""
-        with self._lock:
-            for future, _ in self._waiting:
-                future.cancel()
-            self._waiting.clear()
-            self._at_work.clear()
-
-    def _work(self) -> None:
-        this = threading.current_thread()
-        while True:
-            with self._lock:
-                if this not in self._at_work or not self._waiting:
-                    self._at_work.discard(this)
-                    return
-                future, call = self._waiting.popleft()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call())
-                except BaseException as error:
-                    future.set_exception(error)
-            del future, call  # and what they hold
 
 
 class LayerwiseChunk:

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import re
 import threading
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -20,8 +19,9 @@ from ..optional import require
 from .counts import StoreCounts
 from .format import Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes, header_of
 from .keys import file_name_of
-from .loader import DaemonThreads, LayerwiseChunk
+from .loader import LayerwiseChunk
 from .quantisation import require_kv_dtype, takes
+from .requests import Breaker
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class RemoteStore:
         self._root = root.rstrip("/")
         protocol = self._filesystem.protocol  # one name, or several
         self._puts_are_atomic = not _PUTS_ARE_ATOMIC.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
-        self._reading, self._writing = _Breaker(max_failures, pause_s), _Breaker(max_failures, pause_s)
+        self._reading, self._writing = (Breaker(max_failures, pause_s, REQUESTS) for _ in range(2))
         is_async = getattr(self._filesystem, "async_impl", False)
         self.counts = StoreCounts()
         self._ahead: dict[str, Future[tuple[_Object, Contents]]] = {}  # begun, and not yet asked for
@@ -206,13 +206,13 @@ class RemoteStore:
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm_file(path, **self._give_up)
 
-    def _ask(self, breaker: _Breaker, what: str, request: Callable[[], T]) -> T | None:
+    def _ask(self, breaker: Breaker, what: str, request: Callable[[], T]) -> T | None:
         """The answer to a request; `None`, and a line in the log, if there is none."""
         with contextlib.suppress(OSError):
             return self._answer(breaker, what, breaker.begin(request))
         return None
 
-    def _answer(self, breaker: _Breaker, what: str, begun: Future[T]) -> T:
+    def _answer(self, breaker: Breaker, what: str, begun: Future[T]) -> T:
         """The answer to a request that has begun.
 
         Raises:
@@ -304,52 +304,6 @@ def _stated_bytes(head: bytes) -> int:
         return header_bytes(head[:8]) + int(max(one["data_offsets"][1] for one in tensors))
     except (LookupError, TypeError, ValueError):
         return 0
-
-
-class _Breaker:
-    """Opens for `pause_s` after so many failures in a row; the first one after that opens it again.
-
-    What was begun and still waits is dropped when it opens, and nothing is begun before it closes.
-    """
-
-    def __init__(self, max_failures: int, pause_s: float) -> None:
-        self.max_failures, self.pause_s = max_failures, pause_s
-        self._failures, self._until = 0, 0.0
-        self._lock = threading.Lock()
-        self._threads = DaemonThreads(REQUESTS, "hfblend-remote")
-
-    def begin(self, request: Callable[[], T]) -> Future[T]:
-        """Starts a request; one that is cancelled while it is open."""
-        if not self.is_open:
-            return self._threads.begin(request)
-        dropped: Future[T] = Future()
-        dropped.cancel()
-        return dropped
-
-    @property
-    def is_open(self) -> bool:
-        """Whether nothing is to be asked for."""
-        return time.monotonic() < self._until
-
-    def failed(self) -> bool:
-        """Counts a failure; whether that one opens it."""
-        with self._lock:
-            self._failures += 1
-        return self._failures >= self.max_failures and self.open()
-
-    def open(self) -> bool:
-        """Opens it at once; whether it was closed, so that of several threads one tells."""
-        with self._lock:
-            was_open = self.is_open
-            self._failures, self._until = self.max_failures, time.monotonic() + self.pause_s
-        self._threads.drop()
-        return not was_open
-
-    def worked(self) -> None:
-        """Forgets the failures before, unless it has opened since that was asked."""
-        with self._lock:
-            if not self.is_open:
-                self._failures = 0
 
 
 def _filesystem_at(url: str, name: str, storage_options: dict[str, Any]) -> tuple[Any, str]:
