@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import palette
 from .attention import AttentionRecord, QueryRows, attention_weights
 from .blending import Blending
 from .caches import KV, BlendingCache, RecordingCache, StopForward
@@ -259,10 +260,6 @@ def _full_prefill_kv(host: BlendableModel, prompt: Prompt) -> dict[int, KV]:
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, told apart with any colour vision; lines differ in style too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLES = ("-", "--", "-.", ":")
-
 
 def figure_of_deviation(deviation: torch.Tensor, layers: Sequence[int] | None = None) -> Figure:
     """Left: each token's deviation over the layer's mean, from the highest down. Right: the share they carry together.
@@ -317,7 +314,9 @@ def figure_of_attention_deviation(ratios: Sequence[float], deviations: Mapping[s
 
 
 def _line_styles() -> list[dict[str, str]]:
-    return [{"color": colour, "linestyle": _STYLES[i % len(_STYLES)]} for i, colour in enumerate(_COLOURS)]
+    """Lines differ in stroke too."""
+    strokes = palette.STROKES
+    return [{"color": colour, "linestyle": strokes[i % len(strokes)]} for i, colour in enumerate(palette.LINES)]
 
 
 def _figure(columns: int) -> tuple[Figure, Any]:

@@ -36,7 +36,7 @@ from .profiling import profile_of
 from .prompt import ChunkSpans, Prompt
 from .separator import Separator
 from .store import Store, TieredStore, store_at
-from .trace import BlendTrace
+from .trace import BlendTrace, Level, as_level
 from .verification import Verification, Verifier, Verify, verify_prompt
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def patch(
     tokenizer: Any = None,
     store: Store | str | os.PathLike[str] | None = None,
     verify: Verify | int | None = None,
+    trace: Level = "summary",
 ) -> Blender:
     """Lets `model.generate` reuse and blend chunk KV. Only this instance changes, until `remove()`.
 
@@ -92,6 +93,8 @@ def patch(
             (`hfblend.store.RemoteStore`). Default, a `MemoryStore` of its own.
         verify: after every k-th blended call, compares it with a full prefill of its prompt, and warns (logging, and
             `trace.verification`) above a bound: `hfblend.Verify(every=50, max_kl=0.1)`, or k alone.
+        trace: how much `blender.trace` tells: `"summary"`, which costs nothing, `"tokens"`, or `"full"`, which costs
+            time and memory (`hfblend.BlendTrace`). Never changes what is computed.
 
     Returns:
         The handle: `trace`, `store`, `config`, `remove()`; also a context manager.
@@ -101,7 +104,7 @@ def patch(
         ValueError: a model in training mode, or already patched; check layers beyond the model.
     """
     config = BlendConfig() if config is None else config
-    return Blender(model, config, tokenizer, store_at(store), verify)
+    return Blender(model, config, tokenizer, store_at(store), verify, trace)
 
 
 class Blender:
@@ -119,9 +122,11 @@ class Blender:
         tokenizer: Any,
         store: Store,
         verify: Verify | int | None = None,
+        trace: Level = "summary",
     ) -> None:
         self.model: Any = model
         self.store, self.tokenizer = store, tokenizer
+        self._level = as_level(trace)
         self._verifier = None if verify is None else Verifier(verify)
         self.host = host_of(model)
         if self.host.unwrapped_forward is not None:
@@ -307,7 +312,9 @@ class Blender:
             chunk_spans = chunk_spans if isinstance(chunk_spans, ChunkSpans) else ChunkSpans(chunk_spans)
             args, kwargs = self._on_device(args), self._on_device(kwargs)
         planned = plan(self.model, args, kwargs, chunk_spans, config, separator, nested=_call.get() is not None)
-        trace = BlendTrace(num_tokens=planned.num_tokens, num_layers=self.host.num_layers)
+        trace = BlendTrace(
+            num_tokens=planned.num_tokens, num_layers=self.host.num_layers, level=self._level, tokenizer=self.tokenizer
+        )
         if planned.fallback is not Fallback.NESTED:  # the trace is that of the call which the user made
             self._traces.last = trace
         call = _Call(self, trace, started, config, planned.input_ids, planned.spans, planned.num_tokens, controller)

@@ -1,47 +1,57 @@
-"""What a call did: what was reused, what was recomputed, and where the milliseconds and bytes went."""
+"""What a call did: what was reused, what was recomputed, and where the milliseconds and bytes went.
+
+Three levels of detail, each with all of the one before:
+
+    summary    chunks, figures, phases; which tokens were candidates, scored, selected: all of it is there anyway
+    tokens     the prompt's ids and, through the tokenizer, its texts
+    full       layer x token maps, and when each layer was asked for, loaded and computed; costs time and memory
+
+A trace knows nothing of how it is shown: `hfblend.display`.
+
+Shapes: T all tokens, N reused tokens that could be recomputed, S selected tokens, L layers.
+"""
 
 from __future__ import annotations
 
-import time
+import math
+import os
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
+from .config import BlendConfig
 from .controller import Decision
+from .optional import require
+from .timeline import Interval, PhaseClock, SavedTimeline, ms_per_phase
+from .trace_tokens import columns_of, texts_of
+
+__all__ = ["BlendTrace", "ChunkTrace", "LayerMaps", "Level", "PhaseClock", "Status", "as_level", "settings_of"]
 
 Status = Literal["hit", "miss", "fresh", "unused"]
+Level = Literal["summary", "tokens", "full"]
 
 
-class PhaseClock:
-    """Milliseconds per phase. On a GPU, events are recorded now and read only when somebody looks: no synchronising."""
+def as_level(level: str) -> Level:
+    """A level of detail, checked.
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = [("", self._now())]
+    Raises:
+        ValueError: none of the three.
+    """
+    if level not in get_args(Level):
+        raise ValueError(f"trace must be one of {get_args(Level)}, got {level!r}.")
+    return level  # type: ignore[return-value]
 
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
-    def end_of(self, phase: str) -> None:
-        """Ends a phase; the next one begins."""
-        self._marks.append((phase, self._now()))
-
-    def milliseconds(self) -> dict[str, float]:
-        """Phase -> milliseconds, phases of the same name added up."""
-        spent: dict[str, float] = {}
-        for (_, begin), (phase, end) in zip(self._marks, self._marks[1:]):
-            if self._on_gpu:
-                end.synchronize()
-                ms = begin.elapsed_time(end)
-            else:
-                ms = 1000 * (end - begin)
-            spent[phase] = spent.get(phase, 0.0) + ms
-        return spent
+def settings_of(config: BlendConfig) -> dict[str, Any]:
+    """What says how tokens were chosen, plain."""
+    rule = config.selection
+    return {
+        "selection": getattr(rule, "__name__", type(rule).__name__) if callable(rule) else rule,
+        "recompute_ratios": list(config.fixed_ratios),
+        "check_layers": list(config.check_layers),
+        "chunk_prefix": config.chunk_prefix,
+    }
 
 
 @dataclass
@@ -64,6 +74,27 @@ class ChunkTrace:
     exact: bool = False
     cached_start: int | None = None
     quantised: str | None = None
+
+
+@dataclass(eq=False)
+class LayerMaps:
+    """Level `"full"`: a figure per layer and token, each (L, T) in fp32; NaN where it is not known.
+
+    Attributes:
+        key_deviation, value_deviation: ‖computed − reused‖ / ‖computed‖ over heads and dimensions of a token's K or V,
+            where both are known: recomputed tokens at every layer, all candidates up to a check layer. What was
+            computed stands on KV that is itself blended: this is no distance from a full prefill.
+        attention: attention that a token received from the suffix, mean over heads and rows, where the rule asked for
+            it; `None` if it never did.
+    """
+
+    key_deviation: torch.Tensor
+    value_deviation: torch.Tensor
+    attention: torch.Tensor | None = None
+
+    def items(self) -> dict[str, torch.Tensor]:
+        """Name -> map, of those that are there."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass
@@ -90,6 +121,12 @@ class BlendTrace:
         verification: how far this call is from its full prefill, where `patch(verify=...)` had it checked: what
             `hfblend.Verification` holds, with `max_kl` and `within_bound`; or `{"error": ...}`.
         notes: remarks, one line each.
+        level: of detail.
+        settings: of the rule: selection, recompute_ratios, check_layers, chunk_prefix.
+        input_ids: (T,) on the CPU, from level `"tokens"` on.
+        maps: level `"full"`.
+        tokenizer: says what the ids are; never saved.
+        texts: of the tokens, in a trace that was saved where a tokenizer was known.
     """
 
     blended: bool = False
@@ -109,11 +146,18 @@ class BlendTrace:
     decision: Decision | None = None
     verification: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
-    clock: PhaseClock | None = field(default=None, repr=False)
+    clock: PhaseClock | SavedTimeline | None = field(default=None, repr=False)
+    level: Level = "summary"
+    settings: dict[str, Any] = field(default_factory=dict)
+    input_ids: torch.Tensor | None = field(default=None, repr=False)
+    maps: LayerMaps | None = field(default=None, repr=False)
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+    texts: list[str] | None = field(default=None, repr=False)
 
     def restart(self) -> None:
         """Forgets what was noted, for the same prompt."""
-        vars(self).update(vars(BlendTrace(num_tokens=self.num_tokens, num_layers=self.num_layers)))
+        kept = {name: getattr(self, name) for name in ("num_tokens", "num_layers", "level", "tokenizer")}
+        vars(self).update(vars(BlendTrace(**kept)))
 
     @property
     def hits(self) -> int:
@@ -143,6 +187,12 @@ class BlendTrace:
         return 0 if self.selected_idx is None else len(self.selected_idx)
 
     @property
+    def computes_all(self) -> bool:
+        """Whether every token was computed, exact ones too: ratio 1."""
+        ratios = self.settings.get("recompute_ratios") or (0,)
+        return all(ratio == 1 for ratio in ratios)
+
+    @property
     def total_pairs(self) -> int:
         """(token, layer) pairs of a full prefill."""
         return self.num_tokens * self.num_layers
@@ -155,18 +205,83 @@ class BlendTrace:
     @property
     def phase_ms(self) -> dict[str, float]:
         """Milliseconds per phase: look_up, prefill_chunks, select, recompute, hand_over."""
-        return self.clock.milliseconds() if self.clock else {}
+        return ms_per_phase(self.timeline)
+
+    @property
+    def timeline(self) -> list[Interval]:
+        """When each phase ran, and at level `"full"` when each layer was asked for, loaded and computed.
+
+        On a GPU, reading it waits until the work is done; nothing waits before.
+        """
+        return self.clock.intervals() if self.clock else []
+
+    def token_texts(self, tokenizer: Any = None) -> list[str] | None:
+        """Each token's text; `None` without ids, or where no tokenizer is known."""
+        if self.texts is not None and tokenizer is None:
+            return self.texts
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        return None if tokenizer is None or self.input_ids is None else texts_of(tokenizer, self.input_ids.tolist())
+
+    def token_columns(self, tokenizer: Any = None) -> dict[str, list[Any]]:
+        """Column -> T values: what `to_frame` shows; `None` where something is not known."""
+        return columns_of(self, self.token_texts(tokenizer))
+
+    def to_frame(self, tokenizer: Any = None) -> Any:
+        """A pandas `DataFrame`, a row per token of the prompt.
+
+        >>> trace.to_frame().query("selected").nlargest(10, "score")  # doctest: +SKIP
+
+        Args:
+            tokenizer: for the texts, where `patch` was given none.
+
+        Returns:
+            Columns `index`, `id`, `text`, `part` (prefix, chunk, gap, suffix), `chunk` (number), `origin` (the chunk's
+            status), `status` (exact, reused, recomputed, computed), `old_position`, `new_position`, `score`,
+            `selected`.
+
+        Raises:
+            ImportError: pandas is missing.
+        """
+        pandas = require("pandas", "pandas", "display", "A frame of a trace needs")
+        frame = pandas.DataFrame(self.token_columns(tokenizer))
+        return frame.astype(dict.fromkeys(("id", "chunk", "old_position"), "Int64") | {"score": "float64"})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything into one file, safetensors with JSON in its header; texts too, if a tokenizer is known.
+
+        >>> trace.save("call.trace")  # doctest: +SKIP
+        >>> hfblend.show(hfblend.BlendTrace.load("call.trace"))  # doctest: +SKIP
+        """
+        from .trace_file import save_trace
+
+        save_trace(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BlendTrace:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: a file that is no trace, or a damaged one.
+            OSError: no such file.
+        """
+        from .trace_file import load_trace
+
+        return load_trace(path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for JSON."""
         plain = {name: getattr(self, name) for name in _PLAIN_FIELDS}
-        tensors = {
-            name: None if (t := getattr(self, name)) is None else t.tolist()
-            for name in ("candidate_idx", "scores", "selected_idx", "fresh_idx")
-        }
+        plain["settings"] = dict(self.settings)
+        tensors = {name: None if (t := getattr(self, name)) is None else plain_list(t) for name in TENSORS}
         chunks = {"prefix": self.prefix and vars(self.prefix), "chunks": [vars(chunk) for chunk in self.chunks]}
         decision = None if self.decision is None else asdict(self.decision)
-        return {**plain, **chunks, **tensors, "decision": decision, "phase_ms": self.phase_ms}
+        timeline = self.timeline
+        found = {**plain, **chunks, **tensors, "decision": decision, "phase_ms": ms_per_phase(timeline)}
+        if self.level != "summary":
+            found["timeline"] = [asdict(interval) for interval in timeline]
+        if self.maps is not None:
+            found["maps"] = {name: plain_list(values) for name, values in self.maps.items().items()}
+        return found
 
     def __str__(self) -> str:
         if not self.blended:
@@ -184,5 +299,20 @@ class BlendTrace:
 _PLAIN_FIELDS = (
     "blended", "fallback", "num_tokens", "num_layers", "hits", "misses", "reused_tokens", "selected_tokens",
     "computed_pairs", "isolated_pairs", "total_pairs", "recomputed_pairs_share", "bytes_reused", "ttft_ms",
-    "verification", "notes",
+    "verification", "notes", "level",
 )  # fmt: skip
+TENSORS = ("candidate_idx", "scores", "selected_idx", "fresh_idx", "input_ids")
+
+
+def plain_list(values: torch.Tensor) -> list[Any]:
+    """Nested lists, `None` for what is no number: JSON knows no NaN."""
+    plain = values.tolist()
+    if not values.is_floating_point() or bool(values.isfinite().all()):
+        return plain
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cleaned(one) for one in value]
+        return value if math.isfinite(value) else None
+
+    return cleaned(plain)

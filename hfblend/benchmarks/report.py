@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import palette
 from ..optional import figure_class
 
 Row = dict[str, Any]
 Results = dict[str, Any]
 
-# Okabe and Ito's colours: a method's ratios share one, and get a lighter tint the larger they are.
-_BASELINES = {"full_prefill": "#000000", "prefix_reuse": "#7f7f7f", "full_reuse": "#CC79A7"}
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9")
+# A method's ratios share a colour, and get a lighter tint the larger they are.
+_BASELINES = {"full_prefill": palette.BLACK, "prefix_reuse": palette.GREY, "full_reuse": palette.PURPLE}
+_COLOURS = (palette.BLUE, palette.VERMILION, palette.GREEN, palette.ORANGE, palette.SKY)
 _MARKERS = "osD^vP"
 _STROKES = ("-", ":", "--", "-.")
 
@@ -138,13 +139,22 @@ def require_matplotlib() -> Any:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Time to first token against tokens, and speed-up with its limit dashed; a line per method, ratio and place.
+    """Draws `figure` into a file.
 
     Raises:
         ImportError: matplotlib is missing.
         ValueError: the file's ending is none that matplotlib knows.
     """
-    figure = require_matplotlib()(figsize=(12, 5.4), dpi=150, layout="constrained")
+    figure(results).savefig(file)
+
+
+def figure(results: Results) -> Any:
+    """Time to first token against tokens, and speed-up with its limit dashed; a line per method, ratio and place.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    drawing = require_matplotlib()(figsize=(12, 5.4), dpi=150, layout="constrained")
     lines: dict[tuple[Any, ...], list[Row]] = {}
     for row in results["rows"]:
         if row["failed"] is None:
@@ -152,11 +162,11 @@ def plot(results: Results, file: Path) -> None:
     looks = _looks(list(lines))
     lengths = sorted({row["tokens"] for row in results["rows"]})
     if len(lengths) == 1:
-        _draw_bars(figure, [(looks[line], row) for line, (row,) in lines.items()], lengths[0])
+        _draw_bars(drawing, [(looks[line], row) for line, (row,) in lines.items()], lengths[0])
     else:
-        _draw_lines(figure, [(looks[line], rows) for line, rows in lines.items()], lengths)
-    figure.suptitle(title(results), x=0.01, ha="left", fontsize=10)
-    figure.savefig(file)
+        _draw_lines(drawing, [(looks[line], rows) for line, rows in lines.items()], lengths)
+    drawing.suptitle(title(results), x=0.01, ha="left", fontsize=10)
+    return drawing
 
 
 def _draw_bars(figure: Any, bars: Sequence[tuple[dict[str, Any], Row]], length: int) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import palette
 from ..optional import figure_class
 
 Rows = Sequence[dict[str, Any]]
 
 EXACT_KL = 1e-6  # nats; below it a method differs from full prefill by rounding only
 
-# Okabe and Ito's colours, without the yellow that no one sees on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#E69F00")
+_COLOURS = (palette.BLUE, palette.VERMILION, palette.GREEN, palette.PURPLE, palette.SKY, palette.BLACK, palette.ORANGE)
 _MARKERS = "osD^vPX*<>hp"
 _LABEL_STEP = 0.045  # of the axes' height, between the labels of two lines
 
@@ -68,16 +68,25 @@ def require_matplotlib() -> Any:
 
 
 def plot(rows: Rows, file: Path, title: str) -> None:
+    """Draws `figure` into a file.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the file's ending is none that matplotlib knows.
+    """
+    figure(rows, title).savefig(file)
+
+
+def figure(rows: Rows, title: str) -> Any:
     """KL (log) against the share of a full prefill that is computed: a line per method, a point per ratio.
 
     Methods that are exact have no place on a logarithmic axis and are named below it.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: the file's ending is none that matplotlib knows.
     """
-    figure = require_matplotlib()(figsize=(9, 5.6), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    drawing = require_matplotlib()(figsize=(9, 5.6), dpi=150, layout="constrained")
+    axes = drawing.add_subplot()
     drawn = [row for row in rows if row["kl"] >= EXACT_KL]
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in drawn:
@@ -86,7 +95,7 @@ def plot(rows: Rows, file: Path, title: str) -> None:
         _draw_line(axes, sorted(line, key=lambda row: row["recomputed_pairs_share"]), i)
     _dress(axes, title, _exact_note([row for row in rows if row["kl"] < EXACT_KL]))
     _label_lines(axes, by_method)
-    figure.savefig(file)
+    return drawing
 
 
 def _colour(i: int) -> str:

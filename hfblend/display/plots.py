@@ -1,0 +1,102 @@
+"""A trace, and results of `hfblend eval` and `hfblend bench`, as matplotlib figures.
+
+They are apart from pyplot and its global state: `figure.savefig(...)`, or the last line of a notebook's cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import palette
+from ..optional import figure_class
+from ..trace import BlendTrace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_scores(trace: BlendTrace) -> Figure:
+    """Left: each scored token's score by its position, the recomputed ones marked. Right: all scores, falling.
+
+    >>> hfblend.plot_scores(blender.trace).savefig("scores.png")  # doctest: +SKIP
+
+    Raises:
+        ValueError: a trace in which nothing was ranked.
+        ImportError: matplotlib is missing.
+    """
+    if trace.scores is None or trace.candidate_idx is None or not len(trace.scores):
+        raise ValueError("No token of this trace was ranked; it needs chunks that are reused, and a ratio below 1.")
+    idx, scores = trace.candidate_idx.cpu(), trace.scores.detach().float().cpu()
+    chosen = set([] if trace.selected_idx is None else trace.selected_idx.tolist())
+    is_chosen = [i in chosen for i in idx.tolist()]
+    figure = figure_class("plots")(figsize=(9.6, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    for wanted, marker, colour, label in (
+        (False, ".", palette.GREY, "reused"),
+        (True, "^", palette.VERMILION, "recomputed"),
+    ):
+        points = [(i, score) for i, score, one in zip(idx.tolist(), scores.tolist(), is_chosen) if one is wanted]
+        left.plot(*(zip(*points) if points else ((), ())), marker, color=colour, markersize=4, label=label)
+    for chunk in trace.chunks:
+        left.axvline(chunk.span[0], color="0.85", linewidth=0.8, zorder=0)
+    left.set(xlabel="position in the prompt; lines: chunks begin", ylabel=f"score, {_rule(trace)}")
+    left.legend(frameon=False)
+    falling = scores.sort(descending=True).values
+    percent = [100 * (i + 1) / len(falling) for i in range(len(falling))]
+    right.plot(percent, falling.tolist(), color=palette.BLUE)
+    right.axvline(100 * len(chosen) / len(falling), color=palette.VERMILION, linestyle="--", label="recomputed")
+    right.set(xlabel="scored tokens, highest first (%)")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        if float(scores.min()) > 0:
+            axes.set_yscale("log")
+    return figure
+
+
+def plot_timeline(trace: BlendTrace) -> Figure:
+    """Phases, and at level `"full"` the layers below them: loaded, computed.
+
+    Raises:
+        ValueError: a trace without phases.
+        ImportError: matplotlib is missing.
+    """
+    from .view import lanes_of
+
+    lanes = lanes_of(trace)
+    if not lanes:
+        raise ValueError("This trace has no phases: the call was not blended.")
+    figure = figure_class("plots")(figsize=(9.6, 1 + 0.7 * len(lanes)), layout="constrained")
+    axes = figure.add_subplot()
+    colours: dict[str, str] = {}
+    for y, (_, intervals) in enumerate(lanes):
+        for one in intervals:
+            colour = colours.setdefault(one.name, palette.LINES[len(colours) % len(palette.LINES)])
+            axes.barh(y, max(one.ms, 1e-3), left=one.start_ms, color=colour, edgecolor="white", linewidth=0.5)
+    for name, colour in colours.items():
+        axes.barh([0], [0], color=colour, label=name.replace("_", " "))
+    axes.set_yticks(range(len(lanes)), [heading for heading, _ in lanes])
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def plot_quality(rows: Sequence[dict[str, Any]], title: str = "") -> Figure:
+    """Quality against cost, from the rows of `hfblend eval` (`hfblend.evaluation.summary.summarize(records)`)."""
+    from ..evaluation import report
+
+    return report.figure(rows, title)
+
+
+def plot_ttft(results: dict[str, Any]) -> Figure:
+    """Time to first token and speed-up, from what `hfblend bench --json` wrote."""
+    from ..benchmarks import report
+
+    return report.figure(results)
+
+
+def _rule(trace: BlendTrace) -> str:
+    return str(trace.settings.get("selection", "")).replace("_", " ")

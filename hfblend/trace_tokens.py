@@ -1,0 +1,84 @@
+"""What a trace says of each token of the prompt, as columns.
+
+Shapes: T all tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .trace import BlendTrace
+
+
+def columns_of(trace: BlendTrace, texts: list[str] | None) -> dict[str, list[Any]]:
+    """Column -> T values; `None` where something is not known."""
+    count = trace.num_tokens
+    nothing: list[Any] = [None] * count
+    columns: dict[str, list[Any]] = {
+        "index": list(range(count)),
+        "id": nothing if trace.input_ids is None else trace.input_ids.tolist(),
+        "text": texts or nothing,
+        **_places(trace, count),
+        "status": _statuses(trace, count),
+        "new_position": list(range(count)),
+        "score": list(nothing),
+        "selected": [False] * count,
+    }
+    if trace.scores is not None and trace.candidate_idx is not None:
+        for i, score in zip(trace.candidate_idx.tolist(), trace.scores.tolist()):
+            columns["score"][i] = score
+    for i in [] if trace.selected_idx is None else trace.selected_idx.tolist():
+        columns["selected"][i] = True
+    order = "index id text part chunk origin status old_position new_position score selected"
+    return {name: columns[name] for name in order.split()}
+
+
+def _places(trace: BlendTrace, count: int) -> dict[str, list[Any]]:
+    """Which part of the prompt a token stands in, and where it stood when it was computed."""
+    chunks = trace.chunks
+    first, last = (chunks[0].span[0], chunks[-1].span[1]) if chunks else (count, count)
+    part = ["prefix" if i < first else "gap" if i < last else "suffix" for i in range(count)]
+    columns: dict[str, list[Any]] = {"part": part}
+    columns |= {name: [None] * count for name in ("chunk", "origin", "old_position")}
+    for number, piece in [(None, trace.prefix), *enumerate(chunks)]:
+        if piece is None:
+            continue
+        start, stop = piece.span
+        columns["origin"][start:stop] = [piece.status] * (stop - start)
+        if number is not None:
+            part[start:stop] = ["chunk"] * (stop - start)
+            columns["chunk"][start:stop] = [number] * (stop - start)
+        if piece.cached_start is not None:
+            columns["old_position"][start:stop] = range(piece.cached_start, piece.cached_start + stop - start)
+    return columns
+
+
+def _statuses(trace: BlendTrace, count: int) -> list[str]:
+    """`"exact"` (reused as it was), `"reused"` (moved), `"recomputed"` (moved and selected), `"computed"`."""
+    if not trace.blended:
+        return ["computed"] * count
+    statuses = ["recomputed" if trace.computes_all else "exact"] * count
+    marked = (("reused", trace.candidate_idx), ("recomputed", trace.selected_idx), ("computed", trace.fresh_idx))
+    for status, idx in marked:
+        for i in [] if idx is None else idx.tolist():
+            statuses[i] = status
+    return statuses
+
+
+def texts_of(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Each id's own text. One that is no whole character alone is shown as the tokenizer writes it."""
+    known: dict[int, str] = {}
+    for i in ids:
+        if i not in known:
+            known[i] = _text_of(tokenizer, i)
+    return [known[i] for i in ids]
+
+
+def _text_of(tokenizer: Any, token_id: int) -> str:
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    text = tokenizer.decode([token_id])
+    if piece is None or "\ufffd" in text or not text:
+        return str(piece or text or "")
+    starts_word = piece.startswith(("▁", "Ġ")) and not text.startswith(" ")
+    return f" {text}" if starts_word else text

@@ -1,0 +1,359 @@
+"""A trace, shown: what is said, that nothing in a prompt's text acts, that long prompts stay small, the plots."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import unicodedata
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from helpers import config, generate, make_llama, make_prompt
+from rich.console import Console
+
+import hfblend
+from hfblend.display import Display, view
+from hfblend.display.text import clipped, escaped, visible
+from hfblend.timeline import Interval, SavedTimeline
+from hfblend.trace import BlendTrace, ChunkTrace, LayerMaps
+
+PROMPT = make_prompt()
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</div><img src=x onerror=alert(2)>",
+    '"\' onmouseover="alert(3)',
+    "\u202eevil\u2066",
+    "\x1b[31mred\x1b]0;title\x07",
+    "[red]markup[/red] [link=http://evil.example]x[/link]",
+    "&lt;b&gt;",
+    "\ud800",
+    "a\u2028b\x00",
+    "</style><style>*{display:none}",
+]
+
+
+@pytest.fixture(scope="module")
+def trace():
+    model, store = make_llama(), hfblend.MemoryStore()
+    for level in ("summary", "full"):
+        found = hfblend.blend(model, PROMPT, store=store, config=config(0.2), trace=level).trace
+    return found
+
+
+def made(length=200, texts=None, layers=None, chunk=50, prefix=10, suffix=20, **kwargs) -> BlendTrace:
+    """A trace of a prompt of that many tokens, by hand."""
+    generator = torch.Generator().manual_seed(0)
+    stop = length - suffix
+    spans = [(start, min(start + chunk, stop)) for start in range(prefix, stop, chunk)]
+    candidates = torch.arange(spans[0][1], stop)
+    scores = torch.rand(len(candidates), generator=generator)
+    pieces = [ChunkTrace(span, f"{i:032x}", "hit", i == 0, prefix) for i, span in enumerate(spans)]
+    maps = None
+    if layers:
+        maps = LayerMaps(*(torch.rand(layers, length, generator=generator) for _ in range(3)))
+    plain = {
+        "blended": True,
+        "num_tokens": length,
+        "num_layers": layers or 4,
+        "prefix": ChunkTrace((0, prefix), "ab" * 16, "hit", True, 0),
+        "chunks": pieces,
+        "candidate_idx": candidates,
+        "scores": scores,
+        "selected_idx": candidates[scores.topk(len(scores) * 15 // 100).indices].sort().values,
+        "fresh_idx": torch.arange(stop, length),
+        "level": "full",
+        "settings": {"selection": "suffix_attention", "recompute_ratios": [0.15]},
+        "input_ids": torch.zeros(length, dtype=torch.long),
+        "maps": maps,
+        "texts": [f" t{i}" for i in range(length)] if texts is None else texts,
+    }
+    return BlendTrace(**{**plain, **kwargs})
+
+
+def hostile() -> BlendTrace:
+    """One in which every text that can be chosen by somebody else is hostile."""
+    bad = "".join(HOSTILE)
+    trace = made(200, texts=[HOSTILE[i % len(HOSTILE)] for i in range(200)], layers=4)
+    trace.notes, trace.settings["selection"] = [bad], bad
+    trace.chunks[1].key, trace.chunks[1].quantised = bad, bad
+    trace.clock = SavedTimeline((Interval("phase", bad, 0, 5), Interval("compute", bad, 1, 2, 0)))
+    return trace
+
+
+def printed(trace, width=100, tokenizer=None) -> str:
+    console = Console(width=width, force_terminal=True, record=True, color_system="truecolor", file=io.StringIO())
+    hfblend.show(trace, tokenizer, console=console)
+    return console.export_text(styles=False)
+
+
+def raw(trace, width=100) -> str:
+    """With the escape sequences that the terminal gets."""
+    console = Console(width=width, force_terminal=True, color_system="truecolor")
+    with console.capture() as capture:
+        console.print(Display(trace))
+    return capture.get()
+
+
+class Tags(HTMLParser):
+    """Every tag and attribute of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.unclosed = set(), set(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag not in ("meta", "br", "path", "rect", "img"):
+            self.unclosed.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "rect"):
+            assert self.unclosed.pop() == tag
+
+    def handle_data(self, data):
+        if self.unclosed and self.unclosed[-1] != "style":
+            self.text.append(data)
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def test_a_page_says_what_happened(trace, word_tokenizer):
+    page = Display(trace, word_tokenizer).to_html()
+    text = "".join(Tags(page).text)
+    for said in ("chunk 1", "exact", "hit", "suffix_attention 0.2", "9 → 64 (+55)", "Who sees whom", "Layer × token"):
+        assert said in text, said
+    assert f"{trace.selected_tokens} of {len(trace.candidate_idx)} moved tokens" in text
+    assert all(name in text for name in ("look up", "select", "recompute", "hand over"))
+    assert page.startswith("<!doctype html>")
+    assert Tags(page).unclosed == []
+    for token in PROMPT.ids[:5]:
+        assert word_tokenizer.decode([token]) in text
+
+
+def test_recomputed_tokens_are_marked_and_not_by_colour_alone(trace, word_tokenizer):
+    page = Display(trace, word_tokenizer).to_html()
+    marked = re.findall(r'<i class="[^"]*\br\b[^"]*" title="#(\d+) recomputed', page)
+    assert [int(i) for i in marked] == trace.selected_idx.tolist()
+    assert "i.r,.hfb .key i.r{border-bottom:3px solid" in page
+
+
+def test_levels_show_what_they_know(word_tokenizer):
+    model, store = make_llama(), hfblend.MemoryStore()
+    pages = {}
+    for level in ("summary", "tokens", "full"):
+        found = hfblend.blend(model, PROMPT, store=store, config=config(0.2), trace=level).trace
+        pages[level] = Display(found, word_tokenizer).to_html()
+    assert (
+        "not written out: the prompt&#x27;s ids" in pages["summary"] or "trace=&quot;tokens&quot;" in pages["summary"]
+    )
+    assert '<div class="toks">' not in pages["summary"]
+    assert '<div class="toks">' in pages["tokens"]
+    assert "Layer × token" not in pages["tokens"]
+    assert "Layer × token" in pages["full"]
+    assert "layers loaded" in pages["full"]
+
+
+def test_a_call_that_was_not_blended_says_why(word_tokenizer):
+    model = make_llama()
+    with hfblend.patch(model, tokenizer=word_tokenizer) as blender:
+        generate(model, PROMPT.inputs())
+        trace = blender.trace
+    page, text = Display(trace).to_html(), printed(trace)
+    assert trace.fallback
+    for shown in (page, text):
+        assert "Not blended" in shown
+        assert trace.fallback in shown
+    assert "Nothing was blended yet" in printed(BlendTrace())
+    assert "Nothing was blended yet" in Display(BlendTrace()).to_html()
+
+
+def test_every_origin_has_its_name_and_pattern():
+    trace = made()
+    for chunk, status in zip(trace.chunks[1:], ("miss", "fresh", "unused")):
+        chunk.status = status
+        chunk.cached_start = None if status != "miss" else chunk.cached_start
+    trace.chunks[1].quantised = "int8"
+    page, text = Display(trace).to_html(), printed(trace)
+    for name in ("exact", "miss", "fresh", "unused"):
+        assert f"o-{name}" in page
+        assert name in text
+    assert "int8" in page
+    assert "int8" in text
+
+
+def test_the_terminal_says_what_happened(trace, word_tokenizer):
+    text = printed(trace, 100, word_tokenizer)
+    for said in ("chunk 1", "exact", "9 → 64 (+55)", "recomputed", "who sees whom", "look up", "△ some"):
+        assert said in text, said
+
+
+@pytest.mark.parametrize("width", [30, 60, 100, 250])
+def test_no_line_is_longer_than_the_terminal(trace, width):
+    assert max(map(len, printed(trace, width).splitlines())) <= width
+
+
+def test_show_returns_the_display_and_a_notebook_draws_it(trace, monkeypatch, capsys, tmp_path):
+    display = hfblend.show(trace)
+    assert "chunk 1" in capsys.readouterr().out
+    assert display._repr_html_().startswith('<div class="hfb">')
+    display.save(tmp_path / "call.html")
+    assert (tmp_path / "call.html").read_text(encoding="utf-8") == display.to_html()
+    assert "blended 88 tokens" in repr(display)
+    monkeypatch.setattr("hfblend.display._in_notebook", lambda: True)
+    hfblend.show(trace)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(TypeError, match=r"blender\.trace"):
+        hfblend.show("a trace")
+
+
+# --- nothing acts -----------------------------------------------------------------------------------------------------
+
+
+def test_visible():
+    assert visible("a\x1b[31mb\u202ec\u200b") == "a␛[31mb⟨U+202E⟩c⟨U+200B⟩"
+    assert visible("né 日本 👩\u200d🔬 ‌") == "né 日本 👩\u200d🔬 ‌"
+    assert visible("a\nb\t\r") == "a↵b⇥␍"
+    assert escaped("<a href='\"'>&") == "&lt;a href=&#x27;&quot;&#x27;&gt;&amp;"
+    assert clipped("x" * 100, 5) == "xxxx…"
+
+
+def test_hostile_text_is_inert_in_html():
+    page = Display(hostile(), answers={HOSTILE[0]: "".join(HOSTILE)}, title=HOSTILE[0]).to_html()
+    page.encode("utf-8")
+    found = Tags(page)
+    assert found.tags <= {
+        "html", "head", "meta", "title", "style", "body", "div", "h2", "h3", "dl", "dt", "dd", "span", "b", "i", "u",
+        "em", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "svg", "path", "p", "ul", "li", "br",
+    }  # fmt: skip
+    assert not [name for name in found.attributes if name.startswith("on") or name in ("src", "href", "srcdoc")]
+    assert found.unclosed == []
+    assert page.count("<style>") == 2  # the page's own, the view's own
+    assert "default-src 'none'" in page
+    text = html.unescape(page)
+    assert not [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\n"]
+    assert "<script>alert(1)</script>" in "".join(found.text)  # as text
+
+
+def test_hostile_text_is_inert_in_a_terminal():
+    trace = hostile()
+    found = raw(trace)
+    sequences = re.findall(r"\x1b[^m]*m", found)
+    assert all(re.fullmatch(r"\x1b\[[\d;]*m", one) for one in sequences)  # colours of our own
+    rest = re.sub(r"\x1b\[[\d;]*m", "", found)
+    assert not [c for c in rest if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\n"]
+    assert "[red]markup[/red]" in rest.replace("\n", "")
+    assert "␛" in rest
+
+
+# --- long prompts -----------------------------------------------------------------------------------------------------
+
+
+def test_20k_tokens_stay_small_and_say_so():
+    trace = made(20_000, layers=40, chunk=500)
+    page, text = Display(trace).to_html(), printed(trace)
+    assert len(page.encode()) < 600_000
+    assert len(text) < 30_000
+    assert re.search(r"2,5\d\d of 20,000 written out", page)
+    assert "a column is 125 tokens" in page
+    assert page.count('class="toks"') == 41 + 1  # every part has its place: prefix, chunks, suffix
+    assert Tags(page).unclosed == []
+
+
+def test_many_chunks_are_left_out_of_the_table():
+    trace = made(20_000, chunk=10)
+    page, text = Display(trace).to_html(), printed(trace)
+    assert "chunks left out" in page
+    assert "more" in text
+    assert len(page.encode()) < 700_000
+
+
+def test_the_highest_scores_are_written_out():
+    trace = made(5000, chunk=500)
+    parts = view.parts_of(trace)
+    wanted = view.wanted_tokens(parts, trace.token_columns()["score"], 600)
+    best = trace.candidate_idx[trace.scores.topk(20).indices].tolist()
+    assert all(wanted[i] for i in best)
+    assert sum(wanted) < 900
+    assert all(wanted[part.start] for part in parts)
+
+
+def test_levels_of_scores():
+    levels = view.score_levels([None, *range(100), float("nan")])
+    assert levels[0] == 0
+    assert levels[-1] == 7  # a NaN ranks highest, as in selection
+    assert levels[1] == 1
+    assert levels[1:-1] == sorted(levels[1:-1])
+    assert view.score_levels([1.0, 1.0, 1.0]) == [7, 7, 7]
+    assert view.score_levels([]) == []
+
+
+def test_the_mask_is_the_rule_that_passes_follow(trace):
+    grid = view.mask_of(trace, 1000, 1000)
+    rows = view.computed_rows(trace)
+    assert len(grid) == len(rows)
+    for row, cells in zip(rows, grid):
+        assert [bool(cell) for cell in cells] == [key <= row for key in range(len(PROMPT))]
+        assert cells[row] == 3
+    reused = [i for i in range(len(PROMPT)) if i not in set(rows)]
+    assert all(grid[-1][i] == 1 for i in reused)
+    small = view.mask_of(made(20_000), 30)
+    assert (len(small), len(small[0])) == (30, view.COLUMNS)
+
+
+def test_maps_are_binned_by_their_highest():
+    values = torch.full((2, 1000), torch.nan)
+    values[1, 500] = 0.9
+    grid = view.map_levels(values, "key_deviation")
+    assert (len(grid), len(grid[0])) == (2, view.COLUMNS)
+    assert grid[0] == [0] * view.COLUMNS
+    assert [level for level in grid[1] if level] == [7]
+
+
+def test_bins_cover_everything_once():
+    for count in (1, 7, 160, 161, 20_000):
+        edges = view.edges_of(count, 160)
+        assert edges[0] == 0
+        assert edges[-1] == count
+        assert all(a < b for a, b in zip(edges, edges[1:]))  # noqa: RUF007
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def test_plots_of_a_trace(trace, tmp_path):
+    pytest.importorskip("matplotlib")
+    for plot in (hfblend.plot_scores, hfblend.plot_timeline):
+        plot(trace).savefig(tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 5000
+    scores = hfblend.plot_scores(trace).axes[0]
+    assert len(scores.lines[1].get_xdata()) == trace.selected_tokens
+    assert [label.get_text() for label in hfblend.plot_timeline(trace).axes[0].get_yticklabels()] == [
+        "phases", "layers computed", "layers loaded", "asked for",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="ranked"):
+        hfblend.plot_scores(BlendTrace())
+    with pytest.raises(ValueError, match="not blended"):
+        hfblend.plot_timeline(BlendTrace())
+
+
+def test_plots_of_results_are_those_of_the_commands(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {
+        "method": "hfblend", "ratio": 0.15, "n": 3, "kl": 0.1, "kl_ci95": [0.05, 0.2], "recomputed_pairs_share": 0.3,
+    }  # fmt: skip
+    hfblend.plot_quality([row], "a title").savefig(tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 5000
+    times = {"tokens": 100, "ratio": 0.15, "chunks_in": None, "failed": None, "speed_up_limit": None}
+    rows = [
+        {**times, "method": "full_prefill", "ttft_ms": 10.0, "speed_up": None},
+        {**times, "method": "hfblend", "ttft_ms": 5.0, "speed_up": 2.0},
+    ]
+    settings = {"layout": {"prefix": 1, "chunk": 2, "suffix": 3}}
+    about = {"model": "m", "dtype": "d", "attention": "a", "machine": "m", "transformers": "5", "settings": settings}
+    hfblend.plot_ttft({**about, "rows": rows}).savefig(tmp_path / "ttft.png")
+    assert (tmp_path / "ttft.png").stat().st_size > 5000
