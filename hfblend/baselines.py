@@ -96,7 +96,11 @@ class PrefixReuse(Blending):
     """Reuses what stands before the first chunk, as a prefix cache does; chunks are computed, and not kept."""
 
     def keep_fresh_chunks(self) -> None:
-        pass
+        if self.trace.prefix and self.trace.prefix.status == "fresh":
+            self.keep(self.trace.prefix)
+
+    def is_nearly_all(self, reuse: Reuse) -> bool:
+        return False  # it is measured as it is
 
 
 def _runs(idx: Sequence[int]) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache
 from . import selection
 from .attention import AttentionRecord
 from .caches import KV, ROOM, BlendingCache, RecordingCache, full_length_cache, hand_over
-from .chunks import ChunkKV, ChunkLost
+from .chunks import ChunkKV, ChunkLost, Provenance
 from .config import BlendConfig
 from .controller import BlendShape, Controller
 from .graphs import graphs_of
@@ -35,10 +35,11 @@ from .lookup import LookUp
 from .models import BlendableModel, host_of
 from .passes import Forward, Pass, until_stopped
 from .prompt import ChunkSpans, Prompt
+from .recorder import Recorder
 from .reuse import Reuse, ReusedKV
 from .store import MemoryStore, RemoteStore, Store
 from .streams import Beside
-from .trace import BlendTrace, PhaseClock
+from .trace import BlendTrace, ChunkTrace, Level, PhaseClock, as_level, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,14 @@ class AttentionNotRecorded(Exception):
             f"Attention of {model_name} cannot be recorded (it does not go through Transformers' attention interface); "
             'tokens are selected by "kv_deviation" instead.'
         )
+
+
+@dataclass
+class Ranking:
+    """A round of phase 3: what the rule looked at, and the scores (N,) that it gave."""
+
+    evidence: selection.Evidence
+    scores: torch.Tensor
 
 
 @dataclass
@@ -76,6 +85,7 @@ def blend(
     config: BlendConfig | None = None,
     algorithm: type[Blending] | None = None,
     controller: Controller | None = None,
+    trace: Level = "summary",
 ) -> BlendResult:
     """Blends one prompt, outside `generate`. The model may be patched or not; it is not changed.
 
@@ -89,19 +99,25 @@ def blend(
         config: default `BlendConfig()`. `min_reused_tokens` is not applied here.
         algorithm: a subclass of `Blending` that does a phase in another way, as those of `hfblend.baselines`.
         controller: settles `recompute_ratios="auto"`; needed for that.
+        trace: its level of detail, `"summary"`, `"tokens"` or `"full"`: see `hfblend.BlendTrace`.
 
     Raises:
         UnsupportedModel: the model's KV cannot be moved.
-        ValueError: a check layer beyond the model, a model in training mode, or `"auto"` without a controller.
+        ValueError: a check layer beyond the model, a model in training mode, `"auto"` without a controller, or no such
+            level.
     """
     host, config = host_of(model), BlendConfig() if config is None else config
     with torch.no_grad():
         input_ids = prompt.input_ids.to(host.device)
         store = MemoryStore() if store is None else store
-        state = (algorithm or Blending)(host, input_ids, prompt.chunk_spans, store, config, controller=controller)
+        noted = BlendTrace(level=as_level(trace))
+        state = (algorithm or Blending)(
+            host, input_ids, prompt.chunk_spans, store, config, noted, controller=controller
+        )  # fmt: skip
         output = state.run(host.last_logits)
         cache = DynamicCache(config=host.config)
         hand_over(state.buffers, len(prompt) - 1, 1, cache)
+        state.clock.end_of("hand_over")
     return BlendResult(output.logits[:, -1], cache, state.trace)
 
 
@@ -150,6 +166,9 @@ class Blending:
         trace = self.trace
         trace.blended, trace.clock = True, self.clock
         trace.num_tokens, trace.num_layers = self.length, self.host.num_layers
+        if trace.level != "summary":
+            trace.input_ids = torch.tensor(self.ids)
+        self._recorder = Recorder(trace, self.clock) if trace.level == "full" else None
         if self.spans.differs_from_joined_text:
             trace.notes.append("The joined text would tokenise to other ids than its pieces do.")
 
@@ -172,6 +191,7 @@ class Blending:
         """The current stream waits for what `start` began; `output` is what it returned."""
         trace = self.trace
         made = [trace.scores, trace.candidate_idx, trace.fresh_idx, trace.selected_idx]
+        made += trace.maps.items().values() if trace.maps else ()
         made += [] if output is None else output.values()
         buffers = (states for kv in self.buffers.values() for states in kv)
         self._beside.join([t for t in (*made, *buffers) if torch.is_tensor(t)])
@@ -243,7 +263,11 @@ class Blending:
 
     def realign(self, reuse: Reuse) -> ReusedKV:
         """Prepares the rotations; keys move when a layer is asked for."""
-        reused = ReusedKV(self.host, reuse, self.length)
+        self.trace.settings = settings_of(self.config)
+        if self._recorder is not None:
+            reused = self._recorder.reused(self.host, reuse, self.length)
+        else:
+            reused = ReusedKV(self.host, reuse, self.length)
         if not self.config.layerwise:
             reused.preload()
         return reused
@@ -256,13 +280,25 @@ class Blending:
         Passes run when the rule asks for what they find. Several check layers are rounds, each among the tokens that
         the one before kept: the paper's gradual filtering.
         """
+        rankings = self.rankings(forward, reuse, reused)
+        while True:
+            try:
+                next(rankings)
+            except StopIteration as end:
+                return end.value
+
+    def rankings(self, forward: Forward, reuse: Reuse, reused: ReusedKV) -> Generator[Ranking, None, torch.Tensor]:
+        """Each round of `select`, whose scores may be replaced before it goes on; returns the selected tokens."""
         kept = reuse.candidate_idx
         if self.config.recomputes_all:
             return kept
         for layer, ratio in zip(self.config.check_layers, self.config.fixed_ratios):
             if kept.numel() == 0:
                 break
-            scores = self._scores(self._evidence(forward, reuse, reused, kept, layer))
+            evidence = self._evidence(forward, reuse, reused, kept, layer)
+            ranking = Ranking(evidence, self._scores(evidence))
+            yield ranking
+            scores = ranking.scores
             self.trace.scores = scores if self.trace.scores is None else self.trace.scores
             starts = selection.chunk_starts(kept, [p.span for p in reuse.moved], self.config.force_chunk_start)
             kept = kept[selection.highest(scores, self.budget(ratio, reuse), starts).to(kept.device)]
@@ -324,19 +360,22 @@ class Blending:
             self._compute_all_up_to(layer, forward)
         reused.prefetch(layer)
 
-    def _compute_all_up_to(self, layer: int, forward: Forward) -> None:
-        """The pass over all tokens."""
+    def _compute_all_up_to(self, layer: int | None, forward: Forward) -> Any:
+        """The pass over all tokens, to its end where there is no `layer` to stop at; its output."""
         rows = torch.arange(self.length, device=self.host.device)
         cache = RecordingCache(self.host.num_layers, layer, room=ROOM)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.host.lock.exclusive())
             stack.enter_context(self.host.small_steps_in_one_kernel())
-            if self.host.layers_run_as_written:
+            if layer is not None and self.host.layers_run_as_written:
                 self._entered = stack.enter_context(watched(self.host.layers, layer, rows))
-            until_stopped(forward, self.input_ids, rows, None, cache)
+            if self._recorder is not None:
+                stack.enter_context(self._recorder.layers_of("all tokens", cache))
+            output = until_stopped(forward, self.input_ids, rows, None, cache)
         self.buffers.update(cache.recorded)
-        self.trace.computed_pairs += self.length * layer
-        self._fresh_up_to = layer
+        self._fresh_up_to = self.host.num_layers if layer is None else layer
+        self.trace.computed_pairs += self.length * self._fresh_up_to
+        return output
 
     def _keep_the_gpu_busy(self, forward: Forward) -> None:
         """Starts the pass over all tokens, which needs no chunk, where it will be asked for: Python then looks up."""
@@ -362,6 +401,8 @@ class Blending:
         self._pass(forward, reused, reuse.suffix_idx, stop_at=max(layers), hidden=hidden, record=record)
         if len(record.received) < len(record.layers):  # a layer without attention, or with one of its own
             raise AttentionNotRecorded(type(self.host.model).__name__)
+        if self._recorder is not None:
+            self._recorder.keep_attention(record.received)
         return record.received
 
     # --- 4 recompute ----------------------------------------------------------------------------------------------
@@ -377,7 +418,18 @@ class Blending:
         else:
             rows = torch.cat([selected_idx, reuse.fresh_idx]).sort().values
         self.trace.selected_idx = selected_idx
-        return self._pass(forward, reused, rows)
+        if self.is_nearly_all(reuse):
+            output = self._compute_all_up_to(None, forward)
+        else:
+            output = self._pass(forward, reused, rows)
+        if self._recorder is not None:
+            self._recorder.finish(self.buffers, selected_idx, self._fresh_up_to)
+        return output
+
+    def is_nearly_all(self, reuse: Reuse) -> bool:
+        """Whether what is exact is so little that a forward over all tokens, which needs no positions, is quicker."""
+        is_exact = type(self).seen_from is Blending.seen_from
+        return is_exact and self._fresh_up_to < 0 and not reuse.moved and reuse.fresh_idx.numel() > 0.9 * self.length
 
     def _pass(
         self,
@@ -420,7 +472,9 @@ class Blending:
             return buffers
 
         cache = BlendingCache(host.num_layers, self.buffers, load, rows, self.length, None if record else stop_at)
-        output, seen = one.run(host, forward, cache, watch=record is None)
+        kind = "suffix" if record else "recompute" if stop_at is None else "filter"
+        with self._recorder.layers_of(kind, cache) if self._recorder else contextlib.nullcontext():
+            output, seen = one.run(host, forward, cache, watch=record is None)
         self._entered = self._entered if seen is None else seen
         return output
 
@@ -445,23 +499,24 @@ class Blending:
     # --- 5 hand over ----------------------------------------------------------------------------------------------
 
     def keep_fresh_chunks(self) -> None:
-        """Stores chunks computed inside this prompt, as long as nothing before them was reused from elsewhere."""
-        if self.trace.prefix and not self.trace.prefix.exact:
-            return
-        for chunk in self.trace.chunks:
-            if chunk.status == "hit" and not chunk.exact:
+        """Stores what was computed inside this prompt, as long as nothing before it was reused from elsewhere."""
+        prefix = self.trace.prefix
+        for chunk in [prefix, *self.trace.chunks] if prefix else self.trace.chunks:
+            if chunk.status in ("hit", "miss") and not chunk.exact:
                 return
-            if chunk.status != "fresh":
-                continue
-            start, stop = chunk.span
-            rows = slice(start, stop)
-            kv = full_length_cache(
-                (keys[:, :, rows].clone(), values[:, :, rows].clone())
-                for _, (keys, values) in sorted(self.buffers.items())
-            )
-            regime = self.host.regime(self.length)
-            chunk_kv = ChunkKV(kv, torch.arange(start, stop), tuple(self.ids[:start]), "in_context", regime)
-            self.store.put(chunk.key, chunk_kv)
+            if chunk.status == "fresh":
+                self.keep(chunk)
+
+    def keep(self, chunk: ChunkTrace) -> None:
+        """Stores a chunk, or the prefix, that this prompt computed."""
+        start, stop = chunk.span
+        rows = slice(start, stop)
+        kv = full_length_cache(
+            (keys[:, :, rows].clone(), values[:, :, rows].clone()) for _, (keys, values) in sorted(self.buffers.items())
+        )
+        provenance: Provenance = "isolated" if chunk is self.trace.prefix else "in_context"
+        regime = self.host.regime(self.length)
+        self.store.put(chunk.key, ChunkKV(kv, torch.arange(start, stop), tuple(self.ids[:start]), provenance, regime))
 
     def _note_what_was_not_kept(self) -> None:
         """Says when the store is too small for this prompt: its chunks push each other out and miss every time.

@@ -51,9 +51,13 @@ class LookUp:
         pieces: list[Piece] = []
         self._read_ahead()
         if self._prefix_stop:
-            prefix, self.trace.prefix = self._find_or_prefill((0, self._prefix_stop), (), lambda: None)
-            pieces.append(prefix)
-            self._context.kv = prefix.entry if self.config.chunk_prefix == "prompt" else None
+            prefix: Piece | None
+            if self.config.on_miss == "isolated":
+                prefix, self.trace.prefix = self._find_or_prefill((0, self._prefix_stop), (), lambda: None)
+            else:
+                prefix, self.trace.prefix = self._find((0, self._prefix_stop), (), accepts_in_context=False)
+            pieces += [prefix] if prefix else []
+            self._context.kv = prefix.entry if prefix and self.config.chunk_prefix == "prompt" else None
         behind = self._context.behind_ids
         for span in self.spans:
             piece: Piece | None
