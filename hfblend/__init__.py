@@ -12,10 +12,12 @@ from .blending import BlendResult, blend
 from .calibration import Calibration
 from .chunks import ChunkKV, prefill_chunk
 from .config import BlendConfig
+from .display import plot_quality, plot_scores, plot_timeline, plot_ttft, show
 from .filler import filler_ids
 from .host import UnsupportedModel
 from .patching import Blender, patch
 from .prompt import Prompt
+from .stepper import steps
 from .store import MemoryStore
 from .trace import BlendTrace
 from .verification import Verification, Verify
@@ -37,5 +39,11 @@ __all__ = [
     "blend",
     "filler_ids",
     "patch",
+    "plot_quality",
+    "plot_scores",
+    "plot_timeline",
+    "plot_ttft",
     "prefill_chunk",
+    "show",
+    "steps",
 ]
