@@ -114,6 +114,107 @@ def verify(
         raise typer.Exit(1)
 
 
+PromptFiles = Annotated[
+    list[str], typer.Argument(metavar="PROMPT_FILE…", help="JSON: prefix, chunks, question; - is standard input.")
+]
+Ratio = Annotated[float, typer.Option(help="Share of the reused tokens to recompute.", min=0, max=1)]
+Rule = Annotated[str | None, typer.Option(help="The rule that selects them.", show_default="BlendConfig's")]
+KeptIn = Annotated[
+    str | None, typer.Option("--store", help="Folder or URL that keeps the chunk KV.", show_default="in memory")
+]
+NewTokens = Annotated[int, typer.Option(help="Longest answer.", min=1)]
+PrintJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+@app.command()
+def explain(
+    prompt_file: Annotated[
+        str, typer.Argument(metavar="PROMPT_FILE", help="JSON: prefix, chunks, question; - is standard input.")
+    ],
+    html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+    model: Model = None,
+    ratio: Ratio = 0.15,
+    selection: Rule = None,
+    store: KeptIn = None,
+    max_new_tokens: NewTokens = 32,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: PrintJson = False,
+) -> None:
+    """Blend one prompt, show which chunks and tokens were reused, and hold the answer against full prefill's.
+
+    Without --store, the chunks are stored first, and the call that is shown finds them.
+
+    Example: hfblend explain prompt.json --html report.html
+    """
+    from . import demo_model
+    from . import explain_cli as command
+
+    stderr = Console(stderr=True)
+    try:
+        command.require_folder_of(html)
+        config, kept_in = command.config_of(ratio, selection), _store_at(store)
+        loaded, tokenizer = demo_model.load(model, device, _dtype(dtype))
+        prompt, *others = command.read_prompts(prompt_file, tokenizer)
+        if others:
+            raise ValueError(f"explain takes one prompt, {prompt_file} holds {1 + len(others)}.")
+        with stderr.status("Blending, and prefilling in full …"):
+            explained = command.explain(loaded, tokenizer, prompt, config, kept_in, max_new_tokens)
+        if html is not None:
+            explained.display().save(html)
+    except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
+        stderr.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    if as_json:
+        console.print_json(data=explained.to_dict())
+    else:
+        console.print(explained.display())
+        for label, answer in explained.display().answers.items():
+            command.print_answer(console, label, answer)
+    if html is not None:
+        stderr.print(f"Wrote {html}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def run(
+    prompt_files: PromptFiles,
+    trace: Annotated[bool, typer.Option("--trace", help="Show what was reused and recomputed.")] = False,
+    model: Model = None,
+    ratio: Ratio = 0.15,
+    selection: Rule = None,
+    store: KeptIn = None,
+    max_new_tokens: NewTokens = 64,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: PrintJson = False,
+) -> None:
+    """Answer the prompts of files, one after the other; chunks that they share are computed once.
+
+    Example: hfblend run prompt.json --store chunks --trace
+    """
+    from . import demo_model
+    from . import explain_cli as command
+
+    stderr = Console(stderr=True)
+    found = []
+    try:
+        config, kept_in = command.config_of(ratio, selection), _store_at(store)
+        loaded, tokenizer = demo_model.load(model, device, _dtype(dtype))
+        prompts = [prompt for file in prompt_files for prompt in command.read_prompts(file, tokenizer)]
+        level: Any = "tokens" if trace else "summary"
+        for answer, done in command.run(loaded, tokenizer, prompts, config, kept_in, max_new_tokens, level):
+            found.append({"answer": answer, "trace": done.to_dict()})
+            if not as_json:
+                command.print_answer(console, "", answer)
+                if trace:
+                    console.print(command.Display(done))
+    except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
+        stderr.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+    if as_json:
+        console.print_json(data=found)
+
+
 _EVALUATED = "full_prefill,full_reuse,kv_deviation,hfblend"
 
 
@@ -320,6 +421,30 @@ def profile(
         console.print_json(profile_cli.as_json(found, rows))
     else:
         profile_cli.show(found, rows, console)
+
+
+def _store_at(store: str | None) -> Any:
+    from . import precompute_cli
+
+    return None if store is None else precompute_cli.store_of(store, None)
+
+
+@app.command()
+def playground(
+    model: Model = None,
+    device: Device = None,
+    port: Annotated[int, typer.Option(help="Of 127.0.0.1, where the page is served.", min=1, max=65535)] = 8017,
+) -> None:
+    """Serve a page on this machine: reorder chunks, move the ratio, see tokens, answers and times."""
+    from . import demo_model
+    from .host import UnsupportedModel
+    from .playground_page import serve
+
+    try:
+        serve(lambda: demo_model.load(model, device), model or demo_model.HUB_NAME, port)
+    except (OSError, ImportError, RuntimeError, UnsupportedModel) as error:  # torch names a wrong device by one
+        console.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
+        raise typer.Exit(1) from error
 
 
 def _names(text: str) -> list[str]:

@@ -1,0 +1,382 @@
+"""The playground: what it computes, on a tiny model; its page, in headless Chromium where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from helpers import make_llama
+from typer.testing import CliRunner
+
+from hfblend import BlendConfig, playground_page
+from hfblend import playground as logic
+from hfblend.cli import app
+from hfblend.config import Selection
+from hfblend.playground import (
+    MAX_CHUNKS,
+    RULES,
+    Playground,
+    Setup,
+    answers_html,
+    chunk_line,
+    prompt_of,
+    store_line,
+)
+from hfblend.playground_presets import presets
+
+HOSTILE = "<script>window.ran=1</script><img src=x onerror=window.ran=2> </i></div><svg onload=alert(3)>"
+
+
+def words(start: int, count: int) -> str:
+    return " ".join(f"w{6 + (start + 7 * i) % 91}" for i in range(count))
+
+
+CHUNKS = tuple(words(start, 20) for start in (1, 2, 3))
+SETUP = Setup(CHUNKS, "w8 w9 w10", ratio=0.3)
+
+
+@pytest.fixture
+def playground(word_tokenizer, monkeypatch):
+    monkeypatch.setattr(logic, "ANSWER_TOKENS", 4)
+    playing = Playground(make_llama(), word_tokenizer)
+    yield playing
+    playing.close()
+
+
+def texts(outcome):
+    return [answer.text for answer in outcome.answers]
+
+
+# --- what it computes ---------------------------------------------------------------------------------------------
+
+
+def test_every_rule_is_explained():
+    assert set(RULES) == set(Selection.__args__)
+
+
+def test_first_run_misses_and_the_second_hits(playground):
+    first, second = playground.run(SETUP), playground.run(SETUP)
+    assert first.found == (False, False, False)
+    assert first.storing_ms > 0
+    assert first.trace.misses == 0  # its time is that of a call which found everything
+    assert "0 of 3 chunks were in the store (hits), 3 were not (misses)" in store_line(first)
+    assert second.found == (True, True, True)
+    assert second.storing_ms is None
+    assert store_line(second) == "All 3 chunks were in the store (hits)."
+    assert second.repeated
+    assert texts(first) == texts(second)
+
+
+def test_answers_are_those_of_the_library(playground, word_tokenizer):
+    outcome = playground.run(SETUP)
+    assert [answer.method for answer in outcome.answers] == ["full_prefill", "full_reuse", "blended"]
+    ids = outcome.prompt.input_ids
+    stock = make_llama().generate(ids, max_new_tokens=4, do_sample=False)
+    assert outcome.answers[0].text == word_tokenizer.decode(stock[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    shares = [answer.computed_share for answer in outcome.answers]
+    assert shares[0] == 1.0
+    assert shares[1] < shares[2] < 1.0
+    assert all(answer.ttft_ms > 0 for answer in outcome.answers)
+
+
+def test_ratio_one_is_full_prefill(playground):
+    outcome = playground.run(Setup(CHUNKS, "w8 w9", ratio=1.0))
+    assert outcome.answers[2].text == outcome.answers[0].text
+
+
+def test_order_ratio_and_rule_change_what_is_recomputed(playground):
+    def selected(**changes):
+        trace = playground.run(Setup(**{**vars(SETUP), **changes})).trace
+        return trace.selected_idx.tolist()
+
+    before = selected()
+    assert len(selected(ratio=0.6)) > len(before) > len(selected(ratio=0.0)) == 0
+    chosen = {rule: tuple(selected(rule=rule)) for rule in RULES}
+    assert len(set(chosen.values())) == len(RULES)
+    reordered = playground.run(Setup(CHUNKS[::-1], SETUP.question, 0.3))
+    assert all(reordered.found)
+    assert not reordered.repeated
+    line = chunk_line(reordered.trace.chunks[1], found=True)
+    assert re.fullmatch(r"hit · \d+ → \d+ · 20 tokens", line)
+    assert "exact at" in chunk_line(reordered.trace.chunks[0], found=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunks": ()}, "1 to 24 chunks, got 0"),
+        ({"chunks": ("w6",) * (MAX_CHUNKS + 1)}, "got 25"),
+        ({"chunks": ("w6", " \n")}, "Chunk 1 is empty"),
+        ({"question": " "}, "no question"),
+        ({"ratio": 1.5}, "between 0 and 1"),
+        ({"rule": "best"}, "rule must be one of"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_words(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Setup(**{**vars(SETUP), **changes})
+
+
+def test_a_prompt_that_is_too_long_is_refused(playground):
+    with pytest.raises(ValueError, match=r"The prompt has \d+ tokens .* made for 2048"):
+        playground.run(Setup((words(1, 2100),), "w8"))
+
+
+def test_hostile_text_is_escaped(playground):
+    outcome = playground.run(Setup((HOSTILE, CHUNKS[0]), f"w8 {HOSTILE}"))
+    answers = list(outcome.answers)
+    answers[0] = type(answers[0])(**{**vars(answers[0]), "text": HOSTILE})
+    shown = answers_html(type(outcome)(**{**vars(outcome), "answers": tuple(answers)})) + outcome.tokens_html
+    assert "&lt;script&gt;" in shown
+    for tag in ("<script", "<img", "<svg onload"):
+        assert tag not in shown
+
+
+def test_a_question_may_say_documents(word_tokenizer):
+    word_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w6{% endif %}"
+    )
+    prompt = prompt_of(word_tokenizer, Setup(CHUNKS, "{documents} w8 {documents}"))
+    assert [stop - start for start, stop in prompt.chunk_spans] == [20, 20, 20]
+
+
+def test_close_leaves_the_model_as_it_was(word_tokenizer):
+    model = make_llama()
+    Playground(model, word_tokenizer).close()
+    assert "generate" not in vars(model)
+
+
+def test_presets_fit():
+    for preset in presets():
+        assert Setup(preset.chunks, preset.question).config == BlendConfig(min_reused_tokens=0)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_offers_no_way_out_of_this_machine():
+    outcome = CliRunner().invoke(app, ["playground", "--share"])
+    assert outcome.exit_code == 2
+    assert CliRunner().invoke(app, ["playground", "--host", "0.0.0.0"]).exit_code == 2
+    assert playground_page.HOST == "127.0.0.1"
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nicegui", None)
+    outcome = CliRunner().invoke(app, ["playground"])
+    assert outcome.exit_code == 1
+    assert "pip install 'hfblend[playground]'" in " ".join(outcome.output.split())
+
+
+def test_a_taken_port_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind((playground_page.HOST, 0))
+        taken.listen()
+        with pytest.raises(OSError, match="Choose another with --port"):
+            playground_page._require_free(taken.getsockname()[1])
+
+
+# --- the page, in a browser ---------------------------------------------------------------------------------------
+
+
+def chromium() -> str:
+    """The installed browser; skips where there is none, or nothing to drive it with."""
+    for module in ("nicegui", "playwright"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = os.environ.get("HFBLEND_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium), and HFBLEND_CHROMIUM names none")
+    return found
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    """A random model with a byte-level tokenizer, which knows any text."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel as Decoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), Decoder()
+    trainer = BpeTrainer(
+        vocab_size=600, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    inner.train_from_iterator([chunk for preset in presets() for chunk in preset.chunks], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.15, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def address(tiny_folder, tmp_path):
+    """A playground of its own process, as the command starts it."""
+    chromium()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["playground", "--model", str(tiny_folder), "--device", "cpu", "--port", str(port)]
+    code = f"from hfblend.cli import app; app({command!r})"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "NICEGUI"))}
+    log = (tmp_path / "server.log").open("w+")
+    server = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(url, server, log)
+        yield url
+        assert "Traceback" not in (tmp_path / "server.log").read_text()
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(20)
+        log.close()
+
+
+def _wait_for(url, server, log):
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            if server.poll() is not None:
+                break
+            time.sleep(0.2)
+    log.seek(0)
+    pytest.fail(f"the playground did not start:\n{log.read()}")
+
+
+@pytest.fixture
+def page(address):
+    """The page after its first run. What would show that text was run as code is noted in `page.alarms`."""
+    from playwright.sync_api import sync_playwright
+
+    quiet = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=quiet.split())
+        page = browser.new_page(viewport={"width": 1280, "height": 1400})
+        page.alarms = []
+        page.on("dialog", lambda dialog: (page.alarms.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        page.on("pageerror", lambda error: page.alarms.append(f"error {error}"))
+        page.on("request", lambda r: None if r.url.startswith(address) else page.alarms.append(f"request {r.url}"))
+        page.goto(address)
+        settle(page)
+        yield page
+        browser.close()
+
+
+def settle(page):
+    """Waits until what is shown is what was asked for."""
+    page.wait_for_selector(".answers", timeout=30_000)
+    page.wait_for_function("!document.querySelector('.stale')", timeout=30_000)
+
+
+def shown(page):
+    """The blended answer, and the recomputed tokens."""
+    return page.locator(".answer.blended .text").inner_text(), page.locator(".toks i.r").all_inner_texts()
+
+
+def change(page, act):
+    """What is shown before and after something was done."""
+    before, status = shown(page), page.get_by_role("status").inner_text()
+    act()
+    ended = "said => document.querySelector('[role=status]').innerText.startsWith(said)"
+    page.wait_for_function(ended, arg=f"Run {int(status.split()[1].strip(':')) + 1}:", timeout=30_000)
+    settle(page)
+    return before, shown(page)
+
+
+def is_refused(request):
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except urllib.error.HTTPError as error:
+        return error.code == 400
+    return False
+
+
+@pytest.mark.browser
+def test_the_page_shows_every_change(page, address):
+    assert "miss, stored now" in page.locator(".chunk").first.inner_text()
+    # ratio
+    before, after = change(page, lambda: page.locator(".q-slider").click())  # in its middle
+    assert len(after[1]) > len(before[1])
+    # rule
+    before, after = change(page, lambda: pick(page, "Rule", "chunk_start"))
+    assert before[1] != after[1]
+    answers = {before[0], after[0]}
+    # order: by button, by dragging
+    names = page.locator(".chunk textarea").evaluate_all("fields => fields.map(field => field.value.slice(0, 9))")
+    full_before = page.locator(".answer.full_prefill .text").inner_text()
+    before, after = change(page, lambda: page.get_by_role("button", name="Move down").first.click())
+    assert before[1] != after[1]
+    assert page.locator(".answer.full_prefill .text").inner_text() != full_before
+    answers.add(after[0])
+    handles = page.locator(".handle")
+    before, after = change(page, lambda: drag(page, handles.nth(3), handles.nth(0)))
+    assert before != after
+    order = page.locator(".chunk textarea").evaluate_all("fields => fields.map(field => field.value.slice(0, 9))")
+    assert order == [names[3], names[1], names[0], names[2]]
+    assert "hit · " in page.locator(".chunk").last.inner_text()
+    assert len(answers) > 1
+    assert page.alarms == []
+    assert is_refused(urllib.request.Request(address, headers={"Host": "elsewhere.example"}))
+
+
+def drag(page, handle, onto):
+    """As a hand does it: press, move in steps, let go."""
+    (x, y), (to_x, to_y) = ((box["x"] + 8, box["y"] + 8) for box in (handle.bounding_box(), onto.bounding_box()))
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y - 20, steps=4)
+    page.mouse.move(to_x, to_y, steps=12)
+    page.mouse.move(to_x, to_y - 4, steps=2)
+    page.wait_for_timeout(300)  # the others make room
+    page.mouse.up()
+
+
+def pick(page, label, option):
+    page.get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+@pytest.mark.browser
+def test_hostile_text_does_nothing_and_errors_are_said_in_words(page):
+    field = page.locator(".chunk textarea").first
+    field.fill(HOSTILE)
+    page.get_by_label("Question", exact=True).fill(f"{HOSTILE}?")
+    page.wait_for_function("document.querySelector('[role=status]').innerText.includes('Press Run')", timeout=10_000)
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_function("document.querySelector('.toks').parentElement.parentElement.innerText.includes('onerror')")
+    page.wait_for_timeout(500)  # time for an event to fire
+    assert page.evaluate("window.ran") is None
+    assert page.locator(".page img, .page script, .page [onload], .page [onerror]").count() == 0
+    assert page.alarms == []
+    field.fill("")
+    page.get_by_role("button", name="Run", exact=True).click()
+    alert = page.get_by_role("alert")
+    alert.wait_for(timeout=10_000)
+    assert alert.inner_text() == "Chunk 0 is empty. Write something into it, or remove it."
+    field.fill("Text again.")
+    page.get_by_role("button", name="Run", exact=True).click()
+    settle(page)
+    assert not alert.is_visible()
