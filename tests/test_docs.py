@@ -16,6 +16,17 @@ import hfblend.fallbacks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXTERNAL_LINKS = {  # looked at by whoever added them; no test asks the network
+    "https://arxiv.org/abs/2410.15332",
+    "https://docs.lmcache.ai/kv_cache_optimizations/cacheblend.html",
+    "https://docs.vllm.ai/en/latest/design/prefix_caching",
+    "https://huggingface.co/docs/safetensors",
+    "https://keepachangelog.com/en/1.1.0/",
+    "https://kvboost.readthedocs.io/en/latest/architecture/cache-keys.html",
+    "https://kvboost.readthedocs.io/en/latest/guide/recompute.html",
+    "https://nicegui.io",
+    "https://semver.org/spec/v2.0.0.html",
+}
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -74,6 +85,28 @@ def test_relative_links_resolve(page):
     relative = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
     missing = [target for target in relative if not (page.parent / target).exists()]
     assert not missing
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What a link can point to: headings as GitHub and the site spell them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@every_page
+def test_anchors_resolve(page):
+    targets = re.findall(r"\]\(([\w./-]*\.md)?#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    missing = [
+        (name, anchor) for name, anchor in targets if anchor not in anchors_of(page.parent / (name or page.name))
+    ]
+    assert not missing
+
+
+@every_page
+def test_external_links_are_listed(page):
+    links = set(re.findall(r"(?:\]\(|<)(https?://[^\s)>]+)[)>]", page.read_text(encoding="utf-8")))
+    assert links <= EXTERNAL_LINKS
 
 
 @every_page
