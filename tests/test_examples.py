@@ -39,7 +39,13 @@ FIGURES = re.compile(r"hits (\d), misses (\d), exact (\d), selected (\d+) of (\d
 
 @pytest.mark.smollm
 @needs_packaged_model
-@pytest.mark.parametrize(("ratio", "environment"), [(0.15, {}), (0.3, {"LMCACHE_BLEND_RECOMPUTE_RATIOS": "0.3"})])
+@pytest.mark.parametrize(
+    ("ratio", "environment"),
+    [
+        pytest.param(0.15, {}, marks=pytest.mark.slow),
+        (0.3, {"LMCACHE_BLEND_RECOMPUTE_RATIOS": "0.3"}),
+    ],
+)
 def test_blend(ratio, environment):
     figures = [[int(x) for x in found] for found in FIGURES.findall(run("examples/blend.py", **environment))]
     assert [found[:3] for found in figures] == [[0, 3, 1], [3, 0, 1], [2, 1, 1]]

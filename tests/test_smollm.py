@@ -113,6 +113,7 @@ def test_the_template_and_nothing_else_gives_special_tokens(smollm):
     assert sum(i in special for i in prompt.ids) == sum(i in special for i in tokenizer(joined).input_ids)
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_quality_tables_holds(smollm):
     """docs/quality.md in small: one of the demo's questions, the methods in the order of their closeness."""
     from hfblend.baselines import METHODS
