@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from browsers import opened
 from helpers import config, generate, make_llama, make_prompt
 from rich.console import Console
 
@@ -357,3 +358,20 @@ def test_plots_of_results_are_those_of_the_commands(tmp_path):
     about = {"model": "m", "dtype": "d", "attention": "a", "machine": "m", "transformers": "5", "settings": settings}
     hfblend.plot_ttft({**about, "rows": rows}).savefig(tmp_path / "ttft.png")
     assert (tmp_path / "ttft.png").stat().st_size > 5000
+
+
+@pytest.mark.browser
+def test_hostile_text_is_inert_in_a_browser(tmp_path):
+    """As a page of its own, and set into another page, as a notebook does: nothing runs, nothing is asked for."""
+    display, own, inside = Display(hostile()), tmp_path / "own.html", tmp_path / "inside.html"
+    display.save(own)
+    inside.write_text(f"<!doctype html><meta charset=utf-8><body>{display._repr_html_()}", errors="replace")
+    for file in (own, inside):
+        with opened(file.as_uri()) as page:
+            page.goto(file.as_uri())
+            page.wait_for_timeout(300)
+            page.locator("body").hover()
+            assert page.alarms == []
+            assert page.locator("script, img, iframe, object, embed, link, form, [onerror], [onmouseover]").count() == 0
+            assert "<script>alert(1)</script>" in page.locator("body").inner_text()
+            assert page.locator("body").is_visible()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +14,7 @@ import urllib.request
 
 import pytest
 import torch
+from browsers import chromium, opened
 from helpers import make_llama
 from typer.testing import CliRunner
 
@@ -190,18 +189,6 @@ def test_a_taken_port_is_named(monkeypatch):
 # --- the page, in a browser ---------------------------------------------------------------------------------------
 
 
-def chromium() -> str:
-    """The installed browser; skips where there is none, or nothing to drive it with."""
-    for module in ("nicegui", "playwright"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = os.environ.get("HFBLEND_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip("no Chromium is installed (apt-get install chromium), and HFBLEND_CHROMIUM names none")
-    return found
-
-
 @pytest.fixture
 def tiny_folder(tmp_path):
     """A random model with a byte-level tokenizer, which knows any text."""
@@ -234,6 +221,7 @@ def tiny_folder(tmp_path):
 def address(tiny_folder, tmp_path):
     """A playground of its own process, as the command starts it."""
     chromium()
+    pytest.importorskip("nicegui")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -268,21 +256,11 @@ def _wait_for(url, server, log):
 
 @pytest.fixture
 def page(address):
-    """The page after its first run. What would show that text was run as code is noted in `page.alarms`."""
-    from playwright.sync_api import sync_playwright
-
-    quiet = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=quiet.split())
-        page = browser.new_page(viewport={"width": 1280, "height": 1400})
-        page.alarms = []
-        page.on("dialog", lambda dialog: (page.alarms.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        page.on("pageerror", lambda error: page.alarms.append(f"error {error}"))
-        page.on("request", lambda r: None if r.url.startswith(address) else page.alarms.append(f"request {r.url}"))
+    """The page after its first run."""
+    with opened(address) as page:
         page.goto(address)
         settle(page)
         yield page
-        browser.close()
 
 
 def settle(page):
