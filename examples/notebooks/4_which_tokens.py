@@ -86,8 +86,8 @@ insights.figure_of_attention_deviation(ratios, lines)
 # %% [markdown]
 # ## What the question looks at
 #
-# The scores of the default rule, and the tokens with the highest. They are not those that deviate most: fewer than
-# half of the two rules' choices are the same.
+# The scores of the default rule, and the tokens with the highest. Many of them are not those that deviate most: the two
+# rules have about half of their choices in common, where chance would give 15 %.
 
 # %%
 chosen = {}
@@ -98,7 +98,7 @@ for rule in lines:
     print(f"{rule:16}", [tokenizer.decode(i) for i in prompt.input_ids[0, best]])
 common = len(chosen["kv_deviation"] & chosen["suffix_attention"])
 print(common, "of", len(chosen["kv_deviation"]), "tokens are chosen by both")
-assert common < 0.5 * len(chosen["kv_deviation"])
+assert 0.15 * len(chosen["kv_deviation"]) < common < 0.7 * len(chosen["kv_deviation"])
 hfblend.show(result.trace, tokenizer)
 
 # %%
