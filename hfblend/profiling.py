@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from .config import BlendConfig
 from .controller import BlendCost, BlendShape, Cost, Load, LoadCost, Profile, Work
 from .measures import describe_machine
 from .models import BlendableModel, host_of
+from .outputs import cache_folder
 from .prompt import Prompt
 from .store import DiskStore, MemoryStore, RemoteStore, Store, TieredStore
 from .streams import synchronize
@@ -88,8 +88,7 @@ def _made_of(host: BlendableModel, store: Store, config: BlendConfig) -> str:
 
 
 def _file_of(made_of: str) -> Path:
-    root = Path(os.environ.get("HFBLEND_CACHE") or Path.home() / ".cache" / "hfblend")
-    return root / "profiles" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
+    return cache_folder() / "profiles" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -111,12 +110,11 @@ def measure(model: nn.Module, store: Store, config: BlendConfig) -> Profile:
                 config, recompute_ratios=(ratio,), check_layers=config.check_layers[:1], namespace=_NAMESPACE,
                 min_reused_tokens=0, chunk_prefix="none",
             )  # fmt: skip
-            result = blend(model, prompt, store=memory, config=at_ratio)
-            keys = [chunk.key for chunk in result.trace.chunks]
-            chunks[tokens] = {key: entry for key in keys if (entry := memory.open(key)) is not None}
             seconds.append(_quickest(lambda: blend(model, prompt, store=memory, config=at_ratio), host.device))  # noqa: B023
             works.append(Work.of_blend(shape, ratio, layers, check_layer))
             lengths.append(tokens)
+        keys = [chunk.key for chunk in blend(model, prompt, store=memory, config=at_ratio).trace.chunks]
+        chunks[tokens] = {key: entry for key in keys if (entry := memory.open(key)) is not None}
     blended = BlendCost.fit(prefill, works, lengths, seconds)
     tiers = dict(_tiers(store, list(chunks.values()), host.device))
     return Profile(_made_of(host, store, config), layers, check_layer, prefill, blended, tiers)

@@ -35,10 +35,11 @@ def read_prompts(path: Path, tokenizer: Any) -> list[Prompt]:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} must hold a list of one or more prompts.")
-    return [_prompt(row, f"{path}, row {i}", tokenizer) for i, row in enumerate(rows)]
+    return [prompt_of_row(row, f"{path}, row {i}", tokenizer) for i, row in enumerate(rows)]
 
 
-def _prompt(row: Any, where: str, tokenizer: Any) -> Prompt:
+def prompt_of_row(row: Any, where: str, tokenizer: Any) -> Prompt:
+    """The prompt of a row of such a file; errors say `where` it stands."""
     names = set(row) if isinstance(row, dict) else set()
     try:
         if {"prefix", "chunks", "suffix"} <= names:
