@@ -7,8 +7,8 @@
       4 recompute   those tokens, the gaps and the suffix through all layers, over the reused KV of the rest
       5 hand over   the KV goes into the user's cache, the last row to the LM head; decoding is stock
 
-Shapes: B batch (1 here: identical rows are blended once), Hkv KV heads, T all tokens, N reused tokens that could be
-recomputed, S rows of a pass, D head_dim, L layers.
+Shapes: B batch (1 here: prompts of a batch are blended one by one), Hkv KV heads, T all tokens, N reused tokens that
+could be recomputed, S rows of a pass, D head_dim, L layers.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ class Blending:
         store, config: as in `blend`.
         prompt_length: tokens of the prompt, if draft tokens follow it; default T.
         controller: settles `recompute_ratios="auto"`.
+        ids: `input_ids` as numbers, where they are known: to read them, Python waits until a GPU has done all else.
     """
 
     host: BlendableModel
@@ -142,6 +143,7 @@ class Blending:
     trace: BlendTrace = field(default_factory=BlendTrace)
     prompt_length: int | None = None
     controller: Controller | None = None
+    ids: list[int] = field(default_factory=list)
     buffers: dict[int, KV] = field(default_factory=dict)  # layer -> (1, Hkv, T + room, D), filled by the passes
 
     def __post_init__(self) -> None:
@@ -153,7 +155,7 @@ class Blending:
             )
         self.host.fingerprint.current(self.host.model)
         self.length = self.input_ids.shape[1]
-        self.ids: list[int] = self.input_ids[0].tolist()
+        self.ids = self.ids or self.input_ids[0].tolist()
         self.spans.check(self.length)
         self._prompt_stop = self.prompt_length or self.length
         self._fresh_up_to = -1  # the last layer whose K/V are fresh for every token

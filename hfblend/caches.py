@@ -263,10 +263,10 @@ class GrowingLayer(DynamicLayer):
         return keys, values
 
 
-def empty_kv(like: KV, length: int) -> KV:
-    """Uninitialised buffers (B, Hkv, length, D) of the kind of `like`, packed in rows."""
+def empty_kv(like: KV, length: int, batch_size: int | None = None) -> KV:
+    """Uninitialised buffers (B, Hkv, length, D) of the kind of `like`, packed in rows; B as there, or as told."""
     layout, keys = RowLayout.of(like), like[0]
-    return layout.views(keys.new_empty(keys.shape[0], length, layout.width))
+    return layout.views(keys.new_empty(batch_size or keys.shape[0], length, layout.width))
 
 
 def packed(kv: KV, device: torch.device | str | None = None) -> KV:
@@ -312,6 +312,28 @@ def full_length_cache(kv: Iterable[KV]) -> DynamicCache:
         layer.keys, layer.values = keys, values
         cache.layers.append(layer)
     return cache
+
+
+class SideBySide:
+    """K/V of the rows of a batch, each prompt ending in the last column, zeros in front of it.
+
+    Attributes:
+        buffers: layer -> buffers (B, Hkv, T + room, D), once a row is there.
+    """
+
+    def __init__(self, batch_size: int, length: int) -> None:
+        self.batch_size, self.length = batch_size, length
+        self.buffers: dict[int, KV] = {}
+
+    def put(self, rows: Iterable[int], kv: dict[int, KV], count: int) -> None:
+        """Copies a prompt of `count` tokens, layer -> K/V (1, Hkv, `count` or more, D), to its rows."""
+        for i, states_of_layer in sorted(kv.items()):
+            if i not in self.buffers:
+                self.buffers[i] = empty_kv(states_of_layer, self.length + ROOM, self.batch_size)
+            for buffer, states in zip(self.buffers[i], states_of_layer):
+                for row in rows:
+                    buffer[row, :, : self.length - count] = 0  # masked, and yet 0 · NaN is NaN
+                    buffer[row, :, self.length - count : self.length] = states[0, :, :count]
 
 
 def hand_over(buffers: dict[int, KV], length: int, batch_size: int, cache: Cache) -> None:

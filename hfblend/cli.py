@@ -293,6 +293,9 @@ def bench(
     throughput: Annotated[
         int, typer.Option(help="Prompts of a stream that shares chunks; 0 measures none.", min=0)
     ] = 0,
+    batch: Annotated[
+        int, typer.Option(help="Prompts in one batch, against the same one by one; 0 measures none.", min=0)
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     device: Device = None,
     dtype: DType = None,
@@ -318,6 +321,7 @@ def bench(
             chunks_in=tuple(_names(chunks_in)),
             decoded_tokens=decode,
             throughput_prompts=throughput,
+            batch_prompts=batch,
             seed=seed,
         )
         loaded, tokenizer, name = command.load(model, shape, device, _dtype(dtype))

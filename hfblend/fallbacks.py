@@ -1,9 +1,13 @@
-"""Which calls of `generate` are blended, and why the others are not. `docs/fallbacks.md` lists the same reasons."""
+"""Which calls of `generate` are blended, and why the others are not. `docs/fallbacks.md` lists the same reasons.
+
+Shapes: B rows of the batch, T columns, padding included.
+"""
 
 from __future__ import annotations
 
 import enum
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from .config import BlendConfig
 from .host import cache_given
-from .prompt import ChunkSpans
+from .prompt import ChunkSpans, Prompt, spans_by_row
 from .separator import Separator
 
 
@@ -23,10 +27,9 @@ class Fallback(enum.Enum):
     DISABLED = ("blending is disabled by its config.", logging.INFO)
     TRAINING_MODE = ("the model is in training mode; call model.eval().", logging.WARNING)
     NO_INPUT_IDS = ("there are no input_ids to find chunks in (inputs_embeds, or nothing).", logging.WARNING)
-    BATCH = ("the batch holds different prompts; generate them one by one.", logging.WARNING)
+    PADDING = ("tokens are masked elsewhere than in front of a prompt.", logging.WARNING)
     NO_CHUNKS = ("the prompt has no chunks: no chunk_spans, and no separator in its ids.", logging.INFO)
     TOO_FEW_TOKENS = ("the chunks have fewer tokens than min_reused_tokens.", logging.INFO)
-    PADDING = ("the prompt is padded.", logging.WARNING)
     FILLED_CACHE = ("past_key_values is not empty: a second turn continues it.", logging.INFO)
     NO_CACHE = ("use_cache=False leaves nothing to put KV into.", logging.WARNING)
     ALL_ROWS_WANTED = ("hidden states or attentions of all tokens are asked for.", logging.WARNING)
@@ -45,11 +48,21 @@ class Fallback(enum.Enum):
 
 @dataclass
 class Plan:
-    """What a call is to be: blended, with its ids (1, T) and spans; or stock, with the reason."""
+    """What a call is to be: blended, each different prompt of its batch once; or stock, with the reason.
+
+    Attributes:
+        num_tokens: T.
+        input_ids: (B, T) of a call that is blended.
+        prompts: the different prompts, without their padding, on the CPU.
+        prompt_of_row: (B,) which of them each row is.
+        prefilled: those that are prefilled in full beside the others, and why.
+    """
 
     num_tokens: int
     input_ids: torch.Tensor | None = None
-    spans: ChunkSpans = field(default_factory=lambda: ChunkSpans(()))
+    prompts: list[Prompt] = field(default_factory=list)
+    prompt_of_row: list[int] = field(default_factory=list)
+    prefilled: dict[int, Fallback] = field(default_factory=dict)
     fallback: Fallback | None = None
 
 
@@ -57,26 +70,42 @@ def plan(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    chunk_spans: ChunkSpans | None,
+    chunk_spans: Iterable[Any] | None,
     config: BlendConfig,
     separator: Separator | None,
     nested: bool,
 ) -> Plan:
     """Decides about one call of `generate(*args, **kwargs)`, before anything runs.
 
+    Args:
+        chunk_spans: of one prompt, or of each row; they count the padding, as the columns of `input_ids` do.
+
     Raises:
-        ValueError: chunk spans that do not fit the prompt.
+        ValueError: chunk spans that do not fit the prompt, or the batch.
     """
     ids = _input_ids(args, kwargs)
-    if chunk_spans is not None and ids is not None:
-        chunk_spans.check(ids.shape[1])
-    num_tokens = 0 if ids is None else ids.shape[1]
+    if ids is None:
+        return Plan(0, fallback=_before_splitting(model, ids, kwargs, config, nested))
+    rows: list[list[int]] = ids.tolist()
+    spans = None if chunk_spans is None else spans_by_row(chunk_spans, rows)
+    for of_row in spans or ():
+        of_row.check(ids.shape[1])
     fallback = _before_splitting(model, ids, kwargs, config, nested)
-    if fallback or ids is None:
-        return Plan(num_tokens, fallback=fallback)
-    spans = chunk_spans if chunk_spans is not None else _split(ids[0].tolist(), separator, config)
-    fallback = _after_splitting(model, ids, kwargs, spans, config)
-    return Plan(num_tokens, None if fallback else ids[:1], spans, fallback)
+    padding = _left_padding(model, ids, kwargs)
+    if fallback or padding is None:
+        return Plan(ids.shape[1], fallback=fallback or Fallback.PADDING)
+    planned = Plan(ids.shape[1], ids)
+    known: dict[tuple[Any, ...], int] = {}
+    for i, (row, start) in enumerate(zip(rows, padding)):
+        own = _split(row[start:], separator, config) if spans is None else spans[i].moved(-start)
+        place = known.setdefault((start, own, *row), len(known))
+        planned.prompt_of_row.append(place)
+        if place == len(planned.prompts):
+            planned.prompts.append(Prompt(torch.tensor([row[start:]]), own))
+    reasons = [_nothing_reused(prompt.chunk_spans, config) for prompt in planned.prompts]
+    planned.prefilled = {place: reason for place, reason in enumerate(reasons) if reason}
+    planned.fallback = reasons[0] if all(reasons) else _after_splitting(model, ids, kwargs)
+    return planned
 
 
 def _before_splitting(
@@ -88,21 +117,19 @@ def _before_splitting(
         return Fallback.NESTED
     if model.training:
         return Fallback.TRAINING_MODE
-    if ids is None or kwargs.get("inputs_embeds") is not None:
-        return Fallback.NO_INPUT_IDS
-    return Fallback.BATCH if (ids != ids[:1]).any() else None
+    return Fallback.NO_INPUT_IDS if ids is None or kwargs.get("inputs_embeds") is not None else None
 
 
-def _after_splitting(
-    model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any], spans: ChunkSpans, config: BlendConfig
-) -> Fallback | None:
-    cache = cache_given(kwargs)
+def _nothing_reused(spans: ChunkSpans, config: BlendConfig) -> Fallback | None:
+    """Why nothing of a prompt is reused."""
     if not spans:
         return Fallback.NO_CHUNKS
-    if sum(stop - start for start, stop in spans) < config.min_reused_tokens:
-        return Fallback.TOO_FEW_TOKENS
-    if _is_padded(model, ids, kwargs):
-        return Fallback.PADDING
+    too_few = sum(stop - start for start, stop in spans) < config.min_reused_tokens
+    return Fallback.TOO_FEW_TOKENS if too_few else None
+
+
+def _after_splitting(model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any]) -> Fallback | None:
+    cache = cache_given(kwargs)
     if isinstance(cache, Cache) and int(cache.get_seq_length()) > 0:
         return Fallback.FILLED_CACHE
     if generate_option(model, kwargs, "use_cache") is False:
@@ -132,14 +159,24 @@ def _split(ids: list[int], separator: Separator | None, config: BlendConfig) -> 
     return spans
 
 
-def _is_padded(model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether `generate` would mask some tokens: by the given mask, or because they are the padding token."""
+def _left_padding(model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any]) -> Sequence[int] | None:
+    """(B,) tokens that `generate` masks in front of each prompt; `None` if it masks others, or whole rows.
+
+    It masks what the given mask says, or else the padding token, unless that ends texts too.
+    """
     mask = kwargs.get("attention_mask")
-    if mask is not None:
-        return bool(mask.shape != ids.shape or (mask != 1).any())
-    pad, eos = (generate_option(model, kwargs, f"{kind}_token_id") for kind in ("pad", "eos"))
-    eos = eos if isinstance(eos, list | tuple) else [eos]
-    return pad is not None and pad not in eos and bool((ids == pad).any())
+    if mask is None:
+        pad, eos = (generate_option(model, kwargs, f"{kind}_token_id") for kind in ("pad", "eos"))
+        if pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos]):
+            return [0] * ids.shape[0]
+        mask = ids != pad
+    if mask.shape != ids.shape:
+        return None
+    seen = mask != 0
+    padding = (~seen).sum(1)
+    on_the_left = seen == (torch.arange(ids.shape[1], device=seen.device) >= padding[:, None])
+    whole_rows = padding == ids.shape[1]
+    return padding.tolist() if bool((on_the_left.all(1) & ~whole_rows).all()) else None
 
 
 def _is_per_token(value: Any, ids: torch.Tensor) -> bool:

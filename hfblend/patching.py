@@ -14,26 +14,23 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MethodType, TracebackType
 from typing import Any, overload
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
 
-from .blending import Blending
-from .caches import hand_over
 from .calibration import Calibration, calibrate
+from .calls import Call
 from .config import BlendConfig
 from .controller import Controller, Profile
 from .fallbacks import Fallback, generate_option, plan
 from .filler import filler_ids, require_filler
-from .host import CACHE, CACHE_NAMES, cache_given
 from .models import forget, host_of
 from .precomputing import Precomputed, precompute
 from .profiling import profile_of
-from .prompt import ChunkSpans, Prompt
+from .prompt import Prompt
 from .separator import Separator
 from .store import Store, TieredStore, store_at
 from .trace import BlendTrace, Level, as_level
@@ -42,32 +39,8 @@ from .verification import Verification, Verifier, Verify, verify_prompt
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class _Call:
-    """One running `generate` of a patched model."""
-
-    blender: Blender
-    trace: BlendTrace
-    started: float
-    config: BlendConfig
-    input_ids: torch.Tensor | None  # (1, T) to be blended; None: this call is stock
-    spans: ChunkSpans
-    num_tokens: int
-    controller: Controller | None = None
-    tokens_seen: int = 0
-    ahead: tuple[Blending, Any] | None = None  # what was blended before the forward was reached, and its output
-
-    def note_forward(self, num_tokens: int) -> None:
-        """Called as a forward begins: the first one after the whole prompt was seen brings the first new token."""
-        if self.trace.ttft_ms is None and self.tokens_seen >= self.num_tokens:
-            self.trace.ttft_ms = 1000 * (time.perf_counter() - self.started)
-        self.tokens_seen += num_tokens
-
-
-_WAIT = {"assistant_model", "custom_generate", "inputs_embeds"}  # calls of generate that are not blended ahead
-
 # Per thread and task, so that many may generate on one patched model at once.
-_call: ContextVar[_Call | None] = ContextVar("hfblend_call", default=None)
+_call: ContextVar[Call | None] = ContextVar("hfblend_call", default=None)
 
 
 def patch(
@@ -150,8 +123,13 @@ class Blender:
 
     @property
     def trace(self) -> BlendTrace:
-        """What the last call of `generate` in this thread did."""
-        return getattr(self._traces, "last", None) or BlendTrace()
+        """What the last call of `generate` in this thread did; of a batch, what it did with the first row."""
+        return self.traces[0]
+
+    @property
+    def traces(self) -> list[BlendTrace]:
+        """What the last call of `generate` in this thread did with each row; rows of one prompt have one trace."""
+        return getattr(self._traces, "last", None) or [BlendTrace()]
 
     def _settled(self, config: BlendConfig) -> BlendConfig:
         """The settings, checked against the model, with the filler's ids filled in."""
@@ -299,7 +277,7 @@ class Blender:
     def _generate(
         self,
         *args: Any,
-        chunk_spans: Iterable[Sequence[int]] | None = None,
+        chunk_spans: Iterable[Any] | None = None,
         blend_config: BlendConfig | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -309,33 +287,30 @@ class Blender:
         started = time.perf_counter()
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
-            chunk_spans = chunk_spans if isinstance(chunk_spans, ChunkSpans) else ChunkSpans(chunk_spans)
             args, kwargs = self._on_device(args), self._on_device(kwargs)
         planned = plan(self.model, args, kwargs, chunk_spans, config, separator, nested=_call.get() is not None)
-        trace = BlendTrace(
-            num_tokens=planned.num_tokens, num_layers=self.host.num_layers, level=self._level, tokenizer=self.tokenizer
-        )
-        if planned.fallback is not Fallback.NESTED:  # the trace is that of the call which the user made
-            self._traces.last = trace
-        call = _Call(self, trace, started, config, planned.input_ids, planned.spans, planned.num_tokens, controller)
-        if planned.fallback:
-            self._fall_back(call, planned.fallback)
-        elif generate_option(self.model, kwargs, "prefill_chunk_size") is not None:
+        call = Call(self.host, planned, config, self.store, controller, started, self._level, self.tokenizer)
+        nested = planned.fallback is Fallback.NESTED
+        if not nested:  # the traces are those of the call which the user made
+            self._traces.last = call.traces
+        if call.is_blended and generate_option(self.model, kwargs, "prefill_chunk_size") is not None:
             kwargs["prefill_chunk_size"] = None  # the blended prefill is one forward; pieces would hide the prompt
-        self._blend_ahead(call, kwargs)
-        token = _call.set(None if planned.fallback is Fallback.NESTED else call)
+        if self._runs_beside_python():
+            call.blend_ahead(kwargs)
+        token = _call.set(None if nested else call)
         try:
             output = self._stock_generate(*args, **kwargs)
         finally:
             _call.reset(token)
-            self._give_up_ahead(call)
-        if call.input_ids is not None:
-            self._fall_back(call, Fallback.NOT_REACHED)
-        self._note_end(call, output)
-        if self._verifier is not None and trace.blended and planned.input_ids is not None:
-            prompt = Prompt(planned.input_ids, planned.spans)
-            self._verifier.after(self.model, prompt, self.store, config.settled(trace.decision), trace)
+            call.give_up_ahead()
+        call.end(output)
+        if self._verifier is not None and call.is_blended:
+            for prompt, trace in zip(planned.prompts, call.traces_of_prompts):
+                self._verifier.after(self.model, prompt, self.store, config.settled(trace.decision), trace)
         return output
+
+    def _runs_beside_python(self) -> bool:
+        return self.host.device.type == "cuda"
 
     def _on_device(self, values: Any) -> Any:
         def move(value: Any) -> Any:
@@ -345,97 +320,26 @@ class Blender:
             return {name: move(value) for name, value in values.items()}
         return tuple(move(value) for value in values)
 
-    def _fall_back(self, call: _Call, fallback: Fallback) -> None:
-        call.input_ids = None
-        call.trace.blended, call.trace.fallback = False, fallback.name.lower()
-        logger.log(fallback.level, "Not blended, stock generate runs: %s", fallback.reason)
-
-    @staticmethod
-    def _note_end(call: _Call, output: Any) -> None:
-        """With a single new token there is no second forward that would have marked its arrival."""
-        sequences = output if torch.is_tensor(output) else getattr(output, "sequences", None)
-        if call.trace.ttft_ms is None and sequences is not None and sequences.shape[1] == call.num_tokens + 1:
-            call.trace.ttft_ms = 1000 * (time.perf_counter() - call.started)
-
     # --- the decoder's forward ------------------------------------------------------------------------------------
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._stock_forward(*args, **kwargs)
         call = _call.get()
-        if call is not None and call.blender is self:
+        if call is not None and call.host is self.host:
             kwargs.update(zip(self.host.decoder_parameters, args))
             args = ()
             ids = kwargs.get("input_ids")
             call.note_forward(0 if ids is None else ids.shape[1])
-            if ids is not None and self._is_whole_prompt(call, ids, kwargs):
+            if ids is not None and call.is_whole_batch(ids, kwargs):
                 return self._blended_forward(call, kwargs)
         with self.host.lock.shared():
             return self._stock_forward(*args, **kwargs)
 
-    def _is_whole_prompt(self, call: _Call, ids: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether this forward prefills the call's prompt (perhaps with draft tokens behind it) into an empty cache."""
-        if call.input_ids is None or torch.is_grad_enabled() or ids.shape[1] < call.num_tokens:
-            return False
-        cache = cache_given(kwargs)
-        is_empty = cache is None or int(cache.get_seq_length()) == 0
-        return is_empty and bool((ids[:, : call.num_tokens] == call.input_ids).all())
-
     @torch.compiler.disable
-    def _blended_forward(self, call: _Call, kwargs: dict[str, Any]) -> Any:
-        """The decoder's output for the whole prompt, with the rows of the last pass only, and the cache filled."""
-        ids, cache = kwargs.pop("input_ids"), cache_given(kwargs)
-        cache = DynamicCache(config=self.host.config) if cache is None else cache
-        # There is no padding, and positions are 0 … T − 1.
-        for name in ("attention_mask", "position_ids", "use_cache", *CACHE_NAMES):
-            kwargs.pop(name, None)
-        call.input_ids = None
-        plain = all(value is None or value is False for value in kwargs.values())
-        if call.ahead is not None and ids.shape[1] == call.num_tokens and plain:
-            state, output = call.ahead
-        else:
-            self._give_up_ahead(call)
-            call.trace.restart()
-            state, output = self._blend(call, ids, kwargs)
-        call.ahead = None
-        state.join(output)
-        hand_over(state.buffers, ids.shape[1], ids.shape[0], cache)
-        state.clock.end_of("hand_over")
-        output.last_hidden_state = output.last_hidden_state.expand(ids.shape[0], -1, -1)  # (B, S, C)
-        output[CACHE] = cache
-        return output
-
-    def _blend_ahead(self, call: _Call, kwargs: dict[str, Any]) -> None:
-        """Starts a GPU on the prompt before stock `generate` prepares itself, which takes Python some milliseconds.
-
-        Only what is sure to be asked for: calls with drafts, or with options that reach the decoder, wait for it.
-        """
-        options = ("output_attentions", "output_hidden_states", "prompt_lookup_num_tokens", "assistant_early_exit")
-        waits = any(generate_option(self.model, kwargs, name) for name in options) or bool(_WAIT & kwargs.keys())
-        if call.input_ids is None or not self._runs_beside_python() or waits:
-            return
-        with torch.no_grad():
-            call.ahead = self._blend(call, call.input_ids.to(self.host.device), {})
-
-    @staticmethod
-    def _give_up_ahead(call: _Call) -> None:
-        """What was blended ahead and is not used ends before anything takes its memory."""
-        if call.ahead is not None:
-            state, output = call.ahead
-            state.join(output)
-            call.ahead = None
-
-    def _runs_beside_python(self) -> bool:
-        return self.host.device.type == "cuda"
-
-    def _blend(self, call: _Call, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[Blending, Any]:
-        """Blends the call's prompt; `kwargs` go to the decoder's forward."""
-        token = _call.set(None)
+    def _blended_forward(self, call: Call, kwargs: dict[str, Any]) -> Any:
+        token = _call.set(None)  # the passes' own forwards are none of the call's
         try:
-            state = Blending(
-                self.host, ids[:1], call.spans, self.store, call.config, call.trace, call.num_tokens,
-                call.controller,
-            )  # fmt: skip
-            return state, state.start(functools.partial(self.host.decoder_forward, **kwargs))
+            return call.blended_forward(kwargs)
         finally:
             _call.reset(token)

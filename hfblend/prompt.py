@@ -46,6 +46,39 @@ class ChunkSpans(tuple[Span, ...]):
                 raise ValueError(f"Chunk spans must ascend and not overlap, got {tuple(self)}.")
             stop_before = stop
 
+    def moved(self, by: int) -> ChunkSpans:
+        """The same spans `by` tokens later.
+
+        Raises:
+            ValueError: a span would begin before the prompt does.
+        """
+        if self and self[0][0] + by < 0:
+            raise ValueError(f"Chunk span {self[0]} begins in the padding, the first {-by} tokens of its row.")
+        return ChunkSpans(((start + by, stop + by) for start, stop in self), self.differs_from_joined_text)
+
+
+def spans_by_row(chunk_spans: Iterable[Any], rows: Sequence[Sequence[int]]) -> list[ChunkSpans]:
+    """The spans of each row of a batch.
+
+    Args:
+        chunk_spans: of one prompt, which all rows are; or a list of them, one a row.
+        rows: (B, T) ids.
+
+    Raises:
+        ValueError: neither.
+    """
+    given = list(chunk_spans)
+    if isinstance(chunk_spans, ChunkSpans) or not given or isinstance(next(iter(given[0]), None), int):
+        if given and any(row != rows[0] for row in rows):
+            raise ValueError(
+                f"Got chunk_spans of one prompt for a batch of {len(rows)} different ones. Pass a list with the spans "
+                "of each row, or make all inputs with hfblend.Prompt.batch."
+            )
+        return [chunk_spans if isinstance(chunk_spans, ChunkSpans) else ChunkSpans(given)] * len(rows)
+    if len(given) != len(rows):
+        raise ValueError(f"Got chunk_spans of {len(given)} prompts for a batch of {len(rows)}; pass one list a row.")
+    return [one if isinstance(one, ChunkSpans) else ChunkSpans(one) for one in given]
+
 
 def _as_span(span: Sequence[int]) -> Span:
     if len(span) != 2 or any(isinstance(end, bool) or not isinstance(end, int) for end in span):
@@ -107,6 +140,40 @@ class Prompt:
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
             "chunk_spans": self.chunk_spans,
+        }
+
+    @staticmethod
+    def batch(
+        prompts: Sequence[Prompt], *, pad_token_id: int | None, device: torch.device | str | None = None
+    ) -> dict[str, Any]:
+        """Arguments for `model.generate(**...)` of several prompts at once, each padded on its left.
+
+        >>> inputs = Prompt.batch([prompt, other], pad_token_id=tokenizer.pad_token_id)  # doctest: +SKIP
+
+        Args:
+            pad_token_id: any id will do where a tokenizer has none; the mask tells padding from text.
+
+        Returns:
+            `input_ids` (B, T), `attention_mask` (B, T), `chunk_spans`, those of each row.
+
+        Raises:
+            ValueError: no prompt, or no id.
+        """
+        if not prompts or pad_token_id is None:
+            raise ValueError(
+                f"A batch needs at least one prompt and a pad_token_id, got {len(prompts)} prompts and {pad_token_id}. "
+                "Where the tokenizer has no padding token, pass its eos_token_id."
+            )
+        longest = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), longest), pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, longest - len(prompt) :] = prompt.input_ids[0]
+            attention_mask[row, longest - len(prompt) :] = 1
+        return {
+            "input_ids": input_ids.to(device),
+            "attention_mask": attention_mask.to(device),
+            "chunk_spans": [prompt.chunk_spans.moved(longest - len(prompt)) for prompt in prompts],
         }
 
     # --- ways to make one -----------------------------------------------------------------------------------------

@@ -127,12 +127,19 @@ def full_prefill_kv(model, input_ids: torch.Tensor) -> dict[int, tuple[torch.Ten
     return cache.recorded
 
 
-def store_of_true_kv(model, prompt: hfblend.Prompt, shift: int = 100, regime: int | None = None) -> hfblend.MemoryStore:
+def store_of_true_kv(
+    model,
+    prompt: hfblend.Prompt,
+    shift: int = 100,
+    regime: int | None = None,
+    store: hfblend.MemoryStore | None = None,
+) -> hfblend.MemoryStore:
     """A store whose entries are the prompt's own in-context KV, moved `shift` positions away.
 
     Blended back, they must give exactly what a full prefill gives, whatever is selected.
     """
-    host, store, kv = host_of(model), hfblend.MemoryStore(), full_prefill_kv(model, prompt.input_ids)
+    host, kv = host_of(model), full_prefill_kv(model, prompt.input_ids)
+    store = hfblend.MemoryStore() if store is None else store
     now = len(prompt)
     prefix_stop = prompt.chunk_spans[0][0]
     for start, stop in [(0, prefix_stop), *prompt.chunk_spans]:

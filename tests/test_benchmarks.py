@@ -288,7 +288,13 @@ def test_chunks_on_disk_are_measured_layer_by_layer_and_all_first_beside_those_i
 # --- files and the command ------------------------------------------------------------------------------------------
 
 SETTINGS = Settings(
-    lengths=(300, 600), ratios=(0, 0.1), repeats=2, layout=LAYOUT, decoded_tokens=3, throughput_prompts=2
+    lengths=(300, 600),
+    ratios=(0, 0.1),
+    repeats=2,
+    layout=LAYOUT,
+    decoded_tokens=3,
+    throughput_prompts=2,
+    batch_prompts=2,
 )
 ROW_KEYS = {
     "tokens", "method", "ratio", "chunks_in", "failed", "turns", "ttft_ms", "ttft_ms_range", "speed_up",
@@ -330,6 +336,10 @@ def test_figures_of_the_results(results):
         assert found["decoded_tokens"] == 3
     assert [found["chunks_in_pool"] for found in results["throughput"]] == [6, 12]
     assert all(found["blended_prompts_per_s"] > 0 for found in results["throughput"])
+    for found in results["batching"]:
+        assert found["prompts"] == 2
+        assert min(value for name, value in found.items() if name.endswith("_ms")) > 0
+        assert found["single_over_batch_range"][0] <= found["single_over_batch"] <= found["single_over_batch_range"][1]
 
 
 def test_markdown_names_the_machine_and_leaves_empty_columns_out(results):
@@ -366,7 +376,7 @@ def test_the_command_writes_its_files(tmp_path):
     assert outcome.exit_code == 0, outcome.output
     written = json.loads(files["json"].read_text())
     assert [row["method"] for row in written["rows"]] == ["full_prefill", "full_reuse", "chunk_start"]
-    assert written["decoding"] == written["throughput"] == []
+    assert written["decoding"] == written["throughput"] == written["batching"] == []
     assert files["md"].read_text() == markdown(written)
     assert files["png"].read_bytes().startswith(b"\x89PNG")
     assert "tiny shape, random weights, float32, sdpa" in outcome.output

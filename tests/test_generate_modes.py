@@ -122,7 +122,7 @@ def test_what_was_blended_ahead_is_dropped_where_it_does_not_fit(monkeypatch):
         expected, _ = run(model, PROMPT.inputs(), MODES["draft_model"])
         trace = blender.trace
         monkeypatch.setattr(hfblend.patching.Blender, "_runs_beside_python", lambda self: True)
-        monkeypatch.setattr(hfblend.patching, "_WAIT", set())
+        monkeypatch.setattr(hfblend.calls, "_WAIT_FOR", set())
         output, _ = run(model, PROMPT.inputs(), MODES["draft_model"])
         assert torch.equal(output.sequences, expected.sequences)
         assert blender.trace.num_tokens == trace.num_tokens > len(PROMPT)
@@ -240,23 +240,19 @@ def test_text_generation_pipeline_blends_at_separators(word_tokenizer):
 
 def fallback_calls(model):
     ids, mask = IDS, torch.ones_like(IDS)
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], 1)
-    spans = [(start + 3, stop + 3) for start, stop in PROMPT.chunk_spans]
+    padded = torch.cat([IDS, torch.zeros(1, 3, dtype=torch.long)], 1)
     embeds = model.model.embed_tokens(ids).detach()
     filled = DynamicCache()
     with torch.no_grad():
         model.model(input_ids=ids[:, :-1], past_key_values=filled)
-    other = make_prompt(seed=2).input_ids
-    two = {"input_ids": torch.cat([ids, other]), "attention_mask": torch.cat([mask, mask])}
     plain = {"input_ids": ids, "attention_mask": mask}
     spans_of = {"chunk_spans": PROMPT.chunk_spans}
     return {
         "disabled": ({**plain, **spans_of}, {"blend_config": config(enabled=False)}),
         "no_input_ids": ({"inputs_embeds": embeds, "attention_mask": mask, **spans_of}, {}),
-        "batch": ({**two, **spans_of}, {}),
         "no_chunks": ({**plain, "chunk_spans": []}, {}),
         "too_few_tokens": ({**plain, **spans_of}, {"blend_config": config(min_reused_tokens=65)}),
-        "padding": ({"input_ids": padded, "attention_mask": (padded != 0).long(), "chunk_spans": spans}, {}),
+        "padding": ({"input_ids": padded, "attention_mask": (padded != 0).long(), **spans_of}, {}),
         "filled_cache": ({**plain, **spans_of}, {"past_key_values": filled}),
         "no_cache": ({**plain, **spans_of}, {"use_cache": False}),
         "all_rows_wanted": ({**plain, **spans_of}, {"output_hidden_states": True}),
@@ -279,17 +275,6 @@ def test_fallbacks_are_stock_and_say_so_in_one_line(name, caplog):
     assert lines == [f"Not blended, stock generate runs: {Fallback[name.upper()].reason}"]
     assert torch.equal(output.sequences, stock.sequences)
     assert largest_difference(output, stock) == 0.0
-
-
-def test_inferred_padding_falls_back():
-    model = make_llama()
-    ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], 1)
-    spans = [(start + 3, stop + 3) for start, stop in PROMPT.chunk_spans]
-    stock = generate(model, {"input_ids": ids})
-    with hfblend.patch(model, config=config(0.2)) as blender:
-        output = generate(model, {"input_ids": ids, "chunk_spans": spans})
-        assert blender.trace.fallback == "padding"
-    assert torch.equal(output.sequences, stock.sequences)
 
 
 def test_training_mode_falls_back():

@@ -97,6 +97,25 @@ def test_a_store_in_ram_serves_a_model_on_the_gpu():
         assert set(blender.trace.phase_ms) >= {"look_up", "select", "recompute", "hand_over"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
+def test_rows_of_a_batch_equal_the_rows_run_alone(name, dtype):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    prompts = [PROMPT, make_prompt(sizes=(90, 400), prefix=37, suffix=60, seed=2), make_prompt((311,), seed=3)]
+    model = on_gpu(name, dtype)
+    with hfblend.patch(model, config=config(0.15)) as blender:
+        for _ in range(2):  # the second time passes may be graphs
+            alone = [(generate(model, prompt.inputs()), blender.trace) for prompt in prompts]
+        batch = generate(model, hfblend.Prompt.batch(prompts, pad_token_id=0))
+        traces = blender.traces
+    for row, (output, trace) in enumerate(alone):
+        assert trace.blended
+        assert torch.equal(traces[row].selected_idx, trace.selected_idx)
+        difference = (batch.logits[0][row].float() - output.logits[0][0].float()).norm()
+        tolerance = 1e-4 if dtype == torch.float32 else 0.03
+        assert difference <= tolerance * output.logits[0].float().norm()
+
+
 @pytest.mark.parametrize("kind", ["static", "offloaded", "offloaded_static"])
 def test_other_caches(kind):
     model = on_gpu("llama-gqa", torch.float32)

@@ -260,6 +260,7 @@ def test_threads_generate_on_one_patched_model_at_once():
         PROMPT.inputs(),
         {"input_ids": PROMPT.input_ids, "chunk_spans": []},
         {"input_ids": padded, "attention_mask": (padded != 0).long()},
+        {"input_ids": padded, "attention_mask": (padded != 0).long(), "chunk_spans": []},
         make_prompt(seed=4).inputs(),
     ]
     with hfblend.patch(model, config=config(0.2)) as blender:
@@ -281,7 +282,7 @@ def test_threads_generate_on_one_patched_model_at_once():
         for thread in threads:
             thread.join()
     assert failures == []
-    assert [blended for _, blended, _ in alone] == [True, False, False, True]
+    assert [blended for _, blended, _ in alone] == [True, False, True, False, True]
     assert model.config._attn_implementation == "sdpa"
 
 

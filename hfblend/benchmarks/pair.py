@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -92,7 +92,15 @@ class Pair:
         """
         if not case.through_generate:
             return self._run_blend(case, prompt, stores)
-        inputs = prompt.inputs(self.device)
+        return self._generate(case, prompt.inputs(self.device), stores, num_tokens, streamer)
+
+    def run_batch(self, case: Case, prompts: Sequence[Prompt], stores: Stores) -> None:
+        """One new token for each of several prompts, in one call of `generate`."""
+        self._generate(case, Prompt.batch(prompts, pad_token_id=0, device=self.device), stores, 1, None)
+
+    def _generate(
+        self, case: Case, inputs: dict[str, Any], stores: Stores, num_tokens: int, streamer: Arrivals | None
+    ) -> BlendTrace | None:
         settings = {"do_sample": False, "min_new_tokens": num_tokens, "max_new_tokens": num_tokens}
         if case.method.whole:
             del inputs["chunk_spans"]

@@ -73,13 +73,14 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def footnotes(results: Results) -> list[str]:
-    """Loading, decoding, throughput and the machine's peaks, a line each."""
+    """Loading, decoding, throughput, batches and the machine's peaks, a line each."""
     peaks = results["peaks"]
     load = peaks["load_bytes_per_s"]
     return [
         *(_loading_note(found) for found in results["loading"]),
         *(_decoding_note(found) for found in results["decoding"]),
         *(_throughput_note(found) for found in results["throughput"]),
+        *(_batching_note(found) for found in results["batching"]),
         f"Measured peaks: {peaks['flops_per_s'] / 1e12:.3g} TFLOP/s, {peaks['bytes_per_s'] / 1e9:.4g} GB/s"
         + ("." if load is None else f", {load / 1e9:.3g} GB/s from pinned RAM."),
     ]
@@ -116,6 +117,19 @@ def _throughput_note(found: dict[str, Any]) -> str:
         f"each of a pool of {found['chunks_in_pool']}: full prefill {found['stock_prompts_per_s']:.3g} prompts/s, "
         f"{found['method']} {found['ratio']:g} {found['blended_prompts_per_s']:.3g} prompts/s; ratio "
         f"{found['blended_over_stock']:.2f}."
+    )
+
+
+def _batching_note(found: dict[str, Any]) -> str:
+    if "failed" in found:
+        return f"A batch of prompts of {found['tokens']:,} tokens: {found['failed']}."
+    low, high = found["single_over_batch_range"]
+    return (
+        f"First tokens of {found['prompts']} prompts of {found['tokens']:,} tokens: full prefill "
+        f"{found['stock_single_ms']:.1f} ms one by one, {found['stock_batch_ms']:.1f} ms in one batch; "
+        f"{found['method']} {found['ratio']:g} {found['blended_single_ms']:.1f} ms one by one, "
+        f"{found['blended_batch_ms']:.1f} ms in one batch; "
+        f"ratio {found['single_over_batch']:.2f} ({low:.2f} … {high:.2f})."
     )
 
 

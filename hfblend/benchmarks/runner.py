@@ -1,4 +1,4 @@
-"""A whole benchmark: every length, and for each of them the table, decoding and throughput."""
+"""A whole benchmark: every length, and for each of them the table, decoding, throughput and batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .loading import loading
 from .pair import Pair, empty_stores
 from .prompts import PromptMaker
 from .settings import Settings
-from .streams import decoding, throughput
+from .streams import batching, decoding, throughput
 from .ttft import OUT_OF_MEMORY, rows_of, take_turns
 
 Results = dict[str, Any]
@@ -45,7 +45,7 @@ def run(
         say: called with what is being measured.
 
     Returns:
-        What the JSON file holds: `rows`, `decoding`, `throughput`, and what they are of.
+        What the JSON file holds: `rows`, `decoding`, `throughput`, `batching`, and what they are of.
 
     Raises:
         hfblend.UnsupportedModel: the model cannot be blended.
@@ -83,6 +83,7 @@ def _header(model: Any, name: str, settings: Settings, peaks: Peaks) -> Results:
         "loading": [],
         "decoding": [],
         "throughput": [],
+        "batching": [],
     }
 
 
@@ -100,6 +101,7 @@ def _measure_length(
             "loading": loads,
             "decoding": [],
             "throughput": [],
+            "batching": [],
         }
         failed = {"tokens": len(prompt), "failed": OUT_OF_MEMORY}
         if settings.decoded_tokens:
@@ -108,4 +110,7 @@ def _measure_length(
         if settings.throughput_prompts:
             stream = partial(throughput, pair, maker, stores, length, settings.throughput_prompts, say)
             found["throughput"].append(if_memory_lasts(stream) or failed)
+        if settings.batch_prompts:
+            batch = partial(batching, pair, maker, stores, length, settings.batch_prompts, settings.repeats, say)
+            found["batching"].append(if_memory_lasts(batch) or failed)
     return found

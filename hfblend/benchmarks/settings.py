@@ -53,6 +53,7 @@ class Settings:
             `()`: `"gpu"` if there is one, else `"ram"`.
         decoded_tokens: per answer, whose speed is measured; 0: decoding is not measured.
         throughput_prompts: of a stream of prompts that share chunks; 0: not measured.
+        batch_prompts: of one batch, which is compared with the same prompts one by one; 0: not measured.
         seed: of the ids.
 
     Raises:
@@ -67,6 +68,7 @@ class Settings:
     chunks_in: tuple[str, ...] = ()
     decoded_tokens: int = 64
     throughput_prompts: int = 0
+    batch_prompts: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +89,7 @@ class Settings:
             "The suffix": (self.layout.suffix, 1),
             "decoded_tokens": (self.decoded_tokens, 0),
             "throughput_prompts": (self.throughput_prompts, 0),
+            "batch_prompts": (self.batch_prompts, 0),
         }
         for name, (value, bound) in least.items():
             if value < bound:

@@ -1,4 +1,4 @@
-"""Beyond the first token: the speed of decoding, and prompts a second where prompts share chunks."""
+"""Beyond one first token: the speed of decoding, prompts a second where prompts share chunks, and batches."""
 
 from __future__ import annotations
 
@@ -81,4 +81,45 @@ def throughput(
         "stock_prompts_per_s": 1000 * count / spent_ms[_STOCK],
         "blended_prompts_per_s": 1000 * count / spent_ms[ours],
         "blended_over_stock": spent_ms[_STOCK] / spent_ms[ours],
+    }
+
+
+def batching(
+    pair: Pair, maker: PromptMaker, stores: Stores, chunk_tokens: int, count: int, repeats: int, say: Say
+) -> dict[str, Any]:
+    """Milliseconds to the first token of `count` prompts, one by one and in one batch, both ways, in turns.
+
+    Every prompt has the same prefix, chunks of one pool that is stored beforehand, and a suffix of its own.
+    """
+    ours = default_case(next(iter(stores)))
+    pool, others = maker.stream(chunk_tokens, count)
+    prompts = list(others)
+    for prompt in (*pool, *prompts[:1] * 2):
+        pair.run(ours, prompt, stores)
+
+    def one_by_one(case: Case) -> None:
+        for prompt in prompts:
+            pair.run(case, prompt, stores)
+
+    calls = {
+        f"{name}_{how}_ms": partial(run, case)
+        for name, case in (("stock", _STOCK), ("blended", ours))
+        for how, run in (("single", one_by_one), ("batch", lambda case: pair.run_batch(case, prompts, stores)))
+    }
+    spent_ms: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(-1, repeats):  # turn −1 warms up
+        for name, call in calls.items():
+            say(f"{len(pool[0])} tokens, {count} prompts, {name.removesuffix('_ms')}, turn {i + 1} of {repeats}")
+            ms, _, _ = timed(call, pair.device)
+            if i >= 0:
+                spent_ms[name].append(ms)
+    ratios = [single / batch for single, batch in zip(spent_ms["blended_single_ms"], spent_ms["blended_batch_ms"])]
+    return {
+        "tokens": len(pool[0]),
+        "prompts": count,
+        "method": ours.method.name,
+        "ratio": ours.ratio,
+        **{name: median(found) for name, found in spent_ms.items()},
+        "single_over_batch": median(ratios),
+        "single_over_batch_range": [min(ratios), max(ratios)],
     }
