@@ -276,12 +276,20 @@ def packed(kv: KV, device: torch.device | str | None = None) -> KV:
     """
     keys, layout = kv[0], RowLayout.of(kv)
     device = keys.device if device is None else torch.device(device)
-    pinned = device.type == "cpu" and torch.cuda.is_available()
+    pinned = device.type == "cpu" and pins_memory()
     shape = (1, keys.shape[2], layout.width)
     views = layout.views(torch.empty(shape, dtype=keys.dtype, device=device, pin_memory=pinned))
     for view, states in zip(views, kv):
         view.copy_(states)
     return views
+
+
+def pins_memory() -> bool:
+    """Whether what is made in RAM should be pinned: beside a GPU.
+
+    Not in a process forked from one that uses a GPU: pinned memory does not go with it.
+    """
+    return torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from .batched_prefill import chunks_at_once, in_batches, prefill_together
 from .caches import sent
 from .chunks import ChunkKV, Reader, prefill
 from .config import BlendConfig
@@ -17,6 +17,8 @@ from .reuse import Piece, Reuse, joined
 from .separator import Span
 from .store import ReadsAhead, Store
 from .trace import BlendTrace, ChunkTrace, PhaseClock, Status
+
+Found = tuple[Piece | None, ChunkTrace]
 
 
 @dataclass
@@ -51,34 +53,44 @@ class LookUp:
         pieces: list[Piece] = []
         self._read_ahead()
         if self._prefix_stop:
-            prefix: Piece | None
-            if self.config.on_miss == "isolated":
-                prefix, self.trace.prefix = self._find_or_prefill((0, self._prefix_stop), (), lambda: None)
-            else:
-                prefix, self.trace.prefix = self._find((0, self._prefix_stop), (), accepts_in_context=False)
+            prefix, self.trace.prefix = self._find((0, self._prefix_stop), (), accepts_in_context=False)
+            if prefix is None and self.config.on_miss == "isolated":
+                span, key = self.trace.prefix.span, self.trace.prefix.key
+                entry = self._prefill(key, self.ids[slice(*span)], (), None)
+                prefix, self.trace.prefix = self._piece(span, entry, key, "miss")
             pieces += [prefix] if prefix else []
             self._context.kv = prefix.entry if prefix and self.config.chunk_prefix == "prompt" else None
+        isolated = self.config.on_miss == "isolated"
         behind = self._context.behind_ids
-        for span in self.spans:
-            piece: Piece | None
-            if self.config.on_miss == "isolated":
-                piece, chunk_trace = self._find_or_prefill(span, behind, self._to_continue)
-            else:
-                piece, chunk_trace = self._find(span, behind, accepts_in_context=True)
-            pieces += [piece] if piece else []
-            self.trace.chunks.append(chunk_trace)
+        found = [self._find(span, behind, accepts_in_context=not isolated) for span in self.spans]
+        if isolated:
+            self._prefill_missing(found)
+        pieces += [piece for piece, _ in found if piece]
+        self.trace.chunks += [chunk_trace for _, chunk_trace in found]
         self.trace.bytes_reused = sum(piece.entry.num_bytes for piece in pieces)
         return self.partition(pieces)
 
-    def _find_or_prefill(
-        self, span: Span, behind: tuple[int, ...], to_continue: Callable[[], Reader | None]
-    ) -> tuple[Piece, ChunkTrace]:
-        """The span's entry, or what a missing one is prefilled to; `to_continue` is asked only then."""
-        piece, chunk_trace = self._find(span, behind, accepts_in_context=False)
-        if piece:
-            return piece, chunk_trace
-        key, continues = chunk_trace.key, to_continue()
-        return self._piece(span, self._prefill(key, self.ids[slice(*span)], behind, continues), key, "miss")
+    def _prefill_missing(self, found: list[Found]) -> None:
+        """Prefills what was not found, each chunk once, and then treats it exactly like a hit."""
+        missing = {chunk_trace.key: self.ids[slice(*chunk_trace.span)] for piece, chunk_trace in found if piece is None}
+        if not missing:
+            return
+        behind_ids, behind = self._context.behind_ids, self._to_continue()
+        made: dict[str, Reader] = {}
+        self.clock.end_of("look_up")
+        for batch in in_batches(missing.items(), chunks_at_once(self.host), len(behind_ids)):
+            chunk_kvs = prefill_together(self.host, [ids for _, ids in batch], behind_ids, behind)
+            for (key, ids), chunk_kv in zip(batch, chunk_kvs):
+                self.trace.isolated_pairs += len(ids) * self.host.num_layers
+                self.store.put(key, chunk_kv)
+                made[key] = chunk_kv
+        self.clock.end_of("prefill_chunks")
+        seen: set[str] = set()
+        for i, (piece, chunk_trace) in enumerate(found):
+            if piece is None:
+                key = chunk_trace.key
+                found[i] = self._piece(chunk_trace.span, made[key], key, "hit" if key in seen else "miss")
+                seen.add(key)
 
     def _to_continue(self) -> Reader | None:
         """KV of what chunks stand behind; computed again, once for the prompt, where the store has it quantised."""
@@ -87,7 +99,7 @@ class LookUp:
             self._context.kv = behind = self._prefilled(list(self._context.behind_ids), (), None)
         return behind
 
-    def _find(self, span: Span, behind: tuple[int, ...], accepts_in_context: bool) -> tuple[Piece | None, ChunkTrace]:
+    def _find(self, span: Span, behind: tuple[int, ...], accepts_in_context: bool) -> Found:
         """The span's entry in the store: computed alone behind those ids, else (if accepted) in some context."""
         ids = self.ids[slice(*span)]
         for ids_before in (behind, None) if accepts_in_context else (behind,):

@@ -36,6 +36,7 @@ class BlendableModel(Host):
         self.rotations, self.layouts = find_rotations(self)
         self.fingerprint = Fingerprint(model)
         self.graphs: Any = None  # of its passes, kept by graphs.py
+        self.prefills_in_batches: bool | None = None  # found by batched_prefill.py; None: not yet
         self._small_steps: tuple[Norms, list[Namespace]] | None = None
 
     @property

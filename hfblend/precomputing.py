@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .batched_prefill import Ids, chunks_at_once, in_batches, prefill_together
 from .caches import full_length_cache, packed
-from .chunks import ChunkKV, ChunkLost, Reader, prefill, prefill_batch
+from .chunks import ChunkKV, ChunkLost, Reader, prefill
 from .config import BlendConfig
 from .contexts import ChunkContext
 from .encoding import Encoder
@@ -28,10 +29,6 @@ from .store import DiskStore, RemoteStore, Store, TieredStore
 
 logger = logging.getLogger(__name__)
 
-Ids = list[int]
-
-_BATCH_ON_GPU = 8
-_BATCH_TOKENS = 16384  # of a batch, with padding and what chunks stand behind
 _BATCHES_IN_WINDOW = 16
 
 
@@ -111,7 +108,7 @@ def precompute(
     if isinstance(chunks, str):
         raise TypeError("chunks must be several texts or lists of ids, got one text; write [text].")
     host = host_of(model)
-    batch_size = (1 if host.device.type == "cpu" else _BATCH_ON_GPU) if batch_size is None else batch_size
+    batch_size = chunks_at_once(host) if batch_size is None else batch_size
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be 1 chunk or more, got {batch_size!r}.")
     to_ids = _ToIds(host, tokenizer)
@@ -202,10 +199,8 @@ class _Run:
     ) -> None:
         self.host, self.store, self.progress = host, store, progress
         self.context = ChunkContext(host, store, config, prefix_ids, self._prefill)
-        # Frequencies that depend on length would be those of the batch's longest chunk.
-        self.batch_size = 1 if host.length_dependent else batch_size
+        self.batch_size = batch_size
         self.report, self.started = Precomputed(), time.perf_counter()
-        self._is_checked = False
         self._first_stored: str | None = None
 
     def over(self, chunks: Iterator[Ids]) -> Precomputed:
@@ -216,7 +211,7 @@ class _Run:
             missing = self._missing(window)
             if not missing:
                 self._tell()
-            for batch in _batches(missing, self.batch_size, len(self.context.behind_ids)):
+            for batch in in_batches(missing.items(), self.batch_size, len(self.context.behind_ids)):
                 self._store(batch)
                 self._tell()
         self._tell()
@@ -242,7 +237,8 @@ class _Run:
         return missing
 
     def _store(self, batch: list[tuple[str, Ids]]) -> None:
-        chunk_kvs = self._compute([ids for _, ids in batch])
+        behind_ids, behind = self.context.behind_ids, self._to_continue()
+        chunk_kvs = prefill_together(self.host, [ids for _, ids in batch], behind_ids, behind)
         for (key, ids), chunk_kv in zip(batch, chunk_kvs):
             self._put(key, chunk_kv)
             if not holds(self.store, key):
@@ -252,20 +248,6 @@ class _Run:
             self.report.computed += 1
             self.report.tokens += len(ids)
             self.report.num_bytes += chunk_kv.num_bytes
-
-    def _compute(self, chunks: list[Ids]) -> list[ChunkKV]:
-        """Of one batch, shortest first."""
-        behind_ids, behind = self.context.behind_ids, self._to_continue()
-        if len(chunks) > 1 and self.batch_size > 1:
-            batched = prefill_batch(self.host, chunks, behind_ids, behind)
-            if self._is_checked or len(chunks[0]) == len(chunks[-1]):  # nothing is padded
-                return batched
-            if _are_close(batched[0], prefill(self.host, chunks[0], behind_ids, behind)):
-                self._is_checked = True
-                return batched
-            logger.warning("In a batch, this model's chunks come out otherwise than alone; they are taken one by one.")
-            self.batch_size = 1
-        return [prefill(self.host, ids, behind_ids, behind) for ids in chunks]
 
     def _to_continue(self) -> Reader | None:
         """KV of what chunks stand behind, on the model's device: read once for all chunks."""
@@ -304,32 +286,9 @@ class _Run:
             logger.warning("The store is too small for these chunks: later ones pushed earlier ones out.")
 
 
-def _batches(chunks: dict[str, Ids], batch_size: int, num_behind: int) -> Iterator[list[tuple[str, Ids]]]:
-    """Chunks of similar length together, shortest first."""
-    batch: list[tuple[str, Ids]] = []
-    for key, ids in sorted(chunks.items(), key=lambda one: len(one[1])):
-        tokens = (len(batch) + 1) * (num_behind + len(ids))
-        if batch and (len(batch) == batch_size or tokens > _BATCH_TOKENS):
-            yield batch
-            batch = []
-        batch.append((key, ids))
-    if batch:
-        yield batch
-
-
 def _on_device(entry: Reader, device: torch.device) -> ChunkKV:
     if isinstance(entry, ChunkKV):
         return entry.to(device)
     layers = (packed(entry.layer(i), device) for i in range(entry.num_layers))
     said = (entry.cached_positions, entry.behind_ids, entry.provenance, entry.regime, entry.quantised)
     return ChunkKV(full_length_cache(layers), *said)
-
-
-def _are_close(one: ChunkKV, other: ChunkKV) -> bool:
-    """Whether keys and values differ by rounding only: relative L2 distance of each layer's."""
-    bound = 1e-3 if one.dtype in (torch.float32, torch.float64) else 0.05
-    return all(
-        float((a.float() - b.float()).norm()) <= bound * float(b.float().norm())
-        for i in range(one.num_layers)
-        for a, b in zip(one.layer(i), other.layer(i))
-    )

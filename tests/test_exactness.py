@@ -241,6 +241,35 @@ def test_cold_equals_warm_bit_for_bit(name):
         assert largest_difference(cold, warm) == 0.0
 
 
+def test_missing_chunks_are_prefilled_together_where_that_is_quicker(monkeypatch):
+    """As on a GPU; a chunk that stands twice is prefilled once."""
+    model, outputs = make_llama(), []
+    prompt = make_prompt((20, 31, 13, 20, 25), seed=8)
+    start, stop = prompt.chunk_spans[0]
+    again = prompt.input_ids.clone()
+    again[:, slice(*prompt.chunk_spans[3])] = again[:, start:stop]
+    prompt = hfblend.Prompt(again, prompt.chunk_spans)
+    sizes = []
+    prefill_batch = hfblend.batched_prefill.prefill_batch
+    for at_once in (1, 8):
+        monkeypatch.setattr(hfblend.lookup, "chunks_at_once", lambda host, n=at_once: n)
+        with monkeypatch.context() as patched, hfblend.patch(model, config=config(0.2)) as blender:
+            patched.setattr(
+                hfblend.batched_prefill,
+                "prefill_batch",
+                lambda host, chunks, *rest: sizes.append(len(chunks)) or prefill_batch(host, chunks, *rest),
+            )
+            outputs.append(generate(model, prompt.inputs()))
+            assert [chunk.status for chunk in blender.trace.chunks] == ["miss", "miss", "miss", "hit", "miss"]
+            assert blender.trace.isolated_pairs == (7 + 2 + 20 + 31 + 13 + 25) * 4
+            assert len(blender.store) == 5
+            generate(model, prompt.inputs())
+            assert blender.trace.hits == 5
+    assert sizes == [4]
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert largest_difference(*outputs) <= 1e-4
+
+
 def test_a_miss_in_the_middle_costs_only_that_chunk():
     model = make_llama()
     with hfblend.patch(model, config=config(0.2)) as blender:

@@ -12,7 +12,7 @@ from helpers import VOCABULARY, config, generate, make_llama, make_mistral, make
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend import precomputing
+from hfblend import batched_prefill, precomputing
 from hfblend.chunks import prefill, prefill_batch, prefill_chunk
 from hfblend.cli import app
 from hfblend.models import host_of
@@ -205,18 +205,18 @@ def test_a_batch_is_as_one_by_one(make, behind):
 
 
 def test_batches_are_of_similar_length_and_within_the_tokens_allowed(monkeypatch):
-    monkeypatch.setattr(precomputing, "_BATCH_TOKENS", 100)
+    monkeypatch.setattr(batched_prefill, "_TOKENS", 100)
     chunks = {str(size): [1] * size for size in (30, 5, 90, 6, 31, 200, 4)}
-    batches = precomputing._batches(chunks, 3, num_behind=10)
+    batches = batched_prefill.in_batches(chunks.items(), 3, num_behind=10)
     assert [[len(ids) for _, ids in batch] for batch in batches] == [[4, 5, 6], [30, 31], [90], [200]]
 
 
 @pytest.mark.parametrize("rope", ["default", "dynamic", "longrope"])
 def test_length_dependent_models_take_chunks_one_by_one(rope, monkeypatch):
     model, sizes = make_llama(rope), []
-    batched = precomputing.prefill_batch
+    batched = batched_prefill.prefill_batch
     monkeypatch.setattr(
-        precomputing, "prefill_batch", lambda host, c, *rest: sizes.append(len(c)) or batched(host, c, *rest)
+        batched_prefill, "prefill_batch", lambda host, c, *rest: sizes.append(len(c)) or batched(host, c, *rest)
     )
     precomputing.precompute(model, ids_of(50, 60, 70, 80), store=MemoryStore(), config=config(), batch_size=4)
     assert sizes == ([4] if rope == "default" else [])
@@ -226,7 +226,7 @@ def test_a_model_that_fails_the_check_takes_chunks_one_by_one(model, monkeypatch
     """Here, as if rows saw the padding behind them."""
     chunks, store = ids_of(8, 9, 10, 11, 12), MemoryStore()
     monkeypatch.setattr(
-        precomputing,
+        batched_prefill,
         "prefill_batch",
         lambda host, batch, *rest: [prefill(host, [*ids[1:], 7], *rest) for ids in batch],
     )

@@ -27,7 +27,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from ..caches import KV, RowLayout, full_length_cache
+from ..caches import KV, RowLayout, full_length_cache, pins_memory
 from ..chunks import ChunkKV, ChunkLost, Provenance
 from .counts import StoreCounts
 from .format import Contents, CorruptEntry, Place, QuantisedPlace, memory_of
@@ -214,7 +214,7 @@ class LayerwiseChunk:
         """What a thread has to do for the bytes of tensors that stand one behind the other, with the buffer made; an
         error, once the chunk is given up."""
         start, num_bytes = places[0].start, places[-1].stop - places[0].start
-        data = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        data = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pins_memory())
         parts = data.split([place.stop - place.start for place in places])
         memory, source, counts, chunk = memory_of(data), self._source, self._counts, weakref.ref(self)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..caches import RowLayout
+from ..caches import RowLayout, pins_memory
 
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -68,7 +68,7 @@ def dequantise(quantised: QuantisedRows, layout: RowLayout, dtype: torch.dtype) 
     keys, values = _by_head(numbers, layout)
     keys.mul_(quantised.key_scales)
     values.mul_(quantised.value_scales[..., None])
-    return torch.empty(numbers.shape, dtype=dtype, pin_memory=torch.cuda.is_available()).copy_(numbers)
+    return torch.empty(numbers.shape, dtype=dtype, pin_memory=pins_memory()).copy_(numbers)
 
 
 def _by_head(rows: torch.Tensor, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor]:
