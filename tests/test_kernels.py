@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -115,6 +120,76 @@ def test_many_rows_are_no_worse_than_sdpa(sliding_window):
     theirs = sdpa_attention(query, key, value, mask, 0.09)
     error, own = ((one.float() - exact.float()).norm() / exact.float().norm() for one in (out, theirs))
     assert error <= 1.2 * own
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The kernel for such GPUs takes few rows too; gives a list of whether it did, per call."""
+    module = pytest.importorskip("hfblend.kernels.hopper", reason="needs Gluon")
+    if not (ON_GPU and torch.cuda.get_device_capability() == (9, 0)):
+        pytest.skip("needs a Hopper GPU")
+    taken, attend = [], module.attend
+    monkeypatch.setattr(module, "attend", lambda *args: taken.append(attend(*args)) or taken[-1])
+    monkeypatch.setattr(module, "_FEWEST_PROGRAMS", 1)
+    monkeypatch.setattr("hfblend.kernels.by_position._splits", lambda tiles: 1)
+    return taken
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 128), (8, 2, 128), (6, 2, 128), (2, 1, 256)])
+@pytest.mark.parametrize("length", [1, 130, 1000])
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attend_on_hopper(hopper, heads, kv_heads, head_dim, length, which, dtype):
+    positions = rows_of(which, length)[None].expand(2, -1).contiguous()
+    query, key, value = states(2, heads, kv_heads, positions.shape[1], length, head_dim, dtype=dtype)
+    out, _ = kernels.attend(query, key, value, positions, 0.1)
+    assert hopper == [True]
+    close(out, reference_attention(query, key, value, positions, 0.1), dtype)
+
+
+@pytest.mark.gpu
+def test_attend_on_hopper_through_a_state(hopper):
+    query, key, value = states(1, 8, 2, 300, 900, 128, dtype=DTYPES[0])
+    buffers = [empty_kv((key, value), 1000) for _ in range(2)]
+    for buffer, own in zip(buffers[1], (key, value)):
+        buffer.fill_(torch.nan)
+        buffer[:, :, :900] = own
+    positions = rows_of("scattered", 900)[None]
+    state = state_of([buffers[1], buffers[1]], 900, 300)
+    out, _ = kernels.attend(query, key, value, positions, 0.3, state=state, layer=1)
+    assert hopper == [True]
+    close(out, reference_attention(query, key, value, positions, 0.3), DTYPES[0])
+
+
+def compile_for_hopper():
+    """PTX of the kernel for Hopper GPUs. No such GPU is needed."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from hfblend.kernels import hopper
+
+    kernel = hopper._attend_kernel
+    constants = {"D": 128, "KEYS": 128, "GROUP": 3, "GROUP_BLOCK": 4, "IN_STATE": True}
+    types = {"Q": "*bf16", "K": "*i64", "V": "*i64", "OUT": "*bf16", "POSITIONS": "*i32", "unit": "fp32"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, constexprs=places)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+
+
+def test_the_kernel_for_hopper_compiles():
+    """Gluon is experimental: the Triton at hand must still take the code. Its interpreter does not know Gluon."""
+    pytest.importorskip("hfblend.kernels.hopper", reason="needs Gluon")
+    code = "import test_kernels; print(test_kernels.compile_for_hopper())"
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    ptx = subprocess.run(
+        [sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True
+    ).stdout
+    assert "wgmma" in ptx
+    assert "cp.async.bulk.tensor" in ptx
 
 
 def test_rows_of_a_batch_have_positions_of_their_own():

@@ -13,6 +13,12 @@ import triton.language as tl
 
 from .state import FIRST_LAYER, State
 
+hopper: Any  # None where Triton has no Gluon
+try:
+    from . import hopper
+except ImportError:
+    hopper = None
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # A hidden logit lies so far below the lowest running maximum that its weight is 0 even where a row sees no key of a
 # block. Were it the maximum itself, x · unit - maximum would be the rounding of one product, 1e21, as it is fused.
@@ -223,6 +229,12 @@ def attend(
         layout = state.layouts[layer]
         where = (state.numbers, state.numbers, layout.strides("key"), layout.strides("value"), layout.value_offset)
     k, v, k_strides, v_strides, value_offset = where
+    is_plain = not needs_lse and all(option is None for option in (sliding_window, softcap, sinks, hidden))
+    if is_plain and hopper is not None and head_dim == value_dim:
+        strides = (*k_strides[:3], *v_strides[:3])
+        at = (strides, value_offset, layer, state is not None)
+        if hopper.attend(query, k, v, positions, out, scaling, length, kv_heads, *at):
+            return out.transpose(1, 2), None
     few = splits > 1 or _INTERPRETED
     kernel = _attend_kernel if few else _tuned_attend_kernel
     stages = 3 if max(head_dim, value_dim) <= 128 else 2
