@@ -29,6 +29,7 @@ _FORMS: tuple[tuple[Pairing, Layout], ...] = (
     ("half", "single"),
     ("interleaved", "single"),
 )
+_SIGNS: tuple[Literal[1, -1], ...] = (1, -1)
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ class KeyRotation:
         pairing: dimension i turns with i + R (`"half"`) or 2i with 2i + 1 (`"interleaved"`).
         layout: how R angles fill a table: `"duplicated"` [a b a b], `"repeated"` [a a b b], `"single"` [a b].
         source: index into `Host.rotary_sources`.
+        sign: −1 where the model turns the other way than x·cos − y·sin.
     """
 
     slot: int
     pairing: Pairing
     layout: Layout
     source: int
+    sign: Literal[1, -1] = 1
 
 
 def pair_tables(tables: Tables, layout: Layout) -> Tables:
@@ -143,10 +146,10 @@ class Realigner:
         """cos and sin (N, R) that turn a layer's cached state; `None` where nothing depends on position or moves."""
         rotation = self.rotations[layer_idx]
         found = None if rotation is None else self._tables.get((rotation.source, rotation.layout))
-        if found is None:
+        if rotation is None or found is None:
             return None
         cos, sin = (t.to(device).contiguous() for t in found)
-        return cos, sin
+        return cos, sin if rotation.sign == 1 else -sin
 
 
 # --- the self-test ------------------------------------------------------------------------------------------------
@@ -164,6 +167,8 @@ def find_rotations(host: Host) -> tuple[list[KeyRotation | None], dict[int, RowL
     """
     first, shifted = host.self_test_positions()
     kv_first, kv_shifted = host.record(first), host.record(shifted)
+    if sorted(kv_first) != list(range(len(kv_first))):
+        raise UnsupportedModel(f"Only layers {sorted(kv_first)} keep K/V; expected the first ones, without a gap.")
     old, new = ((positions, host.regime(int(positions[-1]) + 1)) for positions in (first, shifted))
     tables = [(host.rotary_tables(i, *old), host.rotary_tables(i, *new)) for i in range(len(host.rotary_sources))]
     rotations = [_find_rotation(i, kv_first[i], kv_shifted[i], host.rotary_sources, tables) for i in sorted(kv_first)]
@@ -187,8 +192,10 @@ def _find_rotation(
             old, new = (pair_tables(t, layout) for t in tables[source])
             if 2 * old[0].shape[-1] > kv[slot].shape[-1]:
                 continue
-            if _close(rotate(kv[slot], *rotation_between(old, new), pairing), kv_shifted[slot]):
-                return KeyRotation(slot, pairing, layout, source)
+            cos, sin = rotation_between(old, new)
+            for sign in _SIGNS:
+                if _close(rotate(kv[slot], cos, sign * sin, pairing), kv_shifted[slot]):
+                    return KeyRotation(slot, pairing, layout, source, sign)
     raise UnsupportedModel(
         f"Layer {layer_idx}: cached {'keys' if slot == 0 else 'values'} change with position, but no rotation from the "
         f"model's {len(sources)} rotary table(s) maps them from one position to another."
