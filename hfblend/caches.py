@@ -121,6 +121,13 @@ class RowsCache(PassCache):
         """From here on the pass has its last `count` rows, and runs to its end."""
         self.rows, self.stop_at = self.rows[-count:], None
 
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """0; asked by a layer, how far each row (S,) stands behind its place in the pass.
+
+        Layers that count positions themselves, `arange(S) + cache.get_seq_length(layer_idx)`, then count right.
+        """
+        return 0 if layer_idx is None else self.rows - torch.arange(len(self.rows), device=self.rows.device)
+
 
 class BlendingCache(RowsCache):
     """Mixes the fresh K/V of a pass over some rows into full-length buffers, and hands the whole layer to attention.
