@@ -147,7 +147,7 @@ class Blending:
     buffers: dict[int, KV] = field(default_factory=dict)  # layer -> (1, Hkv, T + room, D), filled by the passes
 
     def __post_init__(self) -> None:
-        self.config.require_layers(self.host.num_layers)
+        self.config.require_layers(self.host.num_kv_layers)
         if self.config.is_auto and self.controller is None:
             raise ValueError(
                 'recompute_ratios="auto" needs a controller, got none. `hfblend.patch` makes one; for `hfblend.blend` '
@@ -369,7 +369,7 @@ class Blending:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.host.lock.exclusive())
             stack.enter_context(self.host.small_steps_in_one_kernel())
-            if layer is not None and self.host.layers_run_as_written:
+            if layer is not None and self.host.may_skip_layers:
                 self._entered = stack.enter_context(watched(self.host.layers, layer, rows))
             if self._recorder is not None:
                 stack.enter_context(self._recorder.layers_of("all tokens", cache))

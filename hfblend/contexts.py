@@ -90,7 +90,7 @@ class ChunkContext:
     def _fits(self, entry: Reader, num_tokens: int, key: str) -> bool:
         """Whether an entry can be this model's KV of that many tokens; if not, it is logged and treated as a miss."""
         got = (entry.num_layers, len(entry.cached_positions), entry.num_bytes, entry.dtype, entry.layouts)
-        expected = (self.host.num_layers, num_tokens, num_tokens * self._token_bytes, self._dtype, self._layouts)
+        expected = (len(self._layouts), num_tokens, num_tokens * self._token_bytes, self._dtype, self._layouts)
         if got != expected:
             logger.warning(
                 "The store's entry %s… is not this model's: (layers, tokens, bytes, dtype, layouts) are %s, expected "

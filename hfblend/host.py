@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from .attention import QueryRows
@@ -22,7 +23,8 @@ from .switching import attention_by_position
 
 _MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _SELF_TEST_TOKENS, _SELF_TEST_SHIFT = 8, 37
-_FORWARD_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # what an unfit model may raise
+# What an unfit model may raise.
+_FORWARD_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # What forwards, masks and outputs call the cache. Transformers renamed it in 5.24; users may still give the old name.
 CACHE = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
@@ -84,13 +86,20 @@ class Host:
         kinds = set(getattr(self.config, "layer_types", None) or ()) - _MOVABLE_LAYER_TYPES
         if kinds:
             raise UnsupportedModel(
-                f"{type(model).__name__} has layers of type {sorted(kinds)}: recurrent or convolutional state "
-                "depends on all tokens before it and cannot be reused by chunk."
+                f"{type(model).__name__} has layers of type {sorted(kinds)}, which keep more than keys and values: "
+                "recurrent or convolutional state depends on all tokens before it, and an index beside the keys is "
+                "not moved with them."
             )
         self.num_layers: int = self.config.num_hidden_layers
         self._decoder = weakref.ref(_find_decoder(model, self.num_layers))
+        self._layer_owner = weakref.ref(_find_layer_owner(self.decoder, self.num_layers))
         self.decoder_parameters = list(inspect.signature(type(self.decoder).forward).parameters)[1:]
-        self.rotary_sources = _find_rotary_sources(self.decoder, self.config)
+        self.rotary_sources = _find_rotary_sources(self.layer_owner)
+        # Whether attention is replaced by ours for a pass (else rows of the host's own masks are used), and the windows
+        # that it then has; the self-test has the last word on both.
+        self.attends_by_position = bool(getattr(type(model), "_supports_attention_backend", False))
+        self.windows: dict[int, int | None] = {}
+        self.layers_stand_alone = True  # it also finds whether layers hand each other more than hidden states
         self.unwrapped_forward: Callable[..., Any] | None = None  # set while the decoder's forward is wrapped
         self.lock = ForwardLock()
 
@@ -103,14 +112,24 @@ class Host:
         return _alive(self._decoder)
 
     @property
+    def layer_owner(self) -> nn.Module:
+        """The module that holds the decoder layers: the decoder, or the text model inside it."""
+        return _alive(self._layer_owner)
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The decoder's layers, in order."""
-        return next(child for child in self.decoder.children() if _is_list_of(child, self.num_layers))  # type: ignore[return-value]
+        return next(child for child in self.layer_owner.children() if _is_list_of(child, self.num_layers))  # type: ignore[return-value]
 
     @property
     def layers_run_as_written(self) -> bool:
         """Whether hooks and a layer's own forward count when it is called: compiled layers may not look at them."""
         return not any(layer._compiled_call_impl is not None or "_orig_mod" in layer._modules for layer in self.layers)
+
+    @property
+    def may_skip_layers(self) -> bool:
+        """Whether a pass may start in the middle, or cut its last layer short."""
+        return self.layers_stand_alone and self.layers_run_as_written
 
     @property
     def device(self) -> torch.device:
@@ -175,7 +194,10 @@ class Host:
     @functools.cached_property
     def length_dependent(self) -> bool:
         """Whether frequencies depend on the prompt's length (dynamic, longrope), found by asking for two lengths."""
-        return not self._same_tables(1, 2**20)
+        try:
+            return not self._same_tables(1, 2**20)
+        except IndexError:  # a table of as many positions as the model has
+            return not self._same_tables(1, self.config.max_position_embeddings)
 
     def same_regime(self, one: int, other: int) -> bool:
         """Whether two prompt lengths give every rotary source the same frequencies."""
@@ -199,31 +221,44 @@ class Host:
         first = torch.arange(_SELF_TEST_TOKENS, device=self.device)
         return first, first + max(1, min(_SELF_TEST_SHIFT, limit - _SELF_TEST_TOKENS))
 
-    @torch.no_grad()
     def record(self, positions: torch.Tensor) -> dict[int, KV]:
         """K/V of all layers for a few fixed ids at `positions` (N,), from a stock forward."""
-        ids = (torch.arange(len(positions), device=self.device) * 7 + 3) % self.config.vocab_size
+        return self.run_stock(positions)[0]
+
+    def self_test_ids(self, count: int) -> torch.Tensor:
+        """(count,) fixed ids."""
+        return (torch.arange(count, device=self.device) * 7 + 3) % self.config.vocab_size
+
+    def run_stock(self, positions: torch.Tensor) -> tuple[dict[int, KV], Any]:
+        """A stock forward over a few fixed ids at `positions` (N,): K/V of all layers, and its output."""
         cache = RecordingCache(self.num_layers)
+        with self.lock.shared():
+            output = self.try_forward(
+                input_ids=self.self_test_ids(len(positions))[None],
+                position_ids=positions[None],
+                use_cache=True,
+                **{CACHE: cache},
+            )
+        if not cache.recorded:
+            raise UnsupportedModel(f"{type(self.model).__name__} caches no keys and values.")
+        return cache.recorded, output
+
+    @torch.no_grad()
+    def try_forward(self, **kwargs: Any) -> Any:
+        """A forward of the decoder that leaves rotary modules as they were.
+
+        Raises:
+            UnsupportedModel: with the error that it ended in.
+        """
         try:
-            with self.lock.shared(), _rotary_state_kept(self.rotary_sources):
-                self.decoder_forward(
-                    input_ids=ids[None], position_ids=positions[None], use_cache=True, **{CACHE: cache}
-                )
+            with _rotary_state_kept(self.rotary_sources):
+                return self.decoder_forward(**kwargs)
         except _FORWARD_ERRORS as error:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} cannot run with explicit position_ids and a cache: {error}"
             ) from error
-        if not cache.recorded:
-            raise UnsupportedModel(f"{type(self.model).__name__} caches no keys and values.")
-        return cache.recorded
 
     # --- attention of selected rows -------------------------------------------------------------------------------
-
-    @property
-    def attends_by_position(self) -> bool:
-        """Whether attention can be replaced by ours for a pass (else rows of the host's own masks are used)."""
-        chunked = "chunked_attention" in (getattr(self.config, "layer_types", None) or ())
-        return bool(getattr(type(self.model), "_supports_attention_backend", False)) and not chunked
 
     @contextlib.contextmanager
     def rows_pass(self, rows: QueryRows, length: int) -> Iterator[Any]:
@@ -238,7 +273,7 @@ class Host:
             with self.lock.shared():
                 yield self._mask_rows(rows.positions[0], length)
             return
-        with self.lock.exclusive(), attention_by_position(self.decoder.config, rows):
+        with self.lock.exclusive(), attention_by_position(self.layer_owner.config, rows, self.windows):
             yield None
 
     def _mask_rows(self, rows: torch.Tensor, length: int) -> Any:
@@ -256,9 +291,14 @@ class Host:
             return {kind: self._take_rows(mask, rows, length) for kind, mask in masks.items()}
         return self._take_rows(masks, rows, length)
 
-    def _take_rows(self, mask: torch.Tensor | None, rows: torch.Tensor, length: int) -> torch.Tensor:
+    def _take_rows(self, mask: Any, rows: torch.Tensor, length: int) -> torch.Tensor:
         if mask is None:  # the host would have used a causal kernel
             return (torch.arange(length, device=rows.device) <= rows[:, None])[None, None]
+        if not torch.is_tensor(mask):
+            raise UnsupportedModel(
+                f"rows of a {type(mask).__name__} ({self.config._attn_implementation}) cannot be taken; load the model "
+                'with attn_implementation="sdpa" or "eager"'
+            )
         return mask.index_select(2, rows.to(mask.device))
 
 
@@ -270,28 +310,40 @@ def _alive(reference: weakref.ref[nn.Module]) -> nn.Module:
 
 
 def _find_decoder(model: nn.Module, num_layers: int) -> nn.Module:
-    """The module that owns the decoder layers (`get_decoder()` is not it in every family)."""
+    """The outermost module below the LM head that takes token ids: the decoder, or a decoder with its vision tower."""
     for module in model.modules():
-        for child in module.children():
-            if _is_list_of(child, num_layers):
-                return module
-    raise UnsupportedModel(f"{type(model).__name__} has no list of {num_layers} decoder layers.")
+        takes_ids = "input_ids" in inspect.signature(type(module).forward).parameters
+        if takes_ids and not isinstance(module, GenerationMixin) and _lists_of(module, num_layers):
+            return module
+    raise UnsupportedModel(
+        f"{type(model).__name__} has no module below its LM head that takes input_ids and holds a list of {num_layers} "
+        "decoder layers, as many as its config says that its cache has."
+    )
+
+
+def _find_layer_owner(decoder: nn.Module, num_layers: int) -> nn.Module:
+    """The module that holds the decoder layers, not those of a vision tower beside it."""
+    inner = decoder.get_decoder() if isinstance(decoder, PreTrainedModel) else decoder
+    return (_lists_of(inner, num_layers) or _lists_of(decoder, num_layers))[0]
+
+
+def _lists_of(root: nn.Module, length: int) -> list[nn.Module]:
+    """The modules that have a list of that many modules."""
+    return [module for module in root.modules() if any(_is_list_of(child, length) for child in module.children())]
 
 
 def _is_list_of(module: nn.Module, num_layers: int) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) == num_layers
 
 
-def _find_rotary_sources(decoder: nn.Module, config: Any) -> list[RotarySource]:
+def _find_rotary_sources(decoder: nn.Module) -> list[RotarySource]:
     sources: list[RotarySource] = []
     for module in decoder.modules():
         if "rotary" not in type(module).__name__.lower():
             continue
-        per_type = "layer_type" in inspect.signature(module.forward).parameters and isinstance(
-            getattr(module, "rope_type", None), dict
-        )
-        kinds = sorted(set(config.layer_types)) if per_type else [None]
-        sources += [RotarySource(module, kind) for kind in kinds]
+        rope_type = getattr(module, "rope_type", None)
+        per_type = "layer_type" in inspect.signature(module.forward).parameters and isinstance(rope_type, dict)
+        sources += [RotarySource(module, kind) for kind in (sorted(rope_type) if per_type else [None])]
     return sources
 
 

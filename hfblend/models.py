@@ -14,6 +14,7 @@ from .caches import RowLayout
 from .fingerprint import Fingerprint
 from .host import Host
 from .norms import Norms, find_norms, norms_in_one_kernel
+from .proof import prove_rows
 from .rope import KeyRotation, find_rotations
 from .rotary import Namespace, find_rotary, rotary_in_one_kernel
 
@@ -38,6 +39,7 @@ class BlendableModel(Host):
         self.graphs: Any = None  # of its passes, kept by graphs.py
         self.prefills_in_batches: bool | None = None  # found by batched_prefill.py; None: not yet
         self._small_steps: tuple[Norms, list[Namespace]] | None = None
+        prove_rows(self)
 
     @property
     def takes_kernels(self) -> bool:
@@ -46,6 +48,11 @@ class BlendableModel(Host):
         Asked several times a prompt, so it rests on what the fingerprint saw last.
         """
         return has_kernels(self.device) and self.fingerprint.devices == {self.device}
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers that keep K/V of their own. The last ones of some models attend to those of layers before them."""
+        return len(self.layouts)
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,8 +16,10 @@ from .attention import AttentionRecord, QueryRows
 from .caches import StopForward
 from .host import CACHE
 from .layers import Watched, cut, resumed, watched
-from .models import BlendableModel
 from .switching import attend_as
+
+if TYPE_CHECKING:
+    from .models import BlendableModel
 
 Forward = Callable[..., Any]
 
@@ -71,7 +73,7 @@ class Pass:
             if self.resume_at is not None:
                 assert self.resume_with is not None
                 stack.enter_context(resumed(host.layers, self.resume_at, self.resume_with))
-            if watch and self.stop_at is not None and host.layers_run_as_written:
+            if watch and self.stop_at is not None and host.may_skip_layers:
                 found = stack.enter_context(watched(host.layers, self.stop_at, self.rows))
             if self.cuts(host):
                 assert self.num_read is not None
@@ -97,7 +99,7 @@ class Pass:
             and self.num_read < len(self.rows)
             and host.attends_by_position
             and host.num_layers - 1 in host.layouts
-            and host.layers_run_as_written
+            and host.may_skip_layers
         )
 
 

@@ -135,7 +135,7 @@ class Blender:
         """The settings, checked against the model, with the filler's ids filled in."""
         if not isinstance(config, BlendConfig):
             raise TypeError(f"config must be a hfblend.BlendConfig, got {type(config).__name__}.")
-        config.require_layers(self.host.num_layers)
+        config.require_layers(self.host.num_kv_layers)
         self._controller_of(config)
         if config.chunk_prefix != "filler" or config.filler_ids:
             return config

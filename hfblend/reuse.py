@@ -78,7 +78,7 @@ class ReusedKV:
 
     def __init__(self, host: BlendableModel, reuse: Reuse, length: int) -> None:
         self.reuse, self.length = reuse, length
-        self._num_layers, self._device = host.num_layers, host.device
+        self._num_layers, self._device = host.num_kv_layers, host.device
         positions = [torch.arange(*piece.span) for piece in reuse.moved]
         moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
         self._realigner = Realigner(host, host.rotations, moves, host.regime(length))

@@ -253,10 +253,10 @@ class Stepping(Blending):
             )
         for piece in pieces:
             (start, stop), tokens, layers = piece.span, len(piece.entry.cached_positions), piece.entry.num_layers
-            if tokens != stop - start or layers != self.host.num_layers:
+            if tokens != stop - start or layers != self.host.num_kv_layers:
                 raise ValueError(
-                    f"The piece at {piece.span} needs KV of {stop - start} tokens and {self.host.num_layers} layers, "
-                    f"got {tokens} tokens and {layers} layers."
+                    f"The piece at {piece.span} needs KV of {stop - start} tokens and {self.host.num_kv_layers} "
+                    f"layers, got {tokens} tokens and {layers} layers."
                 )
             known[piece.span].exact = piece.exact
         for span in set(known) - set(spans):
@@ -322,7 +322,7 @@ class HeldKV(ReusedKV):
     def __init__(self, host: BlendableModel, reuse: Reuse, length: int) -> None:
         super().__init__(host, reuse, length)
         self._held: dict[int, KV] = {}
-        for layer in range(host.num_layers if reuse.exact or reuse.moved else 0):
+        for layer in range(host.num_kv_layers if reuse.exact or reuse.moved else 0):
             self._held[layer] = super().layer(layer)
             for states in self._held[layer]:
                 states.index_fill_(2, reuse.fresh_idx.to(states.device), 0)

@@ -6,8 +6,9 @@ Shapes: B batch, H query heads, Hkv KV heads, S query rows, T keys, D head_dim.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,33 +18,114 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from .attention import QueryRows, attend_in_pass
 
-_rows: ContextVar[QueryRows | None] = ContextVar("hfblend_query_rows", default=None)
+Predicate = Callable[..., torch.Tensor]  # (batch, head, query, key) indices -> whether the query sees the key
+
+
+class AttentionNotReplaceable(Exception):
+    """A layer's own attention does more than ours can; the message says what."""
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What attention does within `attention_by_position`."""
+
+    rows: QueryRows
+    windows: Mapping[int, int | None]
+    learner: WindowLearner | None
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("hfblend_attention_scope", default=None)
 
 
 @contextlib.contextmanager
-def attention_by_position(config: Any, rows: QueryRows) -> Iterator[None]:
+def attention_by_position(
+    config: Any, rows: QueryRows, windows: Mapping[int, int | None], learner: WindowLearner | None = None
+) -> Iterator[None]:
     """While it lasts, layers of the model with this `config` attend through `attend`, as these rows.
 
     `attend_as` changes the rows in the middle.
 
     The setting is model-wide; the caller keeps other forwards out. Code of other threads that only reads the setting
     (mask builders) is served as before.
+
+    Args:
+        windows: layer -> the window of its mask, as a `WindowLearner` found it; what a layer says itself counts for the
+            others, and for flash attention, which takes no mask.
+        learner: finds the windows in this pass.
     """
     own = config._attn_implementation
     config._attn_implementation_internal = _registered(own)
-    token = _rows.set(rows)
+    token = _scope.set(_Scope(rows, {} if "flash" in own else windows, learner))
     try:
         yield
     finally:
-        _rows.reset(token)
+        _scope.reset(token)
         config._attn_implementation_internal = own
 
 
 def attend_as(change: Callable[[QueryRows], QueryRows]) -> None:
     """Within `attention_by_position`: the rest of the pass has other rows."""
-    rows = _rows.get()
-    assert rows is not None
-    _rows.set(change(rows))
+    scope = _scope.get()
+    assert scope is not None
+    _scope.set(replace(scope, rows=change(scope.rows)))
+
+
+class WindowLearner:
+    """Learns the window of every layer from the masks that the model itself asks for.
+
+    A mask is asked for with a predicate, which can be put to the test at any distance. The model is given a marker in
+    place of the mask, so that each layer shows which one it uses.
+
+    Attributes:
+        windows: layer -> window, `None` where a row sees everything before it.
+    """
+
+    def __init__(self) -> None:
+        self._predicates: list[Predicate] = []
+        self.windows: dict[int, int | None] = {}
+
+    def marker(self, predicate: Predicate) -> torch.Tensor:
+        """What stands for a mask, (1, 1, 1, 1)."""
+        self._predicates.append(predicate)
+        return torch.full((1, 1, 1, 1), len(self._predicates) - 1)
+
+    def note(self, layer: int, mask: torch.Tensor | None) -> None:
+        """A layer attends with this mask.
+
+        Raises:
+            AttentionNotReplaceable: the mask is neither causal nor a window, or not the one that was given out.
+        """
+        is_marker = mask is not None and mask.shape == (1, 1, 1, 1) and not mask.is_floating_point()
+        if mask is not None and not is_marker:
+            raise AttentionNotReplaceable(f"layer {layer} makes an attention mask of its own")
+        window = None if mask is None else window_of(self._predicates[int(mask)])
+        if self.windows.setdefault(layer, window) != window:
+            raise AttentionNotReplaceable(f"layer {layer} attends in several ways")
+
+
+def window_of(predicate: Predicate) -> int | None:
+    """W if a row sees exactly the W last keys up to itself, `None` if it sees all of them.
+
+    Raises:
+        AttentionNotReplaceable: it sees anything else.
+    """
+    far = 1 << 20
+
+    def sees(row: int, key: int) -> bool:
+        index = [torch.tensor(i) for i in (0, 0, row, key)]
+        return key >= 0 and bool(predicate(*index))
+
+    hidden, seen = -1, far
+    while seen - hidden > 1:
+        middle = (seen + hidden) // 2
+        hidden, seen = (hidden, middle) if sees(far, middle) else (middle, seen)
+    window = None if seen == 0 else far - seen + 1
+    steps = {0, 1, 2, 3, 5, 8, far // 3} | {n for w in (window,) if w for n in (w - 1, w, w + 1, 2 * w)}
+    for row in (*steps, far - 1):
+        for key in {max(0, row + sign * step) for step in steps for sign in (1, -1)}:
+            if sees(row, key) != (key <= row and (window is None or key > row - window)):
+                raise AttentionNotReplaceable("a mask is neither causal nor a sliding window")
+    return window
 
 
 def _registered(implementation: str) -> str:
@@ -58,9 +140,10 @@ def _registered(implementation: str) -> str:
 
 def _mask_for_others(own_mask: Callable[..., Any] | None) -> Callable[..., Any]:
     def make_mask(*args: Any, **kwargs: Any) -> Any:
-        if _rows.get() is not None or own_mask is None:
-            return None
-        return own_mask(*args, **kwargs)
+        scope = _scope.get()
+        if scope is not None:
+            return None if scope.learner is None else scope.learner.marker(kwargs["mask_function"])
+        return None if own_mask is None else own_mask(*args, **kwargs)
 
     return make_mask
 
@@ -79,10 +162,16 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`attend` in the form that Transformers' layers call: returns (B, S, H, D) and no weights."""
-    rows = _rows.get()
-    if rows is None:
+    scope = _scope.get()
+    if scope is None:
         raise RuntimeError("hfblend's attention was called outside its pass; another thread reached a switched model.")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = getattr(module, "layer_idx", 0)
-    out = attend_in_pass(query, key, value, rows, layer, scaling, sliding_window, softcap, s_aux)
+    if scope.learner is not None:
+        scope.learner.note(layer, attention_mask)
+    rows = scope.rows
+    if query.shape[2] < rows.positions.shape[1]:  # a model may go on with the rows that are read, where K/V are shared
+        rows = rows.last(query.shape[2])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = scope.windows.get(layer, sliding_window)
+    out = attend_in_pass(query, key, value, rows, layer, scaling, window, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
