@@ -33,7 +33,7 @@ class Fallback(enum.Enum):
     FILLED_CACHE = ("past_key_values is not empty: a second turn continues it.", logging.INFO)
     NO_CACHE = ("use_cache=False leaves nothing to put KV into.", logging.WARNING)
     ALL_ROWS_WANTED = ("hidden states or attentions of all tokens are asked for.", logging.WARNING)
-    EXTRA_INPUTS = ("per-token inputs beside input_ids (position_ids, token types) are given.", logging.WARNING)
+    EXTRA_INPUTS = ("inputs beside input_ids (position_ids, token types, images, sound) are given.", logging.WARNING)
     NESTED = ("this generate runs inside another one of the same model (early-exit drafts).", logging.INFO)
     NOT_REACHED = ("no forward over the whole prompt reached the decoder (a compiled forward).", logging.WARNING)
 
@@ -136,7 +136,7 @@ def _after_splitting(model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any]
         return Fallback.NO_CACHE
     if any(generate_option(model, kwargs, name) for name in ("output_hidden_states", "output_attentions")):
         return Fallback.ALL_ROWS_WANTED
-    if any(_is_per_token(value, ids) for name, value in kwargs.items() if name not in _TOKEN_INPUTS):
+    if any(_is_input(value, ids) for name, value in kwargs.items() if name not in _TOKEN_INPUTS):
         return Fallback.EXTRA_INPUTS
     return None
 
@@ -179,8 +179,9 @@ def _left_padding(model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any]) -
     return padding.tolist() if bool((on_the_left.all(1) & ~whole_rows).all()) else None
 
 
-def _is_per_token(value: Any, ids: torch.Tensor) -> bool:
-    return torch.is_tensor(value) and value.ndim >= 2 and value.shape[1] == ids.shape[1]
+def _is_input(value: Any, ids: torch.Tensor) -> bool:
+    """Whether a tensor says something of the tokens: an entry each, or pixels and sound that stand for some."""
+    return torch.is_tensor(value) and value.ndim >= 2 and (value.shape[1] == ids.shape[1] or value.is_floating_point())
 
 
 def generate_option(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:

@@ -178,9 +178,12 @@ class Host:
         with torch.no_grad():
             if self.rotary_sources[source].may_depend_on_length:
                 replica(x, torch.zeros_like(forcing[:, :1]), *extra)  # back to the short regime, then grow to `regime`
-            tables = replica(x, forcing, *extra)
+            try:
+                tables = replica(x, forcing, *extra)
+            except IndexError:  # it wants a position in time, height and width; text has the same in all three
+                tables = replica(x, forcing.expand(3, 1, -1), *extra)
         cos, sin = (tables.real, tables.imag) if torch.is_tensor(tables) else tables
-        return cos[0, :-1].float(), sin[0, :-1].float()
+        return cos.flatten(0, -3)[0, :-1].float(), sin.flatten(0, -3)[0, :-1].float()
 
     def rotary_tables_of_pieces(
         self, source: int, pieces: list[tuple[torch.Tensor, int]]
@@ -280,13 +283,16 @@ class Host:
         """The selected rows of the host's own masks, (1, 1, S, T) or a dict of them by layer type."""
         embeds = torch.zeros(1, length, 0, dtype=self.dtype, device=rows.device)
         positions = torch.arange(length, device=rows.device)[None]
-        masks = create_masks_for_generate(
-            config=self.config,
-            inputs_embeds=embeds,
-            attention_mask=torch.ones_like(positions),
-            position_ids=positions,
-            **{CACHE: None},
-        )
+        try:
+            masks = create_masks_for_generate(
+                config=self.config,
+                inputs_embeds=embeds,
+                attention_mask=torch.ones_like(positions),
+                position_ids=positions,
+                **{CACHE: None},
+            )
+        except TypeError as error:  # Transformers 5.17 cannot make the masks of chunked attention ahead
+            raise UnsupportedModel(f"its masks cannot be made outside its forward: {error}") from error
         if isinstance(masks, dict):
             return {kind: self._take_rows(mask, rows, length) for kind, mask in masks.items()}
         return self._take_rows(masks, rows, length)
@@ -342,8 +348,9 @@ def _find_rotary_sources(decoder: nn.Module) -> list[RotarySource]:
         if "rotary" not in type(module).__name__.lower():
             continue
         rope_type = getattr(module, "rope_type", None)
-        per_type = "layer_type" in inspect.signature(module.forward).parameters and isinstance(rope_type, dict)
-        sources += [RotarySource(module, kind) for kind in (sorted(rope_type) if per_type else [None])]
+        takes_type = "layer_type" in inspect.signature(module.forward).parameters
+        kinds = sorted(rope_type) if takes_type and isinstance(rope_type, dict) else [None]
+        sources += [RotarySource(module, kind) for kind in kinds]
     return sources
 
 
