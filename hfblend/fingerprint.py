@@ -6,12 +6,16 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+
+from . import adapters, quantised_weights
+from .offloading import OffloadedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +26,7 @@ _CONFIG_NOISE = ("_name_or_path", "_model_name_or_path", "transformers_version",
 
 
 class Fingerprint:
-    """A model's fingerprint, taken again when a weight has changed.
+    """A model's fingerprint, taken again when a weight has changed or other adapters act.
 
     A weight counts as changed when its storage or its version counter does: in-place operations, assignment, moving and
     casting are seen. Writing through `.data` moves neither; call `refresh()` after that.
@@ -39,17 +43,19 @@ class Fingerprint:
         self.digest = ""
         self.devices: frozenset[torch.device] = frozenset()
         self.generation = 0
-        self._unreadable = uuid.uuid4().hex  # stands for weights that are not in memory (offloaded)
+        self._unreadable = uuid.uuid4().hex  # stands for weights on `meta` that no hook knows
         self._warned = False
         self.current(model)
 
     def current(self, model: nn.Module) -> str:
-        """The fingerprint as a hex digest. Costs a walk over the parameters; all weights are read only on a change."""
+        """The fingerprint as a hex digest. Costs a walk over the parameters; weights are read only on a change."""
         if self._inside is None or not self._inside.is_as_it_was():
             self._inside = _Inside(model)
-        state = self._inside.weights_state()
+        state = self._inside.state()
         if state != self._state:
-            self._state, self.digest = state, self._take(model)
+            if self._state is None or state[0] != self._state[0]:  # not only adapters were switched
+                self._inside = _Inside(model)
+            self._state, self.digest = state, self._take(model.config, self._inside)
             self.devices = self._inside.devices()
             self.generation += 1
         return self.digest
@@ -64,16 +70,18 @@ class Fingerprint:
         self._state = None
 
     @torch.no_grad()
-    def _take(self, model: nn.Module) -> str:
-        digest = hashlib.sha256(_config_text(model.config).encode())
-        for name, tensor in _named_tensors(model):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            if tensor.device.type == "meta":
+    def _take(self, config: Any, inside: _Inside) -> str:
+        digest = hashlib.sha256(_config_text(config).encode())
+        unread = inside.adapters.unread()
+        for i, weight in enumerate(inside.weights):
+            if f"{weight.name}.".startswith(unread):
+                continue
+            digest.update(f"{adapters.plain_name(weight.name)} {weight.note}".encode())
+            content = inside.content(i)
+            if content is None:
                 self._warn_unreadable()
-                digest.update(self._unreadable.encode())
-            else:
-                digest.update(_sums(tensor))
-        digest.update(repr(_adapter_state(_adapters(model.modules()))).encode())
+            digest.update(content or self._unreadable.encode())
+        digest.update(f"{inside.adapters.state()} {inside.adapters.configs()}".encode())
         return digest.hexdigest()
 
     def _warn_unreadable(self) -> None:
@@ -82,14 +90,26 @@ class Fingerprint:
             logger.warning("Some weights are offloaded and cannot be read: chunk KV is valid for this process only.")
 
 
-def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """All parameters, and the buffers that are saved with the model (rotary tables follow from the config)."""
-    return [
-        (f"{path}.{name}", tensor)
-        for path, module in model.named_modules()
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None and name not in module._non_persistent_buffers_set
-    ]
+@dataclass
+class _Weight:
+    """A plain tensor that the model's output depends on; `note` is all of it that is not in its numbers."""
+
+    name: str
+    note: str
+    tensor: torch.Tensor
+
+
+def _weights(model: nn.Module) -> Iterator[_Weight]:
+    """Parameters, the buffers that are saved with the model (rotary tables follow from the config), and scales."""
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                for note, part in quantised_weights.plain_parts(tensor):
+                    yield _Weight(f"{path}.{name}", f"{note} {tuple(part.shape)} {part.dtype}", part)
+        for name, value in quantised_weights.beside(module):
+            is_tensor = torch.is_tensor(value)
+            note = f"{tuple(value.shape)} {value.dtype}" if is_tensor else str(value)
+            yield _Weight(f"{path}.{name}", note, value if is_tensor else torch.empty(0))
 
 
 class _Inside:
@@ -101,8 +121,10 @@ class _Inside:
         self._dicts = dicts
         self._members = list(chain.from_iterable(d.values() for d in dicts))  # held, so that no id is given twice
         self._names_and_ids = self._look()
-        self._weights = [tensor for _, tensor in _named_tensors(model)]
-        self._adapters = _adapters(self.modules)
+        self.weights = list(_weights(model))
+        self.adapters = adapters.Adapters(model)
+        self._offloaded = OffloadedWeights(model)
+        self._contents: dict[int, bytes | None] = {}
 
     def is_as_it_was(self) -> bool:
         """Whether every module still holds the same modules, parameters and buffers."""
@@ -116,30 +138,26 @@ class _Inside:
 
     def devices(self) -> frozenset[torch.device]:
         """Where the weights are."""
-        return frozenset(tensor.device for tensor in self._weights)
+        return frozenset(weight.tensor.device for weight in self.weights)
 
-    def weights_state(self) -> tuple[Any, ...]:
+    def state(self) -> tuple[Any, ...]:
         """Changes whenever a weight is written in place, moved or cast, or an adapter is switched."""
-        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._weights]
-        return versions, _adapter_state(self._adapters)
+        weights = [self._state_of(weight) for weight in self.weights]
+        return (weights, self.adapters.merged()), self.adapters.state()
 
+    def _state_of(self, weight: _Weight) -> tuple[int, int]:
+        tensor = weight.tensor
+        if tensor.is_meta:
+            return self._offloaded.state(weight.name)
+        return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
-def _adapters(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """PEFT's tuner layers."""
-    return [
-        m
-        for m in modules
-        if "base_layer" in m._modules and hasattr(m, "active_adapters") and hasattr(m, "disable_adapters")
-    ]
-
-
-def _adapter_state(adapters: Iterable[nn.Module]) -> tuple[Any, ...]:
-    """Which adapters act, and how strongly: they change KV without changing a weight."""
-    return tuple(
-        (str(m.active_adapters), bool(m.disable_adapters), str(getattr(m, "merged_adapters", ())),
-         str(getattr(m, "scaling", {})))
-        for m in adapters
-    )  # fmt: skip
+    def content(self, i: int) -> bytes | None:
+        """A digest of a weight's numbers, taken once; `None` if they cannot be read. Offloaded ones come one by one."""
+        if i not in self._contents:
+            weight = self.weights[i]
+            tensor = self._offloaded.read(weight.name) if weight.tensor.is_meta else weight.tensor
+            self._contents[i] = None if tensor is None else hashlib.sha256(_sums(tensor)).digest()
+        return self._contents[i]
 
 
 def _sums(tensor: torch.Tensor) -> bytes:
