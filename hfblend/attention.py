@@ -14,8 +14,9 @@ Shapes: B batch, H query heads, Hkv KV heads, S query rows, T keys, D head_dim.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -170,10 +171,12 @@ class QueryRows:
         self.positions, self.hidden, self.record, self.state = positions, hidden, record, state
         self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    @cached_property
-    def for_kernels(self) -> torch.Tensor:
+    def for_kernels(self, device: torch.device) -> torch.Tensor:
         """(B, S) positions as the kernels read them."""
-        return self.positions.to(torch.int32).contiguous()
+        key = ("positions", device)
+        if key not in self._masks:
+            self._masks[key] = self.positions.to(device, torch.int32).contiguous()
+        return self._masks[key]
 
     def last(self, count: int) -> QueryRows:
         """The last `count` rows."""
@@ -296,10 +299,16 @@ def _attend_by_kernel(
     return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     hidden = rows.hidden_mask(key.shape[2], query.device)
-    return kernels.attend(
-        query, key, value, rows.for_kernels, scaling, sliding_window, softcap, sinks, hidden,
-        state=rows.state, layer=layer, return_lse=return_lse,
-    )  # fmt: skip
+    with _current(query.device):
+        return kernels.attend(
+            query, key, value, rows.for_kernels(query.device), scaling, sliding_window, softcap, sinks, hidden,
+            state=rows.state, layer=layer, return_lse=return_lse,
+        )  # fmt: skip
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """While it lasts, kernels run on that GPU: Triton asks for the current one, and a model may be on several."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _recorded_by_kernel(
@@ -318,10 +327,11 @@ def _recorded_by_kernel(
     assert record is not None
     out, lse = _attend_by_kernel(query, key, value, rows, scaling, sliding_window, softcap, sinks, layer, True)
     received = query.new_empty(0 if rows.state else query.shape[1], key.shape[2], dtype=torch.float32)
-    kernels.received(
-        query, key, lse, rows.for_kernels, scaling, sliding_window, softcap, hidden,
-        out=received, state=rows.state, layer=layer, slot=record.layers.index(layer) if rows.state else 0,
-    )  # fmt: skip
+    with _current(query.device):
+        kernels.received(
+            query, key, lse, rows.for_kernels(query.device), scaling, sliding_window, softcap, hidden,
+            out=received, state=rows.state, layer=layer, slot=record.layers.index(layer) if rows.state else 0,
+        )  # fmt: skip
     record.received[layer] = received
     record.end_if_complete()
     return out

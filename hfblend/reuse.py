@@ -78,7 +78,7 @@ class ReusedKV:
 
     def __init__(self, host: BlendableModel, reuse: Reuse, length: int) -> None:
         self.reuse, self.length = reuse, length
-        self._num_layers, self._device = host.num_kv_layers, host.device
+        self._host, self._num_layers, self._device = host, host.num_kv_layers, host.device
         positions = [torch.arange(*piece.span) for piece in reuse.moved]
         moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
         self._realigner = Realigner(host, host.rotations, moves, host.regime(length))
@@ -136,7 +136,10 @@ class ReusedKV:
             piece.entry.prefetch(layer_idx)
 
     def _like(self, layer_idx: int) -> KV:
-        return (self.reuse.moved + self.reuse.exact)[0].entry.layer(layer_idx)
+        """K/V of one entry, where the layer's own will be: a store's may be elsewhere."""
+        keys, values = (self.reuse.moved + self.reuse.exact)[0].entry.layer(layer_idx)
+        device = self._host.device_of_layer(layer_idx)
+        return keys[:, :, :0].to(device), values[:, :, :0].to(device)
 
     def _load(self, layer_idx: int, like: KV) -> KV:
         if self._gpu is not None and self._gpu.has(layer_idx):

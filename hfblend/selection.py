@@ -120,7 +120,8 @@ def mixed(shares: Mapping[Rule, float]) -> Rule:
         raise ValueError(f"mixed needs one or more rules, each with a share above 0, got {list(shares.values())}.")
 
     def rule(evidence: Evidence) -> torch.Tensor:
-        return interleaved([one(evidence) for one in shares], list(shares.values()))
+        device = evidence.candidate_idx.device  # scores of layers on several devices meet here
+        return interleaved([one(evidence).to(device) for one in shares], list(shares.values()))
 
     return rule
 

@@ -48,7 +48,8 @@ class Beside:
             return
         caller = torch.cuda.current_stream(self.device)
         caller.wait_event(self._done)
-        for tensor in {t.untyped_storage().data_ptr(): t for t in tensors if t.is_cuda}.values():
+        made_here = (t for t in tensors if t.device == caller.device)  # elsewhere, work ran on the caller's own streams
+        for tensor in {t.untyped_storage().data_ptr(): t for t in made_here}.values():
             tensor.record_stream(caller)
 
 
