@@ -193,7 +193,7 @@ class Method:
             raise ValueError(f'Method "{self.name}" takes chunk KV from another request: pass ids of its passage.')
         host = host_of(model)
         for ids in prompt.chunk_ids:
-            key = chunk_key(host.fingerprint.current(model), host.dtype, ids, None, config.namespace)
+            key = chunk_key(host.fingerprint.current(host.model), host.dtype, ids, None, config.namespace)
             if store.open(key) is None:
                 entry = prefill(host, ids, (*prompt.prefix_ids, *elsewhere), None)
                 store.put(key, replace(entry, provenance="in_context"))

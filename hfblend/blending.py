@@ -127,7 +127,7 @@ class Blending:
 
     Args:
         host: the model, past its self-test.
-        input_ids: (1, T) on the host's device.
+        input_ids: (1, T).
         spans: of the chunks.
         store, config: as in `blend`.
         prompt_length: tokens of the prompt, if draft tokens follow it; default T.
@@ -153,7 +153,13 @@ class Blending:
                 'recompute_ratios="auto" needs a controller, got none. `hfblend.patch` makes one; for `hfblend.blend` '
                 "pass controller=Controller(profile_of(model, store, config))."
             )
+        if self.config.is_auto and self.host.ranks.are_several:
+            raise ValueError(
+                'recompute_ratios="auto" measures this process, but the ranks of a tensor-parallel model must do '
+                "alike; give a ratio."
+            )
         self.host.fingerprint.current(self.host.model)
+        self.input_ids = self.input_ids.to(self.host.device)
         self.length = self.input_ids.shape[1]
         self.ids = self.ids or self.input_ids[0].tolist()
         self.spans.check(self.length)
@@ -313,17 +319,21 @@ class Blending:
     def _evidence(
         self, forward: Forward, reuse: Reuse, reused: ReusedKV, kept: torch.Tensor, check_layer: int
     ) -> selection.Evidence:
-        """What a rule may ask for, about the tokens still in the running."""
+        """What a rule may ask for, about the tokens still in the running: all heads, wherever they are computed."""
+        ranks = self.host.ranks
+
+        def all_heads(kv: KV) -> KV:
+            return ranks.gathered(kv[0], 1), ranks.gathered(kv[1], 1)
 
         def kv(layer: int) -> tuple[KV, KV]:
             self._compute_up_to(layer, forward, reuse, reused, kept)
             fresh = _rows_of(self.buffers[layer], kept)
             places = torch.searchsorted(reuse.candidate_idx, kept)
-            return fresh, _rows_of(reused.moved_kv(layer, fresh), places)
+            return all_heads(fresh), all_heads(_rows_of(reused.moved_kv(layer, fresh), places))
 
         def suffix_attention(layers: Sequence[int]) -> torch.Tensor:
             received = self._suffix_attention(layers, forward, reuse, reused)
-            return torch.stack([received[layer].to(kept.device)[:, kept] for layer in layers])
+            return ranks.gathered(torch.stack([received[layer].to(kept.device)[:, kept] for layer in layers]), 1)
 
         spans = [piece.span for piece in reuse.moved]
         return selection.Evidence(kept, spans, check_layer, self.host.num_layers, self.config, kv, suffix_attention)
@@ -343,7 +353,7 @@ class Blending:
                 f"A selection rule must return one score per candidate, {tuple(evidence.candidate_idx.shape)}, got "
                 f"{tuple(scores.shape)}."
             )
-        return scores.to(evidence.candidate_idx.device)
+        return self.host.ranks.as_first(scores.to(evidence.candidate_idx.device))
 
     def _compute_up_to(self, layer: int, forward: Forward, reuse: Reuse, reused: ReusedKV, kept: torch.Tensor) -> None:
         """Fresh K/V at `layer` for the tokens still in the running.

@@ -173,6 +173,18 @@ class Reader(Protocol):
         ...
 
 
+def in_memory(entry: Reader) -> ChunkKV:
+    """An entry with all its layers read.
+
+    Raises:
+        ChunkLost: they cannot be.
+    """
+    if isinstance(entry, ChunkKV):
+        return entry
+    cache = full_length_cache(entry.layer(i) for i in range(entry.num_layers))
+    return ChunkKV(cache, entry.cached_positions, entry.behind_ids, entry.provenance, entry.regime, entry.quantised)
+
+
 def prefill_chunk(
     model: nn.Module, ids: Sequence[int], behind_ids: Sequence[int] = (), *, behind: Reader | None = None
 ) -> ChunkKV:
@@ -216,11 +228,9 @@ def prefill_batch(
     stop, known = start + longest, 0
     if behind is not None and _can_continue(host, behind, stop):
         known = len(behind.cached_positions)
-        kv_behind = (behind.layer(i) for i in range(behind.num_layers))
         shape = (len(chunks), -1, -1, -1)
-        cache = full_length_cache(
-            (k.to(host.device).expand(shape), v.to(host.device).expand(shape)) for k, v in kv_behind
-        )
+        kv_behind = (_on_layers_device(host, i, behind.layer(i)) for i in range(behind.num_layers))
+        cache = full_length_cache((k.expand(shape), v.expand(shape)) for k, v in kv_behind)
     else:
         cache = DynamicCache()  # full-length layers, unlike DynamicCache(config=...) of a sliding model
     # A chunk's own last id pads it: what a row does not see must still be finite.
@@ -230,6 +240,11 @@ def prefill_batch(
     with host.lock.shared():
         host.decoder_forward(input_ids=new_ids, position_ids=positions, use_cache=True, **{CACHE: cache})
     return [_chunk_kv_of(host, cache, i, len(ids), tuple(behind_ids)) for i, ids in enumerate(chunks)]
+
+
+def _on_layers_device(host: Host, layer_idx: int, kv: KV) -> KV:
+    device = host.device_of_layer(layer_idx)
+    return kv[0].to(device), kv[1].to(device)
 
 
 def _chunk_kv_of(host: Host, cache: DynamicCache, row: int, num_tokens: int, behind_ids: tuple[int, ...]) -> ChunkKV:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .chunks import Reader
+from .chunks import ChunkLost, Reader, in_memory
 from .config import BlendConfig
 from .filler import require_filler
 from .models import BlendableModel
@@ -56,7 +56,17 @@ class ChunkContext:
     def open(self, key: str, num_tokens: int) -> Reader | None:
         """The entry; `None` if there is none that can be this model's KV of so many tokens."""
         entry = None if key in self.lost else self.store.open(key)
-        return entry if entry is not None and self._fits(entry, num_tokens, key) else None
+        entry = entry if entry is not None and self._fits(entry, num_tokens, key) else None
+        return self._on_all_ranks(entry) if self.host.ranks.are_several else entry
+
+    def _on_all_ranks(self, entry: Reader | None) -> Reader | None:
+        """The entry, in memory, if every rank has its own; what one cannot read is prefilled by all, together."""
+        try:
+            entry = None if entry is None else in_memory(entry)
+        except ChunkLost as error:
+            logger.warning("%s", error)
+            entry = None
+        return entry if self.host.ranks.all_agree(entry is not None) else None
 
     def to_continue(self) -> Reader | None:
         """KV of prefix, or of prefix and filler, to compute chunks from; `None` where that is not worth storing.

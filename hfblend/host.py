@@ -19,6 +19,9 @@ from transformers.masking_utils import create_masks_for_generate
 from .attention import QueryRows
 from .caches import KV, RecordingCache, sent
 from .locks import ForwardLock
+from .offloading import device_of
+from .quantised_weights import is_quantised
+from .ranks import Ranks
 from .switching import attention_by_position
 
 _MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -102,6 +105,8 @@ class Host:
         self.layers_stand_alone = True  # it also finds whether layers hand each other more than hidden states
         self.unwrapped_forward: Callable[..., Any] | None = None  # set while the decoder's forward is wrapped
         self.lock = ForwardLock()
+        self.ranks = Ranks(*_tensor_parallel(model))
+        self.is_quantised = is_quantised(model)
 
     @property
     def model(self) -> nn.Module:
@@ -133,9 +138,12 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go (offloaded parameters sit on `meta`; their hooks move inputs from the CPU)."""
-        device = next(self.decoder.parameters()).device
-        return torch.device("cpu") if device.type == "meta" else device
+        """Where token ids go: to the first of the devices that the model may be spread over."""
+        return device_of(self.decoder)
+
+    def device_of_layer(self, layer_idx: int) -> torch.device:
+        """Where a layer computes, and its K/V are."""
+        return device_of(self.layers[layer_idx])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -313,6 +321,32 @@ def _alive(reference: weakref.ref[nn.Module]) -> nn.Module:
     if module is None:
         raise RuntimeError("The model that hfblend was given no longer exists.")
     return module
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The Transformers model itself, out of what peft wraps around it."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    return next((one for one in model.modules() if isinstance(one, PreTrainedModel)), model)
+
+
+def _tensor_parallel(model: nn.Module) -> tuple[Any, torch.device | None]:
+    """The process group that holds the model in shards, and the device where it exchanges tensors; `None`: one process.
+
+    Raises:
+        UnsupportedModel: a mesh of more than tensor parallelism.
+    """
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or mesh.size() == 1:
+        return None, None
+    if mesh.ndim > 1 and mesh.size() != (getattr(model, "_tp_size", None) or 1):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is spread over a mesh of {tuple(mesh.shape)} {mesh.mesh_dim_names}; hfblend "
+            "blends tensor-parallel models, where every rank runs every layer."
+        )
+    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    local = torch.device("cpu") if mesh.device_type == "cpu" else next(model.parameters()).device
+    return mesh.get_group(), local
 
 
 def _find_decoder(model: nn.Module, num_layers: int) -> nn.Module:

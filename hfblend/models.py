@@ -7,12 +7,14 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+from . import adapters
 from .attention import HALF, has_kernels
 from .caches import RowLayout
 from .fingerprint import Fingerprint
-from .host import Host
+from .host import Host, UnsupportedModel, base_of
 from .norms import Norms, find_norms, norms_in_one_kernel
 from .proof import prove_rows
 from .rope import KeyRotation, find_rotations
@@ -34,7 +36,8 @@ class BlendableModel(Host):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.rotations, self.layouts = find_rotations(self)
+        self.rotations, self.layouts, dtype = find_rotations(self)
+        self._kv_dtypes = {super().dtype: dtype}
         self.fingerprint = Fingerprint(model)
         self.graphs: Any = None  # of its passes, kept by graphs.py
         self.prefills_in_batches: bool | None = None  # found by batched_prefill.py; None: not yet
@@ -47,7 +50,14 @@ class BlendableModel(Host):
 
         Asked several times a prompt, so it rests on what the fingerprint saw last.
         """
-        return has_kernels(self.device) and self.fingerprint.devices == {self.device}
+        on_one = self.fingerprint.devices == {self.device} and not self.ranks.are_several
+        return has_kernels(self.device) and on_one
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its K/V, as the self-test found it: parameters may be packed integers."""
+        of_parameters = super().dtype
+        return self._kv_dtypes.get(of_parameters, of_parameters)
 
     @property
     def num_kv_layers(self) -> int:
@@ -84,6 +94,9 @@ def host_of(model: nn.Module) -> BlendableModel:
     """
     if model.training:
         raise ValueError("The model is in training mode, where dropout would enter the cache; call model.eval().")
+    if reason := adapters.reason_against(model):
+        raise UnsupportedModel(reason)
+    model = base_of(model)
     if model not in _known:
         _known[model] = BlendableModel(model)
     return _known[model]
@@ -91,4 +104,4 @@ def host_of(model: nn.Module) -> BlendableModel:
 
 def forget(model: nn.Module) -> None:
     """Drops what is known of a model; the next `host_of` finds it out anew."""
-    _known.pop(model, None)
+    _known.pop(base_of(model), None)

@@ -113,7 +113,7 @@ def precompute(
         raise ValueError(f"batch_size must be 1 chunk or more, got {batch_size!r}.")
     to_ids = _ToIds(host, tokenizer)
     prefix_ids = to_ids.prefix(prefix, separator, add_special_tokens)
-    host.fingerprint.current(model)
+    host.fingerprint.current(host.model)
     run = _Run(host, store, BlendConfig() if config is None else config, prefix_ids, batch_size, progress)
     return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
 
@@ -221,8 +221,12 @@ class _Run:
     def _keep_prefix(self) -> None:
         ids = list(self.context.prefix_ids)
         key = self.context.key(ids, ())
-        if ids and not holds(self.store, key):
+        if ids and not self._holds(key):
             self._prefill(key, ids, (), None)
+
+    def _holds(self, key: str) -> bool:
+        """Whether the store has an entry; of a tensor-parallel model, every rank's."""
+        return self.host.ranks.all_agree(holds(self.store, key))
 
     def _missing(self, window: list[Ids]) -> dict[str, Ids]:
         """By key, the chunks that the store has not; the others are counted."""
@@ -230,7 +234,7 @@ class _Run:
         for ids in window:
             key = self.context.key(ids, self.context.behind_ids)
             self.report.chunks += 1
-            if key in missing or holds(self.store, key):
+            if key in missing or self._holds(key):
                 self.report.skipped += 1
             else:
                 missing[key] = ids
@@ -241,7 +245,7 @@ class _Run:
         chunk_kvs = prefill_together(self.host, [ids for _, ids in batch], behind_ids, behind)
         for (key, ids), chunk_kv in zip(batch, chunk_kvs):
             self._put(key, chunk_kv)
-            if not holds(self.store, key):
+            if not self._holds(key):
                 self.report.failed += 1
                 continue
             self._first_stored = self._first_stored or key
@@ -282,7 +286,7 @@ class _Run:
             self.progress(self.report)
 
     def _warn_if_pushed_out(self) -> None:
-        if self._first_stored is not None and not holds(self.store, self._first_stored):
+        if self._first_stored is not None and not self._holds(self._first_stored):
             logger.warning("The store is too small for these chunks: later ones pushed earlier ones out.")
 
 

@@ -155,8 +155,8 @@ class Realigner:
 # --- the self-test ------------------------------------------------------------------------------------------------
 
 
-def find_rotations(host: Host) -> tuple[list[KeyRotation | None], dict[int, RowLayout]]:
-    """Finds, per layer, the one rotation that maps cached state at p to cached state at p + Δ, and the state's shape.
+def find_rotations(host: Host) -> tuple[list[KeyRotation | None], dict[int, RowLayout], torch.dtype]:
+    """Finds, per layer, the one rotation that maps cached state at p to cached state at p + Δ; shapes and dtype.
 
     The same ids run through two stock forwards at shifted positions. In a model whose attention sees only relative
     positions, everything cached is equal but for one rotated slot. Learned positions change the values already in
@@ -171,14 +171,36 @@ def find_rotations(host: Host) -> tuple[list[KeyRotation | None], dict[int, RowL
         raise UnsupportedModel(f"Only layers {sorted(kv_first)} keep K/V; expected the first ones, without a gap.")
     old, new = ((positions, host.regime(int(positions[-1]) + 1)) for positions in (first, shifted))
     tables = [(host.rotary_tables(i, *old), host.rotary_tables(i, *new)) for i in range(len(host.rotary_sources))]
-    rotations = [_find_rotation(i, kv_first[i], kv_shifted[i], host.rotary_sources, tables) for i in sorted(kv_first)]
-    return rotations, {i: RowLayout.of(kv) for i, kv in kv_first.items()}
+    tolerance = _tolerance(host, dtype := _one_dtype(kv_first))
+    rotations = [
+        _find_rotation(i, kv_first[i], kv_shifted[i], host.rotary_sources, tables, tolerance) for i in sorted(kv_first)
+    ]
+    return rotations, {i: RowLayout.of(kv) for i, kv in kv_first.items()}, dtype
+
+
+def _one_dtype(kv: dict[int, KV]) -> torch.dtype:
+    dtypes = {states.dtype for of_layer in kv.values() for states in of_layer}
+    if len(dtypes) > 1:
+        raise UnsupportedModel(
+            f"Cached keys and values are of several dtypes, {sorted(map(str, dtypes))}; expected one."
+        )
+    return dtypes.pop()
+
+
+def _tolerance(host: Host, dtype: torch.dtype) -> float:
+    """What rounding adds over a model's layers; activations in few bits add as much as half precision does."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) and not host.is_quantised else 6e-2
 
 
 def _find_rotation(
-    layer_idx: int, kv: KV, kv_shifted: KV, sources: list[RotarySource], tables: list[tuple[Tables, Tables]]
+    layer_idx: int,
+    kv: KV,
+    kv_shifted: KV,
+    sources: list[RotarySource],
+    tables: list[tuple[Tables, Tables]],
+    tolerance: float,
 ) -> KeyRotation | None:
-    equal = [_close(a, b) for a, b in zip(kv, kv_shifted)]
+    equal = [_close(a, b, tolerance) for a, b in zip(kv, kv_shifted)]
     if all(equal):
         return None
     if not any(equal):
@@ -194,7 +216,7 @@ def _find_rotation(
                 continue
             cos, sin = rotation_between(old, new)
             for sign in _SIGNS:
-                if _close(rotate(kv[slot], cos, sign * sin, pairing), kv_shifted[slot]):
+                if _close(rotate(kv[slot], cos, sign * sin, pairing), kv_shifted[slot], tolerance):
                     return KeyRotation(slot, pairing, layout, source, sign)
     raise UnsupportedModel(
         f"Layer {layer_idx}: cached {'keys' if slot == 0 else 'values'} change with position, but no rotation from the "
@@ -202,8 +224,7 @@ def _find_rotation(
     )
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal up to what rounding adds over a model's layers, by relative norm."""
-    tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 6e-2
+def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    """Equal up to a relative norm."""
     norm = b.float().norm()
     return bool((a.float() - b.float()).norm() <= tolerance * norm) or bool(norm == 0 and a.float().norm() == 0)

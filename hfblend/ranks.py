@@ -1,0 +1,55 @@
+"""The processes that hold one model together, each a part of every layer (tensor parallel).
+
+Each rank has K/V of its own heads and a store of its own, but a forward is one step of all of them: what decides which
+forwards run, and over which tokens, must be the same everywhere. That is settled here.
+
+Shapes: H heads of one rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """One process alone, or all that share a tensor-parallel model.
+
+    Args:
+        group: their process group; `None`: one process.
+        device: where the group exchanges tensors.
+    """
+
+    def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
+        self.group, self.device = group, device
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    @property
+    def are_several(self) -> bool:
+        return self.size > 1
+
+    def all_agree(self, here: bool) -> bool:
+        """Whether it is so on every rank."""
+        if not self.are_several:
+            return here
+        agreed = torch.tensor(int(here), device=self.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self.group)
+        return bool(agreed)
+
+    def gathered(self, states: torch.Tensor, dim: int) -> torch.Tensor:
+        """The heads of all ranks, in order, of states that have H of them in dimension `dim`."""
+        if not self.are_several:
+            return states
+        parts = [torch.empty_like(states, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, states.contiguous(), group=self.group)
+        return torch.cat(parts, dim)
+
+    def as_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the first rank has: a last bit that differs would choose other tokens."""
+        if not self.are_several:
+            return tensor
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, group=self.group, group_src=0)
+        return tensor
