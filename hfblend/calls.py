@@ -128,7 +128,15 @@ class Call:
             return False
         assert self.plan.input_ids is not None
         expected = self.plan.input_ids.repeat_interleave(copies, 0)
-        return bool((ids[:, : self.plan.num_tokens] == expected).all())
+        return bool((ids[:, : self.plan.num_tokens] == expected).all()) and self._stands_at_0(kwargs, copies)
+
+    def _stands_at_0(self, kwargs: dict[str, Any], copies: int) -> bool:
+        """Whether each prompt's first token is at position 0: what wraps the model may have put more before it."""
+        positions = kwargs.get("position_ids")
+        if positions is None or positions.ndim != 2:
+            return True
+        last = [len(self.plan.prompts[place]) - 1 for place in self.plan.prompt_of_row for _ in range(copies)]
+        return positions[:, self.plan.num_tokens - 1].expand(len(last)).tolist() == last
 
     def blended_forward(self, kwargs: dict[str, Any]) -> Any:
         """The decoder's output for all prompts, with the rows of the last pass only, and the cache filled."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from . import adapters
 from .config import BlendConfig
 from .host import cache_given
 from .prompt import ChunkSpans, Prompt, spans_by_row
@@ -34,6 +35,10 @@ class Fallback(enum.Enum):
     NO_CACHE = ("use_cache=False leaves nothing to put KV into.", logging.WARNING)
     ALL_ROWS_WANTED = ("hidden states or attentions of all tokens are asked for.", logging.WARNING)
     EXTRA_INPUTS = ("inputs beside input_ids (position_ids, token types, images, sound) are given.", logging.WARNING)
+    ADAPTERS = (
+        "adapters are chosen for each row (adapter_names), or act in part of the prompt only (aLoRA).",
+        logging.WARNING,
+    )
     NESTED = ("this generate runs inside another one of the same model (early-exit drafts).", logging.INFO)
     NOT_REACHED = ("no forward over the whole prompt reached the decoder (a compiled forward).", logging.WARNING)
 
@@ -117,6 +122,8 @@ def _before_splitting(
         return Fallback.NESTED
     if model.training:
         return Fallback.TRAINING_MODE
+    if adapters.reason_against(model, kwargs):
+        return Fallback.ADAPTERS
     return Fallback.NO_INPUT_IDS if ids is None or kwargs.get("inputs_embeds") is not None else None
 
 

@@ -328,4 +328,5 @@ def test_compiled_forwards_fall_back():
 
 def test_every_fallback_has_a_test():
     tested = {*fallback_calls(make_llama()), "training_mode", "nested", "not_reached"}
+    tested |= {"adapters"}  # tests/test_adapters.py
     assert tested == {fallback.name.lower() for fallback in Fallback}
