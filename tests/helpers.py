@@ -150,7 +150,7 @@ def store_of_true_kv(
         away = Realigner(host, host.rotations, [(positions, positions + shift, now)], then)
         moved = [away(i, tuple(t[:, :, start:stop] for t in kv[i])) for i in sorted(kv)]
         behind = () if start == 0 else tuple(prompt.prefix_ids)
-        key = chunk_key(host.fingerprint.current(model), host.dtype, prompt.ids[start:stop], behind)
+        key = chunk_key(host.fingerprint.current(host.model), host.dtype, prompt.ids[start:stop], behind)
         entry = hfblend.ChunkKV(full_length_cache(moved), positions + shift, behind, "isolated", then)
         store.put(key, entry)
     return store

@@ -1,0 +1,148 @@
+"""Models that do not fit one device: offloaded by accelerate, spread over GPUs, in shards of several processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import config, generate, largest_difference, make_llama, make_mistral, make_prompt, store_of_true_kv
+
+import hfblend
+from hfblend.models import host_of
+from hfblend.offloading import OffloadedWeights, device_of
+
+PROMPT = make_prompt()
+STOCK = {"input_ids": PROMPT.input_ids}
+TINY = 3e-4  # on logits of |10|: what moving keys in fp32 adds
+
+
+# --- offloaded ----------------------------------------------------------------------------------------------------
+
+
+def on_cpu(model, folder):
+    from accelerate import cpu_offload
+
+    return cpu_offload(model)
+
+
+def on_disk(model, folder):
+    from accelerate import disk_offload
+
+    return disk_offload(model, folder / "weights")
+
+
+def half_in_memory(model, folder):
+    """As `device_map="auto"` places a model that is too large: two layers stay, one goes to RAM and one to disk."""
+    from accelerate import dispatch_model
+
+    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    layers = {f"model.layers.{i}": where for i, where in enumerate(("cpu", "disk", "cpu", "disk"))}
+    return dispatch_model(model, parts | layers, main_device="cpu", offload_dir=folder / "weights", force_hooks=True)
+
+
+def loaded_with_a_device_map(model, folder):
+    """As users do it: `from_pretrained` reads offloaded weights from the checkpoint's own files."""
+    model.save_pretrained(folder / "checkpoint")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "disk"}
+    layers = {f"model.layers.{i}": where for i, where in enumerate(("cpu", "disk", "cpu", "disk"))}
+    return type(model).from_pretrained(folder / "checkpoint", device_map=places | layers, dtype=model.dtype).eval()
+
+
+OFFLOADING = [on_cpu, on_disk, half_in_memory, loaded_with_a_device_map]
+
+
+def on_meta(model):
+    return {name for name, parameter in model.named_parameters() if parameter.is_meta}
+
+
+@pytest.mark.parametrize("offload", OFFLOADING)
+@pytest.mark.parametrize("make", [make_llama, make_mistral])
+def test_an_offloaded_model_blends_as_one_in_memory(offload, make, tmp_path):
+    model = make()
+    stock = generate(model, STOCK)
+    true_kv = store_of_true_kv(model, PROMPT)
+    model = offload(model, tmp_path)
+    away = on_meta(model)
+    assert len(away) >= 18
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        output = generate(model, PROMPT.inputs())
+        assert blender.trace.blended
+        assert torch.equal(output.sequences, stock.sequences)
+        assert largest_difference(output, stock) <= TINY
+    assert on_meta(model) == away
+    with hfblend.patch(model, config=config(0.15), store=true_kv) as blender:  # stored by the model in memory
+        output = generate(model, PROMPT.inputs())
+        assert blender.trace.hits == 3
+        assert largest_difference(output, stock) <= TINY
+    assert on_meta(model) == away
+
+
+@pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation", "mixed"])
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_chunks_on_disk_serve_an_offloaded_model(selection, layerwise, tmp_path):
+    model = half_in_memory(make_llama(), tmp_path)
+    settings = config(0.3, selection=selection, layerwise=layerwise)
+    expected = generate_with(make_llama(), settings, hfblend.MemoryStore())
+    for hits in (0, 3):
+        store = hfblend.store.DiskStore(tmp_path / "chunks")
+        output, trace = generate_with(model, settings, store)
+        assert trace.hits == hits
+        assert torch.equal(trace.selected_idx, expected[1].selected_idx)
+        assert largest_difference(output, expected[0]) <= TINY
+
+
+def generate_with(model, settings, store):
+    with hfblend.patch(model, config=settings, store=store) as blender:
+        return generate(model, PROMPT.inputs()), blender.trace
+
+
+def test_an_offloaded_model_stores_chunks_ahead_and_is_verified(tmp_path):
+    model = half_in_memory(make_llama(), tmp_path)
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        report = blender.precompute(PROMPT.chunk_ids, prefix=PROMPT.prefix_ids)
+        assert report.computed == 3
+        assert blender.verify(PROMPT).kl <= 1e-6
+        generate(model, PROMPT.inputs())
+        assert blender.trace.hits == 3
+
+
+@pytest.mark.parametrize("offload", OFFLOADING)
+def test_the_fingerprint_of_an_offloaded_model_is_that_of_the_model(offload, tmp_path, caplog):
+    expected = host_of(make_llama()).fingerprint.digest
+    model = offload(make_llama(), tmp_path)
+    assert host_of(model).fingerprint.digest == expected
+    assert "cannot be read" not in caplog.text
+    other = make_llama()
+    with torch.no_grad():
+        other.model.layers[3].mlp.up_proj.weight[5, 6] += 0.1
+    other = offload(other, tmp_path / "other")
+    assert host_of(other).fingerprint.digest != expected
+
+
+def test_an_offloaded_weight_that_changes_is_seen(tmp_path):
+    model = on_cpu(make_llama(), tmp_path)
+    taken = host_of(model).fingerprint
+    before = taken.current(model)
+    generate(model, STOCK)  # brings every weight, and puts new ones on meta
+    assert taken.current(model) == before
+    with torch.no_grad():
+        OffloadedWeights(model).read("model.layers.1.mlp.up_proj.weight").mul_(2)
+    assert taken.current(model) != before
+
+
+def test_weights_on_meta_that_no_hook_knows_are_never_taken_for_equal(caplog):
+    model = make_llama()
+    taken = [hfblend.fingerprint.Fingerprint(model.to("meta")).digest for _ in range(2)]
+    assert taken[0] != taken[1]
+    assert "cannot be read" in caplog.text
+
+
+def test_where_a_module_computes():
+    from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+
+    first, second, third, _ = make_llama().model.layers
+    assert device_of(first) == torch.device("cpu")
+    assert device_of(first.to("meta")) == torch.device("cpu")  # offloaded, without a word about where it goes
+    add_hook_to_module(second.mlp.act_fn, AlignDevicesHook("cuda:1"))
+    assert device_of(second) == torch.device("cuda:1")
+    add_hook_to_module(third.mlp.act_fn, SequentialHook(AlignDevicesHook(), AlignDevicesHook("cuda:2")))
+    assert device_of(third) == torch.device("cuda:2")
