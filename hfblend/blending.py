@@ -148,15 +148,12 @@ class Blending:
 
     def __post_init__(self) -> None:
         self.config.require_layers(self.host.num_kv_layers)
+        if self.config.is_auto:
+            self.host.ranks.require_one()
         if self.config.is_auto and self.controller is None:
             raise ValueError(
                 'recompute_ratios="auto" needs a controller, got none. `hfblend.patch` makes one; for `hfblend.blend` '
                 "pass controller=Controller(profile_of(model, store, config))."
-            )
-        if self.config.is_auto and self.host.ranks.are_several:
-            raise ValueError(
-                'recompute_ratios="auto" measures this process, but the ranks of a tensor-parallel model must do '
-                "alike; give a ratio."
             )
         self.host.fingerprint.current(self.host.model)
         self.input_ids = self.input_ids.to(self.host.device)

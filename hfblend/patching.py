@@ -196,6 +196,7 @@ class Blender:
         """What settles `"auto"`; the first time, the machine is measured, or what was measured before is read."""
         if not config.is_auto:
             return None
+        self.host.ranks.require_one()
         key = (id(self.store), config.selection, config.check_layers, config.score_layers, config.least_ratio)
         if key not in self._controllers:
             self._controllers[key] = Controller(profile_of(self.model, self.store, config), config.least_ratio)

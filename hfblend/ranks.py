@@ -30,6 +30,16 @@ class Ranks:
     def are_several(self) -> bool:
         return self.size > 1
 
+    def require_one(self) -> None:
+        """Raises:
+        ValueError: several ranks, of which each would measure its own time and settle "auto" in its own way.
+        """
+        if self.are_several:
+            raise ValueError(
+                f'recompute_ratios="auto" is settled by what one process measures; this model is tensor-parallel over '
+                f"{self.size} ranks, which must recompute the same tokens. Give a ratio."
+            )
+
     def all_agree(self, here: bool) -> bool:
         """Whether it is so on every rank."""
         if not self.are_several:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import config, generate, largest_difference, make_llama, make_mistral, make_prompt, store_of_true_kv
@@ -146,3 +152,57 @@ def test_where_a_module_computes():
     assert device_of(second) == torch.device("cuda:1")
     add_hook_to_module(third.mlp.act_fn, SequentialHook(AlignDevicesHook(), AlignDevicesHook("cuda:2")))
     assert device_of(third) == torch.device("cuda:2")
+
+
+# --- in shards ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two processes found that hold one model in shards, on the CPU, through gloo."""
+    folder = tmp_path_factory.mktemp("ranks")
+    make_llama().save_pretrained(folder / "checkpoint")
+    script = pathlib.Path(__file__).with_name("tensor_parallel.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, script, folder / "checkpoint", folder], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+class TestTensorParallel:
+    def test_each_rank_holds_its_heads_under_its_own_keys(self, ranks):
+        assert [found["heads"] for found in ranks] == [1, 1]  # of 2
+        assert len({found["key"] for found in ranks} | {host_of(make_llama()).fingerprint.digest}) == 3
+
+    def test_ranks_equal_one_process_where_blending_is_exact(self, ranks):
+        stock = generate(make_llama(), STOCK).sequences[0].tolist()
+        for found in ranks:
+            assert found["stock"] == stock
+            assert max(found["largest_difference"]) <= TINY
+            for name, hits in (("ratio 1", 0), ("true KV", 3)):
+                assert found[name]["blended"]
+                assert found[name]["hits"] == hits
+                assert found[name]["tokens"] == stock
+
+    @pytest.mark.parametrize("rule", ["kv_deviation", "suffix_attention", "mixed"])
+    def test_ranks_select_what_one_process_selects(self, ranks, rule):
+        alone = hfblend.blend(make_llama(), PROMPT, config=config(0.3, selection=rule)).trace.selected_idx.tolist()
+        assert len(alone) == 14  # of 44 that moved
+        assert [found[rule]["selected"] for found in ranks] == [alone, alone]
+        assert ranks[0][rule]["tokens"] == ranks[1][rule]["tokens"]
+
+    def test_ranks_share_a_folder_and_count_a_hit_only_if_all_have_it(self, ranks):
+        for found in ranks:
+            assert (found["disk, cold"]["hits"], found["disk, warm"]["hits"]) == (0, 3)
+            assert found["disk, warm"]["tokens"] == found["disk, cold"]["tokens"]
+            before, after = (found[f"one rank lost its chunks{when}"] for when in (", before", ""))
+            assert after["hits"] == 0  # also on the rank that has them: the other must not prefill alone
+            assert after["tokens"] == before["tokens"]
+            assert found["precomputed"] == 3
+
+    def test_ranks_do_not_measure_each_their_own_ratio(self, ranks):
+        assert all("tensor-parallel" in found["auto"] for found in ranks)
