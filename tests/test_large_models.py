@@ -206,3 +206,54 @@ class TestTensorParallel:
 
     def test_ranks_do_not_measure_each_their_own_ratio(self, ranks):
         assert all("tensor-parallel" in found["auto"] for found in ranks)
+
+
+# --- over GPUs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", ["cuda", "cpu", "disk"])
+class TestTwoGPUs:
+    """Layers 0 and 1 on the first GPU, 2 on the second, 3 there or offloaded."""
+
+    def spread(self, dtype, last, folder):
+        from accelerate import dispatch_model
+
+        places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+        layers = {f"model.layers.{i}": where for i, where in enumerate((0, 0, 1, 1 if last == "cuda" else last))}
+        return dispatch_model(make_llama(dtype=dtype), places | layers, main_device=0, offload_dir=folder)
+
+    def test_each_layers_kv_is_where_the_layer_is(self, dtype, last, tmp_path):
+        model = self.spread(dtype, last, tmp_path)
+        result = hfblend.blend(model, PROMPT, config=config(0.3))
+        wanted = [host_of(model).device_of_layer(i) for i in range(4)]
+        assert [layer.keys.device for layer in result.cache.layers] == wanted
+        assert [device.index for device in wanted[:3]] == [0, 0, 1]
+
+    @pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation", "mixed"])
+    @pytest.mark.parametrize("ids_on", ["cpu", "cuda:0"])
+    def test_it_equals_stock_where_blending_is_exact(self, dtype, last, selection, ids_on, tmp_path):
+        model = self.spread(dtype, last, tmp_path)
+        stock = generate(model, {"input_ids": PROMPT.input_ids.to("cuda:0")}, max_new_tokens=1)
+        bound = TINY if dtype == torch.float32 else 0.06 * float(stock.logits[0].float().norm())
+        settings = {"selection": selection, "check_layers": (2,)}
+        for ratio, store in ((1.0, None), (0.3, store_of_true_kv(model, PROMPT))):
+            with hfblend.patch(model, config=config(ratio, **settings), store=store) as blender:
+                output = generate(model, PROMPT.inputs(ids_on), max_new_tokens=1)
+                assert blender.trace.blended
+                assert blender.trace.hits == (3 if store else 0)
+                assert largest_difference(output, stock) <= bound
+
+    @pytest.mark.parametrize("layerwise", [True, False])
+    @pytest.mark.parametrize("where", ["gpu", "ram", "disk"])
+    def test_chunks_come_from_anywhere(self, dtype, last, layerwise, where, tmp_path):
+        model = self.spread(dtype, last, tmp_path / "weights")
+        made = {"gpu": hfblend.MemoryStore, "ram": lambda: hfblend.MemoryStore(device="cpu")}
+        store = made[where]() if where in made else hfblend.store.DiskStore(tmp_path / "chunks")
+        with hfblend.patch(model, config=config(0.3, layerwise=layerwise), store=store) as blender:
+            cold, warm = (generate(model, PROMPT.inputs("cuda:0")) for _ in range(2))
+            assert blender.trace.hits == 3
+            assert torch.equal(cold.sequences, warm.sequences)
+            assert blender.precompute(PROMPT.chunk_ids, prefix=PROMPT.prefix_ids).skipped == 3
