@@ -11,6 +11,8 @@ Shapes: S rows of the pass, T all tokens, Hkv KV heads, D head_dim.
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +32,25 @@ STARTS_AT = 1  # the layer at which a shortened pass starts
 States = list[torch.Tensor]  # (S, …): keys and values of each layer, then the hidden states that come out
 
 
+@dataclass
+class _Stock:
+    """What a stock forward over all tokens leaves.
+
+    Attributes:
+        kv: layer -> K/V (1, Hkv, T, D).
+        hidden: (T, C) that come out.
+        entered: what entered the layer `STARTS_AT`; `None` where that cannot be seen.
+    """
+
+    kv: dict[int, KV]
+    hidden: torch.Tensor
+    entered: Watched | None
+
+    @property
+    def rows(self) -> States:
+        return [*_rows_of(self.kv), self.hidden[list(ROWS)]]
+
+
 def prove_rows(host: BlendableModel) -> None:
     """Finds how rows of this model attend: by position through our attention, or through rows of its own masks.
 
@@ -38,17 +59,16 @@ def prove_rows(host: BlendableModel) -> None:
     Raises:
         UnsupportedModel: neither way gives the rows what a stock forward gives them.
     """
-    truth = _stock(host, LENGTH)
-    wrong = []
+    stock, wrong = _run_stock(host, LENGTH), []
     for by_position in (True, False) if host.attends_by_position else (False,):
         host.attends_by_position = by_position
         try:
             host.windows = _learn_windows(host) if by_position else {}
-            _require_equal(host, _rows_alone(host), truth)
+            _require_equal(host, _run_rows(host, stock.kv), stock.rows)
         except (AttentionNotReplaceable, UnsupportedModel) as error:
             wrong.append(f"{'by position' if by_position else 'with rows of its own masks'}, {error}")
         else:
-            host.layers_stand_alone = _shortened_is_equal(host, truth)
+            host.layers_stand_alone = _shortened_is_equal(host, stock)
             return
     raise UnsupportedModel(
         f"{type(host.model).__name__}: {len(ROWS)} of {LENGTH} tokens, computed at their own positions over the cached "
@@ -66,47 +86,42 @@ def _learn_windows(host: BlendableModel) -> dict[int, int | None]:
     return learner.windows
 
 
-def _stock(host: BlendableModel, length: int) -> States:
-    """The rows in a stock forward over the first `length` tokens."""
-    kv, output = host.run_stock(torch.arange(length, device=host.device))
-    return [*_rows_of(kv), output[0][0, list(ROWS)]]
+def _run_stock(host: BlendableModel, length: int) -> _Stock:
+    """A stock forward over the first `length` tokens."""
+    positions, entered = torch.arange(length, device=host.device), None
+    with contextlib.ExitStack() as stack:
+        if host.may_skip_layers and host.num_layers > STARTS_AT:
+            entered = stack.enter_context(watched(host.layers, STARTS_AT, positions))
+        kv, output = host.run_stock(positions)
+    return _Stock(kv, output[0][0], entered if entered is not None and entered.hidden is not None else None)
 
 
-def _rows_alone(host: BlendableModel) -> States:
-    """The rows in a pass of their own."""
-    kv, _ = host.run_stock(torch.arange(LENGTH, device=host.device))
-    return _run(host, kv)
-
-
-def _shortened_is_equal(host: BlendableModel, truth: States) -> bool:
+def _shortened_is_equal(host: BlendableModel, stock: _Stock) -> bool:
     """Whether rows that go on from what entered a layer, and of which one goes on in the last, come out the same."""
-    if host.num_layers <= STARTS_AT or not host.may_skip_layers:
-        return True
-    everything = torch.arange(LENGTH, device=host.device)
+    if stock.entered is None:
+        return True  # then no pass is shortened
+    late = {layer: kv for layer, kv in stock.kv.items() if layer >= STARTS_AT}
+    truth = [*_rows_of(late), stock.hidden[list(ROWS)]]
     try:
-        with watched(host.layers, STARTS_AT, everything) as entered:
-            kv, _ = host.run_stock(everything)
-        if entered.hidden is None:
-            return True  # then no pass is shortened
-        found = _run(host, {i: kv[i] for i in kv if i >= STARTS_AT}, entered)
-        first = 2 * min(STARTS_AT, len(kv))
-        _require_equal(host, [t[-1:] for t in found], [t[-1:] for t in truth[first:]])
+        found = _run_rows(host, late, stock.entered)
+        _require_equal(host, [states[-1:] for states in found], [states[-1:] for states in truth])
     except UnsupportedModel:
         return False
     return True
 
 
-def _run(host: BlendableModel, kv: dict[int, KV], entered: Watched | None = None) -> States:
+def _run_rows(host: BlendableModel, kv: dict[int, KV], entered: Watched | None = None) -> States:
     """A pass of the rows over K/V in which their own places are empty, from what entered a layer if that is given."""
     rows = torch.tensor(ROWS, device=host.device)
-    for states in (states for pair in kv.values() for states in pair):
+    buffers = {layer: (keys.clone(), values.clone()) for layer, (keys, values) in kv.items()}
+    for states in (states for pair in buffers.values() for states in pair):
         states.index_fill_(2, rows.to(states.device), 0)
     one = Pass(host.self_test_ids(LENGTH)[None, rows], rows, rows, LENGTH)
     if entered is not None:
         one.resume_at, one.resume_with, one.num_read = entered.layer, entered.of_rows(rows), 1
-    cache = BlendingCache(host.num_layers, kv, lambda layer, fresh: kv[layer], rows, LENGTH)
+    cache = BlendingCache(host.num_layers, buffers, lambda layer, fresh: buffers[layer], rows, LENGTH)
     output, _ = one.run(host, host.try_forward, cache)
-    return [*_rows_of(kv), output[0][0]]
+    return [*_rows_of(buffers), output[0][0]]
 
 
 def _rows_of(kv: dict[int, KV]) -> States:
@@ -131,7 +146,7 @@ def _require_equal(host: BlendableModel, found: States, truth: States) -> None:
         return
     # Quantised models differ from themselves where other rows run with these.
     shorter = ROWS[-1] + 1
-    own = _errors(_stock(host, shorter), _stock(host, LENGTH))
+    own = _errors(_run_stock(host, shorter).rows, _run_stock(host, LENGTH).rows)
     if not agree(own, 5e-2):
         raise UnsupportedModel(f"forwards over {shorter} and {LENGTH} tokens differ, too, by {own.max():.2g}")
     if not agree(errors, max(tolerance, 4 * own.median().item())):
