@@ -270,10 +270,10 @@ class GrowingLayer(DynamicLayer):
         return keys, values
 
 
-def empty_kv(like: KV, length: int, batch_size: int | None = None) -> KV:
-    """Uninitialised buffers (B, Hkv, length, D) of the kind of `like`, packed in rows; B as there, or as told."""
+def empty_kv(like: KV, length: int) -> KV:
+    """Uninitialised buffers (B, Hkv, length, D) of the kind of `like`, packed in rows."""
     layout, keys = RowLayout.of(like), like[0]
-    return layout.views(keys.new_empty(batch_size or keys.shape[0], length, layout.width))
+    return layout.views(keys.new_empty(keys.shape[0], length, layout.width))
 
 
 def packed(kv: KV, device: torch.device | str | None = None) -> KV:
@@ -344,11 +344,16 @@ class SideBySide:
         """Copies a prompt of `count` tokens, layer -> K/V (1, Hkv, `count` or more, D), to its rows."""
         for i, states_of_layer in sorted(kv.items()):
             if i not in self.buffers:
-                self.buffers[i] = empty_kv(states_of_layer, self.length + ROOM, self.batch_size)
+                self.buffers[i] = self._empty(states_of_layer)
             for buffer, states in zip(self.buffers[i], states_of_layer):
                 for row in rows:
                     buffer[row, :, : self.length - count] = 0  # masked, and yet 0 · NaN is NaN
                     buffer[row, :, self.length - count : self.length] = states[0, :, :count]
+
+    def _empty(self, like: KV) -> KV:
+        """Not packed in rows: where there are several rows of a batch, some models take `keys.view(B · Hkv, …)`."""
+        keys, values = (t.new_empty(self.batch_size, t.shape[1], self.length + ROOM, t.shape[3]) for t in like)
+        return keys, values
 
 
 def hand_over(buffers: dict[int, KV], length: int, batch_size: int, cache: Cache) -> None:

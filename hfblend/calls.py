@@ -130,15 +130,23 @@ class Call:
             return False
         assert self.plan.input_ids is not None
         expected = self.plan.input_ids.repeat_interleave(copies, 0)
-        return bool((ids[:, : self.plan.num_tokens] == expected).all()) and self._stands_at_0(kwargs, copies)
+        if not bool((ids[:, : self.plan.num_tokens] == expected).all()):
+            return False
+        if not self._begins_at_0(kwargs.get("position_ids"), copies):
+            self._fall_back(Fallback.POSITIONS)
+        return self._waiting
 
-    def _stands_at_0(self, kwargs: dict[str, Any], copies: int) -> bool:
-        """Whether each prompt's first token is at position 0: what wraps the model may have put more before it."""
-        positions = kwargs.get("position_ids")
-        if positions is None or positions.ndim != 2:
-            return True
+    def _begins_at_0(self, positions: torch.Tensor | None, copies: int) -> bool:
+        """Whether each prompt's last token is at its own length − 1, from where decoding will go on.
+
+        Args:
+            positions: (B · k or 1, T or more), or three of them, as models of images have; `None`: the model counts.
+        """
         last = [len(self.plan.prompts[place]) - 1 for place in self.plan.prompt_of_row for _ in range(copies)]
-        return positions[:, self.plan.num_tokens - 1].expand(len(last)).tolist() == last
+        if positions is None:
+            return min(last) == self.plan.num_tokens - 1
+        found = positions[..., self.plan.num_tokens - 1]
+        return bool((found == torch.tensor(last, device=found.device)).all())
 
     def blended_forward(self, kwargs: dict[str, Any]) -> Any:
         """The decoder's output for all prompts, with the rows of the last pass only, and the cache filled."""

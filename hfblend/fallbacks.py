@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,14 @@ class Fallback(enum.Enum):
     EXTRA_INPUTS = ("inputs beside input_ids (position_ids, token types, images, sound) are given.", logging.WARNING)
     ADAPTERS = (
         "adapters are chosen for each row (adapter_names), or act in part of the prompt only (aLoRA).",
+        logging.WARNING,
+    )
+    ROPE_REGIMES = (
+        "prompts of the batch have different RoPE frequencies alone; stock gives all of them the longest's.",
+        logging.WARNING,
+    )
+    POSITIONS = (
+        "a prompt does not begin at position 0: the model counts its padding, or has more before it.",
         logging.WARNING,
     )
     NESTED = ("this generate runs inside another one of the same model (early-exit drafts).", logging.INFO)
@@ -82,11 +90,14 @@ def plan(
     config: BlendConfig,
     separator: Separator | None,
     nested: bool,
+    same_regime: Callable[[int, int], bool],
 ) -> Plan:
     """Decides about one call of `generate(*args, **kwargs)`, before anything runs.
 
     Args:
         chunk_spans: of one prompt, or of each row; they count the padding, as the columns of `input_ids` do.
+        nested: whether it runs inside another one of this model.
+        same_regime: `Host.same_regime`.
 
     Raises:
         ValueError: chunk spans that do not fit the prompt, or the batch.
@@ -113,6 +124,9 @@ def plan(
     reasons = [_nothing_reused(prompt.chunk_spans, config) for prompt in planned.prompts]
     planned.prefilled = {place: reason for place, reason in enumerate(reasons) if reason}
     planned.fallback = reasons[0] if all(reasons) else _after_splitting(model, ids, kwargs)
+    longest = ids.shape[1] - min(padding)
+    if not planned.fallback and not all(same_regime(len(prompt), longest) for prompt in planned.prompts):
+        planned.fallback = Fallback.ROPE_REGIMES
     return planned
 
 

@@ -17,7 +17,6 @@ import transformers
 from families import FAMILIES, NOT_BUILT, Family
 from family_checks import (
     ATTENTION,
-    BATCH_IS_READY,
     attention,
     batch,
     future_leak,
@@ -44,7 +43,7 @@ def measured(family: Family) -> list[str]:
     some, _ = true_kv(family, 0.3)
     cells: list[float | str] = [
         ratio_1(family), none, some, realign_error(family), future_leak(family), window(family),
-        batch(family) if BATCH_IS_READY else "pending", *(attention(family, name) for name in ATTENTION),
+        batch(family), *(attention(family, name) for name in ATTENTION),
         keys_turn(family), rule,
     ]  # fmt: skip
     return [f"`{family.name}`", *(f"{cell:.0e}" if isinstance(cell, float) else cell for cell in cells)]
