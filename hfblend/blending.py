@@ -27,7 +27,6 @@ from . import selection
 from .attention import AttentionRecord
 from .caches import KV, ROOM, BlendingCache, RecordingCache, full_length_cache, hand_over
 from .chunks import ChunkKV, ChunkLost, Provenance
-from .compiled import as_written
 from .config import BlendConfig
 from .controller import BlendShape, Controller
 from .graphs import graphs_of
@@ -115,8 +114,7 @@ def blend(
         state = (algorithm or Blending)(
             host, input_ids, prompt.chunk_spans, store, config, noted, controller=controller
         )  # fmt: skip
-        with as_written(host.model, host.decoder):
-            output = state.run(host.last_logits)
+        output = state.run(host.last_logits)
         cache = DynamicCache(config=host.config)
         hand_over(state.buffers, len(prompt) - 1, 1, cache)
         state.clock.end_of("hand_over")

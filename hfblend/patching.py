@@ -23,7 +23,6 @@ from torch import nn
 
 from .calibration import Calibration, calibrate
 from .calls import Call
-from .compiled import as_written
 from .config import BlendConfig
 from .controller import Controller, Profile
 from .fallbacks import Fallback, generate_option, plan
@@ -302,13 +301,10 @@ class Blender:
         if self._runs_beside_python():
             call.blend_ahead(kwargs)
         token = _call.set(None if nested else call)
-        if call.is_blended:
-            call.until_prefilled.enter_context(as_written(self.host.model, self.host.decoder))
         try:
             output = self._stock_generate(*args, **kwargs)
         finally:
             _call.reset(token)
-            call.until_prefilled.close()
             call.give_up_ahead()
         call.end(output)
         if self._verifier is not None and call.is_blended:
@@ -350,4 +346,3 @@ class Blender:
             return call.blended_forward(kwargs)
         finally:
             _call.reset(token)
-            call.until_prefilled.close()

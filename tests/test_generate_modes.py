@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import pytest
@@ -316,77 +315,11 @@ def test_compiled_layers_blend():
         assert largest_difference(blended, stock) <= 1e-3
 
 
-COMPILED = {
-    "model.compile()": lambda model, **how: model.compile(**how),
-    "model.forward": lambda model, **how: setattr(model, "forward", torch.compile(model.forward, **how)),
-    "decoder.compile()": lambda model, **how: model.model.compile(**how),
-    "decoder.forward": lambda model, **how: setattr(model.model, "forward", torch.compile(model.model.forward, **how)),
-}
-
-
-@pytest.mark.slow  # tracing takes seconds
-@pytest.mark.parametrize("what", COMPILED)
-def test_compiled_models_blend_and_decode_compiled(what):
-    torch._dynamo.reset()  # other tests' models count towards its limit
-    model, ran = make_llama(), []
-    store, stock = store_of_true_kv(model, PROMPT), generate(model, {"input_ids": IDS}, max_new_tokens=3)
-
-    def backend(graph, inputs):
-        def run(*args):
-            ran.append(1)
-            return graph(*args)
-
-        return run
-
-    COMPILED[what](model, backend=backend, dynamic=True)
-    with hfblend.patch(model, config=config(0.2), store=store) as blender:
-        ran.clear()
-        generate(model, PROMPT.inputs(), max_new_tokens=1)
-        assert not ran  # the prompt's forward, blended
-        output = generate(model, PROMPT.inputs(), max_new_tokens=3)
-        assert len(ran) >= 2  # every other one
-        assert blender.trace.hits == 3
-        assert largest_difference(output, stock) <= 1e-3
-
-
-@pytest.mark.slow
-def test_a_forward_compiled_as_one_graph_blends():
-    torch._dynamo.reset()
-    model = make_llama()
-    stock = generate(model, {"input_ids": IDS}, max_new_tokens=2)
-    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
-    with hfblend.patch(model, config=config(1.0)) as blender:
-        output = generate(model, PROMPT.inputs(), max_new_tokens=2)
-        assert blender.trace.blended
-        assert largest_difference(output, stock) <= 1e-3
-
-
-def test_compiling_goes_on_after_an_error_and_in_other_threads():
-    model = make_llama()
-    model.compile(backend="eager")
-    stance = torch._dynamo.eval_frame._stance.stance
-    with hfblend.compiled.as_written(model):
-        with hfblend.compiled.as_written(model), pytest.raises(ZeroDivisionError):
-            _ = 1 / 0
-        assert torch._dynamo.eval_frame._stance.stance == "force_eager"  # the outer one is still there
-    assert torch._dynamo.eval_frame._stance.stance == stance
-    with hfblend.patch(model, config=config(0.2)):
-        with pytest.raises(ZeroDivisionError):
-            generate(model, PROMPT.inputs(), logits_processor=[lambda ids, scores: 1 / 0])
-        assert torch._dynamo.eval_frame._stance.stance == stance
-
-
-def test_a_forward_that_never_meets_the_prompts_ids_falls_back():
+def test_compiled_forwards_fall_back():
     model = make_llama()
     stock = generate(model, {"input_ids": IDS})
-    own = model.forward
-
-    @functools.wraps(own)
-    def forward(input_ids=None, **kwargs):
-        return own(inputs_embeds=model.get_input_embeddings()(input_ids), **kwargs)
-
     with hfblend.patch(model, config=config(0.2)) as blender:
-        model.forward = forward
+        model.forward = torch.compile(model.forward, backend="eager")
         output = generate(model, PROMPT.inputs())
         del model.forward
         assert blender.trace.fallback == "not_reached"
