@@ -54,6 +54,16 @@ def test_layers_are_read_ahead_and_few_are_held(tmp_path):
     assert torch.equal(found.layer(2)[0], written.layer(2)[0])  # and again, from the beginning
 
 
+def test_a_kept_entry_may_be_asked_for_a_layer_before_those_it_has(tmp_path):
+    store, written, whole = DiskStore(tmp_path), entry(layers=12), []
+    store.put(KEYS[0], written)
+    found = store.open(KEYS[0])
+    found.keep(whole.append)
+    for i in (3, 11, 0, 1, 2):
+        assert torch.equal(found.layer(i)[0], written.layer(i)[0])
+    assert not whole
+
+
 def test_an_entry_is_read_on_when_its_file_is_gone(tmp_path):
     store, written = DiskStore(tmp_path), entry()
     store.put(KEYS[0], written)

@@ -190,7 +190,8 @@ class LayerwiseChunk:
         for run in (first, first + 1):
             layers = range(run * LAYERS_A_READ, min((run + 1) * LAYERS_A_READ, self.num_layers))
             is_here = self._latest is not None and self._latest[0] == run
-            if layers and run not in self._ahead and not is_here and not (self._kept and layers[-1] in self._kept):
+            is_kept = self._kept is not None and all(i in self._kept for i in layers)
+            if layers and run not in self._ahead and not is_here and not is_kept:
                 self._ahead[run] = self._source.begin(self._to_read(self._contents.layers[layers.start : layers.stop]))
 
     def keep(self, whole: Callable[[ChunkKV], None]) -> None:
