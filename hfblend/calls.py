@@ -9,6 +9,7 @@ Shapes: B rows of the batch, k copies of each that beams and returned sequences 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -46,6 +47,7 @@ class Call:
         level, tokenizer: of the traces.
 
     Attributes:
+        until_prefilled: closed once the prompts are in the cache, or will not be.
         traces_of_prompts: one for each different prompt; of a call that is not blended, one.
     """
 
@@ -63,6 +65,7 @@ class Call:
         self.host, self.plan, self.config, self.store, self.controller = host, plan, config, store, controller
         self._started, self._tokens_seen = started, 0
         self._waiting = plan.fallback is None  # for the forward that prefills
+        self.until_prefilled = contextlib.ExitStack()
         self._ahead: tuple[Blending, Any] | None = None  # what was blended before it was reached, and its output
         lengths = [plan.num_tokens] if plan.fallback else [len(prompt) for prompt in plan.prompts]
         self.traces_of_prompts = [

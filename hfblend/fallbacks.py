@@ -48,7 +48,10 @@ class Fallback(enum.Enum):
         logging.WARNING,
     )
     NESTED = ("this generate runs inside another one of the same model (early-exit drafts).", logging.INFO)
-    NOT_REACHED = ("no forward over the whole prompt reached the decoder (a compiled forward).", logging.WARNING)
+    NOT_REACHED = (
+        "no forward over the whole prompt reached the decoder (ids became embeddings before).",
+        logging.WARNING,
+    )
 
     @property
     def reason(self) -> str:

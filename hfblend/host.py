@@ -18,6 +18,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .attention import QueryRows
 from .caches import KV, RecordingCache, sent
+from .compiled import set_aside
 from .locks import ForwardLock
 from .offloading import device_of
 from .quantised_weights import is_quantised
@@ -151,13 +152,15 @@ class Host:
 
     def decoder_forward(self, **kwargs: Any) -> Any:
         """The decoder's own forward, past hfblend's wrapper if there is one."""
-        return (self.unwrapped_forward or self.decoder)(**kwargs)
+        with set_aside(self.decoder):
+            return (self.unwrapped_forward or self.decoder)(**kwargs)
 
     def last_logits(self, **kwargs: Any) -> Any:
         """The whole model's forward, asked for the logits of the last row only."""
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             kwargs["logits_to_keep"] = 1
-        return self.model(**kwargs)
+        with set_aside(self.model, self.decoder):
+            return self.model(**kwargs)
 
     # --- rotary tables --------------------------------------------------------------------------------------------
 

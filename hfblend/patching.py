@@ -23,6 +23,7 @@ from torch import nn
 
 from .calibration import Calibration, calibrate
 from .calls import Call
+from .compiled import as_written, set_aside
 from .config import BlendConfig
 from .controller import Controller, Profile
 from .fallbacks import Fallback, generate_option, plan
@@ -228,7 +229,7 @@ class Blender:
         decoder = self.host.decoder
         self._before = [(m, name, m.__dict__.get(name)) for m, name in ((self.model, "generate"), (decoder, "forward"))]
         self._stock_generate, self._stock_forward = self.model.generate, decoder.forward
-        self.host.unwrapped_forward = self._stock_forward
+        self.host.unwrapped_forward = as_written(self._stock_forward)
         # Bound methods, so that a deep copy of the model is not this instance, and functools.wraps of the class's
         # function, because `generate` reads the signature of `forward`.
         self._wrappers = [
@@ -300,11 +301,14 @@ class Blender:
             kwargs["prefill_chunk_size"] = None  # the blended prefill is one forward; pieces would hide the prompt
         if self._runs_beside_python():
             call.blend_ahead(kwargs)
+        if call.is_blended:
+            call.until_prefilled.enter_context(set_aside(self.host.model, self.host.decoder))
         token = _call.set(None if nested else call)
         try:
             output = self._stock_generate(*args, **kwargs)
         finally:
             _call.reset(token)
+            call.until_prefilled.close()
             call.give_up_ahead()
         call.end(output)
         if self._verifier is not None and call.is_blended:
@@ -346,3 +350,4 @@ class Blender:
             return call.blended_forward(kwargs)
         finally:
             _call.reset(token)
+            call.until_prefilled.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from helpers import config, generate, largest_difference, make_llama, make_mistral, make_prompt, store_of_true_kv
@@ -192,6 +194,39 @@ def test_other_padding_falls_back(masked):
         assert blender.trace.fallback == "padding"
         assert len(blender.traces) == 1
     assert torch.equal(output.sequences, stock.sequences)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_prompts_of_different_rope_regimes_fall_back(rope):
+    """Alone, the short one has other frequencies than stock gives it beside the long one."""
+    model, short = make_llama(rope), make_prompt((12, 10), suffix=4, seed=2)
+    stock = generate(model, stock_inputs([SHARED, short]))
+    model = make_llama(rope)  # its rotary module remembers the longest prompt
+    with hfblend.patch(model, config=config(0.2)) as blender:
+        output = together(model, [SHARED, short])
+        assert blender.trace.fallback == "rope_regimes"
+        assert torch.equal(output.sequences, stock.sequences)
+        together(model, [short, make_prompt((8, 9), suffix=4, seed=3)])
+        assert blender.trace.blended or rope == "dynamic"  # which stays grown
+
+
+def test_a_model_that_counts_padding_falls_back():
+    """It is given no positions, so its decoding would go on from others than blended KV has."""
+    model = make_llama()
+    own = model.forward
+
+    @functools.wraps(own)
+    def forward(*args, position_ids=None, **kwargs):
+        return own(*args, **kwargs)
+
+    model.forward = forward
+    stock = generate(model, stock_inputs(PROMPTS))
+    with hfblend.patch(model, config=config(0.2)) as blender:
+        output = together(model, PROMPTS)
+        assert blender.trace.fallback == "positions"
+        assert torch.equal(output.sequences, stock.sequences)
+        together(model, [SHARED, SHUFFLED])  # of one length
+        assert blender.trace.blended
 
 
 def test_spans_that_do_not_fit_the_batch_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
@@ -315,11 +316,88 @@ def test_compiled_layers_blend():
         assert largest_difference(blended, stock) <= 1e-3
 
 
-def test_compiled_forwards_fall_back():
+COMPILED = {
+    "model.compile()": lambda model, **how: model.compile(**how),
+    "model.forward": lambda model, **how: setattr(model, "forward", torch.compile(model.forward, **how)),
+    "decoder.compile()": lambda model, **how: model.model.compile(**how),
+    "decoder.forward": lambda model, **how: setattr(model.model, "forward", torch.compile(model.model.forward, **how)),
+}
+
+
+@pytest.mark.slow  # tracing takes seconds
+@pytest.mark.parametrize("order", ["compiled, patched", "patched, compiled"])
+@pytest.mark.parametrize("what", COMPILED)
+def test_compiled_models_blend_and_decode_compiled(what, order):
+    torch._dynamo.reset()  # other tests' models count towards its limit
+    model, ran = make_llama(), []
+    store, stock = store_of_true_kv(model, PROMPT), generate(model, {"input_ids": IDS}, max_new_tokens=3)
+
+    def backend(graph, inputs):
+        def run(*args):
+            ran.append(1)
+            return graph(*args)
+
+        return run
+
+    if order == "compiled, patched":
+        COMPILED[what](model, backend=backend, dynamic=True)
+    with hfblend.patch(model, config=config(0.2), store=store) as blender:
+        if order != "compiled, patched":
+            COMPILED[what](model, backend=backend, dynamic=True)
+        ran.clear()
+        generate(model, PROMPT.inputs(), max_new_tokens=1)
+        assert not ran  # the prompt's forward, blended
+        output = generate(model, PROMPT.inputs(), max_new_tokens=3)
+        assert len(ran) >= 2  # every other one
+        assert blender.trace.hits == 3
+        assert largest_difference(output, stock) <= 1e-3
+
+
+@pytest.mark.slow
+def test_a_forward_compiled_as_one_graph_blends():
+    torch._dynamo.reset()
+    model = make_llama()
+    stock = generate(model, {"input_ids": IDS}, max_new_tokens=2)
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        output = generate(model, PROMPT.inputs(), max_new_tokens=2)
+        assert blender.trace.blended
+        assert largest_difference(output, stock) <= 1e-3
+
+
+def test_compiled_code_is_put_back_by_the_last_and_after_an_error():
+    model = make_llama()
+    model.compile(backend="eager")
+    model.model.forward = forward = torch.compile(model.model.forward, backend="eager")
+    compiled = model._compiled_call_impl
+
+    def is_compiled():
+        return model._compiled_call_impl is compiled and model.model.forward is forward
+
+    with hfblend.compiled.set_aside(model, model.model):
+        with pytest.raises(ZeroDivisionError), hfblend.compiled.set_aside(model, model.model):
+            _ = 1 / 0
+        assert model._compiled_call_impl is None
+        assert model.model.forward == hfblend.compiled.as_written(forward)
+    assert is_compiled()
+    with hfblend.patch(model, config=config(0.2)):
+        with pytest.raises(ZeroDivisionError):
+            generate(model, PROMPT.inputs(), logits_processor=[lambda ids, scores: 1 / 0])
+        assert model._compiled_call_impl is compiled
+    assert is_compiled()
+
+
+def test_a_forward_that_never_meets_the_prompts_ids_falls_back():
     model = make_llama()
     stock = generate(model, {"input_ids": IDS})
+    own = model.forward
+
+    @functools.wraps(own)
+    def forward(input_ids=None, **kwargs):
+        return own(inputs_embeds=model.get_input_embeddings()(input_ids), **kwargs)
+
     with hfblend.patch(model, config=config(0.2)) as blender:
-        model.forward = torch.compile(model.forward, backend="eager")
+        model.forward = forward
         output = generate(model, PROMPT.inputs())
         del model.forward
         assert blender.trace.fallback == "not_reached"
@@ -329,4 +407,5 @@ def test_compiled_forwards_fall_back():
 def test_every_fallback_has_a_test():
     tested = {*fallback_calls(make_llama()), "training_mode", "nested", "not_reached"}
     tested |= {"adapters"}  # tests/test_adapters.py
+    tested |= {"rope_regimes", "positions"}  # tests/test_batches.py
     assert tested == {fallback.name.lower() for fallback in Fallback}
