@@ -49,7 +49,7 @@ class AttentionNotRecorded(Exception):
 
     def __init__(self, model_name: str) -> None:
         super().__init__(
-            f"Attention of {model_name} cannot be recorded (it does not go through Transformers' attention interface); "
+            f"Attention of {model_name} cannot be recorded (hfblend's does not take its place, see docs/models.md); "
             'tokens are selected by "kv_deviation" instead.'
         )
 

@@ -15,7 +15,10 @@ from torch import nn
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: where its hooks bring its weights and inputs, else where its weights are."""
+    """Where a module computes: where its weights are, or where its hooks bring them. Asked often: looks at one first."""
+    first = next(module.parameters(), None)
+    if first is not None and not first.is_meta:
+        return first.device
     for part in module.modules():
         for hook in _hooks(part):
             if hook.execution_device is not None:

@@ -59,7 +59,7 @@ def patch(
     ...     print(blender.trace)
 
     Args:
-        model: a causal LM in eval mode, on one device.
+        model: a causal LM in eval mode, or what peft makes of one.
         config: default `BlendConfig()`; `model.generate(..., blend_config=…)` overrides it for one call.
         tokenizer: needed to split plain `input_ids` at a separator given as text, and for `chunk_prefix="filler"`.
         store: where chunk KV is kept; a folder keeps it on disk too, for later and for other processes

@@ -247,7 +247,7 @@ def test_score_pass_is_counted_and_needs_no_pass_over_all_tokens():
 
 def test_models_whose_attention_cannot_be_recorded_are_ranked_by_deviation(monkeypatch, caplog):
     model, store = make_llama(), hfblend.MemoryStore()
-    monkeypatch.setattr(type(host_of(model)), "attends_by_position", False)
+    monkeypatch.setattr(host_of(model), "attends_by_position", False)
     trace = hfblend.blend(model, PROMPT, store=store, config=config(0.2)).trace
     expected = hfblend.blend(model, PROMPT, store=store, config=config(0.2, selection="kv_deviation")).trace
     assert torch.equal(trace.selected_idx, expected.selected_idx)
