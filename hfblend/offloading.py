@@ -15,7 +15,7 @@ from torch import nn
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights are, or where its hooks bring them. Asked often: looks at one first."""
+    """Where a module computes: where its weights are, or where its hooks bring them. Asked often: one is looked at."""
     first = next(module.parameters(), None)
     if first is not None and not first.is_meta:
         return first.device
