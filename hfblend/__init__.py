@@ -8,13 +8,13 @@
 Importing has no effect; `patch` touches one model instance, never a class.
 """
 
-from .blending import BlendResult, blend
 from .calibration import Calibration
 from .chunks import ChunkKV, prefill_chunk
 from .config import BlendConfig
 from .display import plot_quality, plot_scores, plot_timeline, plot_ttft, show
 from .filler import filler_ids
 from .host import UnsupportedModel
+from .one_prompt import BlendResult, blend
 from .patching import Blender, patch
 from .prompt import Prompt
 from .stepper import steps

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blending import Blending, BlendResult, Forward, blend
+from .blending import Blending, Forward
 from .caches import KV, full_length_cache
 from .chunks import ChunkKV, prefill
 from .config import BlendConfig
 from .filler import filler_ids
 from .models import host_of
+from .one_prompt import BlendResult, blend
 from .prompt import ChunkSpans, Prompt
 from .reuse import Piece, Reuse, ReusedKV
 from .store import Store, chunk_key

@@ -10,9 +10,9 @@ from statistics import mean
 import torch
 from torch import nn
 
-from .blending import blend
 from .config import BlendConfig
 from .measures import kl_divergence, teacher_forced_logits, top1_agreement
+from .one_prompt import blend
 from .prompt import Prompt
 from .store import MemoryStore, Store
 from .verification import FullAnswer, require_bound

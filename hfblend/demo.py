@@ -18,10 +18,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from .blending import blend
 from .config import BlendConfig
 from .filler import filler_ids
 from .measures import describe_machine, kl_divergence, teacher_forced_logits, top1_agreement
+from .one_prompt import blend
 from .patching import Blender, patch
 from .prompt import Prompt
 from .trace import BlendTrace

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blending import blend
 from .chunks import ChunkKV, ChunkLost, Reader
 from .config import BlendConfig
 from .controller import BlendCost, BlendShape, Cost, Load, LoadCost, Profile, Work
 from .measures import describe_machine
 from .models import BlendableModel, host_of
+from .one_prompt import blend
 from .outputs import cache_folder
 from .prompt import Prompt
 from .store import DiskStore, MemoryStore, RemoteStore, Store, TieredStore

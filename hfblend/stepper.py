@@ -24,12 +24,13 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .blending import Blending, BlendResult
+from .blending import Blending
 from .caches import KV, ROOM, empty_kv, full_length_cache, hand_over
 from .chunks import ChunkKV, ChunkLost, Reader
 from .config import BlendConfig
 from .host import CACHE
 from .models import BlendableModel, host_of
+from .one_prompt import BlendResult
 from .passes import Forward
 from .prompt import Prompt
 from .reuse import Piece, Reuse, ReusedKV

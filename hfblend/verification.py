@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blending import blend
 from .config import BlendConfig
 from .host import CACHE
 from .measures import kl_divergence, teacher_forced_logits, top1_agreement
 from .models import host_of
+from .one_prompt import blend
 from .prompt import Prompt
 from .store import Store
 from .trace import BlendTrace

@@ -148,9 +148,9 @@ def test_where_a_module_computes():
     first, second, third, _ = make_llama().model.layers
     assert device_of(first) == torch.device("cpu")
     assert device_of(first.to("meta")) == torch.device("cpu")  # offloaded, without a word about where it goes
-    add_hook_to_module(second.mlp.act_fn, AlignDevicesHook("cuda:1"))
+    add_hook_to_module(second.to("meta").mlp.act_fn, AlignDevicesHook("cuda:1"))
     assert device_of(second) == torch.device("cuda:1")
-    add_hook_to_module(third.mlp.act_fn, SequentialHook(AlignDevicesHook(), AlignDevicesHook("cuda:2")))
+    add_hook_to_module(third.to("meta").mlp.act_fn, SequentialHook(AlignDevicesHook(), AlignDevicesHook("cuda:2")))
     assert device_of(third) == torch.device("cuda:2")
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..blending import BlendResult
 from ..chunks import ChunkKV
 from ..encoding import Encoder
 from ..host import CACHE
 from ..measures import kl_divergence, teacher_forced_logits, top1_agreement
+from ..one_prompt import BlendResult
 from ..prompt import Prompt
 from ..store import MemoryStore
 from ..store.format import dump, parse
