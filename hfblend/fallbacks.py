@@ -105,7 +105,7 @@ def plan(
     ids = _input_ids(args, kwargs)
     if ids is None:
         return Plan(0, fallback=_before_splitting(model, ids, kwargs, config, nested))
-    rows: list[list[int]] = ids.tolist()
+    rows = ids.cpu()  # the one time that Python waits for them
     spans = None if chunk_spans is None else spans_by_row(chunk_spans, rows)
     for of_row in spans or ():
         of_row.check(ids.shape[1])
@@ -114,13 +114,16 @@ def plan(
     if fallback or padding is None:
         return Plan(ids.shape[1], fallback=fallback or Fallback.PADDING)
     planned = Plan(ids.shape[1], ids)
-    known: dict[tuple[Any, ...], int] = {}
-    for i, (row, start) in enumerate(zip(rows, padding)):
-        own = _split(row[start:], separator, config) if spans is None else spans[i].moved(-start)
-        place = known.setdefault((start, own, *row), len(known))
+    for i, start in enumerate(padding):
+        row = rows[i : i + 1, start:]
+        own = _split(row[0].tolist(), separator, config) if spans is None else spans[i].moved(-start)
+        known = (
+            p for p, one in enumerate(planned.prompts) if one.chunk_spans == own and torch.equal(one.input_ids, row)
+        )
+        place = next(known, len(planned.prompts))
         planned.prompt_of_row.append(place)
         if place == len(planned.prompts):
-            planned.prompts.append(Prompt(torch.tensor([row[start:]]), own))
+            planned.prompts.append(Prompt(row, own))
     reasons = [_nothing_reused(prompt.chunk_spans, config) for prompt in planned.prompts]
     planned.prefilled = {place: reason for place, reason in enumerate(reasons) if reason}
     planned.fallback = reasons[0] if all(reasons) else _after_splitting(model, ids, kwargs)
@@ -197,6 +200,8 @@ def _left_padding(model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any]) -
     if mask.shape != ids.shape:
         return None
     seen = mask != 0
+    if bool(seen.all()):
+        return [0] * ids.shape[0]
     padding = (~seen).sum(1)
     on_the_left = seen == (torch.arange(ids.shape[1], device=seen.device) >= padding[:, None])
     whole_rows = padding == ids.shape[1]

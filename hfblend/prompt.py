@@ -57,7 +57,7 @@ class ChunkSpans(tuple[Span, ...]):
         return ChunkSpans(((start + by, stop + by) for start, stop in self), self.differs_from_joined_text)
 
 
-def spans_by_row(chunk_spans: Iterable[Any], rows: Sequence[Sequence[int]]) -> list[ChunkSpans]:
+def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSpans]:
     """The spans of each row of a batch.
 
     Args:
@@ -69,7 +69,7 @@ def spans_by_row(chunk_spans: Iterable[Any], rows: Sequence[Sequence[int]]) -> l
     """
     given = list(chunk_spans)
     if isinstance(chunk_spans, ChunkSpans) or not given or isinstance(next(iter(given[0]), None), int):
-        if given and any(row != rows[0] for row in rows):
+        if given and bool((rows != rows[:1]).any()):
             raise ValueError(
                 f"Got chunk_spans of one prompt for a batch of {len(rows)} different ones. Pass a list with the spans "
                 "of each row, or make all inputs with hfblend.Prompt.batch."
