@@ -33,6 +33,7 @@ from .state import FIRST_LAYER
 
 logger = logging.getLogger(__name__)
 
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # as it was called up to Triton 3.7
 _LOG2_E = 1.4426950408889634
 _HIDDEN, _LOWEST = gl.constexpr(-1e29), gl.constexpr(-1e20)  # as in by_position.py
 _ROWS = gl.constexpr(64)  # of a group of warps
@@ -60,7 +61,7 @@ def _copy(source, block, number, places, filled, free, KEYS: gl.constexpr, D: gl
     at = number % _PLACES
     mbarrier.wait(free.index(at), (number // _PLACES & 1) ^ 1)
     mbarrier.expect(filled.index(at), KEYS * D * 2)
-    tma.async_copy_global_to_shared(source, [block * KEYS, 0], filled.index(at), places.index(at))
+    _load(source, [block * KEYS, 0], filled.index(at), places.index(at))
 
 
 @gluon.jit
