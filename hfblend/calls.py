@@ -161,7 +161,7 @@ class Call:
         plain = not drafted and all(value is None or value is False for value in kwargs.values())
         if not plain:
             self.give_up_ahead()
-        if len(self.plan.prompts) == 1 and len(self.plan.prompts[0]) == self.plan.num_tokens:
+        if self.plan.is_one_prompt:
             output, state = self._one_prompt(ids, kwargs)
             hand_over(state.buffers, ids.shape[1], ids.shape[0], cache)
             output.last_hidden_state = output.last_hidden_state.expand(ids.shape[0], -1, -1)  # (B · k, S, C)
@@ -214,13 +214,12 @@ class Call:
 
         Only what is sure to be asked for: batches and calls with drafts, or with options that reach the decoder, wait.
         """
-        is_one = len(self.plan.prompts) == 1 and len(self.plan.prompts[0]) == self.plan.num_tokens
         waits = any(generate_option(self.host.model, kwargs, name) for name in _WAIT_IF_SET)
-        if not self._waiting or not is_one or waits or _WAIT_FOR & kwargs.keys():
+        if not self._waiting or not self.plan.is_one_prompt or waits or _WAIT_FOR & kwargs.keys():
             return
         assert self.plan.input_ids is not None
         with torch.no_grad():
-            self._ahead = self._blend(0, self.plan.input_ids[:1].to(self.host.device), {})
+            self._ahead = self._blend(0, self.plan.input_ids[:1], {})
 
     def give_up_ahead(self) -> None:
         """What was blended ahead and is not used ends before anything takes its memory."""

@@ -81,6 +81,11 @@ class Plan:
     prefilled: dict[int, Fallback] = field(default_factory=dict)
     fallback: Fallback | None = None
 
+    @property
+    def is_one_prompt(self) -> bool:
+        """Whether all rows are one prompt, without padding."""
+        return len(self.prompts) == 1 and len(self.prompts[0]) == self.num_tokens
+
 
 def plan(
     model: nn.Module,
@@ -105,15 +110,15 @@ def plan(
     ids = _input_ids(args, kwargs)
     if ids is None:
         return Plan(0, fallback=_before_splitting(model, ids, kwargs, config, nested))
-    rows = ids.cpu()  # the one time that Python waits for them
-    spans = None if chunk_spans is None else spans_by_row(chunk_spans, rows)
+    spans = None if chunk_spans is None else spans_by_row(chunk_spans, ids)
     for of_row in spans or ():
         of_row.check(ids.shape[1])
-    fallback = _before_splitting(model, ids, kwargs, config, nested)
+    if fallback := _before_splitting(model, ids, kwargs, config, nested):
+        return Plan(ids.shape[1], fallback=fallback)
     padding = _left_padding(model, ids, kwargs)
-    if fallback or padding is None:
-        return Plan(ids.shape[1], fallback=fallback or Fallback.PADDING)
-    planned = Plan(ids.shape[1], ids)
+    if padding is None:
+        return Plan(ids.shape[1], fallback=Fallback.PADDING)
+    rows, planned = ids.cpu(), Plan(ids.shape[1], ids)  # the one time that Python waits for the ids
     for i, start in enumerate(padding):
         row = rows[i : i + 1, start:]
         own = _split(row[0].tolist(), separator, config) if spans is None else spans[i].moved(-start)

@@ -51,16 +51,16 @@ class LookUp:
     def run(self) -> Reuse:
         """Finds, or makes, the KV of the prefix and of every chunk."""
         pieces: list[Piece] = []
+        isolated = self.config.on_miss == "isolated"
         self._read_ahead()
         if self._prefix_stop:
             prefix, self.trace.prefix = self._find((0, self._prefix_stop), (), accepts_in_context=False)
-            if prefix is None and self.config.on_miss == "isolated":
+            if prefix is None and isolated:
                 span, key = self.trace.prefix.span, self.trace.prefix.key
                 entry = self._prefill(key, self.ids[slice(*span)], (), None)
                 prefix, self.trace.prefix = self._piece(span, entry, key, "miss")
             pieces += [prefix] if prefix else []
             self._context.kv = prefix.entry if prefix and self.config.chunk_prefix == "prompt" else None
-        isolated = self.config.on_miss == "isolated"
         behind = self._context.behind_ids
         found = [self._find(span, behind, accepts_in_context=not isolated) for span in self.spans]
         if isolated:

@@ -64,11 +64,10 @@ def blend(
     """
     host, config = host_of(model), BlendConfig() if config is None else config
     with torch.no_grad():
-        input_ids = prompt.input_ids.to(host.device)
         store = MemoryStore() if store is None else store
         noted = BlendTrace(level=as_level(trace))
         state = (algorithm or Blending)(
-            host, input_ids, prompt.chunk_spans, store, config, noted, controller=controller
+            host, prompt.input_ids, prompt.chunk_spans, store, config, noted, controller=controller
         )  # fmt: skip
         output = state.run(host.last_logits)
         cache = DynamicCache(config=host.config)

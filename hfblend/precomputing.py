@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
 
 from .batched_prefill import Ids, chunks_at_once, in_batches, prefill_together
-from .caches import full_length_cache, packed
-from .chunks import ChunkKV, ChunkLost, Reader, prefill
+from .chunks import ChunkKV, ChunkLost, Reader, in_memory, prefill
 from .config import BlendConfig
 from .contexts import ChunkContext
 from .encoding import Encoder
@@ -261,7 +259,7 @@ class _Run:
         if behind is not None and behind.quantised:  # what is computed behind it would carry its error
             behind = prefill(self.host, list(self.context.behind_ids), (), None)
         try:
-            self.context.kv = None if behind is None else _on_device(behind, self.host.device)
+            self.context.kv = None if behind is None else in_memory(behind).to(self.host.device)
         except ChunkLost as error:
             logger.warning("%s; it is prefilled again.", error)
             self.context.lost |= {error.key}
@@ -288,11 +286,3 @@ class _Run:
     def _warn_if_pushed_out(self) -> None:
         if self._first_stored is not None and not self._holds(self._first_stored):
             logger.warning("The store is too small for these chunks: later ones pushed earlier ones out.")
-
-
-def _on_device(entry: Reader, device: torch.device) -> ChunkKV:
-    if isinstance(entry, ChunkKV):
-        return entry.to(device)
-    layers = (packed(entry.layer(i), device) for i in range(entry.num_layers))
-    said = (entry.cached_positions, entry.behind_ids, entry.provenance, entry.regime, entry.quantised)
-    return ChunkKV(full_length_cache(layers), *said)

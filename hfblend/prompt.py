@@ -69,7 +69,7 @@ def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSp
     """
     given = list(chunk_spans)
     if isinstance(chunk_spans, ChunkSpans) or not given or isinstance(next(iter(given[0]), None), int):
-        if given and bool((rows != rows[:1]).any()):
+        if given and len(rows) > 1 and bool((rows != rows[:1]).any()):
             raise ValueError(
                 f"Got chunk_spans of one prompt for a batch of {len(rows)} different ones. Pass a list with the spans "
                 "of each row, or make all inputs with hfblend.Prompt.batch."

@@ -27,8 +27,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from ..caches import KV, RowLayout, full_length_cache, pins_memory
-from ..chunks import ChunkKV, ChunkLost, Provenance
+from ..caches import KV, RowLayout, pins_memory
+from ..chunks import ChunkKV, ChunkLost, Provenance, in_memory
 from .counts import StoreCounts
 from .format import Contents, CorruptEntry, Place, QuantisedPlace, memory_of
 
@@ -203,9 +203,7 @@ class LayerwiseChunk:
             return
         self._kept[layer_idx] = rows
         if len(self._kept) == self.num_layers:
-            cache = full_length_cache(self.layer(i) for i in range(self.num_layers))
-            said = (self.cached_positions, self.behind_ids, self.provenance, self.regime, self.quantised)
-            self._whole(ChunkKV(cache, *said))
+            self._whole(in_memory(self))
 
     def _read(self, place: Place) -> torch.Tensor:
         """A small tensor, now."""
