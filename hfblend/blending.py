@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -404,20 +404,27 @@ class Blending:
             num_read=self.length - self._prompt_stop + 1,
         )  # fmt: skip
         self.trace.computed_pairs += one.pairs(host)
-        if self._may_be_graph(one, reused):
-            loaded = reused.layers([layer for layer in host.layouts if layer not in self.buffers])
+
+        def cleared(buffers: KV) -> KV:
+            """Rows that are not computed yet are never left uninitialised: even unseen, 0 · NaN is NaN."""
             if hidden is not None:
-                self._clear(loaded.values(), hidden)
-            self.buffers.update(loaded)
-            ran, output = graphs_of(host).run(forward, one, self.buffers)
+                for states in buffers:
+                    states.index_fill_(2, hidden.to(states.device), 0)
+            return buffers
+
+        def load_all(layers: Sequence[int]) -> None:
+            loaded = reused.layers([layer for layer in layers if layer not in self.buffers])
+            self.buffers.update((layer, cleared(kv)) for layer, kv in loaded.items())
+
+        if self._may_be_graph(one, reused):
+            if reused.is_near:
+                load_all(list(host.layouts))  # by one kernel
+            ran, output = graphs_of(host).run(forward, one, {**reused.unfilled, **self.buffers}, load_all)
             if ran:
                 return output
 
         def load(layer_idx: int, fresh: KV) -> KV:
-            buffers = reused.layer(layer_idx, fresh)
-            if hidden is not None:
-                self._clear([buffers], hidden)
-            return buffers
+            return cleared(reused.layer(layer_idx, fresh))
 
         cache = BlendingCache(host.num_layers, self.buffers, load, rows, self.length, None if record else stop_at)
         kind = "suffix" if record else "recompute" if stop_at is None else "filter"
@@ -426,19 +433,9 @@ class Blending:
         self._entered = self._entered if seen is None else seen
         return output
 
-    @staticmethod
-    def _clear(buffers: Iterable[KV], hidden: torch.Tensor) -> None:
-        """Rows that are not computed yet are never left uninitialised: even unseen, 0 · NaN is NaN."""
-        for states in (states for kv in buffers for states in kv):
-            states.index_fill_(2, hidden.to(states.device), 0)
-
     def _may_be_graph(self, one: Pass, reused: ReusedKV) -> bool:
         """Whether this pass needs nothing that a CUDA graph cannot give."""
-        if not self.config.cuda_graphs or not reused.by_kernel:
-            return False
-        # A pass that records attention needs late layers before anything is known, so it may as well wait for all of
-        # them; one that recomputes goes along while layers arrive from RAM.
-        return one.record is not None or (one.stop_at is None and reused.on_gpu)
+        return self.config.cuda_graphs and reused.by_kernel and (one.stop_at is None or one.record is not None)
 
     def seen_from(self, rows: torch.Tensor) -> torch.Tensor:
         """(S,) the last key position that each row of a pass sees: its own."""

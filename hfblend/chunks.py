@@ -79,9 +79,13 @@ class ChunkKV:
         """`"memory"` on that device, `"ram"` on another."""
         return "memory" if self.layer(0)[0].device == device else "ram"
 
-    def addresses_on(self, device: torch.device) -> torch.Tensor | None:
-        """(L,) int64, where each layer's rows lie on a GPU; `None` if they lie elsewhere or are not packed."""
-        return self._addresses if self._addresses is not None and self.layer(0)[0].device == device else None
+    def addresses_for(self, device: torch.device) -> torch.Tensor | None:
+        """(L,) int64, where a GPU reads each layer's rows: in its own memory, or in pinned RAM.
+
+        `None` if they lie elsewhere, or are not packed.
+        """
+        here = self.layer(0)[0].device
+        return self._addresses if here.type == "cpu" or here == device else None
 
     def rows(self, layer_idx: int) -> torch.Tensor | None:
         """The rows (n, W) that a layer is views of; `None` if it is not packed."""
@@ -93,8 +97,8 @@ class ChunkKV:
 
     @cached_property
     def _addresses(self) -> torch.Tensor | None:
-        rows = self._rows
-        if any(r is None or r.device != self.layer(0)[0].device for r in rows):
+        rows, here = self._rows, self.layer(0)[0].device
+        if any(r is None or r.device != here or not (r.is_cuda or r.is_pinned()) for r in rows):
             return None
         return torch.tensor([r.data_ptr() for r in rows if r is not None])
 

@@ -5,6 +5,9 @@ A graph fixes the number of rows (rounded up; the last row fills it) and nothing
 prompt is and where its buffers lie is read from GPU memory when it runs (`kernels.State`). A size is recorded the
 second time it is asked for, so that a single call does not pay for what it never uses again.
 
+A pass is recorded in parts, a graph for some layers each, and before a part runs its layers are asked for: so it goes
+along while chunks arrive from RAM or disk, and Python is free for them.
+
 Shapes: S rows of the pass, T all tokens, H query heads, L layers.
 """
 
@@ -13,7 +16,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections import OrderedDict
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,23 +32,77 @@ logger = logging.getLogger(__name__)
 
 MAX_ROWS = 4096  # with more, the GPU is busy for longer than Python needs
 MAX_GRAPHS = 16
+LAYERS_A_PART = 4  # as many as a disk is asked for at once (`hfblend.store.loader`)
 _SIMPLE = (type(None), bool, int, str)
 
 
 class GraphCache(RowsCache):
     """A `BlendingCache` inside a graph: rows are written through the state, and attention reads them through it."""
 
-    def __init__(self, num_layers: int, rows: torch.Tensor, state: Any, stop_at: int | None) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        rows: torch.Tensor,
+        state: Any,
+        stop_at: int | None,
+        reached: Callable[[int], None] = lambda layer_idx: None,
+    ) -> None:
         super().__init__(num_layers, rows, stop_at)
-        self.state = state
+        self.state, self.reached = state, reached
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> KV:
+        self.reached(layer_idx)
         kernels.write_rows(key_states, value_states, self.rows, self.state, layer_idx)
         if layer_idx == self.stop_at:
             raise StopForward
         return key_states, value_states  # attention takes shapes from them, and K/V from the state
+
+
+@dataclass
+class Part:
+    """The graph of some layers of a pass, from where the first one's K/V are written."""
+
+    graph: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
+    layers: list[int] = field(default_factory=list)
+
+
+class Recording:
+    """A pass that is recorded in parts.
+
+    Args:
+        pool: of CUDA graphs, whose memory they work in.
+    """
+
+    def __init__(self, device: torch.device, pool: Any) -> None:
+        self._stream, self._pool = torch.cuda.Stream(device), pool
+        self.parts: list[Part] = []
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Records a call that names each layer to `reached`, in order. Returns what it returns."""
+        torch.cuda.synchronize(self._stream.device)
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(self._stream):
+            self._begin()
+            try:
+                return call()
+            finally:
+                self.parts[-1].graph.capture_end()
+
+    def reached(self, layer_idx: int) -> None:
+        """The call comes to where K/V of a layer are written."""
+        layers = self.parts[-1].layers
+        if layer_idx in layers:
+            return
+        if not layers or layer_idx % LAYERS_A_PART == 0:
+            self.parts[-1].graph.capture_end()
+            self._begin()
+        self.parts[-1].layers.append(layer_idx)
+
+    def _begin(self) -> None:
+        self.parts.append(Part())
+        self.parts[-1].graph.capture_begin(self._pool, capture_error_mode="thread_local")
 
 
 class PassGraph:
@@ -66,10 +124,10 @@ class PassGraph:
         self._inputs, self._done = replace(like, **inputs, record=record), torch.cuda.Event()
         stop_at = None if like.record else like.stop_at
 
-        def run() -> Any:
+        def run(reached: Callable[[int], None] = lambda layer_idx: None) -> Any:
             if record is not None:
                 record.received.clear()
-            cache = GraphCache(host.num_layers, self._inputs.rows, self.state, stop_at)
+            cache = GraphCache(host.num_layers, self._inputs.rows, self.state, stop_at, reached)
             return self._inputs.run(host, forward, cache, self.state)[0]
 
         side = torch.cuda.Stream(host.device)
@@ -77,24 +135,27 @@ class PassGraph:
         with torch.cuda.stream(side):
             run()  # kernels are compiled and tuned, libraries make their workspaces
         torch.cuda.current_stream(host.device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = run()
+        recording = Recording(host.device, pool)
+        self.output = recording.run(lambda: run(recording.reached))
+        self._parts = recording.parts
         self._done.record()
 
-    def replay(self, one: Pass, numbers: torch.Tensor) -> Any:
+    def replay(self, one: Pass, numbers: torch.Tensor, load: Callable[[Sequence[int]], None]) -> Any:
         """Runs a pass of the same form. Returns the forward's output, in memory of its own."""
         self._done.wait()  # another stream may still be at it
         for name in ("ids", "rows", "seen_from", "resume_with"):
             if getattr(one, name) is not None:
                 getattr(self._inputs, name).copy_(getattr(one, name))
         self.state.numbers.copy_(numbers)
-        self.graph.replay()
-        output = None
-        if self.output is not None:
-            output = type(self.output)(**{k: v.clone() for k, v in self.output.items() if torch.is_tensor(v)})
-        self._done.record()
-        return output
+        try:
+            for part in self._parts:
+                load(part.layers)
+                part.graph.replay()
+            if self.output is None:
+                return None
+            return type(self.output)(**{k: v.clone() for k, v in self.output.items() if torch.is_tensor(v)})
+        finally:
+            self._done.record()
 
 
 class PassGraphs:
@@ -108,12 +169,15 @@ class PassGraphs:
         self._pool: Any = None  # one working memory for all: they never run at the same time
         self._works = True
 
-    def run(self, forward: Forward, one: Pass, buffers: dict[int, KV]) -> tuple[bool, Any]:
+    def run(
+        self, forward: Forward, one: Pass, buffers: dict[int, KV], load: Callable[[Sequence[int]], None]
+    ) -> tuple[bool, Any]:
         """Runs a pass as a graph, if one is there or worth recording.
 
         Args:
             one: its `record`, if any, gets what is recorded.
-            buffers: of every layer, reused rows in place.
+            buffers: of every layer.
+            load: called before a part, with the layers whose reused rows must be in place for what is launched then.
 
         Returns:
             Whether it ran, and the forward's output.
@@ -131,7 +195,7 @@ class PassGraphs:
             if form not in self._graphs and not self._capture(form, forward, padded, numbers_there):
                 return False, None
             self._graphs.move_to_end(form)
-            output = self._graphs[form].replay(padded, numbers_there)
+            output = self._graphs[form].replay(padded, numbers_there, load)
         if one.record is not None and received is not None:
             one.record.received.update(zip(one.record.layers, received))
         return True, output

@@ -3,8 +3,8 @@
     stored rows of a chunk     ▨▨▨▨▨  ──────────┐ copied, keys turned to their new positions
     the layer's buffer     ▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨ · · ·      T rows and room for the tokens to be decoded
 
-On a GPU both happen in one kernel. Chunks that lie in RAM are copied into their places beforehand, on a stream of their
-own and some layers ahead, and turned there.
+On a GPU both happen in one kernel, also for chunks that lie in RAM: it reads them over the bus, on a stream of its own
+and some layers ahead.
 
 Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, D head_dim, L layers.
 """
@@ -20,15 +20,16 @@ from typing import Any
 import torch
 
 from .attention import kernels
-from .caches import KV, ROOM, empty_kv, rows_behind, sent
+from .caches import KV, ROOM, empty_kv, packed, rows_behind, sent
 from .chunks import ChunkKV, Reader
 from .controller import Load
 from .models import BlendableModel
 from .prompt import Span
 from .rope import Realigner
-from .streams import copy_stream
+from .streams import bus_stream, in_use
 
-LAYERS_AHEAD = 4  # copied from RAM before they are needed
+LAYERS_AHEAD = 4  # read from RAM before they are needed
+PROGRAMS_ON_THE_BUS = 8  # twice as many, of keys and of values: they fill it, and leave the GPU to the pass
 
 
 @dataclass
@@ -91,9 +92,14 @@ class ReusedKV:
         return self._gpu is not None
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether every piece lies in this GPU's memory, or has been copied there: no layer has to be waited for."""
-        return self._gpu is not None and not self._gpu.waiting
+    def is_near(self) -> bool:
+        """Whether every piece lies in this GPU's memory: nothing has to be waited for."""
+        return self._gpu is not None and self._gpu.is_near
+
+    @property
+    def unfilled(self) -> dict[int, KV]:
+        """Layer -> the buffers that it will be loaded into, where kernels do that; reused rows are not there yet."""
+        return {} if self._gpu is None else self._gpu.buffers | self._loaded
 
     def preload(self) -> None:
         """Reads and moves every layer now, instead of when its turn comes."""
@@ -128,9 +134,9 @@ class ReusedKV:
         return {i: self.layer(i) for i in layers}
 
     def prefetch(self, layer_idx: int) -> None:
-        """Starts reading what lies on disk, and copying what lies in RAM beside a GPU: this layer and the next few."""
+        """Starts reading what lies on disk, and what lies in RAM beside a GPU: this layer and the next few."""
         if self._gpu is not None:
-            self._gpu.copy_ahead(layer_idx)
+            self._gpu.read_ahead(layer_idx)
             return
         for piece in self.reuse.exact + self.reuse.moved:
             piece.entry.prefetch(layer_idx)
@@ -168,89 +174,114 @@ def loads_by_kernel(host: BlendableModel, reuse: Reuse) -> bool:
 
 
 class GPULoader:
-    """Gathers reused rows on a GPU: one kernel for a layer, or for many.
+    """Gathers reused rows on a GPU: one kernel for a layer, or for many, that reads them where they lie.
+
+    Rows in RAM are read over the bus, on a stream of their own and some layers ahead of the pass. One copy a chunk and
+    layer instead would cost Python as much as launching the pass does.
 
     Args:
         host, reuse, length: as in `ReusedKV`.
         realigner: holds the rotations of the pieces that moved.
 
     Attributes:
-        staged: pieces that are copied into their places first, because they lie in RAM or not in rows.
+        buffers: layer -> (1, Hkv, T + room, D), until it is loaded.
+        is_near: whether all rows lie in this GPU's memory, at addresses that are known.
     """
 
     def __init__(self, host: BlendableModel, reuse: Reuse, realigner: Realigner, length: int) -> None:
         self.host, self.realigner, self.device = host, realigner, host.device
-        self.pieces = [*reuse.exact, *reuse.moved]
-        self._buffers = self._allocate(length + ROOM)
-        known = [_addresses(piece.entry, self.device) for piece in self.pieces]
-        self.staged = [piece for piece, addresses in zip(self.pieces, known) if addresses is None]
-        self._copied: dict[int, torch.cuda.Event] = {}
+        self._entries = [piece.entry for piece in (*reuse.exact, *reuse.moved)]
+        self.buffers = self._allocate(length + ROOM)
+        self._read: dict[int, torch.cuda.Event] = {}  # layer -> when its rows have come from RAM
 
-        targets = torch.tensor([keys.data_ptr() for keys, _ in self._buffers.values()])
-        row_bytes = torch.tensor([layout.width * host.dtype.itemsize for layout in host.layouts.values()])
-        columns = [
-            targets + piece.span[0] * row_bytes if addresses is None else addresses
-            for piece, addresses in zip(self.pieces, known)
-        ]
-        spans = [piece.span for piece in self.pieces]
+        known = [entry.addresses_for(self.device) if isinstance(entry, ChunkKV) else None for entry in self._entries]
+        self._unknown = [i for i, addresses in enumerate(known) if addresses is None]
+        is_here = all(entry.tier_beside(self.device) == "memory" for entry in self._entries)
+        self.is_near = is_here and not self._unknown
+
+        targets = torch.tensor([keys.data_ptr() for keys, _ in self.buffers.values()])
+        nowhere = torch.zeros_like(targets)
+        self._addresses = torch.stack([nowhere if one is None else one for one in known], 1)  # (L, pieces)
+        spans = [piece.span for piece in (*reuse.exact, *reuse.moved)]
         turns = [-1] * len(reuse.exact) + _starts([stop - start for start, stop in spans[len(reuse.exact) :]])
         tiles = kernels.tiles_of([(stop - start, start, turn) for (start, stop), turn in zip(spans, turns)])
-        numbers = [targets, torch.stack(columns, 1).flatten(), tiles.flatten()]
+        numbers = [targets, self._addresses.flatten(), tiles.flatten()]
         self._targets, sources, tiles_there = sent(torch.cat(numbers), self.device).split([len(n) for n in numbers])
-        self._sources, self._tiles = sources.view(-1, len(columns)), tiles_there.view(-1, 5)
-        if self.staged:
-            self._stream = copy_stream(self.device)
-            # Behind all that was sent so far: a small copy would wait for every large one that is under way.
+        self._sources, self._tiles = sources.view(-1, len(known)), tiles_there.view(-1, 5)
+        if not self.is_near:
+            self._stream = bus_stream(self.device)
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-
-    @property
-    def waiting(self) -> bool:
-        """Whether there are layers left that come from RAM."""
-        return bool(self.staged) and any(i not in self._copied for i in self._buffers)
 
     def has(self, layer_idx: int) -> bool:
         """Whether the layer's buffers are still here; they are given away once."""
-        return layer_idx in self._buffers
+        return layer_idx in self.buffers
 
     def load(self, layers: Sequence[int]) -> dict[int, KV]:
         """Layer -> buffers, every reused row in place. Layers of one kind, next to each other, take one kernel."""
-        for i in layers if self.staged else ():
-            self.copy_ahead(i)
-            torch.cuda.current_stream(self.device).wait_event(self._copied[i])
-        for (layout, rotation), run in _runs(layers, lambda i: (self.host.layouts[i], self.realigner.rotations[i])):
-            tables = self.realigner.tables(run[0], self.device)
-            slot = -1 if rotation is None or tables is None else rotation.slot
-            half = rotation is None or rotation.pairing == "half"
-            of_run = slice(run[0], run[-1] + 1)
-            kernels.load_rows(
-                self._targets[of_run], self._sources[of_run], self._tiles, layout, self.host.dtype, tables, slot, half
-            )
-        return {i: self._buffers.pop(i) for i in layers}
+        if self.is_near:
+            for _, run in _runs(layers, lambda i: (self.host.layouts[i], self.realigner.rotations[i])):
+                self._gather(run, self._sources[run[0] : run[-1] + 1])
+            return {i: self.buffers.pop(i) for i in layers}
+        for i in layers:
+            self._read_from_ram(i)
+            torch.cuda.current_stream(self.device).wait_event(self._read[i])
+        loaded = {i: self.buffers.pop(i) for i in layers}
+        if layers:
+            self.read_ahead(layers[-1] + 1)
+        return loaded
 
-    def copy_ahead(self, layer_idx: int) -> None:
-        """Starts copying the staged pieces of this layer and the next few."""
-        if not self.staged:
+    def read_ahead(self, layer_idx: int) -> None:
+        """Starts reading what does not lie on the GPU: this layer, and the next few."""
+        if self._unknown:
+            for i in self._unknown:
+                self._entries[i].prefetch(layer_idx)
             return
-        for i in range(layer_idx, layer_idx + LAYERS_AHEAD):
-            if i not in self._copied and i in self._buffers:
-                self._copy(i)
+        for i in () if self.is_near else range(layer_idx, layer_idx + LAYERS_AHEAD):
+            if i in self.buffers:
+                self._read_from_ram(i)
 
-    def _copy(self, layer_idx: int) -> None:
-        buffers, rows = self._buffers[layer_idx], self._rows(layer_idx)
-        rows.record_stream(self._stream)
-        for piece in self.staged:
-            piece.entry.prefetch(layer_idx)
+    def _read_from_ram(self, layer_idx: int) -> None:
+        if layer_idx in self._read:
+            return
+        for i in self._unknown:
+            self._entries[i].prefetch(layer_idx)
+        for states in self.buffers[layer_idx]:
+            states.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
-            for piece in self.staged:
-                start, stop = piece.span
-                block = piece.entry.rows(layer_idx)
-                if block is not None:
-                    rows[start:stop].copy_(block, non_blocking=True)
-                else:
-                    for buffer, states in zip(buffers, piece.entry.layer(layer_idx)):
-                        buffer[:, :, start:stop].copy_(states, non_blocking=True)
-            self._copied[layer_idx] = torch.cuda.Event()
-            self._copied[layer_idx].record()
+            blocks = [self._readable(self._entries[i], layer_idx) for i in self._unknown]
+            sources = self._sources[layer_idx : layer_idx + 1]
+            if blocks:
+                addresses = self._addresses[layer_idx].clone()
+                addresses[self._unknown] = torch.tensor([block.data_ptr() for block in blocks])
+                sources = sent(addresses, self.device)[None]
+            self._gather([layer_idx], sources, PROGRAMS_ON_THE_BUS)
+            self._read[layer_idx] = torch.cuda.Event()
+            self._read[layer_idx].record()
+        in_use.keep(self._read[layer_idx], self._entries, blocks, sources, self._targets, self._tiles, self.realigner)
+
+    def _readable(self, entry: Reader, layer_idx: int) -> torch.Tensor:
+        """The rows (n, W) of a layer, where a kernel can read them: as they are in pinned RAM, else brought here."""
+        rows = entry.rows(layer_idx)
+        if rows is None:
+            rows = rows_behind(packed(entry.layer(layer_idx), self.device))
+            assert rows is not None
+        return rows if rows.device == self.device or rows.is_pinned() else rows.to(self.device)
+
+    def _gather(self, layers: Sequence[int], sources: torch.Tensor, programs: int | None = None) -> None:
+        """One kernel for layers of one kind, next to each other; `sources` (n, pieces) are their rows' addresses."""
+        first, rotation = layers[0], self.realigner.rotations[layers[0]]
+        tables = self.realigner.tables(first, self.device)
+        kernels.load_rows(
+            self._targets[first : layers[-1] + 1],
+            sources,
+            self._tiles,
+            self.host.layouts[first],
+            self.host.dtype,
+            tables,
+            rotates=-1 if rotation is None or tables is None else rotation.slot,
+            half=rotation is None or rotation.pairing == "half",
+            programs=programs,
+        )
 
     def _allocate(self, length: int) -> dict[int, KV]:
         """Layer -> buffers (1, Hkv, length, D), in one piece where all layers are alike."""
@@ -265,11 +296,6 @@ class GPULoader:
         keys, values = layout.views(rows(len(layouts), layout.width))
         return dict(zip(layouts, zip(keys.split(1), values.split(1))))
 
-    def _rows(self, layer_idx: int) -> torch.Tensor:
-        rows = rows_behind(self._buffers[layer_idx])
-        assert rows is not None
-        return rows
-
 
 def _runs(layers: Sequence[int], kind: Callable[[int], Any]) -> list[tuple[Any, list[int]]]:
     """Layers that follow each other and are of one kind, together."""
@@ -280,11 +306,6 @@ def _runs(layers: Sequence[int], kind: Callable[[int], Any]) -> list[tuple[Any, 
         else:
             runs.append((kind(i), [i]))
     return runs
-
-
-def _addresses(entry: Reader, device: torch.device) -> torch.Tensor | None:
-    """(L,) int64, where an entry's rows lie on that GPU; `None` if they must be copied there."""
-    return entry.addresses_on(device) if isinstance(entry, ChunkKV) else None
 
 
 def _starts(sizes: list[int]) -> list[int]:

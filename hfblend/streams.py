@@ -2,14 +2,17 @@
 
 caller's stream     …prepared…──────────────┬─ logits, decoding
 beside it           passes ────────────────┘ joined
-copies              chunk KV from RAM, some layers ahead
+bus                 chunk KV from RAM, some layers ahead
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -58,9 +61,32 @@ def _beside(caller: torch.cuda.Stream) -> torch.cuda.Stream:
     return torch.cuda.Stream(caller.device)
 
 
+class InUse:
+    """Memory that a GPU still reads, where the allocator does not know: pinned RAM, or another stream's."""
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[torch.cuda.Event, Any]] = deque()
+        self._lock = threading.Lock()
+
+    def keep(self, until: torch.cuda.Event, *what: Any) -> None:
+        """Keeps these until the event is over, and lets go of what others were for."""
+        with self._lock:
+            self._kept.append((until, what))
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Lets go of what has been read by now; of the rest, by the next time."""
+        with self._lock:
+            while self._kept and self._kept[0][0].query():
+                self._kept.popleft()
+
+
+in_use = InUse()
+
+
 @functools.cache
-def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per device for all copies from RAM."""
+def bus_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device for all that is read from RAM."""
     return torch.cuda.Stream(device)
 
 

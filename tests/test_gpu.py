@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import (
@@ -17,9 +19,11 @@ from helpers import (
 
 import hfblend
 from hfblend.attention import QueryRows, attend, reference_attention
+from hfblend.caches import RowLayout, full_length_cache, rows_behind
 from hfblend.graphs import graphs_of
 from hfblend.models import host_of
 from hfblend.store import DiskStore
+from hfblend.streams import in_use
 
 pytestmark = pytest.mark.gpu
 
@@ -197,27 +201,31 @@ def test_graphs_are_recorded_again_after_remove():
             assert graphs._graphs
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation"])
-def test_chunks_on_disk_give_what_chunks_on_the_gpu_give(selection, tmp_path):
+def test_chunks_on_disk_give_what_chunks_on_the_gpu_give(selection, graphs, tmp_path):
     model = on_gpu("llama-gqa", torch.bfloat16)
     runs = []
     for store in (hfblend.MemoryStore(), DiskStore(tmp_path)):
-        for _ in range(2):
-            runs.append(blended(model, PROMPT, store, ratio=0.15, selection=selection, cuda_graphs=False))
-    (_, (on_device, one), _, (on_disk, other)) = runs
+        for _ in range(4 if graphs else 2):
+            last = blended(model, PROMPT, store, ratio=0.15, selection=selection, cuda_graphs=graphs)
+        runs.append(last)
+    assert bool(graphs_of(host_of(model))._graphs) == graphs
+    (on_device, one), (on_disk, other) = runs
     assert other.trace.hits == 3
     assert torch.equal(one.trace.selected_idx, other.trace.selected_idx)
     assert torch.equal(on_device, on_disk)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation"])
-def test_chunks_in_ram_give_what_chunks_on_the_gpu_give(selection):
+def test_chunks_in_ram_give_what_chunks_on_the_gpu_give(selection, graphs):
     model = on_gpu("llama-gqa", torch.bfloat16)
     stores = [hfblend.MemoryStore(), hfblend.MemoryStore(device="cpu")]
     runs = []
     for store in stores:
-        for _ in range(2):
-            logits, result = blended(model, PROMPT, store, ratio=0.15, selection=selection, cuda_graphs=False)
+        for _ in range(4 if graphs else 2):
+            logits, result = blended(model, PROMPT, store, ratio=0.15, selection=selection, cuda_graphs=graphs)
         runs.append((logits, result))
     assert next(iter(stores[1]._entries.values())).layer(0)[0].is_pinned()
     (on_device, one), (in_ram, other) = runs
@@ -226,6 +234,46 @@ def test_chunks_in_ram_give_what_chunks_on_the_gpu_give(selection):
     for ours, theirs in zip(one.cache.layers, other.cache.layers):
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_chunks_here_and_there_give_what_chunks_on_the_gpu_give(packed):
+    """On the GPU, in pinned RAM and in RAM that is not, side by side; some without rows."""
+    model, store = on_gpu("llama-gqa", torch.bfloat16), hfblend.MemoryStore()
+    for _ in range(2):
+        expected, one = blended(model, PROMPT, store, ratio=0.15, cuda_graphs=False)
+    for i, (key, entry) in enumerate(list(store._entries.items())[1:]):
+        layers = [entry.layer(layer) for layer in range(entry.num_layers)]
+        if i == 0:
+            moved = entry.to("cpu")
+        elif packed:
+            moved = replace(entry, cache=full_length_cache(pageable(kv) for kv in layers))
+        else:
+            moved = replace(entry, cache=full_length_cache((k.clone().cpu(), v.clone().cpu()) for k, v in layers))
+        store._entries[key] = moved
+    assert {entry.layer(0)[0].device.type for entry in store._entries.values()} == {"cuda", "cpu"}
+    assert {entry.layer(0)[0].is_pinned() for entry in store._entries.values()} == {True, False}
+    got, other = blended(model, PROMPT, store, ratio=0.15, cuda_graphs=False)
+    assert other.trace.hits == 3
+    assert torch.equal(one.trace.selected_idx, other.trace.selected_idx)
+    assert torch.equal(got, expected)
+
+
+def pageable(kv):
+    """The same, in rows in RAM that no GPU can read."""
+    rows = rows_behind(kv).cpu()
+    assert not rows.is_pinned()
+    return RowLayout.of(kv).views(rows[None])
+
+
+def test_what_was_read_from_ram_is_let_go():
+    model = on_gpu("llama-gqa", torch.bfloat16)
+    with hfblend.patch(model, config=config(0.2), store=hfblend.MemoryStore(device="cpu")):
+        for _ in range(2):
+            generate(model, PROMPT.inputs())
+        torch.cuda.synchronize()
+        in_use.let_go()
+        assert not in_use._kept
 
 
 def test_moving_a_model_keeps_its_entries():

@@ -117,7 +117,7 @@ def test_only_plain_forwards_are_recorded():
     many = torch.arange(5000)
     assert graphs._form(plain, Pass(many[None], many, many, 5000)) is None
     assert graphs._form(plain, Pass(rows[None], rows, rows, 9, hidden=rows)) != graphs._form(plain, one)
-    assert graphs.run(plain, one, {}) == (False, None)  # no GPU
+    assert graphs.run(plain, one, {}, lambda layers: None) == (False, None)  # no GPU
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (16, 16), (130, 160), (826, 832), (2413, 2432)])

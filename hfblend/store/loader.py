@@ -187,6 +187,8 @@ class LayerwiseChunk:
     def prefetch(self, layer_idx: int) -> None:
         """Starts reading this layer, its neighbours, and the next few."""
         first = layer_idx // LAYERS_A_READ
+        if self._latest is not None and self._latest[0] < first:
+            self._latest = None
         for run in (first, first + 1):
             layers = range(run * LAYERS_A_READ, min((run + 1) * LAYERS_A_READ, self.num_layers))
             is_here = self._latest is not None and self._latest[0] == run
