@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..chunks import ChunkKV
 from .counts import StoreCounts
-from .format import CorruptEntry, OtherVersion, contents_of, dump, header_bytes, header_of, parse
+from .format import HEAD_BYTES, CorruptEntry, OtherVersion, contents_of, dump, header_bytes, header_of, parse
 from .keys import file_name_of, is_file_name
 from .loader import FileSource, LayerwiseChunk
 from .quantisation import require_kv_dtype, takes
@@ -123,11 +123,12 @@ class DiskStore:
         try:
             with contextlib.ExitStack() as opened:
                 stream = opened.enter_context(FileIO(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))))
-                start = stream.read(8)
-                start += stream.read(header_bytes(start) - 8)
-                contents = contents_of(key, start, os.fstat(stream.fileno()).st_size)
+                head = stream.read(HEAD_BYTES)
+                head += stream.read(max(0, header_bytes(head[:8]) - len(head)))
+                contents = contents_of(key, head, os.fstat(stream.fileno()).st_size)
                 contents.require_served_by(self.kv_dtype)
-                chunk = LayerwiseChunk(FileSource(stream), contents, self.counts, give_up)
+                source = FileSource(stream, head[: contents.layers[0].start])
+                chunk = LayerwiseChunk(source, contents, self.counts, give_up)
                 opened.pop_all()  # from here on the chunk closes it
         except FileNotFoundError:
             pass

@@ -12,12 +12,12 @@ Shapes: n tokens of the chunk, W width of a row, L layers.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -28,6 +28,7 @@ from .quantisation import KV_DTYPES, QuantisedRows, can_be_quantised, dequantise
 
 FORMAT = "hfblend-chunk-1"
 QUANTISED_FORMAT = "hfblend-chunk-2"  # another name, so that versions that cannot read it pass it by
+HEAD_BYTES = 64 * 2**10  # of a file, read first: the header, positions and ids of most
 _BLANK = "0" * 32  # stands in the header for its own digest while that is taken
 _LONGEST_HEADER = 16 * 2**20
 _KV = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -94,8 +95,7 @@ def _header(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> bytea
     return bytearray(len(header).to_bytes(8, "little") + header)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor stands in a file, [start, stop), and what it must be."""
 
     dtype: torch.dtype
@@ -213,17 +213,21 @@ def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
     if metadata.get("key") != key:
         raise CorruptEntry(f"it was stored under {metadata.get('key')!r}")
     try:
-        checksums, data = json.loads(metadata["checksums"]), _header_stop(start)
-        places = {name: _place(one, data, checksums[name]) for name, one in header.items()}
         layouts = tuple(RowLayout.shared(*numbers) for numbers in json.loads(metadata["layouts"]))
-        in_8_bits = (metadata["kv_dtype"], _KV[metadata["dtype"]]) if form == QUANTISED_FORMAT else ()
-        contents = Contents(key, metadata["provenance"], int(metadata["regime"]), layouts, places, *in_8_bits)
-        _require_whole(contents, data, num_bytes)
+        in_8_bits = (metadata["kv_dtype"], _KV[metadata["dtype"]]) if form == QUANTISED_FORMAT else (None, None)
+        expected = _expected(header, layouts, in_8_bits[0])
+        places = _places(header, expected, json.loads(metadata["checksums"]), _header_stop(start))
+        regime, provenance = int(metadata["regime"]), metadata["provenance"]
     except CorruptEntry:
         raise
     except Exception as error:  # whatever a header that was made to do harm makes go wrong
         raise CorruptEntry(f"{type(error).__name__}: {error}") from error
-    return contents
+    stop = places[next(reversed(places))].stop
+    if stop != num_bytes:
+        raise CorruptEntry(f"its tensors end at byte {stop}, the file at {num_bytes}")
+    if provenance not in ("isolated", "in_context"):
+        raise CorruptEntry(f"its provenance is {provenance!r}")
+    return Contents(key, provenance, regime, layouts, places, *in_8_bits)
 
 
 def parse(key: str, file: bytes) -> ChunkKV:
@@ -246,62 +250,50 @@ def parse(key: str, file: bytes) -> ChunkKV:
     return ChunkKV(cache, positions, behind, contents.provenance, contents.regime, contents.quantised)
 
 
+@functools.cache
 def _names_of(layer_idx: int, quantised: str | None) -> tuple[str, ...]:
     """A layer's tensors, as they stand in the file."""
     slots = ("layer",) if quantised is None else ("key_scales", "value_scales", "layer")
     return tuple(f"{slot}_{layer_idx:04}" for slot in slots)
 
 
-def _place(header: dict[str, Any], data: int, checksum: str) -> Place:
-    start, stop = header["data_offsets"]
-    dtype, shape = _DTYPES[header["dtype"]], tuple(header["shape"])
-    if min((start, *shape)) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
-        raise CorruptEntry(f"a tensor of shape {shape} cannot stand in [{start}, {stop})")
-    return Place(dtype, shape, data + start, data + stop, checksum)
+def _expected(
+    header: dict[str, Any], layouts: tuple[RowLayout, ...], quantised: str | None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> dtype and shape of every tensor that the chunk must have, in the file's order."""
+    (num_behind,), (num_tokens,) = (header[name]["shape"] for name in ("behind_ids", "cached_positions"))
+    widths = [number for layout in set(layouts) for number in vars(layout).values()]
+    if not widths or type(num_behind) is not int or type(num_tokens) is not int or min(num_tokens, *widths) <= 0:
+        raise CorruptEntry(f"it has {num_tokens} tokens behind {num_behind}, and rows of {sorted(widths)[:1]}")
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "behind_ids": ("I64", (num_behind,)),
+        "cached_positions": ("I64", (num_tokens,)),
+    }
+    for i, layout in enumerate(layouts):
+        *scales, rows = _names_of(i, quantised)
+        if quantised is not None:
+            shapes = (layout.key_heads, layout.key_dim), (num_tokens, layout.value_heads)
+            expected |= {name: ("F32", shape) for name, shape in zip(scales, shapes)}
+        dtype = header[rows]["dtype"] if quantised is None else _NAMES[KV_DTYPES[quantised]]
+        if quantised is None and dtype not in _KV:
+            raise CorruptEntry(f"layer {i} is of dtype {dtype!r}")
+        expected[rows] = dtype, (num_tokens, layout.width)
+    return expected
 
 
-def _require_whole(contents: Contents, data: int, num_bytes: int) -> None:
-    """Every tensor that a chunk has, of its form, one behind the other, and nothing else."""
-    names = ["behind_ids", "cached_positions", *chain(*contents.names)]
-    if not contents.layouts or sorted(contents.places) != sorted(names):
-        raise CorruptEntry("tensors are missing, or too many")
-    ends = data
-    for place in sorted(contents.places.values(), key=lambda place: (place.start, place.stop)):
-        if place.start != ends:
-            raise CorruptEntry("its tensors do not stand one behind the other")
-        ends = place.stop
-    if ends != num_bytes:
-        raise CorruptEntry(f"its tensors end at byte {ends}, the file at {num_bytes}")
-    positions, behind = contents.places["cached_positions"], contents.places["behind_ids"]
-    if any(place.dtype != torch.int64 or len(place.shape) != 1 for place in (positions, behind)):
-        raise CorruptEntry("positions and ids are not vectors of integers")
-    if not positions.shape[0]:
-        raise CorruptEntry("it has no tokens")
-    if any(min(vars(layout).values()) <= 0 for layout in set(contents.layouts)):
-        raise CorruptEntry("a row of no width")
-    for i, (layout, own) in enumerate(zip(contents.layouts, contents.names)):
-        parts = [contents.places[name] for name in own]
-        if not _are_a_layer(parts, layout, positions.shape[0], contents.quantised):
-            raise CorruptEntry(f"layer {i} is not of its form")
-    if any(one.stop != other.start for one, other in pairwise(contents.layers)):
-        raise CorruptEntry("its layers do not stand in their order")
-    if contents.provenance not in ("isolated", "in_context"):
-        raise CorruptEntry(f"its provenance is {contents.provenance!r}")
-
-
-def _are_a_layer(parts: list[Place], layout: RowLayout, num_tokens: int, quantised: str | None) -> bool:
-    """Whether tensors are of the form of a layer's, and stand in its order."""
-    rows, scales = parts[-1], [(part.dtype, part.shape) for part in parts[:-1]]
-    if rows.shape != (num_tokens, layout.width):
-        return False
-    if quantised is None:
-        return rows.dtype in _KV.values()
-    key_scales, value_scales = (layout.key_heads, layout.key_dim), (num_tokens, layout.value_heads)
-    return (
-        rows.dtype == KV_DTYPES[quantised]
-        and scales == [(torch.float32, key_scales), (torch.float32, value_scales)]
-        and all(one.stop == other.start for one, other in pairwise(parts))
-    )
+def _places(
+    header: dict[str, Any], expected: dict[str, tuple[str, tuple[int, ...]]], checksums: dict[str, str], start: int
+) -> dict[str, Place]:
+    """The tensors, one behind the other and nothing else; data begin at byte `start`."""
+    places, stop = {}, 0
+    for name, (dtype, shape) in expected.items():
+        begin, stop = stop, stop + math.prod(shape) * _DTYPES[dtype].itemsize
+        if header[name] != {"dtype": dtype, "shape": [*shape], "data_offsets": [begin, stop]}:
+            raise CorruptEntry(f"{name} is not a tensor {dtype} of shape {shape} at [{begin}, {stop})")
+        places[name] = Place(_DTYPES[dtype], shape, start + begin, start + stop, checksums[name])
+    if len(header) != len(places):
+        raise CorruptEntry(f"it has {len(header)} tensors, not {len(places)}")
+    return places
 
 
 def _bytes(data: bytes) -> torch.Tensor:

@@ -66,14 +66,20 @@ class Source(Protocol):
 
 
 class FileSource:
-    """A file on a disk. It stays open as long as this lives, so that it can be read on when its name is gone."""
+    """A file on a disk. It stays open as long as this lives, so that it can be read on when its name is gone.
 
-    def __init__(self, stream: FileIO) -> None:
-        self._stream, self._reading = stream, threading.Lock()
+    Args:
+        head: what has been read of it, its layers not included.
+    """
+
+    def __init__(self, stream: FileIO, head: bytes) -> None:
+        self._stream, self._head, self._reading = stream, head, threading.Lock()
         weakref.finalize(self, stream.close)
 
     def fill(self, buffer: memoryview, start: int) -> None:
-        read = 0
+        here = self._head[start : start + len(buffer)]
+        buffer[: len(here)] = here
+        read = len(here)
         while read < len(buffer):
             more = self._read_into(buffer[read:], start + read)
             if not more:
@@ -209,7 +215,10 @@ class LayerwiseChunk:
 
     def _read(self, place: Place) -> torch.Tensor:
         """A small tensor, now."""
-        return place.tensor(self._to_read([place])()[0])
+        data = torch.empty(place.stop - place.start, dtype=torch.uint8)
+        self._source.fill(memory_of(data), place.start)
+        place.require_whole(memory_of(data))
+        return place.tensor(data)
 
     def _to_read(self, places: Sequence[Place | QuantisedPlace]) -> Callable[[], list[torch.Tensor]]:
         """What a thread has to do for the bytes of tensors that stand one behind the other, with the buffer made; an

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from ..chunks import ChunkKV
 from ..optional import require
 from .counts import StoreCounts
-from .format import Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes, header_of
+from .format import HEAD_BYTES, Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes, header_of
 from .keys import file_name_of
 from .loader import LayerwiseChunk
 from .quantisation import require_kv_dtype, takes
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-HEAD_BYTES = 64 * 2**10  # of an object, read first: the header, positions and ids of most
 REQUESTS = 32  # of a store at once; as many again for writing. A disk's 8 would leave a line idle while they travel.
 
 # Their puts are atomic and need no folders; elsewhere a file is written under a temporary name and moved.
