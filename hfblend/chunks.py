@@ -91,6 +91,11 @@ class ChunkKV:
         """The rows (n, W) that a layer is views of; `None` if it is not packed."""
         return self._rows[layer_idx]
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether its rows lie in pinned RAM."""
+        return self._addresses is not None and self.layer(0)[0].device.type == "cpu"
+
     @cached_property
     def _rows(self) -> list[torch.Tensor | None]:
         return [rows_behind(self.layer(i)) for i in range(self.num_layers)]
@@ -155,6 +160,9 @@ class Reader(Protocol):
 
     @property
     def num_bytes(self) -> int: ...
+
+    @property
+    def is_pinned(self) -> bool: ...  # whether `rows` are pinned RAM, which a GPU reads by itself
 
     def tier_beside(self, device: torch.device) -> str:
         """Where it is loaded from, of `hfblend.controller.TIERS`."""

@@ -226,25 +226,22 @@ class GPULoader:
             self._read_from_ram(i)
             torch.cuda.current_stream(self.device).wait_event(self._read[i])
         loaded = {i: self.buffers.pop(i) for i in layers}
-        if layers:
+        if layers and not self._unknown:  # others read ahead by themselves
             self.read_ahead(layers[-1] + 1)
         return loaded
 
     def read_ahead(self, layer_idx: int) -> None:
         """Starts reading what does not lie on the GPU: this layer, and the next few."""
-        if self._unknown:
-            for i in self._unknown:
-                self._entries[i].prefetch(layer_idx)
-            return
-        for i in () if self.is_near else range(layer_idx, layer_idx + LAYERS_AHEAD):
-            if i in self.buffers:
-                self._read_from_ram(i)
+        for i in self._unknown:
+            self._entries[i].prefetch(layer_idx)
+        if not self._unknown and not self.is_near:
+            for i in range(layer_idx, layer_idx + LAYERS_AHEAD):
+                if i in self.buffers:
+                    self._read_from_ram(i)
 
     def _read_from_ram(self, layer_idx: int) -> None:
         if layer_idx in self._read:
             return
-        for i in self._unknown:
-            self._entries[i].prefetch(layer_idx)
         for states in self.buffers[layer_idx]:
             states.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
@@ -261,11 +258,11 @@ class GPULoader:
 
     def _readable(self, entry: Reader, layer_idx: int) -> torch.Tensor:
         """The rows (n, W) of a layer, where a kernel can read them: as they are in pinned RAM, else brought here."""
-        rows = entry.rows(layer_idx)
+        rows = entry.rows(layer_idx) if entry.is_pinned else None
         if rows is None:
             rows = rows_behind(packed(entry.layer(layer_idx), self.device))
-            assert rows is not None
-        return rows if rows.device == self.device or rows.is_pinned() else rows.to(self.device)
+        assert rows is not None
+        return rows
 
     def _gather(self, layers: Sequence[int], sources: torch.Tensor, programs: int | None = None) -> None:
         """One kernel for layers of one kind, next to each other; `sources` (n, pieces) are their rows' addresses."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -109,15 +110,11 @@ class Place(NamedTuple):
         if _checksum(self.dtype, self.shape, memory) != self.checksum:
             raise CorruptEntry(f"a checksum does not fit (bytes {self.start} to {self.stop})")
 
-    def decoded(self, data: torch.Tensor) -> torch.Tensor:
-        """The tensor's own bytes (num_bytes,), from those of the file (stop − start,), which have been checked."""
-        return data
-
-    def tensor(self, decoded: torch.Tensor) -> torch.Tensor:
-        """The tensor of its bytes."""
-        if decoded.storage_offset() % self.dtype.itemsize:
-            decoded = decoded.clone()
-        return decoded.view(self.dtype).view(self.shape)
+    def tensor(self, data: torch.Tensor) -> torch.Tensor:
+        """The tensor in these bytes (stop − start,), which have been checked."""
+        if data.storage_offset() % self.dtype.itemsize:
+            data = data.clone()
+        return data.view(self.dtype).view(self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -153,13 +150,18 @@ class QuantisedPlace:
         for part in self.parts:
             part.require_whole(memory[part.start - self.start : part.stop - self.start])
 
-    def decoded(self, data: torch.Tensor) -> torch.Tensor:
+    def tensor(self, data: torch.Tensor) -> torch.Tensor:
         quantised = (part.tensor(data[part.start - self.start : part.stop - self.start]) for part in self.parts)
-        rows = dequantise(QuantisedRows(*quantised), self.layout, self.dtype).flatten().view(torch.uint8)
+        rows = dequantise(QuantisedRows(*quantised), self.layout, self.dtype)
         return rows.pin_memory() if data.is_pinned() else rows
 
-    def tensor(self, decoded: torch.Tensor) -> torch.Tensor:
-        return decoded.view(self.dtype).view(self.parts[-1].shape)
+
+def views_of(places: Sequence[Place | QuantisedPlace], data: torch.Tensor) -> list[torch.Tensor] | None:
+    """Tensors of one form, one behind the other in `data`, filled or not; `None` where they are more than its bytes."""
+    first, *others = places
+    if isinstance(first, QuantisedPlace) or any(not isinstance(p, Place) or p[:2] != first[:2] for p in others):
+        return None
+    return list(data.view(first.dtype).view(len(places), *first.shape).unbind())
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def parse(key: str, file: bytes) -> ChunkKV:
     def read(place: Place | QuantisedPlace) -> torch.Tensor:
         data = _bytes(file[place.start : place.stop])
         place.require_whole(memory_of(data))
-        return place.tensor(place.decoded(data))
+        return place.tensor(data)
 
     positions, behind_ids = read(contents.places["cached_positions"]), read(contents.places["behind_ids"])
     kv = (layout.views(read(place)[None]) for layout, place in zip(contents.layouts, contents.layers))

@@ -6,7 +6,8 @@
 A layer is checked when it arrives. At most 2 · LAYERS_A_READ layers of a chunk are in memory, unless it is kept.
 
 Threads do what lets other threads run, reads and checksums, and little else: buffers are made, and tensors formed in
-them, by the thread that asks. With 8 threads that make tensors, Python's lock costs more than the reading.
+them, by the thread that asks. With 8 threads that make tensors, Python's lock costs more than the reading. That thread
+makes few calls for the same reason: each may have to wait for the lock.
 
 Shapes: n tokens of the chunk, Hkv KV heads, D head_dim, W width of a row.
 """
@@ -30,7 +31,7 @@ import torch
 from ..caches import KV, RowLayout, pins_memory
 from ..chunks import ChunkKV, ChunkLost, Provenance, in_memory
 from .counts import StoreCounts
-from .format import Contents, CorruptEntry, Place, QuantisedPlace, memory_of
+from .format import Contents, CorruptEntry, Place, QuantisedPlace, memory_of, views_of
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,7 @@ class LayerwiseChunk:
         self.behind_ids = tuple(self._read(contents.places["behind_ids"]).tolist())
         self.provenance: Provenance = contents.provenance
         self.regime = contents.regime
+        self.is_pinned = pins_memory()
 
     @property
     def layouts(self) -> tuple[RowLayout, ...]:
@@ -186,7 +188,7 @@ class LayerwiseChunk:
             except (OSError, CorruptEntry) as error:
                 self._lost(error)
                 raise ChunkLost(self._contents.key, str(error)) from error
-        rows = self._contents.layers[layer_idx].tensor(self._latest[1][at])
+        rows = self._latest[1][at]
         self._keep(layer_idx, rows)
         return rows
 
@@ -221,12 +223,12 @@ class LayerwiseChunk:
         return place.tensor(data)
 
     def _to_read(self, places: Sequence[Place | QuantisedPlace]) -> Callable[[], list[torch.Tensor]]:
-        """What a thread has to do for the bytes of tensors that stand one behind the other, with the buffer made; an
-        error, once the chunk is given up."""
+        """What a thread has to do for layers that stand one behind the other, with the buffer made: returns their rows,
+        or raises, once the chunk is given up."""
         start, num_bytes = places[0].start, places[-1].stop - places[0].start
-        data = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pins_memory())
-        parts = data.split([place.stop - place.start for place in places])
-        memory, source, counts, chunk = memory_of(data), self._source, self._counts, weakref.ref(self)
+        data = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.is_pinned)
+        rows, memory = views_of(places, data), data.numpy().data
+        source, counts, chunk = self._source, self._counts, weakref.ref(self)
 
         def read() -> list[torch.Tensor]:
             if chunk() is None:
@@ -235,9 +237,9 @@ class LayerwiseChunk:
             source.fill(memory, start)
             for place in places:
                 place.require_whole(memory[place.start - start : place.stop - start])
-            decoded = [place.decoded(part) for place, part in zip(places, parts)]
+            read_rows = rows or [place.tensor(data[place.start - start : place.stop - start]) for place in places]
             counts.add(bytes_read=num_bytes, read_seconds=time.perf_counter() - began)
-            return decoded
+            return read_rows
 
         return read
 
