@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 MAX_ROWS = 4096  # with more, the GPU is busy for longer than Python needs
 MAX_GRAPHS = 16
-LAYERS_A_PART = 4  # as many as a disk is asked for at once (`hfblend.store.loader`)
+LAYERS_A_PART = (
+    4  # as many as a disk is asked for at once (`hfblend.store.loader`); one in the first parts, to begin soon
+)
 _SIMPLE = (type(None), bool, int, str)
 
 
@@ -95,7 +97,7 @@ class Recording:
         layers = self.parts[-1].layers
         if layer_idx in layers:
             return
-        if not layers or layer_idx % LAYERS_A_PART == 0:
+        if len(self.parts) <= LAYERS_A_PART or layer_idx % LAYERS_A_PART == 0:
             self.parts[-1].graph.capture_end()
             self._begin()
         self.parts[-1].layers.append(layer_idx)

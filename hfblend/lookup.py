@@ -106,7 +106,6 @@ class LookUp:
             key = self._key(span, ids_before)
             entry = self._context.open(key, len(ids))
             if entry is not None:
-                entry.prefetch(0)  # it is read while others are looked up
                 return self._piece(span, entry, key, "hit")
         return None, ChunkTrace(span, key, "fresh")
 

@@ -242,6 +242,9 @@ class GPULoader:
     def _read_from_ram(self, layer_idx: int) -> None:
         if layer_idx in self._read:
             return
+        if not self._read:  # from there on each entry goes ahead by itself
+            for i in self._unknown:
+                self._entries[i].prefetch(layer_idx)
         for states in self.buffers[layer_idx]:
             states.record_stream(self._stream)
         with torch.cuda.stream(self._stream):

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LAYERS_A_READ = 4  # neighbours in the file; each read costs a turn of Python's lock, or a request
-READERS = 8  # threads that read from disks, of all stores of the process together
+READERS = 12  # threads that read from disks, of all stores of the process together
 
 
 class Source(Protocol):
