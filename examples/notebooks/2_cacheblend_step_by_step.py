@@ -22,6 +22,7 @@
 
 # %%
 import os
+import warnings
 
 import torch
 from transformers import DynamicCache
@@ -29,6 +30,8 @@ from transformers import DynamicCache
 import hfblend
 from hfblend.demo import demo_data, demo_prompt
 from hfblend.demo_model import load
+
+warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
 
 SHORT = os.environ.get("HFBLEND_SHORT") == "1"
 model, tokenizer = load(device="cpu")

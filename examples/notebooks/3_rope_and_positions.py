@@ -20,6 +20,8 @@
 # For another model write `load("folder or hub id")`; the first half reads a Llama-like model's rotary tables.
 
 # %%
+import warnings
+
 import torch
 from matplotlib.figure import Figure
 from transformers import DynamicCache
@@ -27,6 +29,8 @@ from transformers import DynamicCache
 import hfblend
 from hfblend.demo_model import load
 from hfblend.rope import rotate, rotation_between
+
+warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
 
 model, tokenizer = load(device="cpu")
 ids = tokenizer("The keeper read the tide clock each morning.", return_tensors="pt").input_ids

@@ -21,6 +21,7 @@
 
 # %%
 import os
+import warnings
 
 import torch
 from transformers import DynamicCache
@@ -29,6 +30,8 @@ import hfblend
 from hfblend.demo import demo_data
 from hfblend.demo_model import load
 from hfblend.verification import verify_prompt
+
+warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
 
 SHORT = os.environ.get("HFBLEND_SHORT") == "1"  # at the end, looks at digits only
 model, tokenizer = load(device="cpu")
