@@ -11,6 +11,7 @@ from hfblend.host import CACHE
 from hfblend.models import host_of
 from hfblend.rope import Realigner
 from hfblend.store import chunk_key
+from hfblend.store.format import contents_of
 
 VOCABULARY = 97
 
@@ -180,3 +181,13 @@ def same(one, other) -> bool:
     kv = all(torch.equal(a, b) for i in range(one.num_layers) for a, b in zip(one.layer(i), other.layer(i)))
     rest = [(e.cached_positions.tolist(), e.behind_ids, e.provenance, e.regime) for e in (one, other)]
     return layers and kv and rest[0] == rest[1]
+
+
+def damage(store, key, layer):
+    """Flips a bit in the middle of a layer's rows, in a `DiskStore`'s file as it lies there."""
+    path = store._path(key)
+    content = bytearray(path.read_bytes())
+    place = contents_of(key, bytes(content), len(content)).layers[layer]
+    content[(place.start + place.stop) // 2] ^= 1
+    with open(path, "r+b") as file:  # the same file: readers have it open
+        file.write(content)

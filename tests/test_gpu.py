@@ -9,6 +9,7 @@ import torch
 from helpers import (
     MODELS,
     config,
+    damage,
     full_prefill_kv,
     generate,
     largest_difference,
@@ -22,7 +23,7 @@ from hfblend.attention import QueryRows, attend, reference_attention
 from hfblend.caches import RowLayout, full_length_cache, rows_behind
 from hfblend.graphs import graphs_of
 from hfblend.models import host_of
-from hfblend.store import DiskStore
+from hfblend.store import DiskStore, loader
 from hfblend.streams import in_use
 
 pytestmark = pytest.mark.gpu
@@ -215,6 +216,21 @@ def test_chunks_on_disk_give_what_chunks_on_the_gpu_give(selection, graphs, tmp_
     assert other.trace.hits == 3
     assert torch.equal(one.trace.selected_idx, other.trace.selected_idx)
     assert torch.equal(on_device, on_disk)
+
+
+@pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation"])
+def test_a_chunk_lost_in_a_recorded_pass_is_prefilled_alone(selection, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "LAYERS_A_READ", 1)  # so that the first layers come before the fault
+    model, disk = on_gpu("llama-gqa", torch.bfloat16), DiskStore(tmp_path)
+    for _ in range(4):
+        intact, one = blended(model, PROMPT, disk, ratio=0.15, selection=selection)
+    assert graphs_of(host_of(model))._graphs
+    damage(disk, one.trace.chunks[1].key, 3)
+    again, other = blended(model, PROMPT, disk, ratio=0.15, selection=selection)
+    assert [chunk.status for chunk in other.trace.chunks] == ["hit", "miss", "hit"]
+    assert (again - intact).norm() <= 0.05 * intact.norm()
+    _, last = blended(model, PROMPT, disk, ratio=0.15, selection=selection)
+    assert last.trace.hits == 3
 
 
 @pytest.mark.parametrize("graphs", [False, True])

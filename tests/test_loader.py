@@ -12,13 +12,12 @@ import weakref
 
 import pytest
 import torch
-from helpers import config, generate, make_llama, make_prompt
+from helpers import config, damage, generate, make_llama, make_prompt
 
 import hfblend
 from hfblend.caches import full_length_cache
 from hfblend.chunks import ChunkLost
 from hfblend.store import DiskStore, MemoryStore, TieredStore, loader
-from hfblend.store.format import contents_of
 
 PROMPT = make_prompt()
 KEYS = [f"{i:064x}" for i in range(8)]
@@ -27,16 +26,6 @@ KEYS = [f"{i:064x}" for i in range(8)]
 def entry(layers=12, tokens=5):
     kv = [[torch.randn(1, 2, tokens, 8) for _ in range(2)] for _ in range(layers)]
     return hfblend.ChunkKV(full_length_cache(kv), torch.arange(3, 3 + tokens))
-
-
-def damage(store, key, layer):
-    """Flips a bit in the middle of a layer's rows, in the file as it lies there."""
-    path = store._path(key)
-    content = bytearray(path.read_bytes())
-    place = contents_of(key, bytes(content), len(content)).layers[layer]
-    content[(place.start + place.stop) // 2] ^= 1
-    with open(path, "r+b") as file:  # the same file: readers have it open
-        file.write(content)
 
 
 def test_layers_are_read_ahead_and_few_are_held(tmp_path):
