@@ -460,13 +460,15 @@ class Blending:
             (keys[:, :, rows].clone(), values[:, :, rows].clone()) for _, (keys, values) in sorted(self.buffers.items())
         )
         provenance: Provenance = "isolated" if chunk is self.trace.prefix else "in_context"
+        behind_ids, positions = tuple(self.ids[:start]), torch.arange(start, stop)
+        origin = self.host.origin_of(self.ids[rows], behind_ids)
         regime = self.host.regime(self.length)
-        self.store.put(chunk.key, ChunkKV(kv, torch.arange(start, stop), tuple(self.ids[:start]), provenance, regime))
+        self.store.put(chunk.key, ChunkKV(kv, positions, behind_ids, provenance, regime, origin=origin))
 
     def _note_what_was_not_kept(self) -> None:
         """Says when the store is too small for this prompt: its chunks push each other out and miss every time.
 
-        A remote has no budget, and says itself what it could not keep.
+        A remote says itself what it could not keep.
         """
         if isinstance(self.store, RemoteStore):
             return

@@ -12,8 +12,9 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from .caches import KV, RowLayout, full_length_cache, packed, rows_behind
-from .host import CACHE, Host
-from .models import host_of
+from .host import CACHE
+from .models import BlendableModel, host_of
+from .origin import Origin
 
 Provenance = Literal["isolated", "in_context"]
 
@@ -29,6 +30,7 @@ class ChunkKV:
         provenance: `"isolated"` (chunk alone behind those ids) or `"in_context"` (inside some prompt).
         regime: prompt length that set length-dependent RoPE frequencies then; default, last position + 1.
         quantised: `"int8"` or `"fp8"`, where a store kept it in that; it is then near what was computed, never exact.
+        origin: which model computed it of what, for people and tools; `None` where that is not known.
     """
 
     cache: DynamicCache
@@ -37,6 +39,7 @@ class ChunkKV:
     provenance: Provenance = "isolated"
     regime: int = 0
     quantised: str | None = None
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         layers: list[Any] = self.cache.layers
@@ -150,6 +153,9 @@ class Reader(Protocol):
     def quantised(self) -> str | None: ...
 
     @property
+    def origin(self) -> Origin | None: ...
+
+    @property
     def dtype(self) -> torch.dtype: ...
 
     @property
@@ -194,7 +200,8 @@ def in_memory(entry: Reader) -> ChunkKV:
     if isinstance(entry, ChunkKV):
         return entry
     cache = full_length_cache(entry.layer(i) for i in range(entry.num_layers))
-    return ChunkKV(cache, entry.cached_positions, entry.behind_ids, entry.provenance, entry.regime, entry.quantised)
+    said = (entry.cached_positions, entry.behind_ids, entry.provenance, entry.regime, entry.quantised, entry.origin)
+    return ChunkKV(cache, *said)
 
 
 def prefill_chunk(
@@ -220,14 +227,14 @@ def prefill_chunk(
     return prefill(host_of(model), ids, behind_ids, behind)
 
 
-def prefill(host: Host, ids: Sequence[int], behind_ids: Sequence[int], behind: Reader | None) -> ChunkKV:
+def prefill(host: BlendableModel, ids: Sequence[int], behind_ids: Sequence[int], behind: Reader | None) -> ChunkKV:
     """`prefill_chunk` for a host that is already at hand."""
     return prefill_batch(host, [ids], behind_ids, behind)[0]
 
 
 @torch.no_grad()
 def prefill_batch(
-    host: Host, chunks: Sequence[Sequence[int]], behind_ids: Sequence[int], behind: Reader | None
+    host: BlendableModel, chunks: Sequence[Sequence[int]], behind_ids: Sequence[int], behind: Reader | None
 ) -> list[ChunkKV]:
     """`prefill` of B chunks in one forward, each alone behind the same ids.
 
@@ -251,24 +258,27 @@ def prefill_batch(
     positions = torch.arange(known, stop, device=host.device).expand(len(chunks), -1)
     with host.lock.shared():
         host.decoder_forward(input_ids=new_ids, position_ids=positions, use_cache=True, **{CACHE: cache})
-    return [_chunk_kv_of(host, cache, i, len(ids), tuple(behind_ids)) for i, ids in enumerate(chunks)]
+    return [_chunk_kv_of(host, cache, i, ids, tuple(behind_ids)) for i, ids in enumerate(chunks)]
 
 
-def _on_layers_device(host: Host, layer_idx: int, kv: KV) -> KV:
+def _on_layers_device(host: BlendableModel, layer_idx: int, kv: KV) -> KV:
     device = host.device_of_layer(layer_idx)
     return kv[0].to(device), kv[1].to(device)
 
 
-def _chunk_kv_of(host: Host, cache: DynamicCache, row: int, num_tokens: int, behind_ids: tuple[int, ...]) -> ChunkKV:
+def _chunk_kv_of(
+    host: BlendableModel, cache: DynamicCache, row: int, ids: Sequence[int], behind_ids: tuple[int, ...]
+) -> ChunkKV:
     """The chunk in one row of a batch's cache (B, Hkv, T, D), without what stands before and behind it."""
-    start, stop = len(behind_ids), len(behind_ids) + num_tokens
+    start, stop = len(behind_ids), len(behind_ids) + len(ids)
     place = (slice(row, row + 1), slice(None), slice(start, stop))
     layers: list[Any] = cache.layers
     kv = full_length_cache(packed((layer.keys[place], layer.values[place])) for layer in layers)
-    return ChunkKV(kv, torch.arange(start, stop), behind_ids, "isolated", host.regime(stop))
+    origin = host.origin_of(ids, behind_ids)
+    return ChunkKV(kv, torch.arange(start, stop), behind_ids, "isolated", host.regime(stop), origin=origin)
 
 
-def _can_continue(host: Host, behind: Reader, stop: int) -> bool:
+def _can_continue(host: BlendableModel, behind: Reader, stop: int) -> bool:
     """Whether KV stands at positions 0 …, in the RoPE regime of a prompt of `stop` tokens, and holds as it is.
 
     What is computed behind quantised KV would carry its error, and nothing would say so.

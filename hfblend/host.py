@@ -6,6 +6,8 @@ import contextlib
 import copy
 import functools
 import inspect
+import json
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -149,6 +151,17 @@ class Host:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.decoder.parameters()).dtype
+
+    @property
+    def name(self) -> str:
+        """The hub's id, the name of its folder, or else its class: for people."""
+        name = str(getattr(self.model.config, "_name_or_path", "") or "")
+        return (os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name) or type(self.model).__name__
+
+    @property
+    def described_rope(self) -> str:
+        """Its RoPE, as the config has it, in JSON."""
+        return json.dumps(getattr(self.config, "rope_parameters", None) or {}, default=str)
 
     def decoder_forward(self, **kwargs: Any) -> Any:
         """The decoder's own forward, past hfblend's wrapper if there is one."""

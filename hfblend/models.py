@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .caches import RowLayout
 from .fingerprint import Fingerprint
 from .host import Host, UnsupportedModel, base_of
 from .norms import Norms, find_norms, norms_in_one_kernel
+from .origin import Origin, digest_of
 from .proof import prove_rows
 from .rope import KeyRotation, find_rotations
 from .rotary import Namespace, find_rotary, rotary_in_one_kernel
@@ -68,6 +69,10 @@ class BlendableModel(Host):
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's K/V in all layers."""
         return self.dtype.itemsize * sum(layout.width for layout in self.layouts.values())
+
+    def origin_of(self, ids: Sequence[int], behind_ids: Sequence[int]) -> Origin:
+        """What is to be said of KV that this model computes of ids behind others."""
+        return Origin(self.name, self.fingerprint.digest, self.described_rope, digest_of(ids), digest_of(behind_ids))
 
     @contextlib.contextmanager
     def small_steps_in_one_kernel(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ import xxhash
 
 from ..caches import KV, RowLayout, full_length_cache, packed, rows_behind
 from ..chunks import ChunkKV
+from ..origin import Origin
 from .quantisation import KV_DTYPES, QuantisedRows, can_be_quantised, dequantise, quantise, takes
 
 FORMAT = "hfblend-chunk-1"
@@ -79,6 +80,8 @@ def dump(key: str, chunk_kv: ChunkKV, kv_dtype: str | None = None) -> bytes:
         "checksums": json.dumps({name: _checksum_of(tensor) for name, tensor in tensors.items()}),
         "header": _BLANK,
     }
+    if chunk_kv.origin is not None:
+        metadata["origin"] = json.dumps(asdict(chunk_kv.origin))
     header = _header(metadata, tensors)
     start, stop = _digest_place(header)
     header[start:stop] = xxhash.xxh3_128_hexdigest(header).encode()
@@ -169,6 +172,7 @@ class Contents:
     """What a file holds, by its header.
 
     Attributes:
+        origin: who computed it, of what; `None` in files of earlier versions.
         quantised: `"int8"` or `"fp8"`, where KV is in 8 bits.
         dtype: of such KV, when it was computed.
     """
@@ -178,6 +182,7 @@ class Contents:
     regime: int
     layouts: tuple[RowLayout, ...]
     places: dict[str, Place]
+    origin: Origin | None = None
     quantised: str | None = None
     dtype: torch.dtype | None = None
 
@@ -219,7 +224,7 @@ def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
         in_8_bits = (metadata["kv_dtype"], _KV[metadata["dtype"]]) if form == QUANTISED_FORMAT else (None, None)
         expected = _expected(header, layouts, in_8_bits[0])
         places = _places(header, expected, json.loads(metadata["checksums"]), _header_stop(start))
-        regime, provenance = int(metadata["regime"]), metadata["provenance"]
+        regime, provenance, origin = int(metadata["regime"]), metadata["provenance"], origin_of(metadata)
     except CorruptEntry:
         raise
     except Exception as error:  # whatever a header that was made to do harm makes go wrong
@@ -229,7 +234,7 @@ def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
         raise CorruptEntry(f"its tensors end at byte {stop}, the file at {num_bytes}")
     if provenance not in ("isolated", "in_context"):
         raise CorruptEntry(f"its provenance is {provenance!r}")
-    return Contents(key, provenance, regime, layouts, places, *in_8_bits)
+    return Contents(key, provenance, regime, layouts, places, origin, *in_8_bits)
 
 
 def parse(key: str, file: bytes) -> ChunkKV:
@@ -249,7 +254,8 @@ def parse(key: str, file: bytes) -> ChunkKV:
     positions, behind_ids = read(contents.places["cached_positions"]), read(contents.places["behind_ids"])
     kv = (layout.views(read(place)[None]) for layout, place in zip(contents.layouts, contents.layers))
     cache, behind = full_length_cache(packed(one) for one in kv), tuple(behind_ids.tolist())
-    return ChunkKV(cache, positions, behind, contents.provenance, contents.regime, contents.quantised)
+    said = (contents.provenance, contents.regime, contents.quantised, contents.origin)
+    return ChunkKV(cache, positions, behind, *said)
 
 
 @functools.cache
@@ -326,6 +332,21 @@ def header_of(file: bytes) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise CorruptEntry("its metadata are not names and texts")
     return header
+
+
+def origin_of(metadata: dict[str, str]) -> Origin | None:
+    """Who computed a file's KV, of what, by its checked header; `None` in files of earlier versions.
+
+    Raises:
+        CorruptEntry: it says something else.
+    """
+    if "origin" not in metadata:
+        return None
+    try:
+        said = json.loads(metadata["origin"])
+        return Origin(**{one.name: str(said[one.name]) for one in fields(Origin)})
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise CorruptEntry(f"its origin cannot be read: {error}") from error
 
 
 def header_bytes(start: bytes) -> int:

@@ -30,6 +30,7 @@ import torch
 
 from ..caches import KV, RowLayout, pins_memory
 from ..chunks import ChunkKV, ChunkLost, Provenance, in_memory
+from ..origin import Origin
 from .counts import StoreCounts
 from .format import Contents, CorruptEntry, Place, QuantisedPlace, memory_of, views_of
 
@@ -155,6 +156,10 @@ class LayerwiseChunk:
     @property
     def quantised(self) -> str | None:
         return self._contents.quantised
+
+    @property
+    def origin(self) -> Origin | None:
+        return self._contents.origin
 
     @property
     def num_layers(self) -> int:
