@@ -347,7 +347,10 @@ def precompute(
         str | None, typer.Option(help="What chunks are computed behind.", show_default="BlendConfig's")
     ] = None,
     namespace: Annotated[str, typer.Option(help="As in BlendConfig.")] = "",
-    max_bytes: Annotated[str | None, typer.Option(help="Of the folder.", show_default="50GB")] = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(help="Of the store; the oldest go.", show_default="50GB; of a URL, none"),
+    ] = None,
     kv_dtype: KVDType = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Chunks in one forward.", min=1, show_default="1 on a CPU, else 8")

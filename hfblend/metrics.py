@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .optional import require
-from .store import Store
+from .store import RemoteStore, Store
 from .store.counts import StoreCounts
 
 _HELP = {
@@ -29,7 +29,8 @@ def export_to_prometheus(store: Store, name: str = "chunks", registry: Any = Non
     >>> prometheus_client.start_http_server(8000)  # doctest: +SKIP
 
     Counters are `hfblend_store_<counter>_total` (those of `StoreCounts`) with the labels `store` (`name`), `tier` (0 is
-    asked first) and `kind` (the class); `hfblend_store_bytes` is what a tier that knows it holds now.
+    asked first) and `kind` (the class); `hfblend_store_bytes` is what a tier holds now, if
+    it knows without asking a network.
 
     Args:
         registry: of prometheus_client; default, its own.
@@ -68,6 +69,6 @@ class _Collector:
             yield family
         held = GaugeMetricFamily("hfblend_store_bytes", "Bytes of chunk KV held.", labels=labels)
         for values, tier in of_tiers:
-            if hasattr(tier, "num_bytes"):
+            if not isinstance(tier, RemoteStore) and hasattr(tier, "num_bytes"):
                 held.add_metric(values, tier.num_bytes)
         yield held

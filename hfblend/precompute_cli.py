@@ -72,15 +72,13 @@ def store_of(where: str, max_bytes: str | None, kv_dtype: str | None = None) -> 
     Raises:
         ImportError: a package that the URL needs is missing.
         OSError: the folder cannot be made.
-        ValueError: no size, no `kv_dtype`, no URL that can be opened; a size for a URL, which has no budget.
+        ValueError: no size, no `kv_dtype`, no URL that can be opened.
     """
     from .store import DiskStore, RemoteStore
 
-    if "://" not in where:
-        return DiskStore(where, *([] if max_bytes is None else [max_bytes]), kv_dtype=kv_dtype)
-    if max_bytes is not None:
-        raise ValueError(f"--max-bytes is for folders; {where} has no budget of its own.")
-    return RemoteStore(where, kv_dtype=kv_dtype)
+    if "://" in where:
+        return RemoteStore(where, max_bytes, kv_dtype=kv_dtype)
+    return DiskStore(where, *([] if max_bytes is None else [max_bytes]), kv_dtype=kv_dtype)
 
 
 def precompute_corpus(

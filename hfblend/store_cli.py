@@ -1,137 +1,198 @@
-"""`hfblend store`: what a folder of chunk KV holds, whether it is whole, and how to make it smaller."""
+"""`hfblend store`: what a folder or a bucket of chunk KV holds, whether it is whole, and how to make it smaller."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from .store import DiskStore
+    from .store import DiskStore, RemoteStore
+    from .store.upkeep import StoredEntry
 
-app = typer.Typer(no_args_is_help=True, help="Look after a folder of chunk KV.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Look after chunk KV in a folder, or behind a URL.\n\n"
+    "S3 takes its endpoint and credentials from the environment (AWS_ENDPOINT_URL, AWS_PROFILE, …).",
+)
 console = Console()
 
-Folder = Annotated[Path, typer.Argument(help="The store's folder.", exists=True, file_okay=False)]
+Where = Annotated[str, typer.Argument(metavar="STORE", help='The folder, or the URL: "s3://bucket/chunks".')]
 Keys = Annotated[list[str], typer.Argument(help="Keys, or the beginnings of keys.")]
+OfModel = Annotated[str, typer.Option(help="Only entries of this model: its name, or how its fingerprint begins.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command("ls")
-def list_entries(path: Folder, as_json: AsJson = False) -> None:
+def list_entries(where: Where, model: OfModel = "", as_json: AsJson = False) -> None:
     """The entries, the most recently used first."""
-    from .store import DiskStore
-
-    entries = sorted(DiskStore(path).entries(), key=lambda entry: -entry.last_used)
+    with _errors_in_words():
+        entries = sorted(_of_model(_store_at(where).entries(), model), key=lambda entry: -entry.last_used)
     if as_json:
         console.print_json(json.dumps([asdict(entry) for entry in entries]))
         return
-    table = Table("key", "tokens", "layers", "dtype", "computed", "bytes", "last used", "")
+    table = Table(Column("key", no_wrap=True), "model", box=box.SIMPLE_HEAD)
+    for name in ("tokens", "dtype", "bytes", "last used", ""):
+        table.add_column(name, justify="right" if name in ("tokens", "bytes") else "left", no_wrap=True)
     for one in entries:
         used = datetime.fromtimestamp(one.last_used).strftime("%Y-%m-%d %H:%M")
-        if one.damaged:
-            table.add_row(one.key[:12], "", "", "", f"[red]{escape(one.damaged)}[/red]", f"{one.num_bytes:,}", used, "")
-        else:
-            numbers = (str(one.tokens), str(one.layers), one.dtype, one.provenance, f"{one.num_bytes:,}")
-            table.add_row(one.key[:12], *numbers, used, "pinned" if one.pinned else "")
-    console.print(table)
+        said = f"[red]{escape(one.damaged)}[/red]" if one.damaged else escape(one.model)
+        pinned = "pinned" if one.pinned else ""
+        table.add_row(one.key[:12], said, f"{one.tokens:,}", one.dtype, f"{one.num_bytes:,}", used, pinned)
+    console.print(table if entries else "No entries.")
 
 
 @app.command()
-def stat(path: Folder, as_json: AsJson = False) -> None:
-    """How much the folder holds."""
-    from .store import DiskStore
-
-    entries = list(DiskStore(path).entries())
-    found: dict[str, Any] = {
-        "path": str(path),
-        "entries": len(entries),
-        "tokens": sum(entry.tokens for entry in entries),
-        "num_bytes": sum(entry.num_bytes for entry in entries),
-        "unreadable_headers": sum(bool(entry.damaged) for entry in entries),
-    }
+def stat(where: Where, model: OfModel = "", as_json: AsJson = False) -> None:
+    """How much there is, and of which models."""
+    with _errors_in_words():
+        entries = list(_of_model(_store_at(where).entries(), model))
+    by_model: dict[tuple[str, str], list[StoredEntry]] = {}
+    for entry in entries:
+        if not entry.damaged:
+            by_model.setdefault((entry.model, entry.fingerprint), []).append(entry)
+    models = [
+        {"model": name, "fingerprint": fingerprint, **_sums(its)} for (name, fingerprint), its in by_model.items()
+    ]
+    unreadable = sum(bool(entry.damaged) for entry in entries)
+    found = {"store": where, **_sums(entries), "unreadable_headers": unreadable, "models": models}
     if as_json:
         console.print_json(json.dumps(found))
         return
-    table = Table(show_header=False)
-    for name, value in found.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(value))
+    table = Table(Column("model", "all"), "fingerprint", box=box.SIMPLE_HEAD, show_footer=True)
+    for name, total in _sums(entries).items():
+        table.add_column(name.replace("num_", ""), f"{total:,}", justify="right", no_wrap=True)
+    for row in models:
+        named = escape(row["model"]) or "not said", row["fingerprint"][:12]
+        table.add_row(*named, *(f"{row[name]:,}" for name in ("entries", "tokens", "num_bytes")))
     console.print(table)
+    if unreadable:
+        console.print(f"[red]{unreadable} headers cannot be read[/red]; `hfblend store verify` says why.")
+
+
+def _sums(entries: Iterable[StoredEntry]) -> dict[str, Any]:
+    entries = list(entries)
+    sums = {name: sum(getattr(entry, name) for entry in entries) for name in ("tokens", "num_bytes")}
+    return {"entries": len(entries), **sums}
 
 
 @app.command()
-def verify(path: Folder, as_json: AsJson = False) -> None:
+def verify(where: Where, as_json: AsJson = False) -> None:
     """Read every entry and check every byte; exit code 1 if one is damaged. Nothing is removed."""
     from rich.progress import track
 
-    from .store import DiskStore
-
-    store = DiskStore(path)
-    entries = list(store.entries())
-    shown = entries if as_json else track(entries, "Checking", console=console, transient=True)
-    damaged = {entry.key: reason for entry in shown if (reason := store.fault_of(entry.key))}
+    with _errors_in_words():
+        store = _store_at(where)
+        keys = store.keys()
+    hidden = as_json or not console.is_terminal
+    shown = track(keys, "Checking", console=console, transient=True, disable=hidden)
+    damaged = {key: reason for key in shown if (reason := store.fault_of(key))}
     if as_json:
-        console.print_json(json.dumps({"entries": len(entries), "damaged": damaged}))
+        console.print_json(json.dumps({"entries": len(keys), "damaged": damaged}))
     else:
         for key, reason in damaged.items():
             console.print(f"[red]damaged[/red] {key}: {escape(reason)}", highlight=False)
-        console.print(f"{len(entries) - len(damaged)} of {len(entries)} entries are whole.", highlight=False)
+        console.print(f"{len(keys) - len(damaged)} of {len(keys)} entries are whole.", highlight=False)
     if damaged:
         raise typer.Exit(1)
 
 
 @app.command()
-def prune(path: Folder, max_bytes: Annotated[str, typer.Option(help='Keep at most so much, say "20GB".')]) -> None:
-    """Remove the least recently used entries until the rest fits."""
-    from .store import DiskStore
+def prune(where: Where, max_bytes: Annotated[str, typer.Option(help='Keep at most so much, say "20GB".')]) -> None:
+    """Remove the least recently used entries until the rest fits; pinned ones stay."""
+    with _errors_in_words():
+        store = _store_at(where)
+        before = len(store)
+        try:
+            store.prune(max_bytes)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--max-bytes") from error
+        console.print(f"Removed {before - len(store)} of {before} entries; {store.num_bytes:,} bytes are left.")
+
+
+@app.command()
+def rm(
+    where: Where,
+    keys: Annotated[list[str] | None, typer.Argument(help="Keys, or the beginnings of keys.")] = None,
+    model: OfModel = "",
+) -> None:
+    """Remove entries: those of these keys, or all of a model's."""
+    if bool(keys) == bool(model):
+        raise typer.BadParameter("give keys, or --model, and not both.", param_hint="KEYS")
+    _do_to_each("Removed", where, keys or [], lambda store, key: store.remove(key), model)
+
+
+@app.command()
+def pin(where: Where, keys: Keys) -> None:
+    """Keep entries when others must go."""
+    _do_to_each("Pinned", where, keys, lambda store, key: store.pin(key))
+
+
+@app.command()
+def unpin(where: Where, keys: Keys) -> None:
+    """Let pinned entries go again."""
+    _do_to_each("Unpinned", where, keys, lambda store, key: store.unpin(key))
+
+
+def _do_to_each(
+    done: str, where: str, beginnings: list[str], act: Callable[[DiskStore | RemoteStore, str], None], model: str = ""
+) -> None:
+    with _errors_in_words():
+        store = _store_at(where)
+        for key in _keys_of_model(store, model) if model else _keys_of(store, beginnings):
+            act(store, key)
+            console.print(f"{done} {key}", highlight=False)
+
+
+def _store_at(where: str) -> DiskStore | RemoteStore:
+    """The store there; a folder is not made."""
+    from .store import DiskStore, RemoteStore
 
     try:
-        store = DiskStore(path, max_bytes)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--max-bytes") from error
-    before = len(store)
-    store.prune()
-    console.print(f"Removed {before - len(store)} of {before} entries; {store.num_bytes:,} bytes are left.")
+        if "://" in where:
+            return RemoteStore(where)
+        if not Path(where).expanduser().is_dir():
+            raise ValueError(f"there is no folder {where}.")
+        return DiskStore(where)
+    except (ImportError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="STORE") from error
 
 
-@app.command()
-def rm(path: Folder, keys: Keys) -> None:
-    """Remove entries."""
-    _do_to_each("Removed", path, keys, lambda store, key: store.remove(key))
+@contextlib.contextmanager
+def _errors_in_words() -> Iterator[None]:
+    """What a disk or a remote refuses ends the command with exit code 1."""
+    try:
+        yield
+    except OSError as error:
+        console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from error
 
 
-@app.command()
-def pin(path: Folder, keys: Keys) -> None:
-    """Keep entries when others must go."""
-    _do_to_each("Pinned", path, keys, lambda store, key: store.pin(key))
+def _of_model(entries: Iterable[StoredEntry], model: str) -> Iterator[StoredEntry]:
+    """Those of a model; all, if none is named."""
+    return (one for one in entries if not model or model == one.model or one.fingerprint.startswith(model))
 
 
-@app.command()
-def unpin(path: Folder, keys: Keys) -> None:
-    """Let pinned entries go again."""
-    _do_to_each("Unpinned", path, keys, lambda store, key: store.unpin(key))
+def _keys_of_model(store: DiskStore | RemoteStore, model: str) -> list[str]:
+    keys = [entry.key for entry in _of_model(store.entries(), model)]
+    if not keys:
+        raise typer.BadParameter(f"no entry is of {model!r}; `hfblend store stat` lists the models.")
+    return keys
 
 
-def _do_to_each(done: str, path: Path, beginnings: list[str], act: Callable[[DiskStore, str], None]) -> None:
-    from .store import DiskStore
-
-    store = DiskStore(path)
-    for key in _keys_of(store, beginnings):
-        act(store, key)
-        console.print(f"{done} {key}", highlight=False)
-
-
-def _keys_of(store: DiskStore, beginnings: list[str]) -> list[str]:
+def _keys_of(store: DiskStore | RemoteStore, beginnings: list[str]) -> list[str]:
     """The one key that begins like each of these."""
-    known, keys = [entry.key for entry in store.entries()], []
+    known, keys = store.keys(), []
     for wanted in beginnings:
         found = [key for key in known if key.startswith(wanted)]
         if len(found) != 1:

@@ -34,3 +34,31 @@ def word_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
     )
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The address of an object store of moto's on this machine."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """fsspec's filesystem of an S3 with an empty bucket, found through the environment."""
+    fsspec = pytest.importorskip("fsspec")
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    settings = {"ACCESS_KEY_ID": "dummy", "SECRET_ACCESS_KEY": "dummy", "DEFAULT_REGION": "us-east-1"}
+    for name, value in {**settings, "ENDPOINT_URL": s3_server, "EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    filesystem.clear_instance_cache()
+    filesystem.mkdir("bucket")
+    yield filesystem
+    filesystem.rm("bucket", recursive=True)
+    filesystem.clear_instance_cache()

@@ -26,6 +26,7 @@ from hfblend.caches import full_length_cache
 from hfblend.chunks import ChunkLost
 from hfblend.cli import app
 from hfblend.store import DiskStore, MemoryStore, TieredStore, store_at
+from hfblend.store.folders import LocalFolder
 from hfblend.store.format import FORMAT, CorruptEntry, OtherVersion, contents_of, dump, parse
 from hfblend.store.sizes import num_bytes_of
 
@@ -553,8 +554,8 @@ def test_pinned_entries_of_memory_stay(caplog):
 
 def test_a_folder_with_room_is_not_looked_through_at_every_put(tmp_path, monkeypatch):
     store, looks = DiskStore(tmp_path, max_bytes=100 * len(dump(KEY, entry()))), []
-    files = DiskStore._files
-    monkeypatch.setattr(DiskStore, "_files", lambda self: looks.append(1) or files(self))
+    files = LocalFolder.files
+    monkeypatch.setattr(LocalFolder, "files", lambda self: looks.append(1) or files(self))
     for key in KEYS[:40]:
         store.put(key, entry())
     assert len(looks) <= 3
