@@ -311,7 +311,9 @@ def rows_behind(kv: KV) -> torch.Tensor | None:
     keys, values = kv
     layout = RowLayout.of(kv)
     adjacent = values.data_ptr() - keys.data_ptr() == layout.value_offset * keys.element_size()
-    strided = keys.stride()[1:] == layout.strides("key")[1:] and values.stride()[1:] == layout.strides("value")[1:]
+    dims = slice(1, None) if keys.shape[2] > 1 else slice(1, None, 2)  # from one token to the next, if there is one
+    expected = layout.strides("key")[dims], layout.strides("value")[dims]
+    strided = (keys.stride()[dims], values.stride()[dims]) == expected
     same = keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
     if not (adjacent and strided and same and keys.shape[0] == 1 and keys.dtype == values.dtype):
         return None

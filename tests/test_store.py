@@ -5,7 +5,7 @@ import torch
 
 from hfblend import ChunkKV, MemoryStore
 from hfblend.caches import full_length_cache
-from hfblend.store import chunk_key
+from hfblend.store import DiskStore, chunk_key
 
 
 def entry(tokens=4, layers=2, **kwargs):
@@ -105,3 +105,23 @@ def test_a_store_too_small_for_a_prompt_says_so_and_answers_alike(caplog):
     assert "too small" in trace.notes[0]
     assert "too small" in caplog.text
     assert all(largest_difference(output, outputs[0]) == 0.0 for output in outputs)
+
+
+def test_a_chunk_and_a_prefix_of_one_token_are_kept_by_every_store(tmp_path):
+    """A prefix is often BOS alone."""
+    from helpers import config, generate, make_llama, make_prompt
+
+    import hfblend
+
+    model, prompt = make_llama(), make_prompt(sizes=(1, 31), prefix=1)
+    with hfblend.patch(model, config=config(0.2)):
+        expected = generate(model, prompt.inputs()).sequences
+    for store in (DiskStore(tmp_path / "plain"), DiskStore(tmp_path / "int8", kv_dtype="int8"), tmp_path / "tiers"):
+        with hfblend.patch(model, config=config(0.2), store=store):
+            assert torch.equal(generate(model, prompt.inputs()).sequences, expected)
+    for folder, kv_dtype in (("plain", None), ("int8", "int8"), ("tiers", None)):
+        store = DiskStore(tmp_path / folder, kv_dtype=kv_dtype)
+        assert len(store) == 3
+        with hfblend.patch(model, config=config(0.2), store=store) as blender:
+            generate(model, prompt.inputs())
+            assert (blender.trace.hits, blender.trace.prefix.status) == (2, "hit")
