@@ -6,9 +6,12 @@ import contextlib
 import gc
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +199,49 @@ def test_a_failing_disk_costs_reuse_only(tmp_path, monkeypatch):
         assert torch.equal(output.sequences, intact.sequences)
         assert blender.trace.hits == 0
         assert any("Input/output error" in note for note in blender.trace.notes)
+
+
+IN_A_THREAD = """
+def late():
+    threading.main_thread().join()
+    again()
+
+threading.Thread(target=late).start()
+"""
+WITHOUT_THREADS = """
+import resource
+if os.geteuid() == 0:  # whom no limit binds
+    os.setgid(65534)
+    os.setuid(65534)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+again()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of processes")
+@pytest.mark.parametrize("then", [IN_A_THREAD, WITHOUT_THREADS])
+def test_where_no_thread_is_to_be_had_the_caller_reads(tmp_path, then):
+    """A thread that outlives the main one cannot start others, nor can a process at its limit."""
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import os, threading
+import torch; torch.set_num_threads(1)
+import hfblend
+from hfblend.store import DiskStore, loader
+from helpers import config, damage, generate, make_llama, make_prompt
+
+model, prompt = make_llama(), make_prompt()
+os.chdir({str(tmp_path)!r})
+os.chmod(".", 0o777)
+blender = hfblend.patch(model, config=config(0.3), store=DiskStore("."))
+intact = generate(model, prompt.inputs())
+damage(blender.store, blender.trace.chunks[0].key, 1)
+
+def again():
+    output = generate(model, prompt.inputs())
+    print(torch.equal(output.sequences, intact.sequences), [chunk.status for chunk in blender.trace.chunks])
+    print(loader._threads()._threads)
+{then}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines() == ["True ['miss', 'hit', 'hit']", "set()"], done.stderr

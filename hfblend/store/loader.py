@@ -207,7 +207,7 @@ class LayerwiseChunk:
             is_here = self._latest is not None and self._latest[0] == run
             is_kept = self._kept is not None and all(i in self._kept for i in layers)
             if layers and run not in self._ahead and not is_here and not is_kept:
-                self._ahead[run] = self._source.begin(self._to_read(self._contents.layers[layers.start : layers.stop]))
+                self._ahead[run] = self._begun(self._contents.layers[layers.start : layers.stop])
 
     def keep(self, whole: Callable[[ChunkKV], None]) -> None:
         """Keeps every layer that is read, and hands the whole chunk over once all of them are there."""
@@ -219,6 +219,14 @@ class LayerwiseChunk:
         self._kept[layer_idx] = rows
         if len(self._kept) == self.num_layers:
             self._whole(in_memory(self))
+
+    def _begun(self, places: Sequence[Place | QuantisedPlace]) -> Future[list[torch.Tensor]]:
+        """Reading of layers that stand one behind the other; it is over already where no thread is to be had."""
+        read = self._to_read(places)
+        try:
+            return self._source.begin(read)
+        except RuntimeError:  # the process is ending, or may have no more threads
+            return _over(self._to_read(places))  # another buffer: what was begun may be read all the same
 
     def _read(self, place: Place) -> torch.Tensor:
         """A small tensor, now."""
@@ -247,6 +255,16 @@ class LayerwiseChunk:
             return read_rows
 
         return read
+
+
+def _over(read: Callable[[], T]) -> Future[T]:
+    """A call made here, as if a thread had."""
+    over: Future[T] = Future()
+    try:
+        over.set_result(read())
+    except (OSError, CorruptEntry) as error:
+        over.set_exception(error.with_traceback(None))  # whose frames would hold the future, and it the error
+    return over
 
 
 @functools.cache
