@@ -171,12 +171,13 @@ def test_a_damaged_file_that_cannot_be_removed_is_given_up_once(tmp_path, monkey
         assert [one.status for one in blender.trace.chunks] == ["miss", "hit", "hit"]
 
 
-def test_what_is_read_from_disk_is_in_memory_the_next_time(tmp_path):
-    model = make_llama()
-    with hfblend.patch(model, config=config(0.3), store=DiskStore(tmp_path)):
+@pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation"])  # which never asks for layer 0
+def test_what_is_read_from_disk_is_in_memory_the_next_time(tmp_path, selection):
+    model, settings = make_llama(), config(0.3, selection=selection)
+    with hfblend.patch(model, config=settings, store=DiskStore(tmp_path)):
         intact = generate(model, PROMPT.inputs())
     fast = MemoryStore()
-    with hfblend.patch(model, config=config(0.3), store=TieredStore([fast, DiskStore(tmp_path)])) as blender:
+    with hfblend.patch(model, config=settings, store=TieredStore([fast, DiskStore(tmp_path)])) as blender:
         assert torch.equal(generate(model, PROMPT.inputs()).sequences, intact.sequences)
         assert blender.trace.hits == 3
         assert all(chunk.key in fast for chunk in blender.trace.chunks)
@@ -219,7 +220,7 @@ again()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of processes")
-@pytest.mark.parametrize("then", [IN_A_THREAD, WITHOUT_THREADS])
+@pytest.mark.parametrize("then", [IN_A_THREAD, WITHOUT_THREADS], ids=["late", "limited"])
 def test_where_no_thread_is_to_be_had_the_caller_reads(tmp_path, then):
     """A thread that outlives the main one cannot start others, nor can a process at its limit."""
     script = f"""

@@ -193,9 +193,8 @@ class LayerwiseChunk:
             except (OSError, CorruptEntry) as error:
                 self._lost(error)
                 raise ChunkLost(self._contents.key, str(error)) from error
-        rows = self._latest[1][at]
-        self._keep(layer_idx, rows)
-        return rows
+            self._keep(run * LAYERS_A_READ, self._latest[1])
+        return self._latest[1][at]
 
     def prefetch(self, layer_idx: int) -> None:
         """Starts reading this layer, its neighbours, and the next few."""
@@ -213,10 +212,11 @@ class LayerwiseChunk:
         """Keeps every layer that is read, and hands the whole chunk over once all of them are there."""
         self._kept, self._whole = {}, whole
 
-    def _keep(self, layer_idx: int, rows: torch.Tensor) -> None:
+    def _keep(self, first: int, rows: Sequence[torch.Tensor]) -> None:
+        """Neighbours that nobody asked for too: a rule that never asks for layer 0 would keep nothing."""
         if self._kept is None:
             return
-        self._kept[layer_idx] = rows
+        self._kept.update(enumerate(rows, first))
         if len(self._kept) == self.num_layers:
             self._whole(in_memory(self))
 
