@@ -20,7 +20,9 @@ Shapes: T all tokens, L layers.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -204,21 +206,39 @@ class Profile:
         """Writes a JSON file; one that is there is replaced at once."""
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"format": PROFILE_FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
+        text = json.dumps({"format": PROFILE_FORMAT, **asdict(self)}, indent=1) + "\n"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
     @classmethod
     def load(cls, file: Path) -> Profile | None:
-        """What `save` wrote; `None` if there is none of this version."""
+        """What `save` wrote; `None` if there is none of this version, or one with numbers that nobody measured."""
         try:
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             if found.pop("format") != PROFILE_FORMAT:
                 return None
             prefill, blend = Cost(**found.pop("prefill")), BlendCost(**found.pop("blend"))
             tiers = {tier: LoadCost(**cost) for tier, cost in found.pop("tiers").items()}
-            return cls(prefill=prefill, blend=blend, tiers=tiers, **found)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            profile = cls(prefill=prefill, blend=blend, tiers=tiers, **found)
+            return profile if profile._is_sound() else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
+
+    def _is_sound(self) -> bool:
+        """Whether a controller can compute with it."""
+        costs = self.prefill, self.blend, *self.tiers.values()
+        numbers = [number for cost in costs for number in vars(cost).values()]
+        return (
+            all(math.isfinite(number) and number >= 0 for number in numbers)
+            and all(cost.bytes_per_s > 0 for cost in self.tiers.values())
+            and self.layers > 0
+            and (self.check_layer is None or 0 <= self.check_layer < self.layers)
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -131,12 +132,40 @@ def test_a_profile_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": "another"}', '{"format": "hfblend-profile-1", "tiers": 1}']
+    "text", ["", "[]", "{}", "[" * 100_000, '{"format": "another"}', '{"format": "hfblend-profile-1", "tiers": 1}']
 )
 def test_what_is_no_profile_is_none(tmp_path, text):
     (tmp_path / "one.json").write_text(text)
     assert Profile.load(tmp_path / "one.json") is None
     assert Profile.load(tmp_path / "another.json") is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layers": 0}, {"layers": "10"}, {"layers": None},
+        {"check_layer": 10}, {"check_layer": "1"}, {"check_layer": -1},
+        {"prefill": {"fixed": 0, "per_row": math.nan, "per_key": 0}},
+        {"prefill": {"fixed": "0", "per_row": 0, "per_key": 0}},
+        {"blend": {"fixed": 0, "slower": math.inf, "per_token": 0}},
+        {"tiers": {"disk": {"per_entry": 0, "bytes_per_s": 0}}},
+        {"tiers": {"disk": {"per_entry": -1, "bytes_per_s": 1}}},
+        {"tiers": {"disk": {"per_entry": None, "bytes_per_s": 1}}},
+    ],
+)  # fmt: skip
+def test_a_profile_of_numbers_that_nobody_measured_is_none(tmp_path, wrong):
+    """Somebody's editor, or half of a copy: the machine is measured again, and no call of generate fails."""
+    file = tmp_path / "one.json"
+    EARLY.save(file)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **wrong}))
+    assert Profile.load(file) is None
+
+
+def test_a_profile_that_cannot_be_kept_leaves_nothing_behind(tmp_path):
+    (tmp_path / "one.json").mkdir()
+    with pytest.raises(OSError, match=r"one\.json"):
+        EARLY.save(tmp_path / "one.json")
+    assert [one.name for one in tmp_path.iterdir()] == ["one.json"]
 
 
 # --- in a model -----------------------------------------------------------------------------------------------------
