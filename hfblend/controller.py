@@ -344,7 +344,7 @@ class Controller:
 
     def _hidden_ratio(self, prompt: BlendShape, load_s: float) -> float:
         """The largest ratio, to a percent, whose computing is not longer than loading."""
-        low, high = round(100 * self.least_ratio), 100
+        low, high = int(100 * self.least_ratio), 100
         while low < high:
             middle = (low + high + 1) // 2
             if self.compute_s(prompt, middle / 100) <= load_s:

@@ -90,6 +90,13 @@ def test_loading_hides_more_recomputing():
     assert f"{decision.ratio:.0%}" in decision.reason
 
 
+def test_a_least_ratio_between_two_percents_is_not_rounded_up():
+    """What computing half a percent less hides need not hide the next percent."""
+    controller = Controller(EARLY, 0.155)
+    seconds = (controller.compute_s(PROMPT, 0.155) + controller.compute_s(PROMPT, 0.16)) / 2
+    assert controller.decide(PROMPT, {"disk": Load(1, int(2e9 * seconds))}).ratio == 0.155
+
+
 def test_a_rule_that_waits_for_late_layers_hides_nothing():
     decision = Controller(LATE).decide(PROMPT, {"disk": Load(1, 50_000_000)})
     assert decision.ratio == 0.15
