@@ -68,6 +68,7 @@ class LookUp:
         pieces += [piece for piece, _ in found if piece]
         self.trace.chunks += [chunk_trace for _, chunk_trace in found]
         self.trace.bytes_reused = sum(piece.entry.num_bytes for piece in pieces)
+        self._context.kv = None  # the context knows this look-up, so an open file would wait for the garbage collector
         return self.partition(pieces)
 
     def _prefill_missing(self, found: list[Found]) -> None:

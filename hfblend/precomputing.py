@@ -113,7 +113,10 @@ def precompute(
     prefix_ids = to_ids.prefix(prefix, separator, add_special_tokens)
     host.fingerprint.current(host.model)
     run = _Run(host, store, BlendConfig() if config is None else config, prefix_ids, batch_size, progress)
-    return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
+    try:
+        return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
+    finally:
+        run.context.kv = None  # the context knows the run, so this KV would wait for the garbage collector
 
 
 def holds(store: Store, key: str) -> bool:

@@ -76,15 +76,16 @@ def test_threads_are_few_however_many_chunks_are_read(tmp_path):
     assert threading.active_count() <= before + loader.READERS
     del reader
     gc.collect()
-    assert not [name for name in open_files() if name.startswith(str(tmp_path))]
+    assert not files_in(tmp_path)
 
 
-def open_files():
+def files_in(folder):
+    """Those that this process has open."""
     names = []
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             names.append(os.readlink(f"/proc/self/fd/{number}"))
-    return names
+    return [name for name in names if name.startswith(str(folder))]
 
 
 def test_a_layer_that_fails_says_so_and_takes_the_entry_away(tmp_path, caplog):
@@ -119,6 +120,34 @@ def test_a_chunk_that_was_given_up_is_freed_at_once(tmp_path):
     finally:
         gc.enable()
         logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def _no_collector():
+    gc.collect()
+    gc.disable()
+    logging.disable()  # a record holds the error
+    yield
+    gc.enable()
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("lost", [None, 0, 1])
+def test_a_call_that_is_over_holds_no_file(tmp_path, lost):
+    """Nor the layers of a file: a server would gather them until a collector comes by."""
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.3), store=DiskStore(tmp_path)) as blender:
+        generate(model, PROMPT.inputs())
+        if lost is not None:
+            damage(blender.store, [blender.trace.prefix, *blender.trace.chunks][lost].key, 3)
+        generate(model, PROMPT.inputs())
+        assert blender.trace.hits == 3 - (lost == 1)
+        deadline = time.monotonic() + 5  # a thread that reads a layer ahead holds it for a moment
+        while (left := files_in(tmp_path)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not left
 
 
 # --- in generate --------------------------------------------------------------------------------------------------

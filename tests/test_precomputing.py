@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,26 @@ def test_a_generator_is_taken_a_window_at_a_time(model):
     with hfblend.patch(model, config=config()) as blender:
         report = blender.precompute(chunks(), batch_size=3, progress=within_a_window)
     assert (taken, report.computed) == (30, 30)
+
+
+def test_a_run_that_is_over_holds_no_kv(model, tmp_path, monkeypatch):
+    """That of the prefix, perhaps on a GPU, would wait for the garbage collector."""
+    held, read = [], precomputing.in_memory
+
+    def read_and_note(entry):
+        found = read(entry)
+        held.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(precomputing, "in_memory", read_and_note)
+    gc.disable()
+    try:
+        precomputing.precompute(model, [[7, 8, 9]], prefix=[5, 6], store=DiskStore(tmp_path))
+        precomputing.precompute(model, [[7, 8, 10]], prefix=[5, 6], store=DiskStore(tmp_path))
+        assert len(held) == 2
+        assert not any(one() for one in held)
+    finally:
+        gc.enable()
 
 
 def test_what_a_store_does_not_keep_is_counted_and_one_too_small_is_said(model, caplog):
