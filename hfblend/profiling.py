@@ -5,8 +5,11 @@ Shapes: T all tokens, L layers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +39,8 @@ _CHUNKS, _SUFFIX = 8, 32
 _RATIOS = (0.05, 0.3)
 _TURNS = 3  # the quickest counts
 _NAMESPACE = "hfblend profile"  # nobody's entries
+_FOLDER = "profile."  # inside of a store's, while that is measured
+_ABANDONED_S = 3600  # one of that age was left by a process that is gone
 
 
 def profile_of(
@@ -48,7 +53,8 @@ def profile_of(
 ) -> Profile:
     """The profile of a model and its store on this machine: the one that was kept, or measured now, and kept.
 
-    Measuring takes some seconds, and puts a few chunks into the store's slower tiers, which it removes again.
+    Measuring takes some seconds, and puts a few chunks into a folder inside the store's, or behind its URL, and removes
+    them again.
 
     >>> profile = profile_of(model, DiskStore("~/.cache/hfblend/chunks"))  # doctest: +SKIP
 
@@ -81,7 +87,10 @@ def _made_of(host: BlendableModel, store: Store, config: BlendConfig) -> str:
     """In words, everything that a profile holds for."""
     of_model = [getattr(host.config, "_name_or_path", "") or type(host.model).__name__, str(host.dtype)]
     shape = [f"{host.num_layers} layers", f"{sum(p.numel() for p in host.model.parameters()):,} weights"]
-    places = [getattr(one, "url", "") or str(getattr(one, "path", "")) for one in _stores_of(store)]
+    places = [
+        " ".join(filter(None, (getattr(one, "url", "") or str(getattr(one, "path", "")), getattr(one, "kv_dtype", ""))))
+        for one in _stores_of(store)
+    ]
     rule = [str(config.selection), f"check layers {config.check_layers}", f"score layers {config.score_layers}"]
     threads = [] if host.device.type == "cuda" else [f"{torch.get_num_threads()} threads"]
     return ", ".join([describe_machine(host.device), *threads, *of_model, *shape, *rule, *filter(None, places)])
@@ -151,10 +160,28 @@ def _tiers(
     for one in _stores_of(store):
         if isinstance(one, DiskStore | RemoteStore):
             found: dict[str, list[tuple[Load, float]]] = {}
-            for group in groups:
-                for tier, load, seconds in _loads_from(one, group, device):
-                    found.setdefault(tier, []).append((load, seconds))
+            try:
+                with _like(one) as like:
+                    for group in groups:
+                        for tier, load, seconds in _loads_from(like, group, device):
+                            found.setdefault(tier, []).append((load, seconds))
+            except OSError as error:  # a folder that may only be read
+                logger.warning("%s could not be measured: %s", type(one).__name__, error)
             yield from ((tier, LoadCost.fit(*zip(*points))) for tier, points in found.items())
+
+
+@contextlib.contextmanager
+def _like(store: DiskStore | RemoteStore) -> Iterator[DiskStore | RemoteStore]:
+    """A store in the same place whose chunks push out none of its own; a remote has no budget, and is one itself."""
+    if isinstance(store, RemoteStore):
+        yield store
+        return
+    for folder in store.path.glob(f"{_FOLDER}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.lstat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=store.path) as name:
+        yield DiskStore(name, 2**60, kv_dtype=store.kv_dtype)
 
 
 def _loads_from(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import subprocess
 from dataclasses import asdict, replace
 
 import pytest
@@ -262,6 +265,46 @@ def test_generate_measures_once_and_says_what_was_decided(tmp_path, cache, monke
         assert {tier: asdict(cost) for tier, cost in blender.profile().tiers.items()} == found["tiers"]
         with pytest.raises(TypeError):
             blender.profile(refresh=True)
+
+
+def test_measuring_pushes_no_chunk_out(tmp_path, cache):
+    """Not from a folder that is full, as any is after a while; nor does it leave what a killed process left."""
+    model, prompt, folder = make_llama(), make_prompt(), tmp_path / "chunks"
+    with hfblend.patch(model, replace(AUTO, recompute_ratios=(0.15,)), store=DiskStore(folder)):
+        generate(model, prompt.inputs())
+    kept = sorted(path.name for path in folder.iterdir())
+    (folder / "profile.of-before").mkdir()
+    os.utime(folder / "profile.of-before", (0, 0))
+    store = DiskStore(folder, DiskStore(folder).num_bytes)
+    assert profiling.profile_of(model, store, AUTO).tiers
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    assert store.counts.evicted == 0
+
+
+def test_a_folder_that_may_only_be_read_is_not_measured(tmp_path, cache, caplog):
+    model, prompt, folder = make_llama(), make_prompt(), tmp_path / "mounted"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "none", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        with hfblend.patch(model, replace(AUTO, recompute_ratios=(0.15,)), store=DiskStore(folder)):
+            generate(model, prompt.inputs())
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        with hfblend.patch(model, AUTO, store=DiskStore(folder)) as blender:
+            generate(model, prompt.inputs())
+            assert blender.trace.hits == len(prompt.chunk_spans)
+            assert "no rate for" in blender.trace.decision.reason
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    assert "DiskStore could not be measured: " in caplog.text
+
+
+def test_a_store_in_8_bits_has_a_profile_of_its_own(tmp_path, cache):
+    model = make_llama()
+    for kv_dtype in (None, "int8"):
+        profiling.profile_of(model, DiskStore(tmp_path / "chunks", kv_dtype=kv_dtype), AUTO)
+    assert len(list((cache / "profiles").iterdir())) == 2
 
 
 def test_a_call_may_ask_for_auto(cache):
