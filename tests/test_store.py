@@ -55,7 +55,7 @@ def test_an_open_reader_outlives_its_eviction():
     assert torch.isfinite(reader.layer(1)[0]).all()
 
 
-@pytest.mark.parametrize("size", [-1, 1.5, "8 gulps", "", True])
+@pytest.mark.parametrize("size", [-1, 1.5, "8 gulps", "", True, "9" * 400])
 def test_bad_budget(size):
     with pytest.raises(ValueError, match="max_bytes"):
         MemoryStore(max_bytes=size)
