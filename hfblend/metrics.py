@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,12 +44,20 @@ def export_to_prometheus(store: Store, name: str = "chunks", registry: Any = Non
         ValueError: no tier of the store has counters; or the registry has this collector's names already.
     """
     prometheus_client = require("prometheus_client", "prometheus-client", "metrics", "Metrics need")
-    tiers = list(getattr(store, "stores", [store]))
-    if not any(isinstance(getattr(tier, "counts", None), StoreCounts) for tier in tiers):
+    tiers = list(_tiers_of(store))
+    if not any(map(_counts, tiers)):
         raise ValueError(f"A store with `counts` is expected, or a TieredStore of such; got {type(store).__name__}.")
     collector = _Collector(tiers, name)
     (prometheus_client.REGISTRY if registry is None else registry).register(collector)
     return collector
+
+
+def _tiers_of(store: Any) -> Iterator[Any]:
+    """The stores that are no tiers of others, in the order in which they are asked."""
+    for tier in getattr(store, "stores", ()):
+        yield from _tiers_of(tier)
+    if not hasattr(store, "stores"):
+        yield store
 
 
 class _Collector:
@@ -61,7 +70,7 @@ class _Collector:
 
         labels = ("store", "tier", "kind")
         of_tiers = [((self._name, str(i), type(tier).__name__), tier) for i, tier in enumerate(self._tiers)]
-        counted = [(values, tier.counts.to_dict()) for values, tier in of_tiers if hasattr(tier, "counts")]
+        counted = [(values, tier.counts.to_dict()) for values, tier in of_tiers if _counts(tier)]
         for name, text in _HELP.items():
             family = CounterMetricFamily(f"hfblend_store_{name}", f"{text}.", labels=labels)
             for values, counts in counted:
@@ -69,6 +78,14 @@ class _Collector:
             yield family
         held = GaugeMetricFamily("hfblend_store_bytes", "Bytes of chunk KV held.", labels=labels)
         for values, tier in of_tiers:
-            if not isinstance(tier, RemoteStore) and hasattr(tier, "num_bytes"):
-                held.add_metric(values, tier.num_bytes)
+            if isinstance(tier, RemoteStore):  # it would be listed whenever Prometheus asks
+                continue
+            with contextlib.suppress(OSError):  # a folder that is gone must not take all other metrics with it
+                num_bytes = getattr(tier, "num_bytes", None)
+                if num_bytes is not None:
+                    held.add_metric(values, num_bytes)
         yield held
+
+
+def _counts(tier: Any) -> bool:
+    return isinstance(getattr(tier, "counts", None), StoreCounts)

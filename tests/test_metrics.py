@@ -56,6 +56,33 @@ def test_evictions_and_damage_are_counted(tmp_path):
     assert disk.counts.evicted == kept
 
 
+def test_a_folder_that_cannot_be_looked_through_takes_no_other_metric_with_it(tmp_path):
+    registry, disk = prometheus_client.CollectorRegistry(), DiskStore(tmp_path / "chunks")
+    export_to_prometheus(TieredStore([MemoryStore(), disk]), registry=registry)
+    (tmp_path / "chunks").rmdir()
+    (tmp_path / "chunks").write_text("no folder")
+    text = prometheus_client.generate_latest(registry).decode()
+    assert 'hfblend_store_hits_total{kind="DiskStore",store="chunks",tier="1"} 0.0' in text
+    assert 'hfblend_store_bytes{kind="MemoryStore",store="chunks",tier="0"} 0.0' in text
+    assert 'hfblend_store_bytes{kind="DiskStore"' not in text
+
+
+def test_tiers_of_tiers_and_stores_that_count_otherwise(tmp_path):
+    class Own(MemoryStore):
+        def __init__(self):
+            super().__init__()
+            self.counts = {"hits": 1}
+
+    registry = prometheus_client.CollectorRegistry()
+    store = TieredStore([MemoryStore(), TieredStore([Own(), DiskStore(tmp_path)])])
+    export_to_prometheus(store, registry=registry)
+    text = prometheus_client.generate_latest(registry).decode()
+    assert [line.partition("{")[2] for line in text.splitlines() if line.startswith("hfblend_store_hits_total{")] == [
+        'kind="MemoryStore",store="chunks",tier="0"} 0.0',
+        'kind="DiskStore",store="chunks",tier="2"} 0.0',
+    ]
+
+
 def test_a_store_without_counts_is_refused():
     with pytest.raises(ValueError, match="`counts` is expected"):
         export_to_prometheus(object(), registry=prometheus_client.CollectorRegistry())
