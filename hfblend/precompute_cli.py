@@ -20,8 +20,10 @@ def count_texts(corpus: Path, field: str) -> int:
     """How many texts a corpus has; the whole file is checked, before any model is loaded.
 
     Raises:
-        ValueError: a line that holds no text, with its number; no text at all.
+        ValueError: a line that holds no text, with its number; no text at all; a pipe, which can be read once only.
     """
+    if not corpus.is_file():
+        raise ValueError(f"{corpus} is no file, and the corpus is read twice; write it to one.")
     count = sum(1 for _ in texts_of(corpus, field))
     if not count:
         raise ValueError(f"{corpus} holds no texts.")
@@ -52,6 +54,15 @@ def _text_of(line: bytes, field: str, where: str) -> str:
         raise ValueError(f'{where}: expected a text, or an object such as {{"{field}": "…"}}.')
     if not text.strip():
         raise ValueError(f"{where}: the text is empty; leave the line out.")
+    return _without_halves(text, where)
+
+
+def _without_halves(text: str, where: str) -> str:
+    """The same text; JSON and command lines may hold half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: no Unicode text ({error.reason} at character {error.start}).") from error
     return text
 
 
@@ -59,11 +70,13 @@ def prefix_of(prefix: str | None, prefix_file: Path | None) -> str:
     """The prefix, from either option; a file is taken as it is, with its last newline.
 
     Raises:
-        ValueError: both are given, or a file that is not UTF-8.
+        ValueError: both are given, or one that is not UTF-8.
     """
     if prefix is not None and prefix_file is not None:
         raise ValueError("--prefix and --prefix-file are two ways to give the prefix; use one.")
-    return prefix_file.read_bytes().decode("utf-8") if prefix_file is not None else prefix or ""
+    if prefix_file is not None:
+        return prefix_file.read_bytes().decode("utf-8")
+    return _without_halves(prefix or "", "--prefix")
 
 
 def store_of(where: str, max_bytes: str | None, kv_dtype: str | None = None) -> Store:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import weakref
 from pathlib import Path
@@ -337,10 +338,12 @@ def test_the_command_stores_a_corpus_that_generate_then_finds(folder, model, wor
         (['{"text": " "}'], (), "line 1: the text is empty"),
         (['{"body": "w7"}'], (), "line 1: no field 'text', only body"),
         (['"w7"', "7"], (), "line 2: expected a text"),
+        (['"w7"', '"w7 \\ud800 w8"'], (), "line 2: no Unicode text"),
         ([""], (), "holds no texts"),
         (['"w7"'], ("--dtype", "int8"), "floating-point type"),
         (['"w7"'], ("--chunk-prefix", "nothing"), "chunk_prefix must be one of"),
         (['"w7"'], ("--max-bytes", "much"), "max_bytes must be"),
+        (['"w7"'], ("--prefix", "w8 \udcff"), "--prefix: no Unicode text"),
         (['"w7"'], ("--prefix", "w8", "--prefix-file", "MODEL/config.json"), "use one"),
     ],
 )
@@ -349,6 +352,19 @@ def test_the_command_names_the_bad_line_or_option(folder, lines, words, message)
     assert outcome.exit_code == 2
     assert message in " ".join(outcome.stderr.split())
     assert "Traceback" not in outcome.output
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="needs pipes with names")
+def test_a_pipe_is_refused(folder):
+    """It is empty when it is read again: nothing would be stored, and nothing said."""
+    reads, writes = os.pipe()
+    os.write(writes, b'"w7"\n')
+    os.close(writes)
+    words = ["--corpus", f"/dev/fd/{reads}", "--store", str(folder / "chunks"), "--model", str(folder / "model")]
+    outcome = CliRunner().invoke(app, ["precompute", *words])
+    os.close(reads)
+    assert outcome.exit_code == 2
+    assert "the corpus is read twice" in " ".join(outcome.stderr.split())
 
 
 def test_other_failures_of_the_command(folder, monkeypatch):
