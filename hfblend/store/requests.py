@@ -87,7 +87,7 @@ class DaemonThreads:
         self._lock = threading.Lock()
 
     def begin(self, call: Callable[[], T]) -> Future[T]:
-        """Calls in a thread, behind what was begun before."""
+        """Calls in a thread, behind what was begun before; cancelled where no thread is to be had."""
         future: Future[T] = Future()
         with self._lock:
             self._waiting.append((future, call))
@@ -96,6 +96,9 @@ class DaemonThreads:
                 with contextlib.suppress(RuntimeError):  # the process may have no more of them
                     thread.start()
                     self._at_work.add(thread)
+            if not self._at_work:
+                self._waiting.clear()
+                future.cancel()
         return future
 
     def drop(self) -> None:
