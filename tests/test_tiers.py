@@ -232,6 +232,35 @@ def test_a_forked_process_goes_on_and_so_does_its_parent(tmp_path):
         assert len(DiskStore(tmp_path)) == 40
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_threads_that_fork_at_once(tmp_path):
+    """In the child as in the parent, entries are still written."""
+    tiers, codes = TieredStore([MemoryStore(), DiskStore(tmp_path)]), []
+
+    def fork():
+        for _ in range(50):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    tiers.put(KEYS[0], entry())
+                    tiers.close()
+                    os._exit(0)
+                except BaseException:
+                    os._exit(1)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    forking = [threading.Thread(target=fork, daemon=True) for _ in range(4)]
+    for thread in forking:
+        thread.start()
+    for thread in forking:
+        thread.join(60)
+    assert codes == [0] * 200
+    for key in KEYS:
+        tiers.put(key, entry())
+    tiers.close()
+    assert len(tiers.stores[1]) == 40
+
+
 # --- up and down --------------------------------------------------------------------------------------------------
 
 

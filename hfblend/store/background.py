@@ -227,10 +227,12 @@ def _wait_for(stream: torch.cuda.Stream) -> None:
 
 _all: weakref.WeakSet[Background] = weakref.WeakSet()
 _held: list[Background] = []
+_forking = threading.Lock()  # of threads that fork at once, one after the other: they would let go each other's
 
 
 def _hold() -> None:
     """A process is forked between two entries: the child would find a store's locks taken, with nobody to let go."""
+    _forking.acquire()
     _held.extend(_all)
     for one in _held:
         one.at_work.acquire()
@@ -240,12 +242,14 @@ def _let_go() -> None:
     for one in _held:
         one.at_work.release()
     _held.clear()
+    _forking.release()
 
 
 def _start_anew() -> None:
     for one in _held:
         one.forget()
     _held.clear()
+    _forking.release()
 
 
 @atexit.register
