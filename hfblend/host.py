@@ -175,6 +175,18 @@ class Host:
         with set_aside(self.model, self.decoder):
             return self.model(**kwargs)
 
+    def named_behind_the_ids(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of `generate` with names for all but the first: settings count wherever a caller writes them."""
+        kind: Any = type(self.model)
+        parameters = list(inspect.signature(kind.generate).parameters.values())[2:]
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        named = dict(zip(names, args[1:]))
+        if len(named) < len(args) - 1 or named.keys() & kwargs.keys():
+            return args, kwargs  # stock `generate` says what is wrong
+        return args[:1], {**named, **kwargs}
+
     # --- rotary tables --------------------------------------------------------------------------------------------
 
     def regime(self, length: int) -> int:

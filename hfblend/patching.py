@@ -284,6 +284,7 @@ class Blender:
         **kwargs: Any,
     ) -> Any:
         """Decides whether this call is blended, and runs stock `generate` in that scope."""
+        args, kwargs = self.host.named_behind_the_ids(args, kwargs)
         config = self.config if blend_config is None else self._settled(blend_config)
         controller = self._controller_of(config)
         started = time.perf_counter()

@@ -278,6 +278,24 @@ def test_fallbacks_are_stock_and_say_so_in_one_line(name, caplog):
     assert largest_difference(output, stock) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("settings", "fallback"),
+    [({"use_cache": False}, "no_cache"), ({"output_hidden_states": True}, "all_rows_wanted"),
+     ({"prefill_chunk_size": 16}, None)],
+)  # fmt: skip
+def test_a_generation_config_without_a_name_counts(settings, fallback):
+    model = make_llama()
+    common = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    stock = model.generate(IDS, GenerationConfig(**common, **settings))
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        output = model.generate(IDS, GenerationConfig(**common, **settings), chunk_spans=PROMPT.chunk_spans)
+        assert (blender.trace.blended, blender.trace.fallback) == (fallback is None, fallback)
+        with pytest.raises(TypeError, match="generation_config"):
+            model.generate(IDS, GenerationConfig(), generation_config=GenerationConfig())
+    assert torch.equal(output.sequences, stock.sequences)
+    assert largest_difference(output, stock) <= 2e-4
+
+
 def test_training_mode_falls_back():
     model = make_llama()
     with hfblend.patch(model, config=config(0.2)) as blender:
