@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 
 
 class ForwardLock:
     """Many stock forwards of a model at once, or one pass that has its attention switched.
 
-    The holder of the exclusive side may take either side again (a pass may run the whole model).
+    Whoever has to wait gets his turn in the order of coming: forwards of threads that decode overlap, and would keep a
+    pass out for good. The holder of a side may take the shared one again, and of the exclusive side that, too (a pass
+    may run the whole model).
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._shared = 0
+        self._line: deque[object] = deque()
+        self._sharing: dict[int, int] = {}  # thread -> how often it holds the shared side
         self._owner: int | None = None
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         me = threading.get_ident()
         with self._changed:
-            nested = self._owner == me
-            if not nested:
-                self._changed.wait_for(lambda: self._owner is None)
-                self._shared += 1
+            if self._owner != me and me not in self._sharing:
+                self._wait_in_line(lambda: self._owner is None)
+            self._sharing[me] = self._sharing.get(me, 0) + 1
         try:
             yield
         finally:
-            if not nested:
-                with self._changed:
-                    self._shared -= 1
+            with self._changed:
+                self._sharing[me] -= 1
+                if not self._sharing[me]:
+                    del self._sharing[me]
                     self._changed.notify_all()
 
     @contextlib.contextmanager
@@ -40,7 +44,7 @@ class ForwardLock:
         with self._changed:
             nested = self._owner == me
             if not nested:
-                self._changed.wait_for(lambda: self._owner is None and self._shared == 0)
+                self._wait_in_line(lambda: self._owner is None and not self._sharing)
                 self._owner = me
         try:
             yield
@@ -49,3 +53,12 @@ class ForwardLock:
                 with self._changed:
                     self._owner = None
                     self._changed.notify_all()
+
+    def _wait_in_line(self, may_enter: Callable[[], bool]) -> None:
+        turn = object()
+        self._line.append(turn)
+        try:
+            self._changed.wait_for(lambda: self._line[0] is turn and may_enter())
+        finally:
+            self._line.remove(turn)
+            self._changed.notify_all()  # the next one may share with this one

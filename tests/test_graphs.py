@@ -131,7 +131,7 @@ def test_who_runs_a_pass_may_run_another_inside_it():
         pass
     with lock.shared():
         pass
-    assert (lock._owner, lock._shared) == (None, 0)
+    assert (lock._owner, lock._sharing) == (None, {})
 
 
 def test_stop_forward_ends_a_pass_at_its_layer():

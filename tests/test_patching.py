@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+import time
 
 import pytest
 import torch
@@ -306,6 +307,32 @@ def test_other_forwards_wait_while_attention_is_switched():
             order.append("pass")
     thread.join()
     assert order == ["pass", "other"]
+
+
+def test_a_pass_gets_its_turn_before_forwards_that_come_later():
+    """Forwards of threads that decode overlap: the lock is never free of all of them."""
+    lock, order = hfblend.locks.ForwardLock(), []
+
+    def enter(side, name):
+        with side():
+            order.append(name)
+
+    with lock.shared():
+        sides = [(lock.exclusive, "pass"), (lock.shared, "later")]
+        threads = [threading.Thread(target=enter, args=one) for one in sides]
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            for _ in range(1000):
+                if len(lock._line) == number:
+                    break
+                time.sleep(0.01)
+        assert len(lock._line) == 2
+        with lock.shared():  # what runs inside a forward does not wait behind the pass
+            order.append("inside")
+    for thread in threads:
+        thread.join()
+    assert order == ["inside", "pass", "later"]
+    assert (lock._owner, lock._sharing, list(lock._line)) == (None, {}, [])
 
 
 def test_filler_ids_come_from_the_tokenizer(word_tokenizer):
