@@ -21,7 +21,7 @@ from transformers.masking_utils import create_masks_for_generate
 from .attention import QueryRows
 from .caches import KV, RecordingCache, sent
 from .compiled import set_aside
-from .locks import ForwardLock
+from .locks import lock_of
 from .offloading import device_of
 from .quantised_weights import is_quantised
 from .ranks import Ranks
@@ -107,7 +107,7 @@ class Host:
         self.windows: dict[int, int | None] = {}
         self.layers_stand_alone = True  # it also finds whether layers hand each other more than hidden states
         self.unwrapped_forward: Callable[..., Any] | None = None  # set while the decoder's forward is wrapped
-        self.lock = ForwardLock()
+        self.lock = lock_of(self.layer_owner.config)
         self.ranks = Ranks(*_tensor_parallel(model))
         self.is_quantised = is_quantised(model)
 

@@ -8,7 +8,7 @@
         skipped              rows S, all of the layer    K/V of rows S; attention and MLP of the last row
 
 Hooks and instance attributes are set for the length of a pass and taken off in `finally`; the layers' code is their
-own.
+own. They act in the thread of the pass only: where a model is being patched, or no longer is, others do not wait.
 
 Shapes: S rows of a pass, C hidden size, L layers.
 """
@@ -16,6 +16,8 @@ Shapes: S rows of a pass, C hidden size, L layers.
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,9 +64,9 @@ def watched(layers: nn.ModuleList, layer: int, rows: torch.Tensor) -> Iterator[W
         nonlocal returns_tensor
         returns_tensor = torch.is_tensor(output)
 
-    hooks = [layers[layer].register_forward_pre_hook(keep, with_kwargs=True)]
+    hooks = [layers[layer].register_forward_pre_hook(_here(keep), with_kwargs=True)]
     if layer:
-        hooks.append(layers[layer - 1].register_forward_hook(note_form))
+        hooks.append(layers[layer - 1].register_forward_hook(_here(note_form)))
     with _removed_afterwards(hooks):
         yield found
 
@@ -73,17 +75,22 @@ def watched(layers: nn.ModuleList, layer: int, rows: torch.Tensor) -> Iterator[W
 def resumed(layers: nn.ModuleList, layer: int, hidden: torch.Tensor) -> Iterator[None]:
     """A pass inside it starts at `layer`, with these hidden states (1, S, C); the layers before it do nothing."""
 
-    def pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
+    me = threading.get_ident()
+
+    def skipped(own: Callable[..., Any]) -> Callable[..., Any]:
+        def pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return hidden_states if threading.get_ident() == me else own(hidden_states, *args, **kwargs)
+
+        return pass_on
 
     def take_up(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _with_hidden(args, kwargs, hidden)
 
     before = [(module, module.__dict__.get("forward")) for module in layers[:layer]]
     for module, _ in before:
-        module.forward = pass_on
+        module.forward = skipped(module.forward)
     try:
-        with _removed_afterwards([layers[layer].register_forward_pre_hook(take_up, with_kwargs=True)]):
+        with _removed_afterwards([layers[layer].register_forward_pre_hook(_here(take_up), with_kwargs=True)]):
             yield
     finally:
         for module, own in before:
@@ -115,7 +122,7 @@ def cut(layers: nn.ModuleList, num_rows: int, num_read: int, go_on_with: Callabl
             name: _rows_of(value, num_rows, rest) for name, value in kwargs.items()
         }
 
-    with _removed_afterwards([last.register_forward_pre_hook(stop_most, with_kwargs=True)]):
+    with _removed_afterwards([last.register_forward_pre_hook(_here(stop_most), with_kwargs=True)]):
         yield
 
 
@@ -140,6 +147,17 @@ def _rows_of(value: Any, num_rows: int, rest: slice) -> Any:
     if torch.is_tensor(value) and value.ndim >= 2 and value.shape[1] == num_rows:
         return value[:, rest]
     return value
+
+
+def _here(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, in this thread; in others it does nothing."""
+    me = threading.get_ident()
+
+    @functools.wraps(hook)
+    def only_here(*args: Any) -> Any:
+        return hook(*args) if threading.get_ident() == me else None
+
+    return only_here
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakValueDictionary
 
 
 class ForwardLock:
@@ -62,3 +64,13 @@ class ForwardLock:
         finally:
             self._line.remove(turn)
             self._changed.notify_all()  # the next one may share with this one
+
+
+_guard = threading.Lock()
+_locks: WeakValueDictionary[int, ForwardLock] = WeakValueDictionary()  # id of a config -> its lock
+
+
+def lock_of(config: Any) -> ForwardLock:
+    """The lock of all models that have this very config: attention is switched there."""
+    with _guard:
+        return _locks.setdefault(id(config), ForwardLock())

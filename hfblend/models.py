@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -87,6 +88,7 @@ class BlendableModel(Host):
             yield
 
 
+_making = threading.RLock()  # a second host would not know that the first one is patched
 _known: weakref.WeakKeyDictionary[nn.Module, BlendableModel] = weakref.WeakKeyDictionary()
 
 
@@ -103,7 +105,9 @@ def host_of(model: nn.Module) -> BlendableModel:
         raise UnsupportedModel(reason)
     model = base_of(model)
     if model not in _known:
-        _known[model] = BlendableModel(model)
+        with _making:
+            if model not in _known:
+                _known[model] = BlendableModel(model)
     return _known[model]
 
 

@@ -6,6 +6,8 @@ Shapes: B batch, H query heads, Hkv KV heads, S query rows, T keys, D head_dim.
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -15,8 +17,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import QueryRows, attend_in_pass
+
+_EAGER = "eager_attention_forward"
 
 Predicate = Callable[..., torch.Tensor]  # (batch, head, query, key) indices -> whether the query sees the key
 
@@ -45,8 +50,8 @@ def attention_by_position(
 
     `attend_as` changes the rows in the middle.
 
-    The setting is model-wide; the caller keeps other forwards out. Code of other threads that only reads the setting
-    (mask builders) is served as before.
+    The setting is that of the config, so the caller keeps other passes with this config out. Whoever else meets it, in
+    another thread, is served by the model's own attention and masks.
 
     Args:
         windows: layer -> the window of its mask, as a `WindowLearner` found it; what a layer says itself counts for the
@@ -133,7 +138,7 @@ def _registered(implementation: str) -> str:
     name = f"hfblend_{implementation}"
     if name not in AttentionInterface._global_mapping:
         own_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-        AttentionInterface.register(name, _attention_forward)
+        AttentionInterface.register(name, functools.partial(_attention_forward, implementation))
         AttentionMaskInterface.register(name, _mask_for_others(own_mask))
     return name
 
@@ -148,7 +153,26 @@ def _mask_for_others(own_mask: Callable[..., Any] | None) -> Callable[..., Any]:
     return make_mask
 
 
-def _attention_forward(
+def _own_attention(implementation: str, module: nn.Module) -> Callable[..., Any]:
+    """What a layer calls under this name; `"eager"` stands beside the layer's class, under no name."""
+    spaces = (vars(sys.modules[kind.__module__]) for kind in type(module).__mro__)
+    eager = next((space[_EAGER] for space in spaces if _EAGER in space), None)
+    found = ALL_ATTENTION_FUNCTIONS.get(implementation, eager)
+    if found is None:
+        raise RuntimeError("hfblend's attention was called outside its pass; another thread reached a switched model.")
+    return found
+
+
+def _attention_forward(implementation: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What layers call while `implementation` is replaced: ours within a pass, else their own."""
+    scope = _scope.get()
+    if scope is None:
+        return _own_attention(implementation, module)(module, *args, **kwargs)
+    return _attend_in_scope(scope, module, *args, **kwargs)
+
+
+def _attend_in_scope(
+    scope: _Scope,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -162,9 +186,6 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`attend` in the form that Transformers' layers call: returns (B, S, H, D) and no weights."""
-    scope = _scope.get()
-    if scope is None:
-        raise RuntimeError("hfblend's attention was called outside its pass; another thread reached a switched model.")
     layer: int = getattr(module, "layer_idx", 0)
     if scope.learner is not None:
         scope.learner.note(layer, attention_mask)

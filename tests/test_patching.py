@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,10 @@ from helpers import config, generate, largest_difference, make_llama, make_mistr
 
 import hfblend
 from hfblend import models
+from hfblend.attention import QueryRows
+from hfblend.layers import cut, resumed, watched
+from hfblend.models import host_of
+from hfblend.switching import attention_by_position
 
 PROMPT = make_prompt()
 
@@ -333,6 +339,54 @@ def test_a_pass_gets_its_turn_before_forwards_that_come_later():
         thread.join()
     assert order == ["inside", "pass", "later"]
     assert (lock._owner, lock._sharing, list(lock._line)) == (None, {}, [])
+
+
+def in_another_thread(work):
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
+
+
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+def test_a_forward_that_does_not_wait_meets_its_own_model(own):
+    """It runs while the model is patched, or goes on behind `remove()`, or is another model's of the same config."""
+    model = make_llama(attn_implementation=own)
+    other = type(model)(model.config).eval()
+    other.load_state_dict(model.state_dict())
+
+    @torch.no_grad()
+    def logits_of(one):
+        return one(input_ids=PROMPT.input_ids).logits
+
+    stock, rows = logits_of(model), torch.arange(len(PROMPT))
+    pass_of_another = [
+        attention_by_position(model.config, QueryRows(rows[None]), {}),
+        resumed(model.model.layers, 2, torch.zeros(1, len(PROMPT), 64)),
+        watched(model.model.layers, 1, rows),
+        cut(model.model.layers, len(PROMPT), 1, lambda count: None),
+    ]
+    with contextlib.ExitStack() as stack:
+        for scope in pass_of_another:
+            found = stack.enter_context(scope)
+            for one in (model, other):
+                assert torch.equal(in_another_thread(lambda one=one: logits_of(one)), stock)
+            assert getattr(found, "hidden", None) is None
+    assert model.config._attn_implementation == own
+    assert torch.equal(logits_of(model), stock)
+
+
+def test_passes_of_models_with_one_config_run_one_at_a_time():
+    """Attention is switched in the config, which models share that were made from it."""
+    one, other = make_llama(), make_llama()
+    sharing = type(one)(one.config).eval()
+    assert host_of(sharing).lock is host_of(one).lock
+    assert host_of(other).lock is not host_of(one).lock
+
+
+def test_threads_that_meet_a_model_first_have_one_host():
+    model = make_llama()
+    with ThreadPoolExecutor(4) as threads:
+        hosts = list(threads.map(lambda _: host_of(model), range(4)))
+    assert len(set(map(id, hosts))) == 1
 
 
 def test_filler_ids_come_from_the_tokenizer(word_tokenizer):
