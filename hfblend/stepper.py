@@ -217,6 +217,8 @@ class Stepping(Blending):
         chosen = _as_candidates(selected.selected_idx, reuse.candidate_idx)
         if self.config.recomputes_all and not torch.equal(chosen, reuse.candidate_idx):
             self.config = replace(self.config, check_layers=(), recompute_ratios=())  # no longer a full prefill
+        if self._entered is not None and not torch.isin(chosen, self._entered.rows).all():
+            self._entered = None  # gradual filtering did not take them as far: every layer computes all rows
 
         output = self.recompute(forward, reuse, reused, chosen)
         kv = {layer: _first_rows(buffers, self.length) for layer, buffers in sorted(self.buffers.items())}

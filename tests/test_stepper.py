@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import config, make_llama, make_mistral, make_prompt
+from helpers import config, make_llama, make_mistral, make_prompt, store_of_true_kv
 
 import hfblend
 from hfblend import selection
@@ -139,6 +139,23 @@ def test_other_tokens(model, prompt, store):
     expected = hfblend.blend(model, prompt, store=store, config=config(ratio, selection=rule))
     assert expected.trace.selected_idx.tolist() == [31, 45, 70]
     assert torch.equal(generated.result.logits, expected.logits)
+
+
+def test_tokens_that_gradual_filtering_had_left_out(model, prompt):
+    """They did not go as far as the others, and are computed from the first layer on."""
+    true_kv, chosen = store_of_true_kv(model, prompt), []
+
+    def choose_the_rest(step):
+        left_out = ~torch.isin(step.candidate_idx, step.selected_idx)
+        step.selected_idx = step.candidate_idx[left_out]
+        chosen.extend(step.selected_idx.tolist())
+
+    generated = last(model, prompt, true_kv, config(**GRADUAL), selected=choose_the_rest)
+    assert generated.trace.hits == 3
+    assert generated.trace.selected_idx.tolist() == chosen
+    with torch.no_grad():
+        full = model(input_ids=prompt.input_ids).logits[:, -1]
+    assert (generated.result.logits - full).abs().max() < 1e-3
 
 
 def test_none_and_all_tokens(model, prompt, store):
