@@ -289,6 +289,7 @@ class Blending:
                 f"A selection rule must return one score per candidate, {tuple(evidence.candidate_idx.shape)}, got "
                 f"{tuple(scores.shape)}."
             )
+        scores = scores if scores.is_floating_point() else scores.float()  # whole numbers and flags are scores, too
         return self.host.ranks.as_first(scores.to(evidence.candidate_idx.device))
 
     def _compute_up_to(self, layer: int, forward: Forward, reuse: Reuse, reused: ReusedKV, kept: torch.Tensor) -> None:

@@ -268,6 +268,18 @@ def test_a_rule_of_ones_own():
     assert trace.scores[chosen].min() >= trace.scores[~chosen].max()
 
 
+@pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float16])
+def test_a_rule_may_score_in_whole_numbers_and_flags(kind):
+    def rule(evidence):
+        return (evidence.candidate_idx >= 50).to(kind)
+
+    trace = hfblend.blend(make_llama(), PROMPT, config=config(0.2, selection=rule, force_chunk_start=1)).trace
+    starts = [start for start, _ in PROMPT.chunk_spans[1:]]
+    assert trace.selected_tokens == math.ceil(0.2 * 44)
+    assert set(starts) <= set(trace.selected_idx.tolist())
+    assert all(i >= 50 for i in trace.selected_idx.tolist() if i not in starts)
+
+
 def test_a_layer_that_gives_no_attention_is_noticed(monkeypatch):
     model = make_llama()
     monkeypatch.setattr(AttentionRecord, "add", lambda *args: None)
