@@ -72,6 +72,13 @@ class RotarySource:
         own = f"{self.layer_type}_max_seq_len_cached"
         return int(getattr(self.module, own, getattr(self.module, "max_seq_len_cached", 0)))
 
+    @torch.no_grad()
+    def back_to_rest(self) -> None:
+        """Lets dynamic NTK forget what it has grown to, as it does itself for a short prompt."""
+        device = next((b.device for b in self.module.buffers()), torch.device("cpu"))
+        extra = () if self.layer_type is None else (self.layer_type,)
+        self.module(torch.zeros((), device=device), torch.zeros(1, 1, dtype=torch.long, device=device), *extra)
+
 
 class Host:
     """A causal language model as blending sees it: its decoder's own forward, layers, rotary tables and masks.
@@ -197,6 +204,18 @@ class Host:
         trained = getattr(self.config, "max_position_embeddings", 0) or 0
         grown = max((s.length_in_force for s in self.rotary_sources), default=0)
         return max(length, grown) if grown > trained and length >= trained else length
+
+    @contextlib.contextmanager
+    def rotary_from_rest(self) -> Iterator[None]:
+        """Inside, frequencies that grow with prompts begin as in a model that has seen none; afterwards as before."""
+        if not self.length_dependent:
+            yield
+            return
+        with _rotary_state_kept(self.rotary_sources):
+            for source in self.rotary_sources:
+                if source.length_in_force:
+                    source.back_to_rest()
+            yield
 
     def rotary_tables(self, source: int, positions: torch.Tensor, regime: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (N, 2R or R) in fp32 of a rotary source at `positions` (N,), in a given regime.

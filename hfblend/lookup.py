@@ -148,7 +148,7 @@ class LookUp:
             and len(entry.behind_ids) == start
             and list(entry.behind_ids) == self.ids[:start]
             and entry.cached_positions.tolist() == list(range(start, stop))
-            and self.host.same_regime(entry.regime, len(self.ids))
+            and self.host.same_regime(entry.regime, self.host.regime(len(self.ids)))
         )
         cached_start = int(entry.cached_positions[0])
         return Piece(span, entry, exact), ChunkTrace(span, key, status, exact, cached_start, entry.quantised)

@@ -115,6 +115,37 @@ def test_a_prefix_from_another_regime_is_not_called_exact(rope):
     assert not host_of(make_llama("yarn")).length_dependent
 
 
+def test_dynamic_frequencies_grown_by_a_longer_prompt_hold_for_the_next_one():
+    """Prefilling short chunks does not take them back: cold is as warm, and as an unpatched model in that state."""
+    longer, stock, outputs = make_prompt((60, 60, 60), seed=3), make_llama("dynamic"), {}
+    generate(stock, {"input_ids": longer.input_ids})
+    expected = generate(stock, {"input_ids": PROMPT.input_ids})
+    for ratio in (0.2, 1.0):
+        model = make_llama("dynamic")
+        with hfblend.patch(model, config=config(ratio)) as blender:
+            for hits in (0, 3):
+                generate(model, longer.inputs())
+                outputs[ratio, hits] = generate(model, PROMPT.inputs())
+                assert (blender.trace.blended, blender.trace.hits) == (True, hits)
+        assert largest_difference(outputs[ratio, 0], outputs[ratio, 3]) == 0
+    assert largest_difference(outputs[1.0, 0], expected) <= 2e-4
+
+
+def test_kv_of_a_prompt_of_the_same_length_is_exact_in_its_regime_only():
+    """Between the two, decoding or a longer prompt let dynamic NTK grow."""
+    model, stock = make_llama("dynamic"), make_llama("dynamic")
+    with hfblend.patch(model, config=config(0.2, on_miss="in_context")) as blender:
+        for exact in (False, True):
+            blended = generate(model, PROMPT.inputs(), max_new_tokens=1)
+            assert [chunk.exact for chunk in blender.trace.chunks] == [exact] * 3
+            assert (
+                largest_difference(blended, generate(stock, {"input_ids": PROMPT.input_ids}, max_new_tokens=1)) < 1e-4
+            )
+        generate(model, {"input_ids": make_prompt((60, 60, 60)).input_ids, "chunk_spans": []})
+        generate(model, PROMPT.inputs())
+        assert (blender.trace.hits, [chunk.exact for chunk in blender.trace.chunks]) == (3, [False] * 3)
+
+
 def test_tables_are_read_without_changing_the_models_rotary_state():
     """Neither the self-test at patch nor a table for another length moves what dynamic NTK has grown to."""
     model = make_llama("dynamic")
