@@ -87,6 +87,7 @@ class Blending:
 
     def __post_init__(self) -> None:
         self.config.require_layers(self.host.num_kv_layers)
+        self.host.require_own_dtype()
         if self.config.is_auto:
             self.host.ranks.require_one()
         if self.config.is_auto and self.controller is None:

@@ -222,7 +222,7 @@ def prefill_chunk(
         K/V at positions len(behind_ids) … len(behind_ids) + n − 1.
 
     Raises:
-        ValueError: an empty chunk, or a model in training mode.
+        ValueError: an empty chunk, a model in training mode, or `torch.autocast` in another dtype.
     """
     return prefill(host_of(model), ids, behind_ids, behind)
 
@@ -243,6 +243,7 @@ def prefill_batch(
     """
     if not all(chunks):
         raise ValueError("A chunk needs at least one token id, got none.")
+    host.require_own_dtype()
     start, longest = len(behind_ids), max(map(len, chunks))
     stop, known = start + longest, 0
     if behind is not None and _can_continue(host, behind, stop):

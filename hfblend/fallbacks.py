@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from . import adapters
 from .config import BlendConfig
-from .host import cache_given
+from .host import Host, cache_given
 from .prompt import ChunkSpans, Prompt, spans_by_row
 from .separator import Separator
 
@@ -27,6 +27,7 @@ class Fallback(enum.Enum):
 
     DISABLED = ("blending is disabled by its config.", logging.INFO)
     TRAINING_MODE = ("the model is in training mode; call model.eval().", logging.WARNING)
+    AUTOCAST = ("torch.autocast computes in another dtype than the model.", logging.WARNING)
     NO_INPUT_IDS = ("there are no input_ids to find chunks in (inputs_embeds, or nothing).", logging.WARNING)
     PADDING = ("tokens are masked elsewhere than in front of a prompt.", logging.WARNING)
     NO_CHUNKS = ("the prompt has no chunks: no chunk_spans, and no separator in its ids.", logging.INFO)
@@ -95,25 +96,25 @@ def plan(
     config: BlendConfig,
     separator: Separator | None,
     nested: bool,
-    same_regime: Callable[[int, int], bool],
+    host: Host,
 ) -> Plan:
     """Decides about one call of `generate(*args, **kwargs)`, before anything runs.
 
     Args:
         chunk_spans: of one prompt, or of each row; they count the padding, as the columns of `input_ids` do.
         nested: whether it runs inside another one of this model.
-        same_regime: `Host.same_regime`.
+        host: of the model.
 
     Raises:
         ValueError: chunk spans that do not fit the prompt, or the batch.
     """
     ids = _input_ids(args, kwargs)
     if ids is None:
-        return Plan(0, fallback=_before_splitting(model, ids, kwargs, config, nested))
+        return Plan(0, fallback=_before_splitting(model, ids, kwargs, config, nested, host))
     spans = None if chunk_spans is None else spans_by_row(chunk_spans, ids)
     for of_row in spans or ():
         of_row.check(ids.shape[1])
-    if fallback := _before_splitting(model, ids, kwargs, config, nested):
+    if fallback := _before_splitting(model, ids, kwargs, config, nested, host):
         return Plan(ids.shape[1], fallback=fallback)
     padding = _left_padding(model, ids, kwargs)
     if padding is None:
@@ -133,13 +134,13 @@ def plan(
     planned.prefilled = {place: reason for place, reason in enumerate(reasons) if reason}
     planned.fallback = reasons[0] if all(reasons) else _after_splitting(model, ids, kwargs)
     longest = ids.shape[1] - min(padding)
-    if not planned.fallback and not all(same_regime(len(prompt), longest) for prompt in planned.prompts):
+    if not planned.fallback and not all(host.same_regime(len(prompt), longest) for prompt in planned.prompts):
         planned.fallback = Fallback.ROPE_REGIMES
     return planned
 
 
 def _before_splitting(
-    model: nn.Module, ids: torch.Tensor | None, kwargs: dict[str, Any], config: BlendConfig, nested: bool
+    model: nn.Module, ids: torch.Tensor | None, kwargs: dict[str, Any], config: BlendConfig, nested: bool, host: Host
 ) -> Fallback | None:
     if not config.enabled:
         return Fallback.DISABLED
@@ -147,6 +148,8 @@ def _before_splitting(
         return Fallback.NESTED
     if model.training:
         return Fallback.TRAINING_MODE
+    if host.is_cast:
+        return Fallback.AUTOCAST
     if adapters.reason_against(model, kwargs):
         return Fallback.ADAPTERS
     return Fallback.NO_INPUT_IDS if ids is None or kwargs.get("inputs_embeds") is not None else None

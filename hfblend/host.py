@@ -170,6 +170,21 @@ class Host:
         """Its RoPE, as the config has it, in JSON."""
         return json.dumps(getattr(self.config, "rope_parameters", None) or {}, default=str)
 
+    @property
+    def is_cast(self) -> bool:
+        """Whether `torch.autocast` has forwards compute in another dtype than the model's: K/V would be of that."""
+        kind = self.device.type
+        is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return is_on and torch.get_autocast_dtype(kind) != self.dtype
+
+    def require_own_dtype(self) -> None:
+        """Raises `ValueError` where `torch.autocast` is on in another dtype."""
+        if self.is_cast:
+            raise ValueError(
+                f"torch.autocast computes in {torch.get_autocast_dtype(self.device.type)}, and this model's K/V are "
+                f"{self.dtype}: leave it, or load the model in that dtype."
+            )
+
     def decoder_forward(self, **kwargs: Any) -> Any:
         """The decoder's own forward, past hfblend's wrapper if there is one."""
         with set_aside(self.decoder):

@@ -17,6 +17,7 @@ from .caches import RowLayout
 from .fingerprint import Fingerprint
 from .host import Host, UnsupportedModel, base_of
 from .norms import Norms, find_norms, norms_in_one_kernel
+from .offloading import device_of
 from .origin import Origin, digest_of
 from .proof import prove_rows
 from .rope import KeyRotation, find_rotations
@@ -107,7 +108,8 @@ def host_of(model: nn.Module) -> BlendableModel:
     if model not in _known:
         with _making:
             if model not in _known:
-                _known[model] = BlendableModel(model)
+                with torch.autocast(device_of(model).type, enabled=False):
+                    _known[model] = BlendableModel(model)
     return _known[model]
 
 

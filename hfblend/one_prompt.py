@@ -59,8 +59,8 @@ def blend(
 
     Raises:
         UnsupportedModel: the model's KV cannot be moved.
-        ValueError: a check layer beyond the model, a model in training mode, `"auto"` without a controller, or no such
-            level.
+        ValueError: a check layer beyond the model, a model in training mode, `torch.autocast` in another dtype,
+            `"auto"` without a controller, or no such level.
     """
     host, config = host_of(model), BlendConfig() if config is None else config
     with torch.no_grad():

@@ -291,9 +291,7 @@ class Blender:
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
             args, kwargs = self._on_device(args), self._on_device(kwargs)
-        planned = plan(
-            self.model, args, kwargs, chunk_spans, config, separator, _call.get() is not None, self.host.same_regime
-        )
+        planned = plan(self.model, args, kwargs, chunk_spans, config, separator, _call.get() is not None, self.host)
         call = Call(self.host, planned, config, self.store, controller, started, self._level, self.tokenizer)
         nested = planned.fallback is Fallback.NESTED
         if not nested:  # the traces are those of the call which the user made

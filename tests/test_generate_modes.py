@@ -307,6 +307,31 @@ def test_training_mode_falls_back():
         assert blender.trace.blended
 
 
+def test_autocast_falls_back_and_leaves_the_store_as_it_is(caplog):
+    """K/V would be of another dtype; in the model's own dtype it changes nothing of that."""
+    bf16 = torch.autocast("cpu", torch.bfloat16)
+    for dtype, fallback in ((torch.float32, "autocast"), (torch.bfloat16, None)):
+        model = make_llama(dtype=dtype)
+        with bf16:
+            stock = generate(model, {"input_ids": IDS})
+            blender = hfblend.patch(model, config=config(1.0))  # its self-test runs without
+        assert blender.host.dtype == dtype
+        for hits in (0, 3):
+            generate(model, PROMPT.inputs())
+            assert (blender.trace.blended, blender.trace.hits) == (True, hits)
+            with bf16:
+                output = generate(model, PROMPT.inputs())
+            assert blender.trace.fallback == fallback
+            assert torch.equal(output.sequences, stock.sequences)
+        blender.remove()
+    model = make_llama()
+    for run in (hfblend.blend, lambda *args: next(hfblend.steps(*args))):
+        with bf16, pytest.raises(ValueError, match="autocast"):
+            run(model, PROMPT)
+    with bf16, pytest.raises(ValueError, match="autocast"):
+        hfblend.prefill_chunk(model, [8, 9])
+
+
 def test_early_exit_drafts_are_nested_and_stock():
     model = make_llama()
     stock = generate(model, {"input_ids": IDS}, assistant_early_exit=2)
@@ -423,7 +448,7 @@ def test_a_forward_that_never_meets_the_prompts_ids_falls_back():
 
 
 def test_every_fallback_has_a_test():
-    tested = {*fallback_calls(make_llama()), "training_mode", "nested", "not_reached"}
+    tested = {*fallback_calls(make_llama()), "training_mode", "autocast", "nested", "not_reached"}
     tested |= {"adapters"}  # tests/test_adapters.py
     tested |= {"rope_regimes", "positions"}  # tests/test_batches.py
     assert tested == {fallback.name.lower() for fallback in Fallback}
