@@ -6,6 +6,7 @@ Shapes: T all tokens, L layers.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import shutil
@@ -172,9 +173,11 @@ def _tiers(
 
 @contextlib.contextmanager
 def _like(store: DiskStore | RemoteStore) -> Iterator[DiskStore | RemoteStore]:
-    """A store in the same place whose chunks push out none of its own; a remote has no budget, and is one itself."""
+    """A store in the same place whose chunks push out none of its own."""
     if isinstance(store, RemoteStore):
-        yield store
+        like = copy.copy(store)
+        like.max_bytes = None
+        yield like
         return
     for folder in store.path.glob(f"{_FOLDER}*"):
         with contextlib.suppress(OSError):
