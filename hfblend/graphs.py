@@ -32,9 +32,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ROWS = 4096  # with more, the GPU is busy for longer than Python needs
 MAX_GRAPHS = 16
-LAYERS_A_PART = (
-    4  # as many as a disk is asked for at once (`hfblend.store.loader`); one in the first parts, to begin soon
-)
+# As many as a disk is asked for at once (`hfblend.store.loader`); the first parts have one each, to begin soon.
+LAYERS_A_PART = 4
 _SIMPLE = (type(None), bool, int, str)
 
 
