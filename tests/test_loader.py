@@ -231,6 +231,25 @@ def test_a_failing_disk_costs_reuse_only(tmp_path, monkeypatch):
         assert any("Input/output error" in note for note in blender.trace.notes)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_more_chunks_than_files_that_may_be_open_cost_reuse_only(tmp_path):
+    import resource
+
+    model, prompt = make_llama(), make_prompt(sizes=[3] * 60)
+    with hfblend.patch(model, config=config(0.3), store=DiskStore(tmp_path)) as blender:
+        intact = generate(model, prompt.inputs())
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+        try:
+            output = generate(model, prompt.inputs())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert torch.equal(output.sequences, intact.sequences)
+        assert 10 < blender.trace.hits < 40
+        generate(model, prompt.inputs())
+        assert blender.trace.hits == 60  # nothing was removed
+
+
 IN_A_THREAD = """
 def late():
     threading.main_thread().join()
