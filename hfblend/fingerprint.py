@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import adapters, quantised_weights
 from .offloading import OffloadedWeights
@@ -38,6 +40,7 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._lock = threading.Lock()  # who comes while weights are read must not take the old digest for theirs
         self._state: tuple[Any, ...] | None = None
         self._inside: _Inside | None = None
         self.digest = ""
@@ -49,16 +52,19 @@ class Fingerprint:
 
     def current(self, model: nn.Module) -> str:
         """The fingerprint as a hex digest. Costs a walk over the parameters; weights are read only on a change."""
-        if self._inside is None or not self._inside.is_as_it_was():
-            self._inside = _Inside(model)
-        state = self._inside.state()
-        if state != self._state:
-            if self._state is None or state[0] != self._state[0]:  # not only adapters were switched
+        with self._lock:
+            if self._inside is None or not self._inside.is_as_it_was():
                 self._inside = _Inside(model)
-            self._state, self.digest = state, self._take(model.config, self._inside)
-            self.devices = self._inside.devices()
-            self.generation += 1
-        return self.digest
+            elif self._inside.has_lost_memory():
+                self.refresh()
+            state = self._inside.state()
+            if state != self._state:
+                if self._state is None or state[0] != self._state[0]:  # not only adapters were switched
+                    self._inside = _Inside(model)
+                self._state, self.digest = state, self._take(model.config, self._inside)
+                self.devices = self._inside.devices()
+                self.generation += 1
+            return self.digest
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -125,6 +131,11 @@ class _Inside:
         self.adapters = adapters.Adapters(model)
         self._offloaded = OffloadedWeights(model)
         self._contents: dict[int, bytes | None] = {}
+        self._memory = [StorageWeakRef(weight.tensor.untyped_storage()) for weight in self.weights]
+
+    def has_lost_memory(self) -> bool:
+        """Whether a weight was given other memory, `weight.data = …`: the next one may be given the old address."""
+        return any(memory.expired() for memory in self._memory)
 
     def is_as_it_was(self) -> bool:
         """Whether every module still holds the same modules, parameters and buffers."""

@@ -236,6 +236,27 @@ def test_one_edited_weight_makes_every_entry_a_miss():
         assert blender.trace.misses == 3
 
 
+def test_weights_given_other_memory_at_the_old_address_are_seen():
+    """As by `weight.data = …` twice: an allocator gives the address of what was freed between."""
+    model = make_llama()
+    weight = model.model.layers[2].mlp.up_proj.weight
+    memory = bytearray(weight.detach().numpy().tobytes())
+
+    def assign():
+        weight.data = torch.frombuffer(memory, dtype=torch.float32).view(weight.shape)
+        return weight.data_ptr(), weight._version
+
+    before = assign()
+    taken = hfblend.fingerprint.Fingerprint(model)
+    first = taken.current(model)
+    memory[:4] = bytes([1, 2, 3, 4])
+    assert assign() == before
+    assert taken.current(model) != first
+    generation = taken.generation
+    taken.current(model)
+    assert taken.generation == generation
+
+
 def test_fingerprint_tells_models_apart_and_casts():
     fingerprint = {hfblend.models.host_of(m).fingerprint.current(m) for m in (make_llama(), make_llama())}
     assert len(fingerprint) == 1
