@@ -274,6 +274,10 @@ class Blender:
     ) -> None:
         self.remove()
 
+    @property
+    def _is_removed(self) -> bool:
+        return self.host.unwrapped_forward is None
+
     # --- generate -------------------------------------------------------------------------------------------------
 
     def _generate(
@@ -284,6 +288,9 @@ class Blender:
         **kwargs: Any,
     ) -> Any:
         """Decides whether this call is blended, and runs stock `generate` in that scope."""
+        if self._is_removed:  # and yet inside a wrapper that somebody has put around this one
+            given = {"chunk_spans": chunk_spans, "blend_config": blend_config}
+            return self._stock_generate(*args, **kwargs, **{k: v for k, v in given.items() if v is not None})
         args, kwargs = self.host.named_behind_the_ids(args, kwargs)
         config = self.config if blend_config is None else self._settled(blend_config)
         controller = self._controller_of(config)
@@ -329,7 +336,7 @@ class Blender:
     # --- the decoder's forward ------------------------------------------------------------------------------------
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._is_removed:
             return self._stock_forward(*args, **kwargs)
         call = _call.get()
         if call is not None and call.host is self.host:

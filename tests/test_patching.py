@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import threading
 import time
@@ -274,6 +275,28 @@ def test_fingerprint_tells_models_apart_and_casts():
     seen.add(taken.current(model))
     seen.add(taken.current(model.to(torch.bfloat16)))
     assert len(seen) == 5
+
+
+def test_inside_a_wrapper_that_came_later_it_is_inactive_after_remove(caplog):
+    model = make_llama()
+    stock = generate(model, {"input_ids": PROMPT.input_ids})
+    blender = hfblend.patch(model, config=config(0.2))
+    for module, name in ((model, "generate"), (model.model, "forward")):
+        inner = getattr(module, name)
+        setattr(module, name, functools.wraps(inner)(lambda *args, inner=inner, **kwargs: inner(*args, **kwargs)))
+    generate(model, PROMPT.inputs())
+    trace = blender.trace
+    assert trace.blended
+    blender.remove()
+    assert "inactive" in caplog.text
+    separated = PROMPT.input_ids  # with the separator of the config: it would have chunks
+    assert largest_difference(generate(model, {"input_ids": separated}), stock) == 0
+    assert blender.trace is trace
+    with pytest.raises(ValueError, match="chunk_spans"):
+        generate(model, PROMPT.inputs())
+    with hfblend.patch(model, config=config(0.2)) as other:
+        generate(model, PROMPT.inputs())
+        assert (other.trace.blended, other.trace.misses, blender.trace) == (True, 3, trace)
 
 
 # --- threads
