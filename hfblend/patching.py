@@ -298,7 +298,9 @@ class Blender:
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
             args, kwargs = self._on_device(args), self._on_device(kwargs)
-        planned = plan(self.model, args, kwargs, chunk_spans, config, separator, _call.get() is not None, self.host)
+        outer = _call.get()
+        inside_its_own = outer is not None and outer.host is self.host
+        planned = plan(self.model, args, kwargs, chunk_spans, config, separator, inside_its_own, self.host)
         call = Call(self.host, planned, config, self.store, controller, started, self._level, self.tokenizer)
         nested = planned.fallback is Fallback.NESTED
         if not nested:  # the traces are those of the call which the user made

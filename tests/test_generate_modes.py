@@ -342,6 +342,28 @@ def test_early_exit_drafts_are_nested_and_stock():
         assert blender.trace.computed_pairs == blender.trace.num_tokens * 4
 
 
+def test_another_patched_model_blends_inside_a_call():
+    """As a draft model, or from a logits processor: nested is what runs inside a call of the same model."""
+    model, other = make_llama(), make_llama(heads="mqa")
+    stock, stock_of_other = generate(model, {"input_ids": IDS}), generate(other, {"input_ids": IDS})
+    found = []
+
+    def ask_other(ids, scores):
+        found.append((generate(other, PROMPT.inputs()), other_blender.trace))
+        return scores
+
+    with hfblend.patch(model, config=config(1.0)) as blender, hfblend.patch(other, config=config(1.0)) as other_blender:
+        output = generate(model, PROMPT.inputs(), logits_processor=LogitsProcessorList([ask_other]), max_new_tokens=2)
+        assert blender.trace.blended
+        for answer, trace in found:
+            assert trace.blended
+            assert largest_difference(answer, stock_of_other) <= 2e-4
+        assert torch.equal(output.sequences, stock.sequences[:, : len(PROMPT) + 2])
+        output = generate(model, PROMPT.inputs(), assistant_model=other)
+        assert (blender.trace.blended, blender.trace.hits) == (True, 3)
+        assert torch.equal(output.sequences, stock.sequences)
+
+
 def test_compiled_layers_blend():
     """Hooks on them might not be looked at, so nothing is resumed or cut; the result is the same."""
     model = make_llama()
