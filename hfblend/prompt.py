@@ -67,8 +67,8 @@ def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSp
     Raises:
         ValueError: neither.
     """
-    given = list(chunk_spans)
-    if isinstance(chunk_spans, ChunkSpans) or not given or isinstance(next(iter(given[0]), None), int):
+    given = _plain(chunk_spans)
+    if isinstance(chunk_spans, ChunkSpans) or not given or not isinstance(next(iter(given[0]), ()), Iterable):
         if given and len(rows) > 1 and bool((rows != rows[:1]).any()):
             raise ValueError(
                 f"Got chunk_spans of one prompt for a batch of {len(rows)} different ones. Pass a list with the spans "
@@ -80,8 +80,21 @@ def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSp
     return [one if isinstance(one, ChunkSpans) else ChunkSpans(one) for one in given]
 
 
+def _plain(chunk_spans: Any) -> list[Any]:
+    """Spans, or lists of them, of whatever holds them, arrays and tensors too."""
+    given = chunk_spans.tolist() if hasattr(chunk_spans, "tolist") else chunk_spans
+    given = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(one, Iterable) for one in given):
+        raise ValueError(f"chunk_spans are a list of (start, stop), or such a list for each row, got {chunk_spans!r}.")
+    return given
+
+
 def _as_span(span: Sequence[int]) -> Span:
-    if len(span) != 2 or any(isinstance(end, bool) or not isinstance(end, int) for end in span):
+    if (
+        not isinstance(span, Sequence)
+        or len(span) != 2
+        or any(isinstance(end, bool) or not isinstance(end, int) for end in span)
+    ):
         raise ValueError(f"A chunk span is (start, stop) in whole token indices, got {span!r}.")
     return span[0], span[1]
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import hfblend
 from hfblend import Prompt
+from hfblend.prompt import spans_by_row
 from hfblend.separator import Separator
 
 IDS = st.lists(st.integers(10, 90), min_size=1, max_size=6)
@@ -159,3 +160,13 @@ def test_bos_is_only_put_first_when_told(word_tokenizer, caplog):
 def test_public_names():
     for name in hfblend.__all__:
         assert getattr(hfblend, name).__doc__
+
+
+def test_spans_of_rows_may_come_in_arrays_and_what_is_no_span_is_named():
+    rows = torch.arange(20)[None]
+    spans = [(2, 5), (6, 9)]
+    for spans_given in (spans, torch.tensor(spans), torch.tensor(spans).numpy(), [torch.tensor(spans).tolist()]):
+        assert spans_by_row(spans_given, rows) == [tuple(spans)]
+    for wrong in (5, (2, 5), [None], [(2.0, 5)], ["ab"], [[2, 5, 6]]):
+        with pytest.raises(ValueError, match="start, stop"):
+            spans_by_row(wrong, rows)
