@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -559,3 +560,17 @@ def test_a_folder_with_room_is_not_looked_through_at_every_put(tmp_path, monkeyp
     for key in KEYS[:40]:
         store.put(key, entry())
     assert len(looks) <= 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_what_is_no_file_is_not_waited_for_and_leaves_none_open(tmp_path):
+    store = DiskStore(tmp_path)
+    store._path(KEYS[0]).mkdir()
+    os.mkfifo(store._path(KEYS[1]))
+    before = len(os.listdir("/dev/fd"))
+    opened = []
+    thread = threading.Thread(target=lambda: opened.extend(store.open(key) for key in KEYS[:2]), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert opened == [None, None]
+    assert len(os.listdir("/dev/fd")) == before

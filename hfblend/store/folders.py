@@ -15,6 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+_READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 _TEMPORARY = ".tmp"
 _ABANDONED_S = 3600  # a temporary file of that age was left by a process that is gone
 
@@ -77,8 +78,16 @@ class LocalFolder:
         return False
 
     def open(self, name: str) -> FileIO:
-        """A file to be read, without a buffer."""
-        return FileIO(os.open(self.path / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)))
+        """A file to be read, without a buffer.
+
+        Raises:
+            OSError: what has the name is no file; nobody waits for who writes into a pipe.
+        """
+        number = os.open(self.path / name, _READ)
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            os.close(number)
+            raise OSError(f"{name} is no file")
+        return FileIO(number)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         with self.open(name) as stream:
