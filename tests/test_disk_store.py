@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from helpers import config, entry, generate, make_llama, make_prompt, same
+from helpers import config, damage, entry, generate, make_llama, make_prompt, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -560,6 +560,17 @@ def test_a_folder_with_room_is_not_looked_through_at_every_put(tmp_path, monkeyp
     for key in KEYS[:40]:
         store.put(key, entry())
     assert len(looks) <= 3
+
+
+def test_a_file_that_was_replaced_is_not_removed_for_the_damage_of_the_one_before(tmp_path):
+    store = DiskStore(tmp_path)
+    store.put(KEY, entry())
+    stale = store.open(KEY)
+    damage(store, KEY, 1)
+    store.put(KEY, entry())  # by another process, which found the damage first
+    with pytest.raises(ChunkLost):
+        stale.layer(1)
+    assert same(store.open(KEY), entry())
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")

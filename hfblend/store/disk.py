@@ -72,20 +72,22 @@ class DiskStore(InFiles):
         A layer that turns out to be damaged raises `ChunkLost` then, and the entry is removed.
         """
         name, path = file_name_of(key), self._path(key)
+        state: os.stat_result
 
         def give_up(error: Exception) -> None:
             logger.warning("%s is damaged, removed and prefilled again: %s", path, error)
             self.counts.add(damaged=1)
             with contextlib.suppress(OSError):
-                self._folder.remove([name])
+                self._folder.remove_if(name, state)
 
         chunk = None
         try:
             with contextlib.ExitStack() as opened:
                 stream = opened.enter_context(self._folder.open(name))
+                state = os.fstat(stream.fileno())
                 head = stream.read(HEAD_BYTES)
                 head += stream.read(max(0, header_bytes(head[:8]) - len(head)))
-                contents = contents_of(key, head, os.fstat(stream.fileno()).st_size)
+                contents = contents_of(key, head, state.st_size)
                 contents.require_served_by(self.kv_dtype)
                 source = FileSource(stream, head[: contents.layers[0].start])
                 chunk = LayerwiseChunk(source, contents, self.counts, give_up)

@@ -89,6 +89,12 @@ class LocalFolder:
             raise OSError(f"{name} is no file")
         return FileIO(number)
 
+    def remove_if(self, name: str, opened: os.stat_result) -> None:
+        """Removes a file, if it is the one that was opened, and no other process has put a new one in its place."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(self.path / name), opened):
+                self.remove([name])
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         with self.open(name) as stream:
             stream.seek(start)

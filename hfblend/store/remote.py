@@ -131,7 +131,7 @@ class RemoteStore(InFiles):
         try:
             source, contents = self._answer(self._reading, "read from", self._begun_for(key))
             contents.require_served_by(self.kv_dtype)
-            chunk = LayerwiseChunk(source, contents, self.counts, partial(self._lost, key))
+            chunk = LayerwiseChunk(source, contents, self.counts, partial(self._lost, key, opened=source))
             self._mark(key)
         except OtherVersion as error:
             logger.info("%s of %s is not read: %s", file_name_of(key), self.url, error)
@@ -168,15 +168,20 @@ class RemoteStore(InFiles):
         self._marked[key] = time.monotonic()
         self._writing.begin(lambda: self._folder.write(key + USED, b""))
 
-    def _lost(self, key: str, error: Exception) -> None:
-        """Removes an entry that is damaged. Of one that did not come, `_answer` has said so."""
+    def _lost(self, key: str, error: Exception, opened: _Object | None = None) -> None:
+        """Removes an entry that is damaged, unless another machine has replaced the one that was opened: its layers do
+        not fit this header. Of one that did not come, `_answer` has said so."""
         if isinstance(error, CorruptEntry):
             name = file_name_of(key)
             logger.warning("%s of %s is damaged, removed and prefilled again: %s", name, self.url, error)
             self.counts.add(damaged=1)
             with contextlib.suppress(OSError):
-                removed = self._writing.begin(lambda: self._folder.remove([name]))
+                removed = self._writing.begin(lambda: self._remove(name, opened))
                 self._answer(self._writing, "removed from", removed)
+
+    def _remove(self, name: str, opened: _Object | None) -> None:
+        if opened is None or opened.is_still_there():
+            self._folder.remove([name])
 
     def remove(self, key: str) -> None:
         self._forget(key)
@@ -277,6 +282,11 @@ class _Object:
         if len(data) != len(buffer):
             raise CorruptEntry(f"from byte {start} on it has {len(data)} bytes, not {len(buffer)}")
         buffer[:] = data
+
+    def is_still_there(self) -> bool:
+        """Whether the object begins as it did: its header has a checksum of every tensor."""
+        stop = header_bytes(self._head[:8])
+        return self._store.read(self._name, 0, stop)[:stop] == self._head[:stop]
 
     def tier(self, start: int) -> str:
         return "remote"
