@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -585,3 +587,14 @@ def test_what_is_no_file_is_not_waited_for_and_leaves_none_open(tmp_path):
     thread.join(20)
     assert opened == [None, None]
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_filesystem_that_syncs_no_folders_keeps_entries(tmp_path, monkeypatch):
+    def fsync(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = DiskStore(tmp_path)
+    store.put(KEY, entry())
+    assert (store.counts.stored, store.counts.failed) == (1, 0)

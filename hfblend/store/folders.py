@@ -6,6 +6,7 @@ Those behind a URL are in `remote_folder.py`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import time
@@ -128,6 +129,9 @@ class LocalFolder:
         folder = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # filesystems that sync no folders
+                raise
         finally:
             os.close(folder)
 
