@@ -48,7 +48,7 @@ def list_entries(where: Where, model: OfModel = "", as_json: AsJson = False) -> 
         used = datetime.fromtimestamp(one.last_used).strftime("%Y-%m-%d %H:%M")
         said = f"[red]{escape(one.damaged)}[/red]" if one.damaged else escape(one.model)
         pinned = "pinned" if one.pinned else ""
-        table.add_row(one.key[:12], said, f"{one.tokens:,}", one.dtype, f"{one.num_bytes:,}", used, pinned)
+        table.add_row(one.key[:12], said, f"{one.tokens:,}", escape(one.dtype), f"{one.num_bytes:,}", used, pinned)
     console.print(table if entries else "No entries.")
 
 

@@ -598,3 +598,22 @@ def test_a_filesystem_that_syncs_no_folders_keeps_entries(tmp_path, monkeypatch)
     store = DiskStore(tmp_path)
     store.put(KEY, entry())
     assert (store.counts.stored, store.counts.failed) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": ["F32"]}, {"dtype": "[/red]"}, {"shape": ["9"]}, {"provenance": {}}, {"provenance": "[/red]"}]
+)
+def test_what_looks_at_a_folder_survives_headers_made_to_do_harm(tmp_path, wrong):
+    header = {
+        "__metadata__": {"header": "0" * 32, "provenance": "isolated"},
+        "cached_positions": {"dtype": "I64", "shape": [9]},
+        "layer_0000": {"dtype": "F32"},
+    }
+    for name, one in header.items():
+        header[name] = {**one, **{key: value for key, value in wrong.items() if key in one}}
+    store = DiskStore(tmp_path)
+    store._path(KEY).write_bytes(signed(json.dumps(header, separators=(",", ":")).encode()))
+    for command in (["ls"], ["ls", "--json"], ["stat"], ["stat", "--json"], ["verify"]):
+        outcome = CliRunner().invoke(app, ["store", *command, str(tmp_path)])
+        assert outcome.exit_code == int(command == ["verify"]), outcome.output
+        assert outcome.exception is None or isinstance(outcome.exception, SystemExit)

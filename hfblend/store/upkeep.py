@@ -222,13 +222,16 @@ class InFiles:
         try:
             header = header_of(self._head(name))
             layers = [place for layer, place in header.items() if layer.startswith("layer_")]
-            origin = origin_of(header["__metadata__"])
+            origin, provenance = origin_of(header["__metadata__"]), header["__metadata__"]["provenance"]
+            tokens, dtype = header["cached_positions"]["shape"][0], layers[0]["dtype"]
+            if type(tokens) is not int or not isinstance(dtype, str) or not isinstance(provenance, str):
+                raise TypeError("its header holds what no header holds")
             return replace(
                 entry,
-                tokens=header["cached_positions"]["shape"][0],
+                tokens=tokens,
                 layers=len(layers),
-                dtype=layers[0]["dtype"],
-                provenance=header["__metadata__"]["provenance"],
+                dtype=dtype,
+                provenance=provenance,
                 model="" if origin is None else origin.model,
                 fingerprint="" if origin is None else origin.fingerprint,
             )
