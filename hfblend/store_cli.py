@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from .display.text import visible
+
 if TYPE_CHECKING:
     from .store import DiskStore, RemoteStore
     from .store.upkeep import StoredEntry
@@ -46,9 +48,11 @@ def list_entries(where: Where, model: OfModel = "", as_json: AsJson = False) -> 
         table.add_column(name, justify="right" if name in ("tokens", "bytes") else "left", no_wrap=True)
     for one in entries:
         used = datetime.fromtimestamp(one.last_used).strftime("%Y-%m-%d %H:%M")
-        said = f"[red]{escape(one.damaged)}[/red]" if one.damaged else escape(one.model)
+        said = f"[red]{escape(one.damaged)}[/red]" if one.damaged else escape(visible(one.model))
         pinned = "pinned" if one.pinned else ""
-        table.add_row(one.key[:12], said, f"{one.tokens:,}", escape(one.dtype), f"{one.num_bytes:,}", used, pinned)
+        table.add_row(
+            one.key[:12], said, f"{one.tokens:,}", escape(visible(one.dtype)), f"{one.num_bytes:,}", used, pinned
+        )
     console.print(table if entries else "No entries.")
 
 
@@ -73,7 +77,7 @@ def stat(where: Where, model: OfModel = "", as_json: AsJson = False) -> None:
     for name, total in _sums(entries).items():
         table.add_column(name.replace("num_", ""), f"{total:,}", justify="right", no_wrap=True)
     for row in models:
-        named = escape(row["model"]) or "not said", row["fingerprint"][:12]
+        named = escape(visible(row["model"])) or "not said", escape(visible(row["fingerprint"][:12]))
         table.add_row(*named, *(f"{row[name]:,}" for name in ("entries", "tokens", "num_bytes")))
     console.print(table)
     if unreadable:

@@ -31,6 +31,7 @@ from hfblend.cli import app
 from hfblend.store import DiskStore, MemoryStore, TieredStore, store_at
 from hfblend.store.folders import LocalFolder
 from hfblend.store.format import FORMAT, CorruptEntry, OtherVersion, contents_of, dump, parse
+from hfblend.store.loader import FileSource
 from hfblend.store.sizes import num_bytes_of
 
 resource = pytest.importorskip("resource", reason="needs fork and limits of a POSIX system")
@@ -337,6 +338,23 @@ def test_eight_processes_share_200_chunks_of_a_folder_while_one_prunes(tmp_path)
     assert all(same(store.open(one.key), entries[one.key]) for one in store.entries())
 
 
+def test_an_entry_that_could_not_be_read_once_stays(tmp_path, monkeypatch, caplog):
+    store, fill = DiskStore(tmp_path), FileSource.fill
+    store.put(KEY, entry())
+    found = store.open(KEY)
+
+    def fail(self, buffer, start):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(FileSource, "fill", fail)
+    with pytest.raises(ChunkLost, match="Input/output error"):
+        found.layer(0)
+    assert "could not be read" in caplog.text
+    assert (store.counts.failed, store.counts.damaged) == (1, 0)
+    monkeypatch.setattr(FileSource, "fill", fill)
+    assert same(store.open(KEY), entry())
+
+
 # --- budget, names, places ----------------------------------------------------------------------------------------
 
 
@@ -351,6 +369,20 @@ def test_least_recently_used_goes_first(tmp_path):
     assert [key in store for key in KEYS[:3]] == [True, False, True]
     store.put(KEYS[2], entry())  # replacing an entry pushes nobody out
     assert [key in store for key in KEYS[:3]] == [True, False, True]
+
+
+def test_what_was_used_while_a_clock_was_ahead_goes_in_its_turn(tmp_path):
+    size = len(dump(KEY, entry()))
+    store, ahead = DiskStore(tmp_path, max_bytes=2 * size), time.time() + 3e9
+    store.put(KEYS[0], entry())
+    os.utime(store._path(KEYS[0]), (ahead, ahead))
+    (tmp_path / "x.tmp").touch()
+    os.utime(tmp_path / "x.tmp", (ahead, ahead))
+    for key in KEYS[1:3]:
+        store.put(key, entry())
+    assert sorted(store.keys()) == KEYS[1:3]
+    DiskStore(tmp_path)
+    assert not (tmp_path / "x.tmp").exists()
 
 
 def test_an_entry_larger_than_the_budget_is_not_kept_and_said(tmp_path, caplog):

@@ -309,3 +309,13 @@ def test_a_folder_that_may_not_be_listed_is_said_in_words(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError("not yours")))
     found = command("ls", tmp_path)
     assert (found.exit_code, "not yours" in found.output) == (1, True)
+
+
+def test_names_in_files_do_not_act_on_the_terminal(tmp_path):
+    origin = Origin("\x1b[31mm[red]", "\x1b]0;f", "{}", "", "")
+    DiskStore(tmp_path).put(KEY, replace(entry(), origin=origin))
+    for name in ("ls", "stat"):
+        found = command(name, tmp_path)
+        assert found.exit_code == 0
+        assert "\x1b" not in found.output
+        assert "␛" in found.output

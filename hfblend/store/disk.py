@@ -69,12 +69,16 @@ class DiskStore(InFiles):
     def open(self, key: str) -> LayerwiseChunk | None:
         """The entry, its header checked, its layers read and checked as they are asked for; `None` if there is none.
 
-        A layer that turns out to be damaged raises `ChunkLost` then, and the entry is removed.
+        A layer that cannot be read, or turns out to be damaged, raises `ChunkLost` then; a damaged entry is removed.
         """
         name, path = file_name_of(key), self._path(key)
         state: os.stat_result
 
-        def give_up(error: Exception) -> None:
+        def lost(error: Exception) -> None:
+            if not isinstance(error, CorruptEntry):  # the next reading may succeed
+                logger.warning("A chunk's KV could not be read from %s, it is prefilled again: %s", path, error)
+                self.counts.add(failed=1)
+                return
             logger.warning("%s is damaged, removed and prefilled again: %s", path, error)
             self.counts.add(damaged=1)
             with contextlib.suppress(OSError):
@@ -90,17 +94,14 @@ class DiskStore(InFiles):
                 contents = contents_of(key, head, state.st_size)
                 contents.require_served_by(self.kv_dtype)
                 source = FileSource(stream, head[: contents.layers[0].start])
-                chunk = LayerwiseChunk(source, contents, self.counts, give_up)
+                chunk = LayerwiseChunk(source, contents, self.counts, lost)
                 opened.pop_all()  # from here on the chunk closes it
         except FileNotFoundError:
             pass
-        except OSError as error:
-            logger.warning("A chunk's KV could not be read from %s, it is prefilled again: %s", path, error)
-            self.counts.add(failed=1)
         except OtherVersion as error:
             logger.info("%s is not read: %s", path, error)
-        except CorruptEntry as error:
-            give_up(error)
+        except (CorruptEntry, OSError) as error:
+            lost(error)
         self.counts.add(**{"misses" if chunk is None else "hits": 1})
         if chunk is not None:
             with contextlib.suppress(OSError):

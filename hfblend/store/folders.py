@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 _READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 _TEMPORARY = ".tmp"
 _ABANDONED_S = 3600  # a temporary file of that age was left by a process that is gone
+_AHEAD_S = 24 * 3600  # clocks of machines that share a folder may differ by less
 
 
 class File(NamedTuple):
@@ -71,7 +72,9 @@ class LocalFolder:
                 with contextlib.suppress(FileNotFoundError):
                     if one.is_file(follow_symlinks=False):
                         state = one.stat(follow_symlinks=False)
-                        yield File(one.name, state.st_size, state.st_mtime)
+                        # What was used while a clock was ahead must not stay for years: its time is not known.
+                        is_ahead = state.st_mtime > time.time() + _AHEAD_S
+                        yield File(one.name, state.st_size, 0.0 if is_ahead else state.st_mtime)
 
     def has(self, name: str) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -139,5 +142,5 @@ class LocalFolder:
         """Temporary files of processes that were killed while they wrote."""
         for path in self.path.glob(f"*{_TEMPORARY}"):
             with contextlib.suppress(OSError):
-                if time.time() - path.lstat().st_mtime > _ABANDONED_S:
+                if abs(time.time() - path.lstat().st_mtime) > _ABANDONED_S:  # a clock may have been ahead
                     path.unlink()

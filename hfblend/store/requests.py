@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import Any, TypeVar
 
@@ -70,8 +70,11 @@ def at_once(call: Callable[[T], R], many: Iterable[T]) -> Iterator[R]:
     """The answers of a call to each, in order, up to `REQUESTS` at once."""
     threads = DaemonThreads(REQUESTS, "hfblend-remote")
     begun = deque(threads.begin(partial(call, one)) for one in many)
-    while begun:
-        yield begun.popleft().result()
+    try:
+        while begun:
+            yield begun.popleft().result()
+    except CancelledError as error:
+        raise OSError("the process can have no more threads") from error
 
 
 class DaemonThreads:
