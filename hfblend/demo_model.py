@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from rich.console import Console
+from rich.text import Text
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -28,7 +31,6 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 _HUB_SUBFOLDERS = ["onnx/*", "runs/*"]
-_console = Console(stderr=True)
 
 
 class DemoModelMissing(OSError):
@@ -55,7 +57,7 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     folder = default_folder() if model is None else model
-    with _quiet_progress(), _console.status(f"Loading {model or HUB_NAME} …"):
+    with _quiet_progress(), _status(f"Loading {model or HUB_NAME} …"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         loaded.to(device).eval()
@@ -106,7 +108,7 @@ def converted(gguf: Path) -> Path:
     # A folder of its own first: a conversion that was cut off, or runs twice at once, never leaves half a model.
     making = Path(tempfile.mkdtemp(prefix="making-", dir=root))
     try:
-        with _quiet_progress(), _console.status(f"Converting {gguf.name} once (to {folder}) …"):
+        with _quiet_progress(), _status(f"Converting {gguf.name} once (to {folder}) …"):
             _convert(gguf, making)
         _rename(making, folder)
     finally:
@@ -116,7 +118,8 @@ def converted(gguf: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):  # a bar that no setting of Transformers turns off
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # Its weights are plain tensors by now, but `save_pretrained` refuses what came from a quantised file.
     values = quantized.config.to_dict()
     values.pop("quantization_config", None)
@@ -134,6 +137,12 @@ def _rename(making: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():  # otherwise another process was first, with the same content
             raise
+
+
+def _status(text: str) -> AbstractContextManager[Any]:
+    """A line that stays while something is done, in a terminal only: a notebook would keep it, and ask for widgets."""
+    console = Console(file=sys.stderr)
+    return nullcontext() if console.is_jupyter else console.status(Text(text))
 
 
 @contextmanager

@@ -169,6 +169,13 @@ def test_json_into_a_missing_folder_is_refused_before_the_work(tmp_path):
     assert outcome.exit_code == 2
 
 
+def test_loading_leaves_no_line_in_a_notebook(monkeypatch, capsys):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    with demo_model._status("Loading …"):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
 def test_the_four_methods_differ():
     assert len({method.config for method in METHODS}) == 4
 
