@@ -23,16 +23,6 @@ from .trace import BlendTrace, ChunkTrace
 ANSWER_TOKENS = 32
 MAX_CHUNKS = 24
 
-# What the page says of each rule of `BlendConfig(selection=...)`.
-RULES: dict[Selection, str] = {
-    "suffix_attention": "the tokens that the question attends to",
-    "kv_deviation": "CacheBlend's: the tokens whose KV differs most from what is stored",
-    "chunk_start": "the first tokens of every chunk",
-    "mixed": "half by suffix_attention, half by kv_deviation",
-    "random": "any tokens: a control",
-    "last": "the last tokens of the context: a control",
-}
-
 _BLEND = BlendConfig(min_reused_tokens=0)
 _FULL_PREFILL = BlendConfig(enabled=False)
 _FULL_REUSE = replace(_BLEND, check_layers=(), recompute_ratios=())

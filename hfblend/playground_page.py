@@ -7,8 +7,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from .display.view import RULE_WORDS
 from .optional import require
-from .playground import MAX_CHUNKS, RULES, Outcome, Playground, Setup, answers_html, chunk_line, store_line
+from .playground import MAX_CHUNKS, Outcome, Playground, Setup, answers_html, chunk_line, store_line
 from .playground_presets import Preset, presets
 
 logger = logging.getLogger(__name__)
@@ -142,8 +143,8 @@ class Page:
             self.ratio = ui.slider(min=0, max=1, step=0.01, value=0.15).props('aria-label="Ratio"')
             self.ratio_label.bind_text_from(self.ratio, "value", lambda value: f"{value:.2f}")
             self.ratio.on("change", self._ratio_released)  # released, not every step of the way
-            self.rule = ui.select(list(RULES), value="suffix_attention", label="Rule").props("outlined dense")
-            ui.label().classes("dim").bind_text_from(self.rule, "value", lambda rule: f"Recompute {RULES[rule]}.")
+            self.rule = ui.select(list(RULE_WORDS), value="suffix_attention", label="Rule").props("outlined dense")
+            ui.label().classes("dim").bind_text_from(self.rule, "value", lambda rule: f"Recompute {RULE_WORDS[rule]}.")
             self.rule.on_value_change(self._changed)
             with ui.element("div").classes("row"):
                 ui.button("Run", on_click=self.run).props("unelevated no-caps")

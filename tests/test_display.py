@@ -129,6 +129,7 @@ def test_a_page_says_what_happened(trace, word_tokenizer):
     for said in ("chunk 1", "exact", "hit", "suffix_attention 0.2", "9 → 64 (+55)", "Who sees whom", "Layer × token"):
         assert said in text, said
     assert f"{trace.selected_tokens} of {len(trace.candidate_idx)} moved tokens" in text
+    assert "suffix_attention 0.2: the tokens that the question attends to" in text
     assert all(name in text for name in ("look up", "select", "recompute", "hand over"))
     assert page.startswith("<!doctype html>")
     assert Tags(page).unclosed == []
@@ -212,6 +213,11 @@ def test_show_returns_the_display_and_a_notebook_draws_it(trace, monkeypatch, ca
         hfblend.show("a trace")
 
 
+def test_no_element_is_one_that_notebooks_lay_out_their_own_way(trace):
+    """JupyterLab floats the terms of a list of definitions, whatever a cell's own styles say of their place."""
+    assert not {"dl", "dt", "dd"} & Tags(Display(trace)._repr_html_()).tags
+
+
 # --- nothing acts -----------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +234,7 @@ def test_hostile_text_is_inert_in_html():
     page.encode("utf-8")
     found = Tags(page)
     assert found.tags <= {
-        "html", "head", "meta", "title", "style", "body", "div", "h2", "h3", "dl", "dt", "dd", "span", "b", "i", "u",
+        "html", "head", "meta", "title", "style", "body", "div", "h2", "h3", "span", "b", "i", "u",
         "em", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "svg", "path", "p", "ul", "li", "br",
     }  # fmt: skip
     assert not [name for name in found.attributes if name.startswith("on") or name in ("src", "href", "srcdoc")]
@@ -261,6 +267,8 @@ def test_20k_tokens_stay_small_and_say_so():
     assert len(text) < 30_000
     assert re.search(r"2,5\d\d of 20,000 written out", page)
     assert "a column is 125 tokens" in page
+    assert "a column is about 31 tokens" in page
+    assert "a column is 1 or 2 tokens" in Display(made(700)).to_html()
     assert page.count('class="toks"') == 41 + 1  # every part has its place: prefix, chunks, suffix
     assert Tags(page).unclosed == []
 
@@ -358,6 +366,27 @@ def test_plots_of_results_are_those_of_the_commands(tmp_path):
     about = {"model": "m", "dtype": "d", "attention": "a", "machine": "m", "transformers": "5", "settings": settings}
     hfblend.plot_ttft({**about, "rows": rows}).savefig(tmp_path / "ttft.png")
     assert (tmp_path / "ttft.png").stat().st_size > 5000
+
+
+@pytest.mark.browser
+def test_a_notebooks_own_styles_leave_the_figures_in_line(tmp_path):
+    """Under rules such as JupyterLab's for what a cell shows, a figure stands below its name."""
+    host = (
+        ".host dl{display:inline} .host dt{float:left;clear:left;width:20%} .host dd{margin-left:22%}"
+        ".host p,.host table,.host ul{margin-bottom:1em} .host table{table-layout:fixed;border:none;margin:0 auto}"
+        ".host th,.host td{text-align:right;max-width:none;white-space:normal;padding:.5em}"
+    )
+    file = tmp_path / "host.html"
+    file.write_text(
+        f"<!doctype html><meta charset=utf-8><style>{host}</style><div class=host>{Display(made())._repr_html_()}</div>"
+    )
+    with opened(file.as_uri()) as page:
+        page.goto(file.as_uri())
+        for tile in page.locator(".figs > div").all():
+            name, figure = (tile.locator(tag).bounding_box() for tag in ("span", "b"))
+            assert name["x"] == figure["x"]
+            assert name["y"] + name["height"] <= figure["y"] + 1
+        assert page.locator(".hfb td").first.evaluate("cell => getComputedStyle(cell).whiteSpace") == "nowrap"
 
 
 @pytest.mark.browser

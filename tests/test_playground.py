@@ -22,9 +22,9 @@ from hfblend import BlendConfig, playground_page
 from hfblend import playground as logic
 from hfblend.cli import app
 from hfblend.config import Selection
+from hfblend.display.view import RULE_WORDS
 from hfblend.playground import (
     MAX_CHUNKS,
-    RULES,
     Playground,
     Setup,
     answers_html,
@@ -61,7 +61,7 @@ def texts(outcome):
 
 
 def test_every_rule_is_explained():
-    assert set(RULES) == set(Selection.__args__)
+    assert set(RULE_WORDS) == set(Selection.__args__)
 
 
 def test_first_run_misses_and_the_second_hits(playground):
@@ -101,8 +101,8 @@ def test_order_ratio_and_rule_change_what_is_recomputed(playground):
 
     before = selected()
     assert len(selected(ratio=0.6)) > len(before) > len(selected(ratio=0.0)) == 0
-    chosen = {rule: tuple(selected(rule=rule)) for rule in RULES}
-    assert len(set(chosen.values())) == len(RULES)
+    chosen = {rule: tuple(selected(rule=rule)) for rule in RULE_WORDS}
+    assert len(set(chosen.values())) == len(RULE_WORDS)
     reordered = playground.run(Setup(CHUNKS[::-1], SETUP.question, 0.3))
     assert all(reordered.found)
     assert not reordered.repeated

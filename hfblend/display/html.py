@@ -49,14 +49,14 @@ def fragment(trace: BlendTrace, tokenizer: Any, title: str, answers: dict[str, s
 
 def _header(trace: BlendTrace, title: str) -> str:
     figures = "".join(
-        f"<div><dt>{escaped(name)}</dt><dd>{escaped(figure)}</dd></div>" for name, figure in view.figures_of(trace)
+        f"<div><span>{escaped(name)}</span><b>{escaped(figure)}</b></div>" for name, figure in view.figures_of(trace)
     )
     banner = ""
     if not trace.blended:
         banner = f'<div class="banner"><b>Not blended.</b> {escaped(view.fallback_of(trace))}</div>'
     elif trace.decision is not None:
         banner = f'<p class="note">Ratio settled: {escaped(trace.decision.reason)}</p>'
-    return f'<h2>{escaped(title)}</h2>{banner}<dl class="figs">{figures}</dl>'
+    return f'<h2>{escaped(title)}</h2>{banner}<div class="figs">{figures}</div>'
 
 
 def _answers(answers: dict[str, str]) -> str:
@@ -119,7 +119,8 @@ def _label(part: Part, total: int) -> str:
     share = part.tokens / total
     name = part.name.removeprefix("chunk ")
     if share > 0.07:
-        return escaped(f"{name} {part.origin}" if part.piece else name)
+        name = part.name if share > 0.09 else name
+        return escaped(f"{name}: {part.origin}" if part.piece else name)
     return escaped(name) if share > 0.025 and len(name) < 4 else ""
 
 
@@ -131,8 +132,8 @@ def _table(trace: BlendTrace, parts: Sequence[Part]) -> str:
     rows = [_row(part, sum(i in selected for i in range(part.start, part.stop))) for part in pieces]
     if len(rows) > CHUNK_ROWS:
         left_out = len(rows) - CHUNK_ROWS
-        rows[CHUNK_ROWS - 5 : -5] = [f'<tr><td colspan="7"><em>… {left_out:,} chunks left out …</em></td></tr>']
-    heads = ("part", "origin", "tokens", "position: old → new", "recomputed", "kept in", "key")
+        rows[CHUNK_ROWS - 5 : -5] = [f'<tr><td colspan="6"><em>… {left_out:,} chunks left out …</em></td></tr>']
+    heads = ("part", "origin", "tokens", "keys moved from → to", "recomputed", "store key")
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -141,13 +142,13 @@ def _row(part: Part, recomputed: int) -> str:
     piece = part.piece
     assert piece is not None
     first_time = piece.exact and piece.status == "miss"
+    also = (", a miss" if first_time else "") + (f", {piece.quantised}" if piece.quantised else "")
     cells = (
         escaped(part.name),
-        f'<b class="o-{part.origin}"></b>{escaped(part.origin)}{", a miss" if first_time else ""}',
+        f'<b class="o-{part.origin}"></b>{escaped(part.origin + also)}',
         f"{part.tokens:,}",
         escaped(view.moved_text(piece)),
         f"{recomputed:,} ({recomputed / part.tokens:.0%})" if recomputed else "–",
-        escaped(piece.quantised or "–"),
         escaped(piece.key[:8]),
     )
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
@@ -169,9 +170,11 @@ def _scores(trace: BlendTrace, columns: dict[str, list[Any]]) -> str:
         f'aria-label="scores of all tokens">{_paths([levels], "s")}<path class="m" d="{marks}"/></svg>'
     )
     each = trace.num_tokens / width
-    binned = f"; a column is about {each:.0f} tokens, the highest score counts" if each > 1 else ""
+    count = f"about {each:.0f}" if each >= 2 else "1 or 2"
+    binned = f"; a column is {count} tokens, the highest score counts" if each > 1 else ""
     return (
-        f'<h3>Scores and recomputed tokens <span class="dim">{escaped(view.rule_of(trace))}{binned}</span></h3>{drawn}'
+        f'<h3>Scores and recomputed tokens <span class="dim">{escaped(view.rule_in_words(trace))}{binned}</span></h3>'
+        f"{drawn}"
         f'<div class="key">{_score_key()}<span><b class="plain" style="background:var(--mark)"></b>'
         "below: share recomputed</span></div>"
     )
@@ -191,9 +194,9 @@ def _tokens(trace: BlendTrace, parts: Sequence[Part], columns: dict[str, list[An
     levels = view.score_levels(columns["score"])
     shown = "".join(_part(part, wanted, levels, columns) for part in _few(parts, 200))
     key = (
-        '<div class="key"><span><i class="s6 r"> token </i> recomputed</span><span><i class="s2"> token </i> reused, '
-        'shaded by score</span><span><i class="e"> token </i> exact</span>'
-        '<span><i class="c"> token </i> computed</span>'
+        '<div class="key"><span><i class="s6 r">token</i> recomputed</span><span><i class="s2">token</i> reused, '
+        'shaded by score</span><span><i class="e">token</i> exact</span>'
+        '<span><i class="c">token</i> always computed</span>'
         "<span>rest the pointer on a token for its figures</span></div>"
     )
     count = sum(wanted)

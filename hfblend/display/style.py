@@ -50,8 +50,9 @@ html[data-theme="dark"] .hfb{{{_DARK}color-scheme:dark}}
 .hfb .note{{margin:4px 0}}
 .hfb .figs{{display:flex;flex-wrap:wrap;gap:8px;margin:0;padding:0}}
 .hfb .figs div{{background:var(--soft);border-radius:6px;padding:6px 10px}}
-.hfb .figs dt{{font-size:11px;color:var(--dim);font-weight:400;margin:0}}
-.hfb .figs dd{{margin:0;font-weight:600}}
+.hfb .figs span,.hfb .figs b{{display:block}}
+.hfb .figs span{{font-size:11px;color:var(--dim)}}
+.hfb .figs b{{font-weight:600}}
 .hfb .banner{{border-left:4px solid {palette.VERMILION};background:var(--soft);padding:8px 12px;margin:10px 0}}
 .hfb .answer{{border-left:4px solid var(--mark);background:var(--soft);padding:6px 12px;margin:6px 0;
 white-space:pre-wrap}}
@@ -83,6 +84,7 @@ white-space:nowrap}}
 overflow:hidden}}
 .hfb i{{font-style:normal;unicode-bidi:isolate;border-radius:2px}}
 .hfb i.r,.hfb .key i.r{{border-bottom:3px solid var(--mark);font-weight:700}}
+.hfb .key i{{padding:0 3px;margin-right:2px}}
 .hfb i.c{{border-bottom:1px dotted var(--dim)}}
 .hfb i.e{{color:var(--dim)}}
 .hfb em{{color:var(--dim);font-style:italic}}
@@ -90,7 +92,7 @@ overflow:hidden}}
 .hfb .lane>span{{flex:0 0 116px;color:var(--dim)}}
 .hfb .lane>div{{flex:1;position:relative;height:24px;background:var(--soft);border-radius:3px;overflow:hidden}}
 .hfb .lane u{{position:absolute;top:2px;bottom:2px;min-width:1px;border-radius:2px;background:var(--o);color:#fff;
-font-size:11px;line-height:20px;overflow:hidden;white-space:nowrap;text-decoration:none;
+font-size:11px;line-height:20px;text-indent:4px;overflow:hidden;white-space:nowrap;text-decoration:none;
 text-shadow:0 0 3px #000,0 0 2px #000}}
 .hfb details>summary{{cursor:pointer;font-weight:600;margin:18px 0 6px}}
 .hfb .map{{display:flex;gap:8px}}

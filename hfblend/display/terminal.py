@@ -85,10 +85,10 @@ def _chunks(trace: BlendTrace, parts: Sequence[Part]) -> Iterator[RenderableType
         return
     selected = set([] if trace.selected_idx is None else trace.selected_idx.tolist())
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name, justify in (("part", "left"), ("origin", "left"), ("tokens", "right"), ("old → new", "right")):
+    for name, justify in (("part", "left"), ("origin", "left"), ("tokens", "right"), ("keys from → to", "right")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("recomputed", justify="right", no_wrap=True)
-    table.add_column("key", no_wrap=True)
+    table.add_column("store key", no_wrap=True)
     for part in pieces[:CHUNK_ROWS]:
         assert part.piece is not None
         recomputed = sum(i in selected for i in range(part.start, part.stop))

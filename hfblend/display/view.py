@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..config import Selection
 from ..fallbacks import Fallback
 from ..timeline import Interval
 from ..trace import BlendTrace, ChunkTrace
@@ -28,6 +29,16 @@ HEAD, AROUND = 12, 5  # tokens of a long part that are written out: the first on
 SHARES = (0.01, 0.03, 0.08, 0.15, 0.30, 0.50)  # of the scored tokens, from the highest down: levels 7 … 1
 DEVIATIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # relative; levels 1 … 7
 ATTENTION = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # times the mean over all tokens; levels 1 … 7
+
+# What each rule of `BlendConfig(selection=...)` recomputes.
+RULE_WORDS: dict[Selection, str] = {
+    "suffix_attention": "the tokens that the question attends to",
+    "kv_deviation": "CacheBlend's: the tokens whose KV differs most from what is stored",
+    "chunk_start": "the first tokens of every chunk",
+    "mixed": "half by suffix_attention, half by kv_deviation",
+    "random": "any tokens: a control",
+    "last": "the last tokens of the context: a control",
+}
 
 Grid = list[list[int]]  # rows of levels, 0 … 7; 0: nothing is known
 
@@ -94,6 +105,13 @@ def rule_of(trace: BlendTrace) -> str:
     """suffix_attention 0.15"""
     ratios = ", ".join(f"{ratio:g}" for ratio in trace.settings.get("recompute_ratios") or (0,))
     return f"{trace.settings.get('selection', '')} {ratios}"
+
+
+def rule_in_words(trace: BlendTrace) -> str:
+    """suffix_attention 0.15: the tokens that the question attends to"""
+    rule = rule_of(trace)
+    said = RULE_WORDS.get(trace.settings.get("selection"))  # type: ignore[arg-type]  # a rule of one's own is not in it
+    return f"{rule}: {said}" if said else rule
 
 
 def fallback_of(trace: BlendTrace) -> str:
