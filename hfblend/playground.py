@@ -22,6 +22,7 @@ from .trace import BlendTrace, ChunkTrace
 
 ANSWER_TOKENS = 32
 MAX_CHUNKS = 24
+MAX_CHARACTERS = 100_000  # of a text, in units of UTF-16 as browsers count; messages to the server end at a million
 
 _BLEND = BlendConfig(min_reused_tokens=0)
 _FULL_PREFILL = BlendConfig(enabled=False)
@@ -47,6 +48,14 @@ class Setup:
         for i, chunk in enumerate(self.chunks):
             if not chunk.strip():
                 raise ValueError(f"Chunk {i} is empty. Write something into it, or remove it.")
+        for name, text in (
+            *((f"Chunk {i}", chunk) for i, chunk in enumerate(self.chunks)),
+            ("The question", self.question),
+        ):
+            if len(text.encode("utf-16-le", "surrogatepass")) // 2 > MAX_CHARACTERS:
+                raise ValueError(
+                    f"{name} is longer than {MAX_CHARACTERS:,} characters; its end may be missing. Shorten it."
+                )
         if not self.question.strip():
             raise ValueError("There is no question. Write one.")
         if self.rule not in get_args(Selection):

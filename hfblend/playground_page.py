@@ -9,12 +9,22 @@ from typing import Any
 
 from .display.view import RULE_WORDS
 from .optional import require
-from .playground import MAX_CHUNKS, Outcome, Playground, Setup, answers_html, chunk_line, store_line
+from .playground import (
+    MAX_CHARACTERS,
+    MAX_CHUNKS,
+    Outcome,
+    Playground,
+    Setup,
+    answers_html,
+    chunk_line,
+    store_line,
+)
 from .playground_presets import Preset, presets
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+FIELD = f"autogrow outlined dense maxlength={MAX_CHARACTERS + 1}"  # one too many is refused, in words
 
 CSS = """
 :root { --ink: #1b2430; --dim: #5c6876; --line: #d6dce3; --paper: #f6f7f9; --card: #fff; --hot: #e07b00;
@@ -53,6 +63,7 @@ body, body.body--dark { background: var(--paper); color: var(--ink); }
 .answer.blended .bar i { background: var(--hot); }
 .answer.blended { border-color: var(--hot); }
 .page .hfb { max-width: none; border-radius: 10px; border-color: var(--line); background: var(--card); }
+body.body--dark .page .hfb { --soft: #26303b; }
 .stale { opacity: .45; }
 @media (max-width: 800px) { .page { grid-template-columns: minmax(0, 1fr); padding: 12px; } }
 """
@@ -136,7 +147,7 @@ class Page:
     def _build_settings(self) -> None:
         ui = self.ui
         with ui.element("section").classes("panel"):
-            self.question = ui.textarea("Question", on_change=self._edited).props("autogrow outlined dense")
+            self.question = ui.textarea("Question", on_change=self._edited).props(FIELD)
             with ui.element("div").classes("row"):
                 ui.label("Ratio recomputed")
                 self.ratio_label = ui.label().classes("grow")
@@ -173,7 +184,8 @@ class Page:
             self.tokens = ui.html()
         self.results.visible = False
 
-    def _add(self, text: str) -> None:
+    def _add(self, text: str) -> Any:
+        """A card with this text; its field."""
         ui = self.ui
         with self.cards, ui.element("article").classes("chunk") as card:
             with ui.element("div").classes("row").style("gap: 0"):
@@ -182,9 +194,10 @@ class Page:
                 self._icon("arrow_upward", "Move up", lambda: self._move(card, -1))
                 self._icon("arrow_downward", "Move down", lambda: self._move(card, 1))
                 self._icon("close", "Remove", lambda: self._remove(card))
-            field = ui.textarea(value=text, on_change=self._edited).props("autogrow outlined dense")
+            field = ui.textarea(value=text, on_change=self._edited).props(FIELD)
             self.texts[card] = field.props('aria-label="Text of the chunk"')
             self.lines[card] = ui.label().classes("dim")
+        return field
 
     def _icon(self, icon: str, name: str, on_click: Any) -> None:
         self.ui.button(on_click=on_click).props(f'flat dense round size=sm icon={icon} aria-label="{name}"')
@@ -216,7 +229,7 @@ class Page:
 
     def _add_empty(self) -> None:
         if len(self.order) < MAX_CHUNKS:
-            self._add("")
+            self._add("").run_method("focus")
             self._edited()
 
     async def _move(self, card: Any, by: int) -> None:

@@ -24,6 +24,7 @@ from hfblend.cli import app
 from hfblend.config import Selection
 from hfblend.display.view import RULE_WORDS
 from hfblend.playground import (
+    MAX_CHARACTERS,
     MAX_CHUNKS,
     Playground,
     Setup,
@@ -118,6 +119,8 @@ def test_order_ratio_and_rule_change_what_is_recomputed(playground):
         ({"chunks": ("w6",) * (MAX_CHUNKS + 1)}, "got 25"),
         ({"chunks": ("w6", " \n")}, "Chunk 1 is empty"),
         ({"question": " "}, "no question"),
+        ({"chunks": ("w6", "w" * (MAX_CHARACTERS + 1))}, "Chunk 1 is longer than 100,000 characters"),
+        ({"question": "👩" * (MAX_CHARACTERS // 2 + 1)}, "The question is longer"),
         ({"ratio": 1.5}, "between 0 and 1"),
         ({"rule": "best"}, "rule must be one of"),
     ],
@@ -358,6 +361,13 @@ def test_hostile_text_does_nothing_and_errors_are_said_in_words(page):
     alert = page.get_by_role("alert")
     alert.wait_for(timeout=10_000)
     assert alert.inner_text() == "Chunk 0 is empty. Write something into it, or remove it."
+    field.fill("w" * (MAX_CHARACTERS + 1))  # as much as a field takes
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_function("document.querySelector('[role=alert]').innerText.includes('longer than 100,000')")
+    assert field.get_attribute("maxlength") == str(MAX_CHARACTERS + 1)
+    page.get_by_role("button", name="Add a chunk").click()
+    page.wait_for_function("document.activeElement === [...document.querySelectorAll('.chunk textarea')].at(-1)")
+    page.get_by_role("button", name="Remove").last.click()
     field.fill("Text again.")
     page.get_by_role("button", name="Run", exact=True).click()
     settle(page)
