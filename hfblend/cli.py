@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from . import __version__, store_cli
+from .outputs import require_folders_of
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="CacheBlend inside Hugging Face Transformers.")
+EXIT_CODES = "Exit codes: 0 done; 1 it failed, or something is missing; 2 an option, a file or a model will not do."
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="CacheBlend inside Hugging Face Transformers.", epilog=EXIT_CODES
+)
 app.add_typer(store_cli.app, name="store")
 console = Console()
+
+Number = TypeVar("Number", int, float)
 
 Model = Annotated[
     str | None, typer.Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
@@ -42,39 +51,47 @@ def main(
     """CacheBlend inside Hugging Face Transformers."""
 
 
-def _require_folder_of(json_file: Path | None) -> None:
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"the folder of {json_file} does not exist; create it first.", param_hint="--json")
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """An error that a person can mend is said on stderr, without a stack trace, and ends the command."""
+    try:
+        yield
+    except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
+        stderr = Console(stderr=True)
+        stderr.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def demo(
     model: Model = None,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
-    """Answer a question about twelve passages by full prefill, full reuse and blending, and compare them."""
+    """Answer a question about twelve passages by full prefill, full reuse and blending, and compare them.
+
+    Example: hfblend demo --json demo.json
+    """
     from . import demo_model
     from .demo import run_demo
 
-    _require_folder_of(json_file)
-    try:
+    with _in_words():
+        require_folders_of(json_file)
         loaded, tokenizer = demo_model.load(model, device)
-    except (OSError, ImportError, RuntimeError) as error:  # torch names a wrong device by a RuntimeError
-        console.print(f"[red]{type(error).__name__}[/red]: {error}")
-        raise typer.Exit(1) from error
-    results = run_demo(loaded, tokenizer, model or demo_model.HUB_NAME, console)
+        results = run_demo(loaded, tokenizer, model or demo_model.HUB_NAME, console)
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        console.print(f"Wrote {json_file}")
+        console.print(f"Wrote {json_file}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=f"{EXIT_CODES} With --max-kl, 1 says that a prompt is above it.")
 def verify(
     prompts: Annotated[
         Path,
         typer.Option(
-            help='JSON list of {"prefix", "chunks", "suffix"} or {"question", "ctxs"}.', exists=True, dir_okay=False
+            help='JSON: {"prefix", "chunks", "question"} or {"question", "ctxs"}, or a list.',
+            exists=True,
+            dir_okay=False,
         ),
     ],
     model: Model = None,
@@ -87,29 +104,27 @@ def verify(
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
-    """Blend the prompts of a file and say how far each is from its full prefill."""
+    """Blend the prompts of a file and say how far each is from its full prefill.
+
+    Example: hfblend verify --prompts prompts.json --max-kl 0.1 --json figures.json
+    """
     from . import demo_model
     from . import verification_report as report
     from .config import BlendConfig
-    from .host import UnsupportedModel
+    from .explain_cli import read_prompts
 
-    _require_folder_of(json_file)
     chosen: dict[str, Any] = {} if selection is None else {"selection": selection}
-    try:
+    with _in_words():
+        require_folders_of(json_file)
         config = BlendConfig(recompute_ratios=(ratio,), **chosen)
         loaded, tokenizer = demo_model.load(model, device)
-        read = report.read_prompts(prompts, tokenizer)
-    except (OSError, ImportError, RuntimeError, ValueError) as error:  # torch names a wrong device by a RuntimeError
-        raise typer.BadParameter(str(error)) from error
-    try:
-        found = report.verify_prompts(loaded, read, config, num_tokens, console)
-    except UnsupportedModel as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from error
+        read = read_prompts(str(prompts), tokenizer)
+        found = report.verify_prompts(loaded, read, config, num_tokens, Console(stderr=True))
     console.print(report.table_of(found, max_kl))
     if json_file is not None:
         figures = report.as_json(found, loaded, model or demo_model.HUB_NAME, config, max_kl)
         json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        console.print(f"Wrote {json_file}")
+        console.print(f"Wrote {json_file}", markup=False, highlight=False, soft_wrap=True)
     if any(report.is_above(one, max_kl) for one in found):
         raise typer.Exit(1)
 
@@ -126,7 +141,7 @@ NewTokens = Annotated[int, typer.Option(help="Longest answer.", min=1)]
 PrintJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def explain(
     prompt_file: Annotated[
         str, typer.Argument(metavar="PROMPT_FILE", help="JSON: prefix, chunks, question; - is standard input.")
@@ -151,8 +166,8 @@ def explain(
     from . import explain_cli as command
 
     stderr = Console(stderr=True)
-    try:
-        command.require_folder_of(html)
+    with _in_words():
+        require_folders_of(html)
         config, kept_in = command.config_of(ratio, selection), _store_at(store)
         loaded, tokenizer = demo_model.load(model, device, _dtype(dtype))
         prompt, *others = command.read_prompts(prompt_file, tokenizer)
@@ -162,9 +177,6 @@ def explain(
             explained = command.explain(loaded, tokenizer, prompt, config, kept_in, max_new_tokens)
         if html is not None:
             explained.display().save(html)
-    except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
-        stderr.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
     if as_json:
         console.print_json(data=explained.to_dict())
     else:
@@ -175,7 +187,7 @@ def explain(
         stderr.print(f"Wrote {html}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def run(
     prompt_files: PromptFiles,
     trace: Annotated[bool, typer.Option("--trace", help="Show what was reused and recomputed.")] = False,
@@ -191,13 +203,15 @@ def run(
     """Answer the prompts of files, one after the other; chunks that they share are computed once.
 
     Example: hfblend run prompt.json --store chunks --trace
+
+    Example: echo '{"chunks": ["Ann was born in Hull.", "Bo is Ann's son."], "question": "Where was Bo's mother born?"}'
+    | hfblend run -
     """
     from . import demo_model
     from . import explain_cli as command
 
-    stderr = Console(stderr=True)
     found = []
-    try:
+    with _in_words():
         config, kept_in = command.config_of(ratio, selection), _store_at(store)
         loaded, tokenizer = demo_model.load(model, device, _dtype(dtype))
         prompts = [prompt for file in prompt_files for prompt in command.read_prompts(file, tokenizer)]
@@ -208,9 +222,6 @@ def run(
                 command.print_answer(console, "", answer)
                 if trace:
                     console.print(command.Display(done))
-    except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
-        stderr.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
     if as_json:
         console.print_json(data=found)
 
@@ -218,14 +229,12 @@ def run(
 _EVALUATED = "full_prefill,full_reuse,kv_deviation,hfblend"
 
 
-@app.command("eval")
+@app.command("eval", epilog=EXIT_CODES)
 def evaluate(
     data: Annotated[str, typer.Option(help="File of questions, or a name: musique, 2wikimqa, hotpotqa, samsum, …")],
     n: Annotated[int, typer.Option(help="How many questions.", min=1)] = 40,
     skip: Annotated[int, typer.Option(help="Leave out the first questions.", min=0)] = 0,
-    methods: Annotated[
-        str, typer.Option(help="Names, separated by commas.")
-    ] = "full_prefill,full_reuse,kv_deviation,hfblend",
+    methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = _EVALUATED,
     ratios: Annotated[str, typer.Option(help="Recompute ratios, separated by commas.")] = "0.05,0.15,0.3",
     max_context: Annotated[int, typer.Option(help="Tokens of the longest prompt.", min=1)] = 6500,
     answer_tokens: Annotated[int, typer.Option(help="Of greedy answers, for F1; 0 measures none.", min=0)] = 32,
@@ -244,26 +253,28 @@ def evaluate(
         Path | None, typer.Option(help="Keep every measurement here; what is there is not measured again.")
     ] = None,
 ) -> None:
-    """Measure methods on questions: closeness to full prefill, answers, time to first token."""
+    """Measure methods on questions: closeness to full prefill, answers, time to first token.
+
+    Example: hfblend eval --data musique --n 20 --plot quality.png
+
+    Example: hfblend eval --data questions.json --methods full_reuse,kv_deviation,hfblend --ratios 0.1,0.2
+    """
     from . import demo_model
     from .baselines import METHODS
     from .evaluation import command
     from .evaluation.runner import Settings
 
-    try:
+    with _in_words():
         outputs = command.Outputs(json_file, markdown, plot, records)
         outputs.check()
         settings = Settings(max_context, answer_tokens, seed, kv_dtype=kv_dtype)
-        ratio_values = [float(ratio) for ratio in _names(ratios)]
+        ratio_values = _numbers(ratios, float, "--ratios")
         asked = command.prepare(data, n, skip, _names(methods), ratio_values, baseline, settings, METHODS)
         loaded, tokenizer = demo_model.load(model, device, _dtype(dtype))
         command.evaluate(asked, loaded, tokenizer, model or demo_model.HUB_NAME, outputs, console)
-    except (OSError, ImportError, ValueError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def bench(
     model: Model = None,
     shape: Annotated[str | None, typer.Option(help="Random weights of this shape instead: llama-8b, tiny.")] = None,
@@ -303,18 +314,22 @@ def bench(
     markdown: Markdown = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and speed-up by tokens into this file (.png).")] = None,
 ) -> None:
-    """Measure speed: time to first token by length, method and ratio, and how near each is to its limit."""
+    """Measure speed: time to first token by length, method and ratio, and how near each is to its limit.
+
+    Example: hfblend bench --tokens 2000,6000 --ratios 0.05,0.15 --markdown table.md
+
+    Example: hfblend bench --shape llama-8b --chunks-in gpu,ram,disk
+    """
     from .benchmarks import command
     from .benchmarks.prompts import Layout
     from .benchmarks.settings import Settings
-    from .host import UnsupportedModel
 
-    try:
+    with _in_words():
         outputs = command.Outputs(json_file, markdown, plot)
         outputs.check()
         settings = Settings(
-            lengths=tuple(int(length) for length in _names(tokens or "")),
-            ratios=tuple(float(ratio) for ratio in _names(ratios)),
+            lengths=tuple(_numbers(tokens or "", int, "--tokens")),
+            ratios=tuple(_numbers(ratios, float, "--ratios")),
             methods=tuple(_names(methods)),
             repeats=repeats,
             layout=Layout(prefix, chunk, suffix),
@@ -326,12 +341,9 @@ def bench(
         )
         loaded, tokenizer, name = command.load(model, shape, device, _dtype(dtype))
         command.bench(loaded, name, settings, outputs, console, tokenizer)
-    except (OSError, ImportError, RuntimeError, ValueError, UnsupportedModel) as error:
-        console.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
 
 
-@app.command()
+@app.command(epilog=f"{EXIT_CODES} 1 also says that a chunk was not kept; 130, stopped by Ctrl-C.")
 def precompute(
     corpus: Annotated[
         Path, typer.Option(help="JSON lines: strings, or objects with a text.", exists=True, dir_okay=False)
@@ -359,7 +371,10 @@ def precompute(
     dtype: DType = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
-    """Compute and store the KV of a corpus' chunks. Stopped and started again, it goes on where it was."""
+    """Compute and store the KV of a corpus' chunks. Stopped and started again, it goes on where it was.
+
+    Example: hfblend precompute --corpus passages.jsonl --store chunks --prefix-file system.txt
+    """
     from . import demo_model
     from . import precompute_cli as command
     from .config import BlendConfig
@@ -367,18 +382,16 @@ def precompute(
 
     stderr = Console(stderr=True)
     try:
-        chosen: dict[str, Any] = {} if chunk_prefix is None else {"chunk_prefix": chunk_prefix}
-        config = BlendConfig(namespace=namespace, **chosen)
-        options: dict[str, Any] = {"prefix": command.prefix_of(prefix, prefix_file), "batch_size": batch_size}
-        total = command.count_texts(corpus, field)
-        options["store"] = command.store_of(store, max_bytes, kv_dtype)
-        loaded, options["tokenizer"] = demo_model.load(model, device, _dtype(dtype))
-        if chunk_prefix == "filler":
-            config = replace(config, filler_ids=filler_ids(options["tokenizer"]))
-        report = command.precompute_corpus(loaded, corpus, field, total, stderr, config=config, **options)
-    except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
-        stderr.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+        with _in_words():
+            chosen: dict[str, Any] = {} if chunk_prefix is None else {"chunk_prefix": chunk_prefix}
+            config = BlendConfig(namespace=namespace, **chosen)
+            options: dict[str, Any] = {"prefix": command.prefix_of(prefix, prefix_file), "batch_size": batch_size}
+            total = command.count_texts(corpus, field)
+            options["store"] = command.store_of(store, max_bytes, kv_dtype)
+            loaded, options["tokenizer"] = demo_model.load(model, device, _dtype(dtype))
+            if chunk_prefix == "filler":
+                config = replace(config, filler_ids=filler_ids(options["tokenizer"]))
+            report = command.precompute_corpus(loaded, corpus, field, total, stderr, config=config, **options)
     except KeyboardInterrupt as error:
         stderr.print("Stopped. What is stored stays; the same command goes on from there.")
         raise typer.Exit(130) from error
@@ -390,7 +403,7 @@ def precompute(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def profile(
     store: Annotated[str | None, typer.Option(help="Folder or URL whose loading is measured too.")] = None,
     model: Model = None,
@@ -402,7 +415,10 @@ def profile(
     dtype: DType = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure prefilling, blending and loading once, and show what recompute_ratios="auto" would decide."""
+    """Measure prefilling, blending and loading once, and show what recompute_ratios="auto" would decide.
+
+    Example: hfblend profile --store chunks --tokens 2048,8192
+    """
     from . import demo_model, precompute_cli, profile_cli
     from .config import BlendConfig
     from .controller import Controller
@@ -410,8 +426,8 @@ def profile(
     from .profiling import profile_of
     from .store import MemoryStore
 
-    try:
-        lengths = [int(length) for length in _names(tokens)]
+    with _in_words():
+        lengths = _numbers(tokens, int, "--tokens")
         if not lengths or min(lengths) <= profile_cli.SUFFIX:
             raise ValueError(f"--tokens must be above {profile_cli.SUFFIX}, got {tokens!r}.")
         config = BlendConfig(selection=selection, recompute_ratios="auto", least_ratio=least_ratio)  # type: ignore[arg-type]
@@ -421,9 +437,6 @@ def profile(
             found = profile_of(loaded, where, config, refresh=refresh)
         bytes_per_token = host_of(loaded).kv_bytes_per_token
         rows = profile_cli.forecasts(Controller(found, least_ratio), lengths, bytes_per_token)
-    except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
-        console.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
     if as_json:
         console.print_json(profile_cli.as_json(found, rows))
     else:
@@ -436,26 +449,32 @@ def _store_at(store: str | None) -> Any:
     return None if store is None else precompute_cli.store_of(store, None)
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def playground(
     model: Model = None,
     device: Device = None,
     port: Annotated[int, typer.Option(help="Of 127.0.0.1, where the page is served.", min=1, max=65535)] = 8017,
 ) -> None:
-    """Serve a page on this machine: reorder chunks, move the ratio, see tokens, answers and times."""
+    """Serve a page on this machine: reorder chunks, move the ratio, see tokens, answers and times.
+
+    Example: hfblend playground --model path/or/hub-id --port 9000
+    """
     from . import demo_model
-    from .host import UnsupportedModel
     from .playground_page import serve
 
-    try:
+    with _in_words():
         serve(lambda: demo_model.load(model, device), model or demo_model.HUB_NAME, port)
-    except (OSError, ImportError, RuntimeError, UnsupportedModel) as error:  # torch names a wrong device by one
-        console.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
-        raise typer.Exit(1) from error
 
 
 def _names(text: str) -> list[str]:
     return [name for part in text.split(",") if (name := part.strip())]
+
+
+def _numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:
+    try:
+        return [kind(name) for name in _names(text)]
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}.") from error
 
 
 def _dtype(name: str | None) -> Any:

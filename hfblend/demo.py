@@ -172,7 +172,9 @@ def run_demo(model: Any, tokenizer: Any, model_name: str, console: Console) -> d
     question = data["questions"][0]["question"]
     order = list(range(len(data["passages"])))
     forms = (("Passages in order", order), ("The same passages reversed", order[::-1]))
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True))
+    stderr = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
     with patch(model, tokenizer=tokenizer) as blender, bar:
         comparisons = []
         for title, passages in forms:

@@ -53,8 +53,9 @@ def load(
         DemoModelMissing: the default model is to be had neither way (the message names both).
         ImportError: the GGUF file is there, but not the package `gguf` that reads it.
         OSError: Transformers cannot load `model`.
+        ValueError: a device that this machine does not have.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     folder = default_folder() if model is None else model
     with _quiet_progress(), _status(f"Loading {model or HUB_NAME} …"):
@@ -62,6 +63,20 @@ def load(
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         loaded.to(device).eval()
     return loaded, tokenizer
+
+
+def device_named(name: torch.device | str | None) -> torch.device:
+    """The device; by default, the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: torch knows no such device, or none is here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch says it in each of these ways
+        raise ValueError(f"The device {name!r} cannot be used on this machine: {error}") from error
+    return device
 
 
 def default_folder() -> Path:

@@ -38,7 +38,9 @@ def read_prompts(source: str, tokenizer: Any) -> list[Prompt]:
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
         rows = json.loads(text)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} cannot be read as JSON: {error}") from error
     rows = rows if isinstance(rows, list) else [rows]
     if not rows:
@@ -57,12 +59,6 @@ def config_of(ratio: float, selection: str | None) -> BlendConfig:
     """The settings; a prompt that is given to be blended is blended, however short."""
     chosen: dict[str, Any] = {} if selection is None else {"selection": selection}
     return BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=0, **chosen)
-
-
-def require_folder_of(path: Path | None) -> None:
-    """Raises `ValueError` before anything is computed, rather than `OSError` after."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ValueError(f"the folder of {path} does not exist; create it first.")
 
 
 @dataclass(frozen=True)

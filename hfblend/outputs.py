@@ -7,8 +7,10 @@ from pathlib import Path
 
 
 def require_folders_of(*files: Path | None) -> None:
-    """Raises `ValueError` for a file whose folder does not exist; `None` is no file."""
+    """Raises `ValueError` for a file whose folder does not exist, or that is a folder itself; `None` is no file."""
     for file in files:
+        if file is not None and file.is_dir():
+            raise ValueError(f"{file} is a folder; name a file in it.")
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"The folder of {file} does not exist; create it first.")
 

@@ -91,6 +91,8 @@ def store_of(where: str, max_bytes: str | None, kv_dtype: str | None = None) -> 
 
     if "://" in where:
         return RemoteStore(where, max_bytes, kv_dtype=kv_dtype)
+    if Path(where).is_file():
+        raise ValueError(f"{where} is a file; a store is a folder.")
     return DiskStore(where, *([] if max_bytes is None else [max_bytes]), kv_dtype=kv_dtype)
 
 

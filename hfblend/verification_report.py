@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,26 +18,8 @@ from .store import MemoryStore
 from .verification import Verification, verify_prompt
 
 
-def read_prompts(path: Path, tokenizer: Any) -> list[Prompt]:
-    """The prompts of a JSON file: a list in which each row has one of two forms.
-
-        {"prefix": "…", "chunks": ["…", "…"], "suffix": "…"}         text, tokenised piece by piece as it stands
-        {"question": "…", "ctxs": [{"title": "…", "text": "…"}]}     a chat about passages, where there is a template
-
-    Raises:
-        ValueError: a file that does not have this form; the message names the row.
-    """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path} must hold a list of one or more prompts.")
-    return [prompt_of_row(row, f"{path}, row {i}", tokenizer) for i, row in enumerate(rows)]
-
-
 def prompt_of_row(row: Any, where: str, tokenizer: Any) -> Prompt:
-    """The prompt of a row of such a file; errors say `where` it stands."""
+    """The prompt of an object in a file of prompts; errors say `where` it stands."""
     names = set(row) if isinstance(row, dict) else set()
     try:
         if {"prefix", "chunks", "suffix"} <= names:

@@ -169,11 +169,49 @@ def test_json_into_a_missing_folder_is_refused_before_the_work(tmp_path):
     assert outcome.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--json", "."), 2, "is a folder"),
+        (("--device", "warp"), 2, "device 'warp' cannot be used"),
+        (("--model", "./[/red]"), 1, "OSError"),
+    ],
+)
+def test_mistakes_are_said_on_stderr_without_a_stack_trace(no_hub, options, code, said):
+    outcome = CliRunner().invoke(app, ["demo", *options])
+    assert (outcome.exit_code, outcome.stdout) == (code, "")
+    assert said in " ".join(outcome.stderr.split())
+    assert "Traceback" not in outcome.output
+
+
+def test_a_model_that_cannot_be_patched_is_refused_in_words(monkeypatch, word_tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2)).eval()
+    monkeypatch.setattr(demo_model, "load", lambda model_name, device: (model, word_tokenizer))
+    outcome = CliRunner().invoke(app, ["demo"])
+    assert outcome.exit_code == 2
+    assert outcome.stderr.startswith("UnsupportedModel: Layer 0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="'cuda' cannot be used on this machine"):
+        demo_model.device_named("cuda")
+
+
 def test_loading_leaves_no_line_in_a_notebook(monkeypatch, capsys):
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     with demo_model._status("Loading …"):
         pass
     assert capsys.readouterr() == ("", "")
+
+
+def test_every_command_has_an_example_and_says_its_exit_codes():
+    for command in ("demo", "verify", "explain", "run", "eval", "bench", "precompute", "profile", "playground"):
+        said = " ".join(CliRunner().invoke(app, [command, "--help"]).output.split())
+        assert f"Example: hfblend {command}" in said, command
+        assert "Exit codes: 0 done" in said, command
 
 
 def test_the_four_methods_differ():

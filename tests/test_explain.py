@@ -125,6 +125,8 @@ def test_prompts_that_will_not_do_are_explained(run, command, prompt, said):
 def test_other_mistakes_are_explained(run, tmp_path, monkeypatch):
     for options, said in (
         (("--html", tmp_path / "none" / "out.html"), "does not exist"),
+        (("--html", tmp_path), "is a folder"),
+        (("--store", __file__), "a store is a folder"),
         (("--selection", "best"), "selection must be one of"),
         (("--ratio", 3), "--ratio"),
         (("--dtype", "int7"), "--dtype"),

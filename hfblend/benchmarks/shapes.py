@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ..demo_model import device_named
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": {  # Llama-3.1-8B's
         "vocab_size": 128256,
@@ -52,7 +54,7 @@ def random_model(shape: str, device: torch.device | str | None = None, dtype: to
     """
     if shape not in SHAPES:
         raise ValueError(f"There is no shape {shape!r}; the shapes are {', '.join(SHAPES)}.")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=0)
     torch.manual_seed(0)
