@@ -194,6 +194,15 @@ def test_the_terminal_says_what_happened(trace, word_tokenizer):
         assert said in text, said
 
 
+def test_figures_and_phases_are_not_torn_apart():
+    trace = made(clock=SavedTimeline((Interval("phase", "prefill_chunks", 0, 5),)), ttft_ms=10_312.0)
+    for width in (80, 100, 120):
+        text = printed(trace, width)
+        for name, figure in view.figures_of(trace):
+            assert f"{name} {figure}" in text
+        assert "prefill chunks" in text
+
+
 @pytest.mark.parametrize("width", [30, 60, 100, 250])
 def test_no_line_is_longer_than_the_terminal(trace, width):
     assert max(map(len, printed(trace, width).splitlines())) <= width

@@ -32,7 +32,7 @@ def renderables(trace: BlendTrace, tokenizer: Any, width: int) -> Iterator[Rende
     yield Rule("hfblend", style="dim")
     if not trace.blended:
         yield Text(f"Not blended. {visible(view.fallback_of(trace))}", style=palette.VERMILION)
-    yield _figures(trace)
+    yield _figures(trace, width)
     if trace.num_tokens:
         columns, parts = trace.token_columns(tokenizer), view.parts_of(trace)
         across = max(20, min(width - 14, 120))
@@ -46,12 +46,15 @@ def renderables(trace: BlendTrace, tokenizer: Any, width: int) -> Iterator[Rende
         yield Text(f"note: {visible(clipped(note, 500))}", style="dim")
 
 
-def _figures(trace: BlendTrace) -> Text:
-    line = Text()
+def _figures(trace: BlendTrace, width: int) -> Text:
+    """Names and figures, none of them torn apart at the end of a line."""
+    lines = [Text()]
     for name, figure in view.figures_of(trace):
-        line.append(f"{name} ", style="dim")
-        line.append(f"{visible(figure)}   ", style="bold")
-    return line
+        shown = Text.assemble((f"{name} ", "dim"), (visible(figure), "bold"))
+        if lines[-1] and lines[-1].cell_len + shown.cell_len > width:
+            lines.append(Text())
+        lines[-1].append_text(shown).append("   ")
+    return Text("\n").join(lines)
 
 
 def _strips(trace: BlendTrace, parts: Sequence[Part], columns: dict[str, list[Any]], across: int) -> Table:
@@ -153,10 +156,10 @@ def _time(trace: BlendTrace, across: int) -> Iterator[RenderableType]:
     if not end:
         return
     grid = Table.grid(padding=(0, 1))
-    grid.add_column(style="dim", width=12)
+    grid.add_column(style="dim", width=14)
     grid.add_column(no_wrap=True)
     grid.add_column(justify="right", style="dim")
-    across -= 12
+    across -= 14
     for name in dict.fromkeys(one.name for one in lanes[0][1]):
         mine = [one for one in lanes[0][1] if one.name == name]
         cells = [" "] * across
