@@ -48,9 +48,10 @@ docs: $(VENV)/.docs
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-# Written beside the scripts; then `$(BIN)/jupyter lab examples/notebooks` opens them.
+# Written beside the scripts.
 notebooks: $(VENV)/.notebooks
-	$(BIN)/jupytext --to ipynb examples/notebooks/*.py
+	$(BIN)/jupytext --quiet --to ipynb examples/notebooks/*.py
+	@echo "To open them: $(BIN)/jupyter lab examples/notebooks"
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest
