@@ -5,6 +5,8 @@ Shapes: T all tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,19 +68,41 @@ def _statuses(trace: BlendTrace, count: int) -> list[str]:
     return statuses
 
 
+LONGEST_CHARACTER = 8  # tokens of a byte each: some emoji of one code point and a mark after it
+
+
 def texts_of(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Each id's own text. One that is no whole character alone is shown as the tokenizer writes it."""
-    known: dict[int, str] = {}
-    for i in ids:
-        if i not in known:
-            known[i] = _text_of(tokenizer, i)
-    return [known[i] for i in ids]
+    """Each id's own text. A character of several tokens stands at the first of them, a dot at each further one; what is
+    no character with any number of those after it is shown as the tokenizer writes it."""
+    text_of = cache(partial(_text_of, tokenizer))
+    decoded = cache(lambda some: tokenizer.decode(list(some)))
+    texts: list[str] = []
+    while len(texts) < len(ids):
+        rest = ids[len(texts) : len(texts) + LONGEST_CHARACTER]
+        text = text_of(rest[0])
+        if text is not None:
+            texts.append(text)
+        else:
+            texts += _character(rest, decoded) or [str(tokenizer.convert_ids_to_tokens(rest[0]) or "")]
+    return texts
 
 
-def _text_of(tokenizer: Any, token_id: int) -> str:
+def _text_of(tokenizer: Any, token_id: int) -> str | None:
+    """The text of a token; `None`: part of a character."""
     piece = tokenizer.convert_ids_to_tokens(token_id)
     text = tokenizer.decode([token_id])
-    if piece is None or "\ufffd" in text or not text:
+    if "\ufffd" in text:
+        return None
+    if piece is None or not text:
         return str(piece or text or "")
     starts_word = piece.startswith(("▁", "Ġ")) and not text.startswith(" ")
     return f" {text}" if starts_word else text
+
+
+def _character(ids: list[int], decoded: Callable[[tuple[int, ...]], str]) -> list[str]:
+    """The character that the first few of these are, as a text for each of them; nothing if they are none."""
+    for count in range(2, len(ids) + 1):
+        text = decoded(tuple(ids[:count]))
+        if "\ufffd" not in text:
+            return [text, *"·" * (count - 1)]
+    return []

@@ -220,9 +220,22 @@ def test_part_of_a_character_is_shown_as_the_tokenizer_writes_it():
             return {1: "âĢ", 2: "▁word", 3: None}[i]
 
         def decode(self, ids):
-            return {1: "\ufffd", 2: "word", 3: "x"}[ids[0]]
+            return "".join({1: "\ufffd", 2: "word", 3: "x"}[i] for i in ids)
 
     assert texts_of(Bytes(), [1, 2, 3, 2]) == ["âĢ", " word", "x", " word"]
+
+
+def test_a_character_of_several_tokens_stands_at_the_first_of_them():
+    class Bytes:
+        def convert_ids_to_tokens(self, i):
+            return chr(i + 0x100)
+
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    assert texts_of(Bytes(), list("a日é".encode())) == ["a", "日", "·", "·", "é", "·"]
+    assert texts_of(Bytes(), [0x97, *"日".encode()]) == ["Ɨ", "日", "·", "·"]  # one that begins in its middle
+    assert texts_of(Bytes(), list("日".encode()[:2])) == ["Ǧ", "Ɨ"]
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
