@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hfblend import demo_model
 from hfblend.cli import app
-from hfblend.explain_cli import read_prompts
+from hfblend.cli.prompts import read_prompts
 
 PIECES = {
     "prefix": "w10 w11 w12 ",

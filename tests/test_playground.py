@@ -18,7 +18,7 @@ from browsers import chromium, opened
 from helpers import make_llama
 from typer.testing import CliRunner
 
-from hfblend import BlendConfig, playground_page
+from hfblend import BlendConfig
 from hfblend import playground as logic
 from hfblend.cli import app
 from hfblend.config import Selection
@@ -33,7 +33,8 @@ from hfblend.playground import (
     prompt_of,
     store_line,
 )
-from hfblend.playground_presets import presets
+from hfblend.playground import page as playground_page
+from hfblend.playground.presets import presets
 
 HOSTILE = "<script>window.ran=1</script><img src=x onerror=window.ran=2> </i></div><svg onload=alert(3)>"
 

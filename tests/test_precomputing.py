@@ -381,10 +381,10 @@ def test_other_failures_of_the_command(folder, monkeypatch):
 
 
 def test_the_bar_counts_chunks():
-    from hfblend import precompute_cli
+    from hfblend.cli import precompute as command
 
-    bar = precompute_cli._bar(precompute_cli.Console(force_terminal=True, quiet=True))
-    precompute_cli._advance(bar, 10)(precomputing.Precomputed(5, 2, 1, 1, tokens=30, seconds=2.0))
+    bar = command._bar(command.Console(force_terminal=True, quiet=True))
+    command._advance(bar, 10)(precomputing.Precomputed(5, 2, 1, 1, tokens=30, seconds=2.0))
     task = bar.tasks[0]
     assert (task.completed, task.total, task.fields["rate"]) == (4, 10, "15 tokens/s, 1 not kept")
 

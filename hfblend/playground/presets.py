@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .demo import demo_data
+from ..demo import demo_data
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from .display.view import RULE_WORDS
-from .optional import require
-from .playground import (
+from ..display.view import RULE_WORDS
+from ..optional import require
+from . import (
     MAX_CHARACTERS,
     MAX_CHUNKS,
     Outcome,
@@ -19,7 +19,7 @@ from .playground import (
     chunk_line,
     store_line,
 )
-from .playground_presets import Preset, presets
+from .presets import Preset, presets
 
 logger = logging.getLogger(__name__)
 

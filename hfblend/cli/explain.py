@@ -2,57 +2,123 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
-from .config import BlendConfig
-from .display import Display
-from .display.text import visible
-from .patching import Blender, patch
-from .prompt import Prompt
-from .store import Store
-from .trace import BlendTrace, Level
-from .verification import Verification
-from .verification_report import prompt_of_row
+from .. import demo_model
+from ..config import BlendConfig
+from ..display import Display
+from ..display.text import visible
+from ..outputs import require_folders_of
+from ..patching import Blender, patch
+from ..prompt import Prompt
+from ..store import Store
+from ..trace import BlendTrace, Level
+from ..verification import Verification
+from .common import (
+    Device,
+    DType,
+    KeptIn,
+    Model,
+    NewTokens,
+    PrintJson,
+    Ratio,
+    Rule,
+    console,
+    dtype_of,
+    in_words,
+    store_at,
+)
+from .prompts import read_prompts
 
 COMPARED_TOKENS = 16
 
+PromptFiles = Annotated[
+    list[str], typer.Argument(metavar="PROMPT_FILE…", help="JSON: prefix, chunks, question; - is standard input.")
+]
 
-def read_prompts(source: str, tokenizer: Any) -> list[Prompt]:
-    """The prompts of a JSON file, one object or a list of them; `-` is standard input.
 
-        {"prefix": "…", "chunks": ["…", "…"], "suffix": "…"}         "question" says the same as "suffix"
-        {"question": "…", "ctxs": [{"title": "…", "text": "…"}]}     a chat about passages, where there is a template
+def explain(
+    prompt_file: Annotated[
+        str, typer.Argument(metavar="PROMPT_FILE", help="JSON: prefix, chunks, question; - is standard input.")
+    ],
+    html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+    model: Model = None,
+    ratio: Ratio = 0.15,
+    selection: Rule = None,
+    store: KeptIn = None,
+    max_new_tokens: NewTokens = 32,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: PrintJson = False,
+) -> None:
+    """Blend one prompt, show which chunks and tokens were reused, and hold the answer against full prefill's.
 
-    Raises:
-        ValueError: a source that does not have this form; the message names it.
+    Without --store, the chunks are stored first, and the call that is shown finds them.
+
+    Example: hfblend explain prompt.json --html report.html
     """
-    name = "standard input" if source == "-" else source
-    try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-        rows = json.loads(text)
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} cannot be read as JSON: {error}") from error
-    rows = rows if isinstance(rows, list) else [rows]
-    if not rows:
-        raise ValueError(f"{name} holds no prompt.")
-    return [prompt_of_row(_complete(row), f"{name}, prompt {i}", tokenizer) for i, row in enumerate(rows)]
+    stderr = Console(stderr=True)
+    with in_words():
+        require_folders_of(html)
+        config, kept_in = config_of(ratio, selection), None if store is None else store_at(store)
+        loaded, tokenizer = demo_model.load(model, device, dtype_of(dtype))
+        prompt, *others = read_prompts(prompt_file, tokenizer)
+        if others:
+            raise ValueError(f"explain takes one prompt, {prompt_file} holds {1 + len(others)}.")
+        with stderr.status("Blending, and prefilling in full …"):
+            explained = _explain(loaded, tokenizer, prompt, config, kept_in, max_new_tokens)
+        if html is not None:
+            explained.display().save(html)
+    if as_json:
+        console.print_json(data=explained.to_dict())
+    else:
+        console.print(explained.display())
+        for label, answer in explained.display().answers.items():
+            print_answer(console, label, answer)
+    if html is not None:
+        stderr.print(f"Wrote {html}", highlight=False, soft_wrap=True)
 
 
-def _complete(row: Any) -> Any:
-    """With a prefix, and a suffix in the place of a question about chunks."""
-    if not isinstance(row, dict) or "chunks" not in row:
-        return row
-    return {"prefix": "", **({"suffix": row["question"]} if "question" in row else {}), **row}
+def run(
+    prompt_files: PromptFiles,
+    trace: Annotated[bool, typer.Option("--trace", help="Show what was reused and recomputed.")] = False,
+    model: Model = None,
+    ratio: Ratio = 0.15,
+    selection: Rule = None,
+    store: KeptIn = None,
+    max_new_tokens: NewTokens = 64,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: PrintJson = False,
+) -> None:
+    """Answer the prompts of files, one after the other; chunks that they share are computed once.
+
+    Example: hfblend run prompt.json --store chunks --trace
+
+    Example: echo '{"chunks": ["Ann was born in Hull.", "Bo is Ann's son."], "question": "Where was Bo's mother born?"}'
+    | hfblend run -
+    """
+    found = []
+    with in_words():
+        config, kept_in = config_of(ratio, selection), None if store is None else store_at(store)
+        loaded, tokenizer = demo_model.load(model, device, dtype_of(dtype))
+        prompts = [prompt for file in prompt_files for prompt in read_prompts(file, tokenizer)]
+        level: Any = "tokens" if trace else "summary"
+        for answer, done in _answers(loaded, tokenizer, prompts, config, kept_in, max_new_tokens, level):
+            found.append({"answer": answer, "trace": done.to_dict()})
+            if not as_json:
+                print_answer(console, "", answer)
+                if trace:
+                    console.print(Display(done))
+    if as_json:
+        console.print_json(data=found)
 
 
 def config_of(ratio: float, selection: str | None) -> BlendConfig:
@@ -102,7 +168,7 @@ class Explained:
         }
 
 
-def explain(
+def _explain(
     model: Any, tokenizer: Any, prompt: Prompt, config: BlendConfig, store: Store | str | None, max_new_tokens: int
 ) -> Explained:
     """Blends a prompt, and prefills it in full.
@@ -122,7 +188,7 @@ def explain(
     return Explained(trace, answer, full_answer, full_ttft_ms, verification, store is None)
 
 
-def run(
+def _answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],

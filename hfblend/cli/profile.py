@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from .controller import TIERS, BlendShape, Controller, Load, Profile
+from .. import demo_model
+from ..config import BlendConfig
+from ..controller import TIERS, BlendShape, Controller, Load, Profile
+from ..models import host_of
+from ..profiling import profile_of
+from ..store import MemoryStore
+from .common import Device, DType, Model, console, dtype_of, in_words, numbers, store_at
 
 CHUNK, SUFFIX = 512, 32  # tokens, of the prompts that are looked at
 
@@ -33,7 +40,7 @@ def forecasts(controller: Controller, tokens: Sequence[int], bytes_per_token: in
     return rows
 
 
-def as_json(profile: Profile, rows: list[dict[str, Any]]) -> str:
+def _json_of(profile: Profile, rows: list[dict[str, Any]]) -> str:
     return json.dumps({"profile": asdict(profile), "forecasts": rows})
 
 
@@ -54,3 +61,35 @@ def show(profile: Profile, rows: list[dict[str, Any]], console: Console) -> None
             *(f"{row[name]:.0f}" for name in ("full_ms", "compute_ms", "load_ms")), decided, f"{row['ttft_ms']:.0f}",
         )  # fmt: skip
     console.print(table)
+
+
+def profile(
+    store: Annotated[str | None, typer.Option(help="Folder or URL whose loading is measured too.")] = None,
+    model: Model = None,
+    tokens: Annotated[str, typer.Option(help="Lengths to forecast, separated by commas.")] = "1024,4096,16384",
+    selection: Annotated[str, typer.Option(help="The rule to forecast.")] = "kv_deviation",
+    least_ratio: Annotated[float, typer.Option(help="The paper's r*.", min=0, max=1)] = 0.15,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure prefilling, blending and loading once, and show what recompute_ratios="auto" would decide.
+
+    Example: hfblend profile --store chunks --tokens 2048,8192
+    """
+    with in_words():
+        lengths = numbers(tokens, int, "--tokens")
+        if not lengths or min(lengths) <= SUFFIX:
+            raise ValueError(f"--tokens must be above {SUFFIX}, got {tokens!r}.")
+        config = BlendConfig(selection=selection, recompute_ratios="auto", least_ratio=least_ratio)  # type: ignore[arg-type]
+        where = MemoryStore() if store is None else store_at(store)
+        loaded, _ = demo_model.load(model, device, dtype_of(dtype))
+        with Console(stderr=True).status("Measuring …"):
+            found = profile_of(loaded, where, config, refresh=refresh)
+        bytes_per_token = host_of(loaded).kv_bytes_per_token
+        rows = forecasts(Controller(found, least_ratio), lengths, bytes_per_token)
+    if as_json:
+        console.print_json(_json_of(found, rows))
+    else:
+        show(found, rows, console)

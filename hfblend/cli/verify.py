@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .config import BlendConfig
-from .evaluation.data import Example, prompt_of, titled
-from .measures import describe_machine
-from .models import host_of
-from .prompt import Prompt
-from .store import MemoryStore
-from .verification import Verification, verify_prompt
-
-
-def prompt_of_row(row: Any, where: str, tokenizer: Any) -> Prompt:
-    """The prompt of an object in a file of prompts; errors say `where` it stands."""
-    names = set(row) if isinstance(row, dict) else set()
-    try:
-        if {"prefix", "chunks", "suffix"} <= names:
-            return _of_pieces(tokenizer, row["prefix"], _texts(row["chunks"]), row["suffix"])
-        if {"question", "ctxs"} <= names:
-            return prompt_of(tokenizer, Example(row["question"], (), tuple(_texts(row["ctxs"]))))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    raise ValueError(f'{where} needs "prefix", "chunks" and "suffix", or "question" and "ctxs"; got {sorted(names)}.')
-
-
-def _of_pieces(tokenizer: Any, prefix: str, chunks: list[str], suffix: str) -> Prompt:
-    if not (isinstance(prefix, str) and isinstance(suffix, str)):
-        raise TypeError("prefix and suffix must be texts.")
-    return Prompt.from_texts(tokenizer, prefix=prefix, chunks=chunks, suffix=suffix, add_special_tokens=True)
-
-
-def _texts(passages: Any) -> list[str]:
-    """Passages as texts; one with a title is headed by it."""
-    texts = []
-    for passage in passages if isinstance(passages, list) else [passages]:
-        if isinstance(passage, dict) and isinstance(passage.get("text"), str):
-            passage = titled(passage)
-        if not isinstance(passages, list) or not isinstance(passage, str):
-            raise TypeError(f'chunks and ctxs must be lists of texts, or of {{"title", "text"}}, got {passage!r}.')
-        texts.append(passage)
-    return texts
+from .. import demo_model
+from ..config import BlendConfig
+from ..measures import describe_machine
+from ..models import host_of
+from ..outputs import require_folders_of
+from ..prompt import Prompt
+from ..store import MemoryStore
+from ..verification import Verification, verify_prompt
+from .common import Device, JsonFile, Model, console, in_words
+from .prompts import read_prompts
 
 
 def verify_prompts(
@@ -98,3 +73,42 @@ def as_json(
         "max_kl": max_kl,
         "prompts": [one.to_dict() for one in found],
     }
+
+
+def verify(
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            help='JSON: {"prefix", "chunks", "question"} or {"question", "ctxs"}, or a list.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    model: Model = None,
+    ratio: Annotated[float, typer.Option(help="Share of the reused tokens to recompute.")] = 0.15,
+    selection: Annotated[
+        str | None, typer.Option(help="The rule that selects them.", show_default="BlendConfig's")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="In nats; exit code 1 if a prompt's mean KL is above.")] = None,
+    num_tokens: Annotated[int, typer.Option(min=1, help="Answer tokens to compare.")] = 16,
+    json_file: JsonFile = None,
+    device: Device = None,
+) -> None:
+    """Blend the prompts of a file and say how far each is from its full prefill.
+
+    Example: hfblend verify --prompts prompts.json --max-kl 0.1 --json figures.json
+    """
+    chosen: dict[str, Any] = {} if selection is None else {"selection": selection}
+    with in_words():
+        require_folders_of(json_file)
+        config = BlendConfig(recompute_ratios=(ratio,), **chosen)
+        loaded, tokenizer = demo_model.load(model, device)
+        read = read_prompts(str(prompts), tokenizer)
+        found = verify_prompts(loaded, read, config, num_tokens, Console(stderr=True))
+    console.print(table_of(found, max_kl))
+    if json_file is not None:
+        figures = as_json(found, loaded, model or demo_model.HUB_NAME, config, max_kl)
+        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        console.print(f"Wrote {json_file}", markup=False, highlight=False, soft_wrap=True)
+    if any(is_above(one, max_kl) for one in found):
+        raise typer.Exit(1)

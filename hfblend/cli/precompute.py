@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from .precomputing import Precomputed
-    from .store import Store
+from .. import demo_model, precomputing
+from ..config import BlendConfig
+from ..filler import filler_ids
+from ..precomputing import Precomputed
+from .common import Device, DType, KVDType, Model, console, dtype_of, in_words, store_at
 
 
 def count_texts(corpus: Path, field: str) -> int:
@@ -79,23 +82,6 @@ def prefix_of(prefix: str | None, prefix_file: Path | None) -> str:
     return _without_halves(prefix or "", "--prefix")
 
 
-def store_of(where: str, max_bytes: str | None, kv_dtype: str | None = None) -> Store:
-    """Where chunk KV is to last: no memory stands before it.
-
-    Raises:
-        ImportError: a package that the URL needs is missing.
-        OSError: the folder cannot be made.
-        ValueError: no size, no `kv_dtype`, no URL that can be opened.
-    """
-    from .store import DiskStore, RemoteStore
-
-    if "://" in where:
-        return RemoteStore(where, max_bytes, kv_dtype=kv_dtype)
-    if Path(where).is_file():
-        raise ValueError(f"{where} is a file; a store is a folder.")
-    return DiskStore(where, *([] if max_bytes is None else [max_bytes]), kv_dtype=kv_dtype)
-
-
 def precompute_corpus(
     model: Any, corpus: Path, field: str, total: int, console: Console, **options: Any
 ) -> Precomputed:
@@ -104,14 +90,12 @@ def precompute_corpus(
     Args:
         options: of `hfblend.precomputing.precompute`.
     """
-    from .precomputing import precompute
-
     with _bar(console) as bar:
         progress = _advance(bar, total)
-        return precompute(model, texts_of(corpus, field), progress=progress, **options)
+        return precomputing.precompute(model, texts_of(corpus, field), progress=progress, **options)
 
 
-def as_json(report: Precomputed) -> str:
+def _json_of(report: Precomputed) -> str:
     return json.dumps(asdict(report) | {"tokens_per_s": report.tokens_per_s})
 
 
@@ -132,3 +116,57 @@ def _advance(bar: Progress, total: int) -> Callable[[Precomputed], None]:
         bar.update(task, completed=done, rate=f"{report.tokens_per_s:,.0f} tokens/s{failed}")
 
     return show
+
+
+def precompute(
+    corpus: Annotated[
+        Path, typer.Option(help="JSON lines: strings, or objects with a text.", exists=True, dir_okay=False)
+    ],
+    store: Annotated[str, typer.Option(help="Folder or URL that keeps the chunk KV.")],
+    model: Model = None,
+    prefix: Annotated[str | None, typer.Option(help="What will stand before the first chunk.")] = None,
+    prefix_file: Annotated[
+        Path | None, typer.Option(help="The same, from a file.", exists=True, dir_okay=False)
+    ] = None,
+    field: Annotated[str, typer.Option(help="Of an object, the text.")] = "text",
+    chunk_prefix: Annotated[
+        str | None, typer.Option(help="What chunks are computed behind.", show_default="BlendConfig's")
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="As in BlendConfig.")] = "",
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(help="Of the store; the oldest go.", show_default="50GB; of a URL, none"),
+    ] = None,
+    kv_dtype: KVDType = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Chunks in one forward.", min=1, show_default="1 on a CPU, else 8")
+    ] = None,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+) -> None:
+    """Compute and store the KV of a corpus' chunks. Stopped and started again, it goes on where it was.
+
+    Example: hfblend precompute --corpus passages.jsonl --store chunks --prefix-file system.txt
+    """
+    stderr = Console(stderr=True)
+    try:
+        with in_words():
+            chosen: dict[str, Any] = {} if chunk_prefix is None else {"chunk_prefix": chunk_prefix}
+            config = BlendConfig(namespace=namespace, **chosen)
+            options: dict[str, Any] = {"prefix": prefix_of(prefix, prefix_file), "batch_size": batch_size}
+            total = count_texts(corpus, field)
+            options["store"] = store_at(store, max_bytes, kv_dtype)
+            loaded, options["tokenizer"] = demo_model.load(model, device, dtype_of(dtype))
+            if chunk_prefix == "filler":
+                config = replace(config, filler_ids=filler_ids(options["tokenizer"]))
+            report = precompute_corpus(loaded, corpus, field, total, stderr, config=config, **options)
+    except KeyboardInterrupt as error:
+        stderr.print("Stopped. What is stored stays; the same command goes on from there.")
+        raise typer.Exit(130) from error
+    if as_json:
+        console.print_json(_json_of(report))
+    else:
+        console.print(str(report), highlight=False, soft_wrap=True)
+    if report.failed:
+        raise typer.Exit(1)

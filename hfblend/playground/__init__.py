@@ -1,6 +1,6 @@
 """What the playground does, without its page: chunks, a question and settings in; answers, times and a trace out.
 
-    Setup ──► Playground.run ──► Outcome ──► answers_html, store_line, chunk_line     (playground_page.py shows these)
+    Setup ──► Playground.run ──► Outcome ──► answers_html, store_line, chunk_line     (page.py shows these)
 
 Nothing here knows a browser. All text that comes from people is escaped where it becomes HTML.
 """
@@ -12,13 +12,13 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from .config import BlendConfig, Selection
-from .demo import demo_data
-from .display import Display
-from .display.text import escaped
-from .patching import patch
-from .prompt import Prompt
-from .trace import BlendTrace, ChunkTrace
+from ..config import BlendConfig, Selection
+from ..demo import demo_data
+from ..display import Display
+from ..display.text import escaped
+from ..patching import patch
+from ..prompt import Prompt
+from ..trace import BlendTrace, ChunkTrace
 
 ANSWER_TOKENS = 32
 MAX_CHUNKS = 24

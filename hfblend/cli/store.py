@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Column, Table
 
-from .display.text import visible
-
-if TYPE_CHECKING:
-    from .store import DiskStore, RemoteStore
-    from .store.upkeep import StoredEntry
+from ..display.text import visible
+from ..store import DiskStore, RemoteStore
+from ..store.upkeep import StoredEntry
+from .common import EXIT_CODES, console, in_words
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Look after chunk KV in a folder, or behind a URL.\n\n"
     "S3 takes its endpoint and credentials from the environment (AWS_ENDPOINT_URL, AWS_PROFILE, …).",
+    epilog=EXIT_CODES,
 )
-console = Console()
 
 Where = Annotated[str, typer.Argument(metavar="STORE", help='The folder, or the URL: "s3://bucket/chunks".')]
 Keys = Annotated[list[str], typer.Argument(help="Keys, or the beginnings of keys.")]
@@ -35,10 +33,13 @@ OfModel = Annotated[str, typer.Option(help="Only entries of this model: its name
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-@app.command("ls")
+@app.command("ls", epilog=EXIT_CODES)
 def list_entries(where: Where, model: OfModel = "", as_json: AsJson = False) -> None:
-    """The entries, the most recently used first."""
-    with _errors_in_words():
+    """The entries, the most recently used first.
+
+    Example: hfblend store ls ~/.cache/hfblend/chunks --json
+    """
+    with in_words():
         entries = sorted(_of_model(_store_at(where).entries(), model), key=lambda entry: -entry.last_used)
     if as_json:
         console.print_json(json.dumps([asdict(entry) for entry in entries]))
@@ -56,10 +57,13 @@ def list_entries(where: Where, model: OfModel = "", as_json: AsJson = False) -> 
     console.print(table if entries else "No entries.")
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def stat(where: Where, model: OfModel = "", as_json: AsJson = False) -> None:
-    """How much there is, and of which models."""
-    with _errors_in_words():
+    """How much there is, and of which models.
+
+    Example: hfblend store stat s3://bucket/chunks
+    """
+    with in_words():
         entries = list(_of_model(_store_at(where).entries(), model))
     by_model: dict[tuple[str, str], list[StoredEntry]] = {}
     for entry in entries:
@@ -90,12 +94,13 @@ def _sums(entries: Iterable[StoredEntry]) -> dict[str, Any]:
     return {"entries": len(entries), **sums}
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def verify(where: Where, as_json: AsJson = False) -> None:
-    """Read every entry and check every byte; exit code 1 if one is damaged. Nothing is removed."""
-    from rich.progress import track
+    """Read every entry and check every byte; exit code 1 if one is damaged. Nothing is removed.
 
-    with _errors_in_words():
+    Example: hfblend store verify chunks
+    """
+    with in_words():
         store = _store_at(where)
         keys = store.keys()
     hidden = as_json or not console.is_terminal
@@ -111,10 +116,13 @@ def verify(where: Where, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def prune(where: Where, max_bytes: Annotated[str, typer.Option(help='Keep at most so much, say "20GB".')]) -> None:
-    """Remove the least recently used entries until the rest fits; pinned ones stay."""
-    with _errors_in_words():
+    """Remove the least recently used entries until the rest fits; pinned ones stay.
+
+    Example: hfblend store prune chunks --max-bytes 20GB
+    """
+    with in_words():
         store = _store_at(where)
         before = len(store)
         try:
@@ -124,34 +132,43 @@ def prune(where: Where, max_bytes: Annotated[str, typer.Option(help='Keep at mos
         console.print(f"Removed {before - len(store)} of {before} entries; {store.num_bytes:,} bytes are left.")
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def rm(
     where: Where,
     keys: Annotated[list[str] | None, typer.Argument(help="Keys, or the beginnings of keys.")] = None,
     model: OfModel = "",
 ) -> None:
-    """Remove entries: those of these keys, or all of a model's."""
+    """Remove entries: those of these keys, or all of a model's.
+
+    Example: hfblend store rm chunks --model 77c0
+    """
     if bool(keys) == bool(model):
         raise typer.BadParameter("give keys, or --model, and not both.", param_hint="KEYS")
     _do_to_each("Removed", where, keys or [], lambda store, key: store.remove(key), model)
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def pin(where: Where, keys: Keys) -> None:
-    """Keep entries when others must go."""
+    """Keep entries when others must go.
+
+    Example: hfblend store pin chunks 3f9a
+    """
     _do_to_each("Pinned", where, keys, lambda store, key: store.pin(key))
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def unpin(where: Where, keys: Keys) -> None:
-    """Let pinned entries go again."""
+    """Let pinned entries go again.
+
+    Example: hfblend store unpin chunks 3f9a
+    """
     _do_to_each("Unpinned", where, keys, lambda store, key: store.unpin(key))
 
 
 def _do_to_each(
     done: str, where: str, beginnings: list[str], act: Callable[[DiskStore | RemoteStore, str], None], model: str = ""
 ) -> None:
-    with _errors_in_words():
+    with in_words():
         store = _store_at(where)
         for key in _keys_of_model(store, model) if model else _keys_of(store, beginnings):
             act(store, key)
@@ -160,8 +177,6 @@ def _do_to_each(
 
 def _store_at(where: str) -> DiskStore | RemoteStore:
     """The store there; a folder is not made."""
-    from .store import DiskStore, RemoteStore
-
     try:
         if "://" in where:
             return RemoteStore(where)
@@ -170,16 +185,6 @@ def _store_at(where: str) -> DiskStore | RemoteStore:
         return DiskStore(where)
     except (ImportError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="STORE") from error
-
-
-@contextlib.contextmanager
-def _errors_in_words() -> Iterator[None]:
-    """What a disk or a remote refuses ends the command with exit code 1."""
-    try:
-        yield
-    except OSError as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False)
-        raise typer.Exit(1) from error
 
 
 def _of_model(entries: Iterable[StoredEntry], model: str) -> Iterator[StoredEntry]:

@@ -1,0 +1,92 @@
+"""What the commands share: options, words for errors, and how text from the command line is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ..store import DiskStore, RemoteStore
+
+EXIT_CODES = "Exit codes: 0 done; 1 it failed, or something is missing; 2 an option, a file or a model will not do."
+
+console = Console()
+
+Number = TypeVar("Number", int, float)
+
+Model = Annotated[
+    str | None, typer.Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
+]
+Device = Annotated[str | None, typer.Option(help="As torch names it.", show_default="GPU if any, else CPU")]
+KVDType = Annotated[str | None, typer.Option(help="Keep chunk KV in 8 bits: int8 or fp8.", show_default="as computed")]
+DType = Annotated[str | None, typer.Option(help="As torch names it.", show_default="float32 on a CPU, else bfloat16")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+Markdown = Annotated[Path | None, typer.Option(help="Write the table to this file.")]
+Ratio = Annotated[float, typer.Option(help="Share of the reused tokens to recompute.", min=0, max=1)]
+Rule = Annotated[str | None, typer.Option(help="The rule that selects them.", show_default="BlendConfig's")]
+KeptIn = Annotated[
+    str | None, typer.Option("--store", help="Folder or URL that keeps the chunk KV.", show_default="in memory")
+]
+NewTokens = Annotated[int, typer.Option(help="Longest answer.", min=1)]
+PrintJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """An error that a person can mend is said on stderr, without a stack trace, and ends the command."""
+    try:
+        yield
+    except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
+        stderr = Console(stderr=True)
+        stderr.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+def store_at(where: str, max_bytes: str | None = None, kv_dtype: str | None = None) -> DiskStore | RemoteStore:
+    """Where chunk KV is to last: no memory stands before it.
+
+    Raises:
+        ImportError: a package that the URL needs is missing.
+        OSError: the folder cannot be made.
+        ValueError: no size, no `kv_dtype`, no URL that can be opened.
+    """
+    if "://" in where:
+        return RemoteStore(where, max_bytes, kv_dtype=kv_dtype)
+    if Path(where).is_file():
+        raise ValueError(f"{where} is a file; a store is a folder.")
+    return DiskStore(where, *([] if max_bytes is None else [max_bytes]), kv_dtype=kv_dtype)
+
+
+def names(text: str) -> list[str]:
+    """What stands between commas."""
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
+def numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:
+    """The numbers that stand between commas.
+
+    Raises:
+        ValueError: something else stands there; `option` is named.
+    """
+    try:
+        return [kind(name) for name in names(text)]
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}.") from error
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The floating-point type that torch knows by this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype must be a floating-point type of torch such as float32 or bfloat16, got {name!r}.")
+    return dtype

@@ -1,0 +1,45 @@
+"""`hfblend demo` and `hfblend playground`: what blending does, on the demo's passages and on your own."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from .. import demo_model
+from ..demo import run_demo
+from ..outputs import require_folders_of
+from ..playground.page import serve
+from .common import Device, JsonFile, Model, console, in_words
+
+
+def demo(
+    model: Model = None,
+    json_file: JsonFile = None,
+    device: Device = None,
+) -> None:
+    """Answer a question about twelve passages by full prefill, full reuse and blending, and compare them.
+
+    Example: hfblend demo --json demo.json
+    """
+    with in_words():
+        require_folders_of(json_file)
+        loaded, tokenizer = demo_model.load(model, device)
+        results = run_demo(loaded, tokenizer, model or demo_model.HUB_NAME, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        console.print(f"Wrote {json_file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def playground(
+    model: Model = None,
+    device: Device = None,
+    port: Annotated[int, typer.Option(help="Of 127.0.0.1, where the page is served.", min=1, max=65535)] = 8017,
+) -> None:
+    """Serve a page on this machine: reorder chunks, move the ratio, see tokens, answers and times.
+
+    Example: hfblend playground --model path/or/hub-id --port 9000
+    """
+    with in_words():
+        serve(lambda: demo_model.load(model, device), model or demo_model.HUB_NAME, port)

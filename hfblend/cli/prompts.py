@@ -1,0 +1,72 @@
+"""Prompts from files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.data import Example, prompt_of, titled
+from ..prompt import Prompt
+
+
+def read_prompts(source: str, tokenizer: Any) -> list[Prompt]:
+    """The prompts of a JSON file, one object or a list of them; `-` is standard input.
+
+        {"prefix": "…", "chunks": ["…", "…"], "suffix": "…"}         "question" says the same as "suffix"
+        {"question": "…", "ctxs": [{"title": "…", "text": "…"}]}     a chat about passages, where there is a template
+
+    Raises:
+        ValueError: a source that does not have this form; the message names it.
+    """
+    name = "standard input" if source == "-" else source
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        rows = json.loads(text)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} cannot be read as JSON: {error}") from error
+    rows = rows if isinstance(rows, list) else [rows]
+    if not rows:
+        raise ValueError(f"{name} holds no prompt.")
+    return [_prompt_of_row(_complete(row), f"{name}, prompt {i}", tokenizer) for i, row in enumerate(rows)]
+
+
+def _complete(row: Any) -> Any:
+    """With a prefix, and a suffix in the place of a question about chunks."""
+    if not isinstance(row, dict) or "chunks" not in row:
+        return row
+    return {"prefix": "", **({"suffix": row["question"]} if "question" in row else {}), **row}
+
+
+def _prompt_of_row(row: Any, where: str, tokenizer: Any) -> Prompt:
+    """The prompt of an object in a file of prompts; errors say `where` it stands."""
+    names = set(row) if isinstance(row, dict) else set()
+    try:
+        if {"prefix", "chunks", "suffix"} <= names:
+            return _of_pieces(tokenizer, row["prefix"], _texts(row["chunks"]), row["suffix"])
+        if {"question", "ctxs"} <= names:
+            return prompt_of(tokenizer, Example(row["question"], (), tuple(_texts(row["ctxs"]))))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    raise ValueError(f'{where} needs "prefix", "chunks" and "suffix", or "question" and "ctxs"; got {sorted(names)}.')
+
+
+def _of_pieces(tokenizer: Any, prefix: str, chunks: list[str], suffix: str) -> Prompt:
+    if not (isinstance(prefix, str) and isinstance(suffix, str)):
+        raise TypeError("prefix and suffix must be texts.")
+    return Prompt.from_texts(tokenizer, prefix=prefix, chunks=chunks, suffix=suffix, add_special_tokens=True)
+
+
+def _texts(passages: Any) -> list[str]:
+    """Passages as texts; one with a title is headed by it."""
+    texts = []
+    for passage in passages if isinstance(passages, list) else [passages]:
+        if isinstance(passage, dict) and isinstance(passage.get("text"), str):
+            passage = titled(passage)
+        if not isinstance(passages, list) or not isinstance(passage, str):
+            raise TypeError(f'chunks and ctxs must be lists of texts, or of {{"title", "text"}}, got {passage!r}.')
+        texts.append(passage)
+    return texts
