@@ -65,7 +65,7 @@ def patch(
         store: where chunk KV is kept; a folder keeps it on disk too, for later and for other processes
             (`hfblend.store.DiskStore`), a URL such as `"s3://bucket/prefix"` for other machines too
             (`hfblend.store.RemoteStore`). Default, a `MemoryStore` of its own.
-        verify: after every k-th blended call, compares it with a full prefill of its prompt, and warns (logging, and
+        verify: after every k-th blended prompt, compares it with a full prefill, and warns (logging, and
             `trace.verification`) above a bound: `hfblend.Verify(every=50, max_kl=0.1)`, or k alone.
         trace: how much `blender.trace` tells: `"summary"`, which costs nothing, `"tokens"`, or `"full"`, which costs
             time and memory (`hfblend.BlendTrace`). Never changes what is computed.

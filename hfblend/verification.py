@@ -1,4 +1,4 @@
-"""How far blending is from full prefill on prompts of your own: asked for, or on every k-th call in use.
+"""How far blending is from full prefill on prompts of your own: asked for, or on every k-th prompt in use.
 
 Compared is full prefill's own greedy answer: the same tokens are given to both (teacher forcing), and the two
 distributions of each next token are held against each other.
@@ -150,7 +150,7 @@ def _greedy(model: nn.Module, prompt: Prompt, num_tokens: int, **kwargs: Any) ->
     return output.sequences[0, input_ids.shape[1] :].tolist(), torch.cat(output.logits).float()
 
 
-# --- every k-th call --------------------------------------------------------------------------------------------------
+# --- every k-th prompt ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class Verify:
     >>> hfblend.patch(model, verify=hfblend.Verify(every=50, max_kl=0.1))  # doctest: +SKIP
 
     Args:
-        every: the k-th, 2k-th, … blended call of the blender is checked.
+        every: the k-th, 2k-th, … prompt that the blender has blended is checked; a batch has several.
         max_kl: in nats; a mean KL above it is logged as a warning.
         num_tokens: answer tokens that are compared. A check costs a full prefill, a blended one, and these.
 
