@@ -23,7 +23,7 @@ test-all: $(VENV)/.dev $(VENV)/.frameworks
 
 # The examples in LangChain, LlamaIndex and Haystack.
 frameworks: $(VENV)/.dev $(VENV)/.frameworks
-	$(PYTEST) tests/test_frameworks.py
+	$(BIN)/python -m pytest tests/test_frameworks.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
