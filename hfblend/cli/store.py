@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from ..display.text import visible
 from ..store import DiskStore, RemoteStore
 from ..store.upkeep import StoredEntry
-from .common import EXIT_CODES, console, in_words
+from .common import EXIT_CODES, console, in_words, store_at
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -178,11 +178,9 @@ def _do_to_each(
 def _store_at(where: str) -> DiskStore | RemoteStore:
     """The store there; a folder is not made."""
     try:
-        if "://" in where:
-            return RemoteStore(where)
-        if not Path(where).expanduser().is_dir():
+        if "://" not in where and not Path(where).expanduser().is_dir():
             raise ValueError(f"there is no folder {where}.")
-        return DiskStore(where)
+        return store_at(where)
     except (ImportError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="STORE") from error
 
