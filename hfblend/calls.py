@@ -27,7 +27,6 @@ from .host import CACHE, CACHE_NAMES, cache_given
 from .models import BlendableModel
 from .prompt import ChunkSpans
 from .store import Store
-from .streams import in_use
 from .trace import BlendTrace, Level
 
 logger = logging.getLogger("hfblend.patching")
@@ -97,7 +96,6 @@ class Call:
 
     def end(self, output: Any) -> None:
         """Called with what `generate` returns."""
-        in_use.let_go()
         if self._waiting:
             self._fall_back(Fallback.NOT_REACHED)
         # With a single new token there is no second forward that would have marked its arrival.

@@ -82,22 +82,13 @@ class ChunkKV:
         """`"memory"` on that device, `"ram"` on another."""
         return "memory" if self.layer(0)[0].device == device else "ram"
 
-    def addresses_for(self, device: torch.device) -> torch.Tensor | None:
-        """(L,) int64, where a GPU reads each layer's rows: in its own memory, or in pinned RAM.
-
-        `None` if they lie elsewhere, or are not packed.
-        """
-        here = self.layer(0)[0].device
-        return self._addresses if here.type == "cpu" or here == device else None
+    def addresses_in(self, device: torch.device) -> torch.Tensor | None:
+        """(L,) int64, where each layer's rows lie in a device's memory; `None` if they do not, or are not packed."""
+        return self._addresses if self.layer(0)[0].device == device else None
 
     def rows(self, layer_idx: int) -> torch.Tensor | None:
         """The rows (n, W) that a layer is views of; `None` if it is not packed."""
         return self._rows[layer_idx]
-
-    @property
-    def is_pinned(self) -> bool:
-        """Whether its rows lie in pinned RAM."""
-        return self._addresses is not None and self.layer(0)[0].device.type == "cpu"
 
     @cached_property
     def _rows(self) -> list[torch.Tensor | None]:
@@ -106,7 +97,7 @@ class ChunkKV:
     @cached_property
     def _addresses(self) -> torch.Tensor | None:
         rows, here = self._rows, self.layer(0)[0].device
-        if any(r is None or r.device != here or not (r.is_cuda or r.is_pinned()) for r in rows):
+        if any(r is None or r.device != here for r in rows):
             return None
         return torch.tensor([r.data_ptr() for r in rows if r is not None])
 
@@ -166,9 +157,6 @@ class Reader(Protocol):
 
     @property
     def num_bytes(self) -> int: ...
-
-    @property
-    def is_pinned(self) -> bool: ...  # whether `rows` are pinned RAM, which a GPU reads by itself
 
     def tier_beside(self, device: torch.device) -> str:
         """Where it is loaded from, of `hfblend.controller.TIERS`."""

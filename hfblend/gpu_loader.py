@@ -1,12 +1,20 @@
-"""Reused rows gathered on a GPU, from its own memory and from pinned RAM.
+"""Reused rows gathered on a GPU: from its own memory, from RAM, and as they come from a disk.
 
-Shapes: Hkv KV heads, T all tokens, n tokens of a piece, D head_dim, W width of a row, L layers.
+    rows in this GPU's memory   ▨▨▨▨ ──────────────────────┐
+    rows elsewhere              ▨▨▨▨ ── over the bus ──┐   │ kernel: copies rows, turns keys
+    the layer's buffer      ▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨ · · ·
+
+What crosses the bus is copied straight to its place by the GPU's copy engines, some layers ahead of the pass, and
+turned there. A kernel that reads RAM by itself would take processors from the pass.
+
+Shapes: Hkv KV heads, T all tokens, D head_dim, W width of a row, L layers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,20 +24,15 @@ from .caches import KV, ROOM, packed, rows_behind, sent
 from .chunks import ChunkKV, Reader
 from .models import BlendableModel
 from .rope import Realigner
-from .streams import bus_stream, in_use
+from .separator import Span
+from .streams import bus_stream
 
 if TYPE_CHECKING:
     from .reuse import Reuse
 
-LAYERS_AHEAD = 4  # read from RAM before they are needed
-PROGRAMS_ON_THE_BUS = 8  # twice as many, of keys and of values: they fill it, and leave the GPU to the pass
-
 
 class GPULoader:
     """Gathers reused rows on a GPU: one kernel for a layer, or for many, that reads them where they lie.
-
-    Rows in RAM are read over the bus, on a stream of their own and some layers ahead of the pass. One copy a chunk and
-    layer instead would cost Python as much as launching the pass does.
 
     Args:
         host, reuse, length: as in `ReusedKV`.
@@ -37,32 +40,29 @@ class GPULoader:
 
     Attributes:
         buffers: layer -> (1, Hkv, T + room, D), until it is loaded.
-        is_near: whether all rows lie in this GPU's memory, at addresses that are known.
+        is_near: whether all rows lie in this GPU's memory.
     """
 
     def __init__(self, host: BlendableModel, reuse: Reuse, realigner: Realigner, length: int) -> None:
         self.host, self.realigner, self.device = host, realigner, host.device
-        self._entries = [piece.entry for piece in (*reuse.exact, *reuse.moved)]
-        self.buffers = self._allocate(length + ROOM)
-        self._read: dict[int, torch.cuda.Event] = {}  # layer -> when its rows have come from RAM
+        pieces = [*reuse.exact, *reuse.moved]
+        near = [p.entry.addresses_in(self.device) if isinstance(p.entry, ChunkKV) else None for p in pieces]
+        far = [(p.span, p.entry) for p, addresses in zip(pieces, near) if addresses is None]
+        rows = self._allocate(length + ROOM, bus_stream(self.device) if far else None)
+        self.buffers = {i: host.layouts[i].views(own[None]) for i, own in rows.items()}
+        self.is_near, self._bus = not far, OverTheBus(far, rows, self.device)
 
-        known = [entry.addresses_for(self.device) if isinstance(entry, ChunkKV) else None for entry in self._entries]
-        self._unknown = [i for i, addresses in enumerate(known) if addresses is None]
-        is_here = all(entry.tier_beside(self.device) == "memory" for entry in self._entries)
-        self.is_near = is_here and not self._unknown
-
-        targets = torch.tensor([keys.data_ptr() for keys, _ in self.buffers.values()])
-        nowhere = torch.zeros_like(targets)
-        self._addresses = torch.stack([nowhere if one is None else one for one in known], 1)  # (L, pieces)
-        spans = [piece.span for piece in (*reuse.exact, *reuse.moved)]
-        turns = [-1] * len(reuse.exact) + _starts([stop - start for start, stop in spans[len(reuse.exact) :]])
-        tiles = kernels.tiles_of([(stop - start, start, turn) for (start, stop), turn in zip(spans, turns)])
-        numbers = [targets, self._addresses.flatten(), tiles.flatten()]
-        self._targets, sources, tiles_there = sent(torch.cat(numbers), self.device).split([len(n) for n in numbers])
-        self._sources, self._tiles = sources.view(-1, len(known)), tiles_there.view(-1, 5)
-        if not self.is_near:
-            self._stream = bus_stream(self.device)
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        targets = torch.tensor([own.data_ptr() for own in rows.values()])
+        row_bytes = torch.tensor([own.stride(0) * own.element_size() for own in rows.values()])
+        in_place = (targets + p.span[0] * row_bytes for p in pieces)  # of what is copied there first
+        sources = [place if addresses is None else addresses for place, addresses in zip(in_place, near)]
+        starts, sizes = [p.span[0] for p in pieces], [p.span[1] - p.span[0] for p in pieces]
+        turns = [-1] * len(reuse.exact) + _starts(sizes[len(reuse.exact) :])
+        tiles = kernels.tiles_of(list(zip(sizes, starts, turns)))
+        numbers = [targets, torch.stack(sources, 1).flatten(), tiles.flatten()]
+        on_device = sent(torch.cat(numbers), self.device).split([len(part) for part in numbers])
+        self._targets, self._sources = on_device[0], on_device[1].view(-1, len(pieces))
+        self._tiles = on_device[2].view(-1, 5)
 
     def has(self, layer_idx: int) -> bool:
         """Whether the layer's buffers are still here; they are given away once."""
@@ -70,93 +70,141 @@ class GPULoader:
 
     def load(self, layers: Sequence[int]) -> dict[int, KV]:
         """Layer -> buffers, every reused row in place. Layers of one kind, next to each other, take one kernel."""
-        if self.is_near:
-            for _, run in _runs(layers, lambda i: (self.host.layouts[i], self.realigner.rotations[i])):
-                self._gather(run, self._sources[run[0] : run[-1] + 1])
-            return {i: self.buffers.pop(i) for i in layers}
         for i in layers:
-            self._read_from_ram(i)
-            torch.cuda.current_stream(self.device).wait_event(self._read[i])
+            self._bus.arrive(i)
+        for run in _runs(layers, lambda i: (self.host.layouts[i], self.realigner.rotations[i])):
+            self._gather(run)
         loaded = {i: self.buffers.pop(i) for i in layers}
-        if layers and not self._unknown:  # others read ahead by themselves
-            self.read_ahead(layers[-1] + 1)
+        if layers:
+            self._bus.go_on(layers[-1] + 1)
         return loaded
 
     def read_ahead(self, layer_idx: int) -> None:
         """Starts reading what does not lie on the GPU: this layer, and the next few."""
-        for i in self._unknown:
-            self._entries[i].prefetch(layer_idx)
-        if not self._unknown and not self.is_near:
-            for i in range(layer_idx, layer_idx + LAYERS_AHEAD):
-                if i in self.buffers:
-                    self._read_from_ram(i)
+        self._bus.begin(layer_idx)
 
-    def _read_from_ram(self, layer_idx: int) -> None:
-        if layer_idx in self._read:
-            return
-        if not self._read:  # from there on each entry goes ahead by itself
-            for i in self._unknown:
-                self._entries[i].prefetch(layer_idx)
-        for states in self.buffers[layer_idx]:
-            states.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            blocks = [self._readable(self._entries[i], layer_idx) for i in self._unknown]
-            sources = self._sources[layer_idx : layer_idx + 1]
-            if blocks:
-                addresses = self._addresses[layer_idx].clone()
-                addresses[self._unknown] = torch.tensor([block.data_ptr() for block in blocks])
-                sources = sent(addresses, self.device)[None]
-            self._gather([layer_idx], sources, PROGRAMS_ON_THE_BUS)
-            self._read[layer_idx] = torch.cuda.Event()
-            self._read[layer_idx].record()
-        in_use.keep(self._read[layer_idx], self._entries, blocks, sources, self._targets, self._tiles, self.realigner)
-
-    def _readable(self, entry: Reader, layer_idx: int) -> torch.Tensor:
-        """The rows (n, W) of a layer, where a kernel can read them: as they are in pinned RAM, else brought here."""
-        rows = entry.rows(layer_idx) if entry.is_pinned else None
-        if rows is None:
-            rows = rows_behind(packed(entry.layer(layer_idx), self.device))
-        assert rows is not None
-        return rows
-
-    def _gather(self, layers: Sequence[int], sources: torch.Tensor, programs: int | None = None) -> None:
-        """One kernel for layers of one kind, next to each other; `sources` (n, pieces) are their rows' addresses."""
+    def _gather(self, layers: Sequence[int]) -> None:
+        """One kernel for layers of one kind, next to each other."""
         first, rotation = layers[0], self.realigner.rotations[layers[0]]
-        tables = self.realigner.tables(first, self.device)
+        run, tables = slice(first, layers[-1] + 1), self.realigner.tables(first, self.device)
         kernels.load_rows(
-            self._targets[first : layers[-1] + 1],
-            sources,
+            self._targets[run],
+            self._sources[run],
             self._tiles,
             self.host.layouts[first],
             self.host.dtype,
             tables,
             rotates=-1 if rotation is None or tables is None else rotation.slot,
             half=rotation is None or rotation.pairing == "half",
-            programs=programs,
         )
 
-    def _allocate(self, length: int) -> dict[int, KV]:
-        """Layer -> buffers (1, Hkv, length, D), in one piece where all layers are alike."""
+    def _allocate(self, length: int, stream: torch.cuda.Stream | None) -> dict[int, torch.Tensor]:
+        """Layer -> rows (length, W), in one piece where all layers are alike.
 
-        def rows(count: int, width: int) -> torch.Tensor:
-            return torch.empty((count, length, width), dtype=self.host.dtype, device=self.device)
+        Args:
+            stream: whose memory it is; what is first to write there need not wait for what others have queued.
+        """
+        layouts, current = self.host.layouts, torch.cuda.current_stream(self.device)
+        widths = [layout.width for layout in layouts.values()]
+        made = functools.partial(torch.empty, dtype=self.host.dtype, device=self.device)
+        with torch.cuda.stream(stream):  # `None` changes nothing
+            if len(set(widths)) > 1:
+                rows = [made((length, width)) for width in widths]
+            else:
+                rows = list(made((len(widths), length, widths[0])).unbind())
+        for own in rows if stream else ():
+            own.record_stream(current)
+        return dict(zip(layouts, rows))
 
-        layouts = self.host.layouts
-        if len(set(layouts.values())) > 1:
-            return {i: layout.views(rows(1, layout.width)) for i, layout in layouts.items()}
-        layout = next(iter(layouts.values()))
-        keys, values = layout.views(rows(len(layouts), layout.width))
-        return dict(zip(layouts, zip(keys.split(1), values.split(1))))
+
+class OverTheBus:
+    """Pieces that do not lie in the GPU's memory, copied to their places in the buffers, layer after layer.
+
+    Args:
+        pieces: span and entry of each.
+        rows: layer -> the buffer's rows (T + room, W), of the bus stream's memory.
+    """
+
+    def __init__(
+        self, pieces: Sequence[tuple[Span, Reader]], rows: dict[int, torch.Tensor], device: torch.device
+    ) -> None:
+        pieces = sorted(pieces, key=lambda piece: piece[0])
+        self._entries, self._rows, self._device = [entry for _, entry in pieces], rows, device
+        edges = [0, *(edge for span, _ in pieces for edge in span)]
+        self._sizes = [after - before for before, after in pairwise(edges)]  # of gap, piece, gap, piece, …
+        self._in_memory = [entry for entry in self._entries if isinstance(entry, ChunkKV)]
+        self._copied: dict[int, torch.cuda.Event] = {}  # layer -> when it has come
+        self._reached: torch.cuda.Event | None = None  # by the pass
+        if any(entry.layer(0)[0].is_cuda for entry in self._in_memory):  # what writes them may still be queued
+            bus_stream(device).wait_stream(torch.cuda.current_stream(device))
+
+    def begin(self, layer_idx: int) -> None:
+        """Reading begins: this layer, and those behind it."""
+        for entry in self._entries:
+            entry.prefetch(layer_idx)
+        if self._is_all_in_memory:
+            self._copy(layer_idx)
+
+    def arrive(self, layer_idx: int) -> None:
+        """What is queued behind this finds the layer's pieces in their places.
+
+        Raises:
+            ChunkLost: one cannot be read.
+        """
+        if not self._entries:
+            return
+        if not self._copied:
+            self.begin(layer_idx)
+        self._copy(layer_idx)
+        torch.cuda.current_stream(self._device).wait_event(self._copied[layer_idx])
+
+    def go_on(self, layer_idx: int) -> None:
+        """Copies a layer once the pass reaches what had been loaded when this was last called.
+
+        Python is far ahead of the GPU. Were all layers queued at once, small copies that the pass needs would have to
+        wait for all of them. What comes from files goes ahead by itself.
+        """
+        if not self._is_all_in_memory:
+            return
+        if self._reached is not None:
+            bus_stream(self._device).wait_event(self._reached)
+        self._copy(layer_idx)
+        self._reached = torch.cuda.current_stream(self._device).record_event()
+
+    @property
+    def _is_all_in_memory(self) -> bool:
+        return len(self._in_memory) == len(self._entries) > 0
+
+    def _copy(self, layer_idx: int) -> None:
+        if layer_idx in self._copied or layer_idx not in self._rows:
+            return
+        rows, stream = self._rows[layer_idx], bus_stream(self._device)
+        with torch.cuda.stream(stream):
+            states = [self._rows_of(entry, layer_idx) for entry in self._entries]
+            for own in states:
+                if own.is_cuda:
+                    own.record_stream(stream)
+            places = rows[: sum(self._sizes)].split(self._sizes)[1::2]
+            torch._foreach_copy_(places, states, non_blocking=True)  # in one call: each hands Python to other threads
+            self._copied[layer_idx] = stream.record_event()
+
+    def _rows_of(self, entry: Reader, layer_idx: int) -> torch.Tensor:
+        """The rows (n, W) of a layer, wherever they lie."""
+        rows = entry.rows(layer_idx)
+        if rows is None:
+            rows = rows_behind(packed(entry.layer(layer_idx), self._device))
+        assert rows is not None
+        return rows
 
 
-def _runs(layers: Sequence[int], kind: Callable[[int], Any]) -> list[tuple[Any, list[int]]]:
+def _runs(layers: Sequence[int], kind: Callable[[int], Any]) -> list[list[int]]:
     """Layers that follow each other and are of one kind, together."""
-    runs: list[tuple[Any, list[int]]] = []
+    runs: list[list[int]] = []
     for i in layers:
-        if runs and runs[-1][1][-1] == i - 1 and runs[-1][0] == kind(i):
-            runs[-1][1].append(i)
+        if runs and runs[-1][-1] == i - 1 and kind(runs[-1][0]) == kind(i):
+            runs[-1].append(i)
         else:
-            runs.append((kind(i), [i]))
+            runs.append([i])
     return runs
 
 

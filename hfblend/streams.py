@@ -2,17 +2,14 @@
 
 caller's stream     …prepared…──────────────┬─ logits, decoding
 beside it           passes ────────────────┘ joined
-bus                 chunk KV from RAM, some layers ahead
+bus                 copies of chunk KV from RAM, some layers ahead
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 
@@ -59,29 +56,6 @@ class Beside:
 @functools.cache
 def _beside(caller: torch.cuda.Stream) -> torch.cuda.Stream:
     return torch.cuda.Stream(caller.device)
-
-
-class InUse:
-    """Memory that a GPU still reads, where the allocator does not know: pinned RAM, or another stream's."""
-
-    def __init__(self) -> None:
-        self._kept: deque[tuple[torch.cuda.Event, Any]] = deque()
-        self._lock = threading.Lock()
-
-    def keep(self, until: torch.cuda.Event, *what: Any) -> None:
-        """Keeps these until the event is over, and lets go of what others were for."""
-        with self._lock:
-            self._kept.append((until, what))
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Lets go of what has been read by now; of the rest, by the next time."""
-        with self._lock:
-            while self._kept and self._kept[0][0].query():
-                self._kept.popleft()
-
-
-in_use = InUse()
 
 
 @functools.cache

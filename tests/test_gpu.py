@@ -24,7 +24,6 @@ from hfblend.caches import RowLayout, full_length_cache, rows_behind
 from hfblend.graphs import graphs_of
 from hfblend.models import host_of
 from hfblend.store import DiskStore, loader
-from hfblend.streams import in_use
 
 pytestmark = pytest.mark.gpu
 
@@ -282,14 +281,21 @@ def pageable(kv):
     return RowLayout.of(kv).views(rows[None])
 
 
-def test_what_was_read_from_ram_is_let_go():
-    model = on_gpu("llama-gqa", torch.bfloat16)
-    with hfblend.patch(model, config=config(0.2), store=hfblend.MemoryStore(device="cpu")):
-        for _ in range(2):
-            generate(model, PROMPT.inputs())
-        torch.cuda.synchronize()
-        in_use.let_go()
-        assert not in_use._kept
+def test_prompts_from_ram_in_a_row_are_each_what_they_are_from_the_gpu():
+    """Each takes up the memory of the one before while the GPU is still at it."""
+    model, prompts = (
+        on_gpu("llama-gqa", torch.bfloat16),
+        [make_prompt(sizes=(200, 311, 133), seed=seed) for seed in range(6)],
+    )
+    here, in_ram = hfblend.MemoryStore(), hfblend.MemoryStore(device="cpu")
+    for store in (here, in_ram):
+        for prompt in prompts:
+            blended(model, prompt, store, ratio=0.15)
+    settings = config(0.15, selection="kv_deviation", cuda_graphs=False)
+    expected = [hfblend.blend(model, prompt, config=settings, store=here).logits for prompt in prompts]
+    for _ in range(3):
+        results = [hfblend.blend(model, prompt, config=settings, store=in_ram).logits for prompt in prompts]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, expected))
 
 
 def test_moving_a_model_keeps_its_entries():

@@ -286,10 +286,11 @@ def test_a_store_does_not_keep_what_was_in_another_kind(tmp_path, caplog, kind):
 
 
 def test_versions_before_pass_such_files_by(monkeypatch):
-    file = dump(KEY, entry(), "int8")
+    key = "e" * 64  # a file that this process has not read yet
+    file = dump(key, entry(), "int8")
     monkeypatch.setattr("hfblend.store.format.QUANTISED_FORMAT", "hfblend-chunk-3")
     with pytest.raises(OtherVersion):
-        parse(KEY, file)
+        parse(key, file)
 
 
 def test_memory_keeps_the_mark_of_what_it_was_given(tmp_path):

@@ -58,31 +58,18 @@ def write_rows(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, sta
 
 @triton.jit
 def _load_rows_kernel(
-    TARGETS, SOURCES, TILES, COS, SIN, tiles, pieces, width, pairs, dtype: tl.constexpr,
+    TARGETS, SOURCES, TILES, COS, SIN, pieces, width, pairs, dtype: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, VALUE_HEADS: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
     TOKENS: tl.constexpr, ROTATES: tl.constexpr, HALF: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One program: tiles of up to TOKENS tokens of one piece, the keys or the values of one layer."""
-    slot, layer = tl.program_id(1), tl.program_id(2)
-    for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _load_tile(
-            TARGETS + layer, SOURCES + layer * pieces, TILES + i * 5, COS, SIN, slot, width, pairs, dtype,
-            HEADS, D, VALUE_HEADS, DV, PAIRS, TOKENS, ROTATES, HALF, ALIGNED,
-        )  # fmt: skip
-
-
-@triton.jit
-def _load_tile(
-    TARGET, SOURCES, tile, COS, SIN, slot, width, pairs, dtype: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-    VALUE_HEADS: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr, ROTATES: tl.constexpr,
-    HALF: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    """One program: up to TOKENS tokens of one piece, the keys or the values of one layer."""
+    tile, slot, layer = TILES + tl.program_id(0) * 5, tl.program_id(1), tl.program_id(2)
     piece, from_row, to_row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     count, turn = tl.load(tile + 3), tl.load(tile + 4).to(tl.int32)
     token = tl.arange(0, TOKENS)
     live = (token < count)[:, None]
-    source = tl.load(SOURCES + piece).to(tl.pointer_type(dtype))
-    target = tl.load(TARGET).to(tl.pointer_type(dtype))
+    source = tl.load(SOURCES + layer * pieces + piece).to(tl.pointer_type(dtype))
+    target = tl.load(TARGETS + layer).to(tl.pointer_type(dtype))
     source += (from_row + token).to(tl.int64)[:, None] * width
     target += (to_row + token).to(tl.int64)[:, None] * width
     if slot == 0:
@@ -163,24 +150,22 @@ def load_rows(
     tables: tuple[torch.Tensor, torch.Tensor] | None,
     rotates: int = -1,
     half: bool = True,
-    programs: int | None = None,
 ) -> None:
     """Copies stored rows into the buffers of some layers and turns the rotated slot on the way, in fp32, rounded once.
 
     Args:
         targets: (n,) int64, address of each layer's buffer (T + room, W).
-        sources: (n, pieces) int64, address of each piece's first row, in the GPU's memory or in pinned RAM.
+        sources: (n, pieces) int64, address of each piece's first row: elsewhere, or its own place in the buffer.
         tiles: from `tiles_of`, on the GPU.
         dtype: of the rows.
         tables: cos and sin (N, R) in fp32, as for `rope.rotate`.
         rotates: 0 if keys turn, 1 if values do, −1 if nothing.
         half: dimension i turns with i + R, else 2i with 2i + 1.
-        programs: so many share the tiles of a layer's keys, and as many those of its values; default, one each.
     """
     cos, sin = (tiles, tiles) if tables is None else tables
     pairs = 8 if tables is None else cos.shape[1]
-    _load_rows_kernel[(min(programs or len(tiles), len(tiles)), 2, len(targets))](
-        targets, sources, tiles, cos, sin, len(tiles), sources.shape[1], layout.width, pairs, _TRITON_TYPES[dtype],
+    _load_rows_kernel[(len(tiles), 2, len(targets))](
+        targets, sources, tiles, cos, sin, sources.shape[1], layout.width, pairs, _TRITON_TYPES[dtype],
         HEADS=layout.key_heads, D=layout.key_dim, VALUE_HEADS=layout.value_heads, DV=layout.value_dim,
         PAIRS=triton.next_power_of_2(pairs), TOKENS=_TOKENS, ROTATES=rotates, HALF=half,
         ALIGNED=layout.key_dim % 8 == layout.value_dim % 8 == pairs % 8 == 0,

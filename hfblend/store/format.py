@@ -212,6 +212,12 @@ def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
         CorruptEntry: the header is not what `dump` wrote under this key, or does not fit the file's length.
         OtherVersion: it is whole, but of another version.
     """
+    header = bytes(start[: _header_stop(start)])
+    read = _contents_of if len(header) > HEAD_BYTES else _known_contents
+    return read(key, header, num_bytes)
+
+
+def _contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
     header = header_of(start)
     metadata = header.pop("__metadata__")
     form = metadata.get("format")
@@ -235,6 +241,10 @@ def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
     if provenance not in ("isolated", "in_context"):
         raise CorruptEntry(f"its provenance is {provenance!r}")
     return Contents(key, provenance, regime, layouts, places, origin, *in_8_bits)
+
+
+# A chunk in use is opened for every prompt. What a header says holds as long as it is the same to the last byte.
+_known_contents = functools.lru_cache(maxsize=512)(_contents_of)
 
 
 def parse(key: str, file: bytes) -> ChunkKV:

@@ -143,7 +143,6 @@ class LayerwiseChunk:
         self.behind_ids = tuple(self._read(contents.places["behind_ids"]).tolist())
         self.provenance: Provenance = contents.provenance
         self.regime = contents.regime
-        self.is_pinned = pins_memory()
 
     @property
     def layouts(self) -> tuple[RowLayout, ...]:
@@ -239,7 +238,7 @@ class LayerwiseChunk:
         """What a thread has to do for layers that stand one behind the other, with the buffer made: returns their rows,
         or raises, once the chunk is given up."""
         start, num_bytes = places[0].start, places[-1].stop - places[0].start
-        data = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.is_pinned)
+        data = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pins_memory())
         rows, memory = views_of(places, data), data.numpy().data
         source, counts, chunk = self._source, self._counts, weakref.ref(self)
 
