@@ -211,7 +211,7 @@ def _find_rotation(
     slot = equal.index(False)
     for source in range(len(sources)):
         for pairing, layout in _FORMS:
-            old, new = (pair_tables(t, layout) for t in tables[source])
+            old, new = (pair_tables(_on(kv[slot].device, t), layout) for t in tables[source])
             if 2 * old[0].shape[-1] > kv[slot].shape[-1]:
                 continue
             cos, sin = rotation_between(old, new)
@@ -222,6 +222,11 @@ def _find_rotation(
         f"Layer {layer_idx}: cached {'keys' if slot == 0 else 'values'} change with position, but no rotation from the "
         f"model's {len(sources)} rotary table(s) maps them from one position to another."
     )
+
+
+def _on(device: torch.device, tables: Tables) -> Tables:
+    cos, sin = tables
+    return cos.to(device), sin.to(device)
 
 
 def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:

@@ -49,12 +49,16 @@ HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 
 
 def make_llama(
-    rope: str = "default", heads: str = "gqa", dtype: torch.dtype = torch.float32, **kwargs
+    rope: str = "default",
+    heads: str = "gqa",
+    dtype: torch.dtype = torch.float32,
+    vocab_size: int = VOCABULARY,
+    **kwargs,
 ) -> LlamaForCausalLM:
     max_positions = {"dynamic": 64, "longrope": 256, "yarn": 256, "llama3": 512}.get(rope, 2048)
     query_heads, kv_heads = HEADS[heads]
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=4,

@@ -1,11 +1,12 @@
 """One rank of a tensor-parallel model: what tests/test_large_models.py starts twice. Writes what it found as JSON.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/tensor_parallel.py CHECKPOINT FOLDER
+python -m torch.distributed.run --nproc-per-node 2 tests/tensor_parallel.py CHECKPOINT FOLDER gloo|nccl
 """
 
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
 
@@ -24,7 +25,7 @@ RULES = ("kv_deviation", "suffix_attention", "mixed")
 
 def run(model, settings, store, found, name):
     with hfblend.patch(model, config=settings, store=store) as blender:
-        output = generate(model, PROMPT.inputs())
+        output = generate(model, PROMPT.inputs(model.device))
         trace = blender.trace
         found[name] = {
             "blended": trace.blended,
@@ -35,12 +36,14 @@ def run(model, settings, store, found, name):
     return output
 
 
-def main(checkpoint: str, folder: pathlib.Path) -> None:
+def main(checkpoint: str, folder: pathlib.Path, backend: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend)
     rank = dist.get_rank()
     model = AutoModelForCausalLM.from_pretrained(checkpoint, tp_plan="auto").eval()
-    stock = generate(model, {"input_ids": PROMPT.input_ids})
+    stock = generate(model, {"input_ids": PROMPT.input_ids.to(model.device)})
     found = {"key": host_of(model).fingerprint.digest, "heads": host_of(model).layouts[0].key_heads}
     found["stock"] = stock.sequences[0].tolist()
     whole = run(model, config(1.0), None, found, "ratio 1")
@@ -67,4 +70,4 @@ def main(checkpoint: str, folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], pathlib.Path(sys.argv[2]))
+    main(sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3])

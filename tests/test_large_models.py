@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -157,17 +158,23 @@ def test_where_a_module_computes():
 # --- in shards ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What two processes found that hold one model in shards, on the CPU, through gloo."""
+in_shards = functools.partial(make_llama, vocab_size=98)  # the oldest Transformers divides the vocabulary, too
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, TWO_GPUS])])
+def ranks(request, tmp_path_factory):
+    """What two processes found that hold one model in shards, on the CPU or on two GPUs."""
     folder = tmp_path_factory.mktemp("ranks")
-    make_llama().save_pretrained(folder / "checkpoint")
+    in_shards().save_pretrained(folder / "checkpoint")
     script = pathlib.Path(__file__).with_name("tensor_parallel.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, script, folder / "checkpoint", folder], env=environment, capture_output=True, text=True, timeout=300
-    )
+    if request.param == "gloo":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # Transformers would give each rank one
+    command = [*launch, script, folder / "checkpoint", folder, request.param]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -176,10 +183,10 @@ def ranks(tmp_path_factory):
 class TestTensorParallel:
     def test_each_rank_holds_its_heads_under_its_own_keys(self, ranks):
         assert [found["heads"] for found in ranks] == [1, 1]  # of 2
-        assert len({found["key"] for found in ranks} | {host_of(make_llama()).fingerprint.digest}) == 3
+        assert len({found["key"] for found in ranks} | {host_of(in_shards()).fingerprint.digest}) == 3
 
     def test_ranks_equal_one_process_where_blending_is_exact(self, ranks):
-        stock = generate(make_llama(), STOCK).sequences[0].tolist()
+        stock = generate(in_shards(), STOCK).sequences[0].tolist()
         for found in ranks:
             assert found["stock"] == stock
             assert max(found["largest_difference"]) <= TINY
@@ -190,7 +197,7 @@ class TestTensorParallel:
 
     @pytest.mark.parametrize("rule", ["kv_deviation", "suffix_attention", "mixed"])
     def test_ranks_select_what_one_process_selects(self, ranks, rule):
-        alone = hfblend.blend(make_llama(), PROMPT, config=config(0.3, selection=rule)).trace.selected_idx.tolist()
+        alone = hfblend.blend(in_shards(), PROMPT, config=config(0.3, selection=rule)).trace.selected_idx.tolist()
         assert len(alone) == 14  # of 44 that moved
         assert [found[rule]["selected"] for found in ranks] == [alone, alone]
         assert ranks[0][rule]["tokens"] == ranks[1][rule]["tokens"]
@@ -212,7 +219,7 @@ class TestTensorParallel:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@TWO_GPUS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("last", ["cuda", "cpu", "disk"])
 class TestTwoGPUs:
