@@ -82,9 +82,11 @@ class ChunkKV:
         """`"memory"` on that device, `"ram"` on another."""
         return "memory" if self.layer(0)[0].device == device else "ram"
 
-    def addresses_in(self, device: torch.device) -> torch.Tensor | None:
-        """(L,) int64, where each layer's rows lie in a device's memory; `None` if they do not, or are not packed."""
-        return self._addresses if self.layer(0)[0].device == device else None
+    def addresses_in(self, device: torch.device, layers: Sequence[int]) -> list[int] | None:
+        """Where the rows of each of these layers lie in a device's memory; `None` if one does not, or is not packed."""
+        if not self._layers_packed_in.get(device, frozenset()).issuperset(layers):
+            return None
+        return self._addresses if len(layers) == self.num_layers else [self._addresses[i] for i in layers]
 
     def rows(self, layer_idx: int) -> torch.Tensor | None:
         """The rows (n, W) that a layer is views of; `None` if it is not packed."""
@@ -95,11 +97,16 @@ class ChunkKV:
         return [rows_behind(self.layer(i)) for i in range(self.num_layers)]
 
     @cached_property
-    def _addresses(self) -> torch.Tensor | None:
-        rows, here = self._rows, self.layer(0)[0].device
-        if any(r is None or r.device != here for r in rows):
-            return None
-        return torch.tensor([r.data_ptr() for r in rows if r is not None])
+    def _addresses(self) -> list[int]:
+        return [0 if rows is None else rows.data_ptr() for rows in self._rows]
+
+    @cached_property
+    def _layers_packed_in(self) -> dict[torch.device, frozenset[int]]:
+        found: dict[torch.device, set[int]] = {}
+        for i, rows in enumerate(self._rows):
+            if rows is not None:
+                found.setdefault(rows.device, set()).add(i)
+        return {device: frozenset(layers) for device, layers in found.items()}
 
     @cached_property
     def num_bytes(self) -> int:

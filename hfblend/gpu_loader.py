@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .attention import kernels
+from .attention import HALF, has_kernels, kernels
 from .caches import KV, ROOM, packed, rows_behind, sent
 from .chunks import ChunkKV, Reader
 from .models import BlendableModel
@@ -31,36 +31,62 @@ if TYPE_CHECKING:
     from .reuse import Reuse
 
 
+def loaders_of(host: BlendableModel, reuse: Reuse, realigner: Realigner, length: int) -> dict[int, GPULoader]:
+    """Layer -> what gathers its rows, one loader for each GPU that has layers; layers that no kernel may load are left
+    out. Arguments as in `GPULoader`."""
+    if not (reuse.exact or reuse.moved) or host.ranks.are_several or host.dtype not in (torch.float32, *HALF):
+        return {}
+    layers_on: dict[torch.device, list[int]] = {}
+    for layer in host.layouts:
+        layers_on.setdefault(host.device if host.takes_kernels else host.device_of_layer(layer), []).append(layer)
+    found: dict[int, GPULoader] = {}
+    for device, layers in layers_on.items():
+        if has_kernels(device):
+            found |= dict.fromkeys(layers, GPULoader(host, reuse, realigner, length, device, layers))
+    return found
+
+
 class GPULoader:
-    """Gathers reused rows on a GPU: one kernel for a layer, or for many, that reads them where they lie.
+    """Gathers reused rows of the layers on one GPU: a kernel for a layer, or for many, that reads them where they lie.
 
     Args:
         host, reuse, length: as in `ReusedKV`.
         realigner: holds the rotations of the pieces that moved.
+        device: the GPU.
+        layers: that are there, rising.
 
     Attributes:
         buffers: layer -> (1, Hkv, T + room, D), until it is loaded.
         is_near: whether all rows lie in this GPU's memory.
     """
 
-    def __init__(self, host: BlendableModel, reuse: Reuse, realigner: Realigner, length: int) -> None:
-        self.host, self.realigner, self.device = host, realigner, host.device
+    def __init__(
+        self,
+        host: BlendableModel,
+        reuse: Reuse,
+        realigner: Realigner,
+        length: int,
+        device: torch.device,
+        layers: Sequence[int],
+    ) -> None:
+        self.host, self.realigner, self.device = host, realigner, device
+        self._place_of = {layer: i for i, layer in enumerate(layers)}
         pieces = [*reuse.exact, *reuse.moved]
-        near = [p.entry.addresses_in(self.device) if isinstance(p.entry, ChunkKV) else None for p in pieces]
+        near = [p.entry.addresses_in(device, layers) if isinstance(p.entry, ChunkKV) else None for p in pieces]
         far = [(p.span, p.entry) for p, addresses in zip(pieces, near) if addresses is None]
         rows = self._allocate(length + ROOM, bus_stream(self.device) if far else None)
         self.buffers = {i: host.layouts[i].views(own[None]) for i, own in rows.items()}
         self.is_near, self._bus = not far, OverTheBus(far, rows, self.device)
 
-        targets = torch.tensor([own.data_ptr() for own in rows.values()])
-        row_bytes = torch.tensor([own.stride(0) * own.element_size() for own in rows.values()])
-        in_place = (targets + p.span[0] * row_bytes for p in pieces)  # of what is copied there first
-        sources = [place if addresses is None else addresses for place, addresses in zip(in_place, near)]
+        targets = [own.data_ptr() for own in rows.values()]
+        row_bytes = [own.stride(0) * own.element_size() for own in rows.values()]
         starts, sizes = [p.span[0] for p in pieces], [p.span[1] - p.span[0] for p in pieces]
+        in_place = ([t + start * n for t, n in zip(targets, row_bytes)] for start in starts)  # what is copied there
+        sources = [own if there is None else there for own, there in zip(in_place, near)]  # (pieces, L)
         turns = [-1] * len(reuse.exact) + _starts(sizes[len(reuse.exact) :])
         tiles = kernels.tiles_of(list(zip(sizes, starts, turns)))
-        numbers = [targets, torch.stack(sources, 1).flatten(), tiles.flatten()]
-        on_device = sent(torch.cat(numbers), self.device).split([len(part) for part in numbers])
+        numbers = [torch.tensor(targets), torch.tensor(sources).T.flatten(), tiles.flatten()]
+        on_device = sent(torch.cat(numbers), device).split([len(part) for part in numbers])
         self._targets, self._sources = on_device[0], on_device[1].view(-1, len(pieces))
         self._tiles = on_device[2].view(-1, 5)
 
@@ -72,8 +98,9 @@ class GPULoader:
         """Layer -> buffers, every reused row in place. Layers of one kind, next to each other, take one kernel."""
         for i in layers:
             self._bus.arrive(i)
-        for run in _runs(layers, lambda i: (self.host.layouts[i], self.realigner.rotations[i])):
-            self._gather(run)
+        with torch.cuda.device(self.device):  # Triton asks for the current one
+            for run in _runs(layers, lambda i: (self.host.layouts[i], self.realigner.rotations[i])):
+                self._gather(run)
         loaded = {i: self.buffers.pop(i) for i in layers}
         if layers:
             self._bus.go_on(layers[-1] + 1)
@@ -86,7 +113,8 @@ class GPULoader:
     def _gather(self, layers: Sequence[int]) -> None:
         """One kernel for layers of one kind, next to each other."""
         first, rotation = layers[0], self.realigner.rotations[layers[0]]
-        run, tables = slice(first, layers[-1] + 1), self.realigner.tables(first, self.device)
+        run = slice(self._place_of[first], self._place_of[layers[-1]] + 1)
+        tables = self.realigner.tables(first, self.device)
         kernels.load_rows(
             self._targets[run],
             self._sources[run],
@@ -104,8 +132,8 @@ class GPULoader:
         Args:
             stream: whose memory it is; what is first to write there need not wait for what others have queued.
         """
-        layouts, current = self.host.layouts, torch.cuda.current_stream(self.device)
-        widths = [layout.width for layout in layouts.values()]
+        current = torch.cuda.current_stream(self.device)
+        widths = [self.host.layouts[i].width for i in self._place_of]
         made = functools.partial(torch.empty, dtype=self.host.dtype, device=self.device)
         with torch.cuda.stream(stream):  # `None` changes nothing
             if len(set(widths)) > 1:
@@ -114,7 +142,7 @@ class GPULoader:
                 rows = list(made((len(widths), length, widths[0])).unbind())
         for own in rows if stream else ():
             own.record_stream(current)
-        return dict(zip(layouts, rows))
+        return dict(zip(self._place_of, rows))
 
 
 class OverTheBus:
@@ -135,7 +163,8 @@ class OverTheBus:
         self._in_memory = [entry for entry in self._entries if isinstance(entry, ChunkKV)]
         self._copied: dict[int, torch.cuda.Event] = {}  # layer -> when it has come
         self._reached: torch.cuda.Event | None = None  # by the pass
-        if any(entry.layer(0)[0].is_cuda for entry in self._in_memory):  # what writes them may still be queued
+        first = next(iter(rows))
+        if any(entry.layer(first)[0].is_cuda for entry in self._in_memory):  # what writes them may still be queued
             bus_stream(device).wait_stream(torch.cuda.current_stream(device))
 
     def begin(self, layer_idx: int) -> None:

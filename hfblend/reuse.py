@@ -20,7 +20,7 @@ import torch
 from .caches import KV, ROOM, empty_kv, sent
 from .chunks import Reader
 from .controller import Load
-from .gpu_loader import GPULoader
+from .gpu_loader import loaders_of
 from .models import BlendableModel
 from .prompt import Span
 from .rope import Realigner
@@ -78,22 +78,23 @@ class ReusedKV:
         moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
         self._realigner = Realigner(host, host.rotations, moves, host.regime(length))
         self._loaded: dict[int, KV] = {}
-        self._gpu = GPULoader(host, reuse, self._realigner, length) if loads_by_kernel(host, reuse) else None
+        self._loaders = loaders_of(host, reuse, self._realigner, length)
 
     @property
     def by_kernel(self) -> bool:
-        """Whether layers are gathered by a kernel, into rows."""
-        return self._gpu is not None
+        """Whether layers are gathered by a kernel, into rows, all on one GPU."""
+        return bool(self._loaders) and self._host.takes_kernels
 
     @property
     def is_near(self) -> bool:
         """Whether every piece lies in this GPU's memory: nothing has to be waited for."""
-        return self._gpu is not None and self._gpu.is_near
+        return self.by_kernel and all(loader.is_near for loader in self._loaders.values())
 
     @property
     def unfilled(self) -> dict[int, KV]:
         """Layer -> the buffers that it will be loaded into, where kernels do that; reused rows are not there yet."""
-        return {} if self._gpu is None else self._gpu.buffers | self._loaded
+        found = {i: loader.buffers[i] for i, loader in self._loaders.items() if loader.has(i)}
+        return found | self._loaded
 
     def preload(self) -> None:
         """Reads and moves every layer now, instead of when its turn comes."""
@@ -123,14 +124,15 @@ class ReusedKV:
 
     def layers(self, layers: Sequence[int]) -> dict[int, KV]:
         """Layer -> buffers of several layers at once."""
-        if self._gpu is not None and all(map(self._gpu.has, layers)):
-            return self._gpu.load(layers)
+        loader = self._loaders.get(layers[0]) if layers else None
+        if loader is not None and all(map(loader.has, layers)):
+            return loader.load(layers)
         return {i: self.layer(i) for i in layers}
 
     def prefetch(self, layer_idx: int) -> None:
         """Starts reading what lies on disk, and what lies in RAM beside a GPU: this layer and the next few."""
-        if self._gpu is not None:
-            self._gpu.read_ahead(layer_idx)
+        if layer_idx in self._loaders:
+            self._loaders[layer_idx].read_ahead(layer_idx)
             return
         for piece in self.reuse.exact + self.reuse.moved:
             piece.entry.prefetch(layer_idx)
@@ -142,8 +144,9 @@ class ReusedKV:
         return keys[:, :, :0].to(device), values[:, :, :0].to(device)
 
     def _load(self, layer_idx: int, like: KV) -> KV:
-        if self._gpu is not None and self._gpu.has(layer_idx):
-            return self._gpu.load([layer_idx])[layer_idx]
+        loader = self._loaders.get(layer_idx)
+        if loader is not None and loader.has(layer_idx):
+            return loader.load([layer_idx])[layer_idx]
         buffers = empty_kv(like, self.length + ROOM)
         self.prefetch(layer_idx)
         for piece in self.reuse.exact:
@@ -160,11 +163,6 @@ def _places(buffers: KV, span: Span) -> KV:
     """The rows of a span, (1, Hkv, n, D)."""
     keys, values = (buffer[:, :, slice(*span)] for buffer in buffers)
     return keys, values
-
-
-def loads_by_kernel(host: BlendableModel, reuse: Reuse) -> bool:
-    """Whether kernels may gather this prompt's pieces."""
-    return host.takes_kernels and bool(reuse.moved or reuse.exact)
 
 
 def joined(ranges: list[torch.Tensor]) -> torch.Tensor:
