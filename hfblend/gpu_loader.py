@@ -4,8 +4,8 @@
     rows elsewhere              ▨▨▨▨ ── over the bus ──┐   │ kernel: copies rows, turns keys
     the layer's buffer      ▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨ · · ·
 
-What crosses the bus is copied straight to its place by the GPU's copy engines, some layers ahead of the pass, and
-turned there. A kernel that reads RAM by itself would take processors from the pass.
+What crosses the bus is copied straight to its place by the GPU's copy engines, ahead of the pass, and turned there. A
+kernel that reads RAM by itself would take processors from the pass.
 
 Shapes: Hkv KV heads, T all tokens, D head_dim, W width of a row, L layers.
 """

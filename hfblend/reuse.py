@@ -3,8 +3,7 @@
     stored rows of a chunk     ▨▨▨▨▨  ──────────┐ copied, keys turned to their new positions
     the layer's buffer     ▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨ · · ·      T rows and room for the tokens to be decoded
 
-On a GPU both happen in one kernel, also for chunks that lie in RAM: it reads them over the bus, on a stream of its own
-and some layers ahead.
+On a GPU both happen in one kernel; what lies in RAM is copied to its place before, ahead of the pass (`gpu_loader.py`).
 
 Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, D head_dim, L layers.
 """
