@@ -26,6 +26,7 @@ from .patching import Blender, patch
 from .prompt import Prompt
 from .trace import BlendTrace
 
+QUESTION = 2  # of those that come with the passages: it shows what full reuse loses, and blending brings back
 REPEATS = 3
 ANSWER_TOKENS = 32
 FORCED_TOKENS = 16
@@ -169,7 +170,7 @@ def run_demo(model: Any, tokenizer: Any, model_name: str, console: Console) -> d
         Numbers and strings, for JSON: `context_tokens`, `runs`, `reordered_runs`, `machine`, `model`, `dtype`.
     """
     data = demo_data()
-    question = data["questions"][0]["question"]
+    question = data["questions"][QUESTION]["question"]
     order = list(range(len(data["passages"])))
     forms = (("Passages in order", order), ("The same passages reversed", order[::-1]))
     stderr = Console(stderr=True)
@@ -204,8 +205,9 @@ _CAPTION = (
     f"[dim]TTFT: time to first token, chunks already stored, median of {REPEATS} turns. Computed: share of a full "
     f"prefill's (token, layer) pairs. KL and top-1: against full prefill, over {FORCED_TOKENS} tokens of its own text. "
     "The passages were written so that the default model answers in these two orders after a full prefill. So this "
-    "shows the mechanism; it does not measure accuracy. Where an answer differs from full prefill's, reuse changed "
-    "it.[/dim]"
+    "shows the mechanism; it does not measure accuracy: of six such questions, in both orders, that model answers 12 "
+    "of 12 after full prefill, 7 after full reuse and 8 after either blend. Where an answer differs from full "
+    "prefill's, reuse changed it.[/dim]"
 )
 
 

@@ -279,6 +279,8 @@ def test_demo_on_smollm(no_hub, tmp_path, monkeypatch):
     check_form(results)
     for runs in (results["runs"], results["reordered_runs"]):
         full, reuse, blended, _ = runs
-        assert "Tessik" in full["answer"]
-        assert blended["kl"] < reuse["kl"]
+        assert "two waves" in full["answer"]
+        assert "two waves" not in reuse["answer"]
+        assert "two waves" in blended["answer"]
+        assert blended["kl"] < 0.15
         assert blended["top1_agreement"] >= reuse["top1_agreement"]
