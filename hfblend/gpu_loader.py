@@ -37,8 +37,11 @@ def loaders_of(host: BlendableModel, reuse: Reuse, realigner: Realigner, length:
     if not (reuse.exact or reuse.moved) or host.ranks.are_several or host.dtype not in (torch.float32, *HALF):
         return {}
     layers_on: dict[torch.device, list[int]] = {}
-    for layer in host.layouts:
-        layers_on.setdefault(host.device if host.takes_kernels else host.device_of_layer(layer), []).append(layer)
+    if host.takes_kernels:
+        layers_on[host.device] = list(host.layouts)
+    else:
+        for layer in host.layouts:
+            layers_on.setdefault(host.device_of_layer(layer), []).append(layer)
     found: dict[int, GPULoader] = {}
     for device, layers in layers_on.items():
         if has_kernels(device):
@@ -160,11 +163,12 @@ class OverTheBus:
         self._entries, self._rows, self._device = [entry for _, entry in pieces], rows, device
         edges = [0, *(edge for span, _ in pieces for edge in span)]
         self._sizes = [after - before for before, after in pairwise(edges)]  # of gap, piece, gap, piece, …
-        self._in_memory = [entry for entry in self._entries if isinstance(entry, ChunkKV)]
+        in_memory = [entry for entry in self._entries if isinstance(entry, ChunkKV)]
+        self._is_all_in_memory = len(in_memory) == len(self._entries) > 0
         self._copied: dict[int, torch.cuda.Event] = {}  # layer -> when it has come
         self._reached: torch.cuda.Event | None = None  # by the pass
         first = next(iter(rows))
-        if any(entry.layer(first)[0].is_cuda for entry in self._in_memory):  # what writes them may still be queued
+        if any(entry.layer(first)[0].is_cuda for entry in in_memory):  # what writes them may still be queued
             bus_stream(device).wait_stream(torch.cuda.current_stream(device))
 
     def begin(self, layer_idx: int) -> None:
@@ -199,10 +203,6 @@ class OverTheBus:
             bus_stream(self._device).wait_event(self._reached)
         self._copy(layer_idx)
         self._reached = torch.cuda.current_stream(self._device).record_event()
-
-    @property
-    def _is_all_in_memory(self) -> bool:
-        return len(self._in_memory) == len(self._entries) > 0
 
     def _copy(self, layer_idx: int) -> None:
         if layer_idx in self._copied or layer_idx not in self._rows:
