@@ -114,8 +114,8 @@ class Blending:
         if trace.level != "summary":
             trace.input_ids = torch.tensor(self.ids)
         self._recorder = Recorder(trace, self.clock) if trace.level == "full" else None
-        if self.spans.differs_from_joined_text:
-            trace.notes.append("The joined text would tokenise to other ids than its pieces do.")
+        if self.spans.note:
+            trace.notes.append(self.spans.note)
 
     def run(self, forward: Forward) -> Any:
         """Phases 1 to 4. Returns the output of the last pass, whose last row belongs to the last token.

@@ -3,38 +3,97 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby, pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
+
+_FIELDS = ("page_content", "text", "content")  # of LangChain, LlamaIndex, Haystack
+
+
+def text_in(document: Any) -> str | None:
+    """Returns a document's text: a string, or an object or dict with one as `page_content`, `text` or `content`."""
+    if isinstance(document, str):
+        return document
+    get = document.get if isinstance(document, Mapping) else lambda name: getattr(document, name, None)
+    return next((text for name in _FIELDS if isinstance(text := get(name), str)), None)
+
+
+def texts_in(documents: Any, name: str) -> list[str]:
+    """Returns the texts of several documents.
+
+    Raises:
+        TypeError: one document where several are expected, or one without text.
+    """
+    if isinstance(documents, Mapping) or text_in(documents) is not None or not isinstance(documents, Iterable):
+        raise TypeError(f"{name} must be a list of texts, got one {type(documents).__name__}; write [{name[:-1]}].")
+    texts = []
+    for i, document in enumerate(documents):
+        text = text_in(document)
+        if text is None:
+            raise TypeError(
+                f"{name}[{i}] must be a text, or hold one as page_content, text or content; "
+                f"got {type(document).__name__}: {str(document)[:60]!r}."
+            )
+        texts.append(text)
+    return texts
 
 
 class Encoder:
-    """Text to ids, without special tokens added, and for a document without special tokens parsed."""
+    """Text to ids, without special tokens added; for a document, without control tokens parsed."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        """The ids of text at the beginning of a prompt, control tokens parsed."""
+        return self._parsed(text, self._encode)
+
+    def after(self, text: str) -> list[int]:
+        """The ids of text that follows other text, control tokens parsed."""
+        return self._parsed(text, self._after)
 
     def plain(self, text: str) -> list[int]:
-        """A document's ids: special tokens written in it are plain text."""
-        ids = self._split(text)
-        if not self._special_ids.intersection(ids):
+        """The ids of a document: control tokens written in it are plain text.
+
+        Raises:
+            ValueError: a control token that cannot be split.
+        """
+        ids = self._after(text, plain=True)
+        if self.controls.ids.isdisjoint(ids):
             return ids
-        # This tokenizer knows a special token as a word, or ignores the option: cut the token's text after one letter.
-        names = sorted((t for t in self.tokenizer.all_special_tokens if len(t) > 1), key=len, reverse=True)
-        cuts = re.sub("|".join(map(re.escape, names)), lambda m: f"{m[0][0]}\0{m[0][1:]}", text)
-        ids = [i for part in cuts.split("\0") for i in self._split(part)]
-        if found := self._special_ids.intersection(ids):
-            raise ValueError(f"A chunk's text holds special tokens {found} that cannot be split: {text[:60]!r}.")
+        cuts = [0, *self.controls.insides(text), len(text)]  # this tokenizer parses it all the same
+        ids = [i for start, stop in pairwise(cuts) for i in self._halved(text[start:stop])]
+        if found := self.controls.never.intersection(ids):
+            names = self.tokenizer.convert_ids_to_tokens(sorted(found))
+            raise ValueError(f"A chunk's text holds the control tokens {names}, which cannot be split: {text[:60]!r}.")
         return ids
 
-    def _split(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, nothing left out or cleaned up: `__call__` would parse control tokens in it."""
+        if not parses_nothing(self.tokenizer):
+            return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        names = {i: name for name, i in self.controls.names.items()}
+        runs = [(control, list(run)) for control, run in groupby(ids, names.__contains__)]
+        decoded = self.tokenizer.decode  # of a run with control tokens, it would write the pieces' inner form
+        return "".join(
+            "".join(names[i] for i in run) if control else decoded(run, skip_special_tokens=True)
+            for control, run in runs
+        )
 
     @cached_property
-    def _special_ids(self) -> set[int]:
-        return set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+    def controls(self) -> Controls:
+        """The tokenizer's control tokens."""
+        tokenizer = self.tokenizer
+        state = (len(tokenizer), tuple(tokenizer.all_special_ids), str(getattr(tokenizer, "chat_template", None)))
+        known = _known.get(tokenizer)
+        if known is None or known[0] != state:
+            unknown = tokenizer.unk_token_id
+            only_unknown = unknown not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id)
+            controls = Controls(control_tokens(tokenizer), unknown if only_unknown else None)
+            known = _known[tokenizer] = (state, controls)
+        return known[1]
 
     @property
     def leading_special_tokens(self) -> list[int]:
@@ -42,3 +101,109 @@ class Encoder:
         with_special, without = self.tokenizer(text)["input_ids"], self(text)
         starts = (i for i in range(len(with_special)) if with_special[i : i + len(without)] == without)
         return with_special[: next(starts, 0)]
+
+    def _parsed(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """The ids of text, its first part by `encode`; for a tokenizer that parses nothing, parsed here."""
+        if not parses_nothing(self.tokenizer):
+            return encode(text)
+        first, *others = self.controls.split(text)
+        pairs = zip(others[::2], others[1::2])
+        return encode(first) + [i for name, part in pairs for i in (self.controls.names[name], *self._encode(part))]
+
+    def _encode(self, text: str, plain: bool = False) -> list[int]:
+        # Slow tokenizers would split every added token, ordinary ones too; mistral-common's refuse the option.
+        options = {"split_special_tokens": True} if plain and getattr(self.tokenizer, "is_fast", False) else {}
+        return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"] if text else []
+
+    def _after(self, text: str, plain: bool = False) -> list[int]:
+        """Some tokenizers put a space in front of any text: it is encoded after a line break, which is taken off."""
+        if text and (opening := self._line_break):
+            ids = self._encode(f"\n{text}", plain)
+            if ids[: len(opening)] == opening:
+                return ids[len(opening) :]
+        return self._encode(text, plain)
+
+    def _halved(self, text: str) -> list[int]:
+        """The ids of text that is halved as often as it takes for no control token to be left."""
+        ids, half = self._after(text, plain=True), len(text) // 2
+        if not half or self.controls.never.isdisjoint(ids):
+            return ids
+        return self._halved(text[:half]) + self._halved(text[half:])
+
+    @cached_property
+    def _line_break(self) -> list[int]:
+        """The ids of a line break, of a tokenizer that puts a space in front of text; else none."""
+        opening, alone, after = map(self._encode, ("\n", "a", "\na"))
+        return opening if after == opening + after[len(opening) :] != opening + alone else []
+
+
+class Controls:
+    """Control tokens by name, and where their names stand in a text.
+
+    `never`: ids that no document gives; an unknown letter may give `unknown`, though its name does not.
+    """
+
+    def __init__(self, names: Mapping[str, int], unknown: int | None) -> None:
+        self.names = names
+        self.ids = frozenset(names.values())
+        self.never = self.ids - {unknown}
+        self._any = "|".join(map(re.escape, sorted(filter(None, names), key=len, reverse=True))) or r"(?!)"
+
+    def split(self, text: str) -> list[str]:
+        """The text cut at control tokens: text, token, text, …, text."""
+        return re.split(f"({self._any})", text)
+
+    def insides(self, text: str) -> list[int]:
+        """The places after the first letter of every control token's name, overlapping ones too."""
+        return [match.start() + 1 for match in re.finditer(f"(?=(?:{self._any}))", text)]
+
+
+_known: WeakKeyDictionary[Any, tuple[Any, Controls]] = WeakKeyDictionary()  # tokenizer -> its state, control tokens
+
+# An added token that is a control token by its shape.
+_MARKER = re.compile(r"<[|｜].+>|<.+[|｜]>|</?(?:think|tool)\w*>|\[/?[A-Z_]+\]", re.DOTALL)
+_MARKUP = re.compile(r"</?[^<>\s'\"]+>|\[/?[A-Z_]+\]")  # what may be one, where a template writes it
+
+
+def control_tokens(tokenizer: Any) -> dict[str, int]:
+    """Returns the control tokens, by text: special ones, those shaped as such, and those that the tokenizer's templates
+    write. Other added tokens, such as runs of spaces or HTML tags, are ordinary."""
+    controls = {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
+    if parses_nothing(tokenizer):
+        return controls
+    written = _written(tokenizer)
+    for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items():
+        name = token.content
+        by_template = len(name) > 1 and not name.isspace() and not name.isdigit() and _either(name.strip(), written)
+        if token.special or by_template or _MARKER.fullmatch(name):
+            controls[name] = i
+    for name in set(_MARKUP.findall(written)) - controls.keys():  # in the vocabulary, without being an added token
+        i = tokenizer.convert_tokens_to_ids(name)
+        if i is not None and i != tokenizer.unk_token_id:
+            controls[name] = i
+    return controls
+
+
+def _either(name: str, written: str) -> bool:
+    """Whether templates write a token, or the one that closes or opens what it does."""
+    partner = name[0] + name[2:] if name[1:2] == "/" else f"{name[:1]}/{name[1:]}"
+    return name in written or (len(partner) > 3 and partner in written)
+
+
+def _written(tokenizer: Any) -> str:
+    """Returns the tokenizer's templates, and what they write for each role: some compose a marker of its name."""
+    options = getattr(tokenizer, "init_kwargs", {})
+    texts = [str(value) for name, value in options.items() if re.search(r"template|schema|(?<!added)_tokens?$", name)]
+    templates = getattr(tokenizer, "chat_template", None)
+    texts += map(str, templates.values()) if isinstance(templates, dict) else [str(templates)]
+    for role in ("system", "developer", "user", "assistant", "tool", "function", "observation"):
+        try:
+            texts.append(tokenizer.apply_chat_template([{"role": role, "content": "a"}], tokenize=False))
+        except Exception:  # the template has no such role, or not alone; or there is no template
+            continue
+    return "\n".join(texts)
+
+
+def parses_nothing(tokenizer: Any) -> bool:
+    """Whether a tokenizer takes control tokens in text for plain text always, as mistral-common's do."""
+    return type(tokenizer).__name__.startswith("MistralCommon")

@@ -189,7 +189,7 @@ def _split(ids: list[int], separator: Separator | None, config: BlendConfig) -> 
     if separator is None:
         return ChunkSpans(())
     spans = ChunkSpans(separator.chunk_spans(ids))
-    if not spans and len(ids) >= config.min_reused_tokens:
+    if len(ids) >= config.min_reused_tokens:
         separator.warn_if_hidden(ids)
     return spans
 

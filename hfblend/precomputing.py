@@ -20,7 +20,7 @@ from .batched_prefill import Ids, chunks_at_once, in_batches, prefill_together
 from .chunks import ChunkKV, ChunkLost, Reader, in_memory, prefill
 from .config import BlendConfig
 from .contexts import ChunkContext
-from .encoding import Encoder
+from .encoding import Encoder, text_in
 from .models import BlendableModel, host_of
 from .prompt import Prompt
 from .store import DiskStore, RemoteStore, Store, TieredStore
@@ -85,8 +85,8 @@ def precompute(
 
     Args:
         model: a causal LM in eval mode, patched or not.
-        chunks: texts, or token ids, of any number; a generator is never held whole. Texts are tokenised as
-            `Prompt.from_texts` does it.
+        chunks: texts, documents with one as `page_content`, `text` or `content`, or token ids, of any number; a
+            generator is never held whole. Texts are tokenised as `Prompt.from_texts` does it.
         prefix: text or ids of all that will stand before the first chunk: `prompt.prefix_ids`.
         store, config: as the prompts will have them; `chunk_prefix`, `filler_ids` and `namespace` enter the keys.
         tokenizer: needed for texts.
@@ -137,14 +137,15 @@ class _ToIds:
         self.tokenizer = tokenizer
         self.encode = None if tokenizer is None else Encoder(tokenizer)
 
-    def __call__(self, number: int, chunk: str | Sequence[int]) -> Ids:
+    def __call__(self, number: int, chunk: Any) -> Ids:
         """A chunk's ids.
 
         Raises:
             TypeError, ValueError: none, or such as are no ids; `number` (0-based) is named.
         """
         name = f"Chunk {number}"
-        ids = self._checked(name, chunk) if not isinstance(chunk, str) else self._encoder().plain(chunk)
+        text = text_in(chunk)
+        ids = self._checked(name, chunk) if text is None else self._encoder().plain(text)
         if not ids:
             raise ValueError(f"{name} has no tokens; leave empty chunks out.")
         return ids

@@ -7,15 +7,15 @@ stands; after this module a prompt is ids and spans.
 from __future__ import annotations
 
 import logging
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from .encoding import Encoder
+from .chat import Chat, as_messages, cut, parting, woven
+from .encoding import Encoder, texts_in
 from .separator import Separator, Span
 
 logger = logging.getLogger(__name__)
@@ -24,14 +24,18 @@ logger = logging.getLogger(__name__)
 class ChunkSpans(tuple[Span, ...]):
     """The `[start, stop)` spans of a prompt's chunks, as they travel through `generate(chunk_spans=...)`.
 
-    `differs_from_joined_text`: whether the joined text would tokenise to other ids (`None`: not known).
+    Attributes:
+        differs_from_joined_text: whether the joined text would tokenise to other ids (`None`: not known). It nearly
+            always would, as tokens merge across the chunks' borders; that is harmless.
+        note: where the prompt reads otherwise than the joined text; empty if it does not.
     """
 
     differs_from_joined_text: bool | None
+    note: str
 
-    def __new__(cls, spans: Iterable[Sequence[int]], differs_from_joined_text: bool | None = None) -> ChunkSpans:
-        self = super().__new__(cls, (_as_span(span) for span in spans))
-        self.differs_from_joined_text = differs_from_joined_text
+    def __new__(cls, spans: Iterable[Any], differs_from_joined_text: bool | None = None, note: str = "") -> ChunkSpans:
+        self = super().__new__(cls, map(_as_span, _listed(spans)))
+        self.differs_from_joined_text, self.note = differs_from_joined_text, note
         return self
 
     def check(self, length: int) -> None:
@@ -54,7 +58,7 @@ class ChunkSpans(tuple[Span, ...]):
         """
         if self and self[0][0] + by < 0:
             raise ValueError(f"Chunk span {self[0]} begins in the padding, the first {-by} tokens of its row.")
-        return ChunkSpans(((start + by, stop + by) for start, stop in self), self.differs_from_joined_text)
+        return ChunkSpans(((start + by, stop + by) for start, stop in self), self.differs_from_joined_text, self.note)
 
 
 def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSpans]:
@@ -67,36 +71,42 @@ def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSp
     Raises:
         ValueError: neither.
     """
-    given = _plain(chunk_spans)
-    if isinstance(chunk_spans, ChunkSpans) or not given or not isinstance(next(iter(given[0]), ()), Iterable):
-        if given and len(rows) > 1 and bool((rows != rows[:1]).any()):
-            raise ValueError(
-                f"Got chunk_spans of one prompt for a batch of {len(rows)} different ones. Pass a list with the spans "
-                "of each row, or make all inputs with hfblend.Prompt.batch."
-            )
-        return [chunk_spans if isinstance(chunk_spans, ChunkSpans) else ChunkSpans(given)] * len(rows)
+    if isinstance(chunk_spans, ChunkSpans):
+        return [_of_equal_rows(chunk_spans, rows)] * len(rows)
+    given = [one if isinstance(one, ChunkSpans) else _listed(one) for one in _listed(chunk_spans)]
+    if not given or (given[0] and isinstance(given[0][0], (int, float))):
+        return [_of_equal_rows(ChunkSpans(given), rows)] * len(rows)
     if len(given) != len(rows):
         raise ValueError(f"Got chunk_spans of {len(given)} prompts for a batch of {len(rows)}; pass one list a row.")
     return [one if isinstance(one, ChunkSpans) else ChunkSpans(one) for one in given]
 
 
-def _plain(chunk_spans: Any) -> list[Any]:
-    """Spans, or lists of them, of whatever holds them, arrays and tensors too."""
-    given = chunk_spans.tolist() if hasattr(chunk_spans, "tolist") else chunk_spans
-    given = list(given) if isinstance(given, Iterable) else [given]
-    if not all(isinstance(one, Iterable) for one in given):
-        raise ValueError(f"chunk_spans are a list of (start, stop), or such a list for each row, got {chunk_spans!r}.")
-    return given
+def _of_equal_rows(spans: ChunkSpans, rows: torch.Tensor) -> ChunkSpans:
+    """One prompt's spans, if all rows are that prompt."""
+    if spans and len(rows) > 1 and bool((rows != rows[:1]).any()):
+        raise ValueError(
+            f"Got chunk_spans of one prompt for a batch of {len(rows)} different ones. Pass a list with the spans "
+            "of each row, or make all inputs with hfblend.Prompt.batch."
+        )
+    return spans
 
 
-def _as_span(span: Sequence[int]) -> Span:
-    if (
-        not isinstance(span, Sequence)
-        or len(span) != 2
-        or any(isinstance(end, bool) or not isinstance(end, int) for end in span)
-    ):
+def _listed(values: Any) -> list[Any]:
+    """Spans, lists of them, or one span's ends, as a list: from arrays and tensors too."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(
+            "chunk_spans are a list of (start, stop) in whole token indices, or such a list for each row, "
+            f"got {values!r}."
+        )
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values]
+
+
+def _as_span(span: Any) -> Span:
+    ends = _listed(span)
+    if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int) for end in ends):
         raise ValueError(f"A chunk span is (start, stop) in whole token indices, got {span!r}.")
-    return span[0], span[1]
+    return ends[0], ends[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,29 +214,13 @@ class Prompt:
         Raises:
             ValueError: an empty chunk, or nothing at all.
         """
-        return cls._join(list(prefix_ids), [list(c) for c in chunks], list(suffix_ids), list(separator_ids))
+        gaps = _gaps(list(prefix_ids), len(chunks), list(suffix_ids), list(separator_ids))
+        return cls._of_ids(gaps, [list(chunk) for chunk in chunks])
 
     @classmethod
-    def _join(
-        cls,
-        prefix: list[int],
-        chunks: list[list[int]],
-        suffix: list[int],
-        separator: list[int],
-        joined_ids: list[int] | None = None,
-    ) -> Prompt:
-        ids, spans = list(prefix), []
-        for i, chunk in enumerate(chunks):
-            if not chunk:
-                raise ValueError(f"Chunk {i} of {len(chunks)} has no tokens; leave empty chunks out.")
-            ids += separator
-            spans.append((len(ids), len(ids) + len(chunk)))
-            ids += chunk
-        ids += (separator if chunks else []) + suffix
-        if not ids:
-            raise ValueError("A prompt needs at least one token, got empty prefix, chunks and suffix.")
-        differs = None if joined_ids is None else joined_ids != ids
-        return cls(torch.tensor([ids], dtype=torch.long), ChunkSpans(spans, differs))
+    def _of_ids(cls, gaps: list[list[int]], chunks: list[list[int]]) -> Prompt:
+        ids, spans = _joined(gaps, chunks)
+        return cls(torch.tensor([ids], dtype=torch.long), ChunkSpans(spans))
 
     @classmethod
     def from_texts(
@@ -234,7 +228,7 @@ class Prompt:
         tokenizer: Any,
         *,
         prefix: str,
-        chunks: Sequence[str],
+        chunks: Sequence[Any],
         suffix: str,
         separator: str | Sequence[int] | None = None,
         add_special_tokens: bool = False,
@@ -243,75 +237,81 @@ class Prompt:
 
         >>> Prompt.from_texts(tok, prefix=system, chunks=[doc1, doc2], suffix=question)  # doctest: +SKIP
 
-        Special tokens written in `prefix` and `suffix` are parsed; those written in a chunk are plain text, so that a
+        Control tokens written in `prefix` and `suffix` are parsed; those written in a chunk are plain text, so that a
         document cannot close the user's turn.
 
         Args:
+            chunks: texts, or documents with one as `page_content`, `text` or `content`; other fields are not read.
             separator: text or ids put between prefix, chunks and suffix.
             add_special_tokens: put the tokenizer's own leading special tokens (BOS) first, unless `prefix` has them.
 
         Raises:
+            TypeError: chunks that are no texts.
             ValueError: a chunk, or the separator, that tokenises to nothing.
         """
-        if isinstance(chunks, str):
-            raise TypeError("chunks must be a list of texts, got one text; write [text].")
-        encode = Encoder(tokenizer)
-        prefix_ids, leading = encode(prefix), encode.leading_special_tokens
-        if leading and prefix_ids[: len(leading)] != leading:
-            if add_special_tokens:
-                prefix_ids = leading + prefix_ids
-            else:
-                logger.warning(
-                    "This tokenizer puts %s first, the prompt does not begin with it, and nothing was inserted. "
-                    "Write it in the prefix or pass add_special_tokens=True.",
-                    tokenizer.convert_ids_to_tokens(leading),
-                )
-        separator_ids = encode(separator) if isinstance(separator, str) else list(separator or ())
+        texts, encode = texts_in(chunks, "chunks"), Encoder(tokenizer)
+        between = "" if separator is None else separator
+        separator_ids = encode.after(between) if isinstance(between, str) else list(between)
         if separator is not None and not separator_ids:
             raise ValueError(f"The separator {separator!r} tokenises to nothing; choose another, or None.")
-        between = separator if isinstance(separator, str) else None if separator_ids else ""
-        joined_ids = None
-        if between is not None:
-            joined = between.join([prefix, *chunks, suffix]) if chunks else prefix + suffix
-            joined_ids = encode(joined)
-            if joined_ids[: len(leading)] != prefix_ids[: len(leading)]:
-                joined_ids = leading + joined_ids
-        return cls._join(prefix_ids, [encode.plain(c) for c in chunks], encode(suffix), separator_ids, joined_ids)
+        begin = _begin(encode, prefix, add_special_tokens)
+        gaps = _gaps(begin + encode(prefix), len(texts), encode.after(suffix), separator_ids)
+        if not isinstance(between, str):
+            return cls._of_ids(gaps, [encode.plain(text) for text in texts])
+        joined = between.join([prefix, *texts, suffix]) if texts else prefix + suffix
+        return cls._of_texts(encode, gaps, texts, joined, begin + encode(joined))
 
     @classmethod
     def from_chat(
         cls,
         tokenizer: Any,
-        messages: Sequence[dict[str, Any]],
-        documents: Sequence[str],
+        messages: str | Sequence[Mapping[str, Any]],
+        documents: Sequence[Any],
         *,
-        placeholder: str = "{documents}",
+        placeholder: str | None = "{documents}",
         add_generation_prompt: bool = True,
         **template_kwargs: Any,
     ) -> Prompt:
         """Renders a chat template with `documents` as chunks.
 
-        The documents stand where a message's text says `{documents}`; if none does, they open the last user message.
-        The template is rendered once with a unique marker in their place and cut there, so that chunk borders hold
-        for any template.
+        The documents stand where the messages say `{documents}`; if they do not, the documents open the last user
+        message. The prompt's text is what the template writes for messages with the joined documents: where it trims
+        or escapes them, the chunks are trimmed or escaped.
 
         >>> Prompt.from_chat(tok, [{"role": "user", "content": "{documents}\\nWho?"}], docs)  # doctest: +SKIP
 
+        Args:
+            messages: as for `apply_chat_template`; one text is one user message.
+            documents: texts, or documents with one as `page_content`, `text` or `content`.
+            placeholder: the text that the documents replace; `None` hands them to the template's own `documents`.
+            template_kwargs: for `apply_chat_template`.
+
         Raises:
-            ValueError: no user message, several placeholders, or a template that drops or repeats message text.
+            TypeError: messages or documents of another form.
+            ValueError: no user message, several placeholders, or a template that drops, repeats or moves documents.
         """
-        marker = f"hfblend{uuid.uuid4().hex}"
-        marked = _mark_documents(messages, placeholder, marker)
-        text = tokenizer.apply_chat_template(
-            marked, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+        texts, encode = texts_in(documents, "documents"), Encoder(tokenizer)
+        options = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
+        chat = Chat(
+            tokenizer,
+            as_messages(messages),
+            documents if isinstance(documents, Sequence) else texts,
+            placeholder,
+            **options,
         )
-        parts = text.split(marker)
-        if len(parts) != 2:
-            raise ValueError(
-                f"The chat template rendered the documents' place {len(parts) - 1} times, expected once. "
-                "Build the prompt with Prompt.from_texts instead."
-            )
-        return cls.from_texts(tokenizer, prefix=parts[0], chunks=documents, suffix=parts[1])
+        gaps, chunks = cut(chat.render, texts)
+        _begin(encode, gaps[0], False)
+        gap_ids = [encode(gaps[0]), *map(encode.after, gaps[1:])]
+        return cls._of_texts(encode, gap_ids, chunks, woven(gaps, chunks), chat.ids(texts))
+
+    @classmethod
+    def _of_texts(
+        cls, encode: Encoder, gaps: list[list[int]], chunks: list[str], joined: str, joined_ids: list[int]
+    ) -> Prompt:
+        """A prompt of encoded gaps and the texts of chunks, compared with the joined text and its ids."""
+        ids, spans = _joined(gaps, [encode.plain(chunk) for chunk in chunks])
+        note = "" if ids == joined_ids else _note(encode, ids, joined, joined_ids)
+        return cls(torch.tensor([ids], dtype=torch.long), ChunkSpans(spans, ids != joined_ids, note))
 
     @classmethod
     def from_separated_ids(cls, input_ids: torch.Tensor, separator: Separator) -> Prompt:
@@ -322,17 +322,45 @@ class Prompt:
         return cls(input_ids, ChunkSpans(separator.chunk_spans(input_ids[0].tolist())))
 
 
-def _mark_documents(messages: Sequence[dict[str, Any]], placeholder: str, marker: str) -> list[dict[str, Any]]:
-    """The messages with `marker` where the documents go."""
-    marked = [dict(message) for message in messages]
-    holders = [m for m in marked if isinstance(m.get("content"), str) and placeholder in m["content"]]
-    if holders:
-        if sum(m["content"].count(placeholder) for m in holders) != 1:
-            raise ValueError(f"The placeholder {placeholder!r} must stand in the messages once, at most.")
-        holders[0]["content"] = holders[0]["content"].replace(placeholder, marker)
-        return marked
-    users = [m for m in marked if m.get("role") == "user" and isinstance(m.get("content"), str)]
-    if not users:
-        raise ValueError("from_chat needs a user message with text, or the placeholder in some message; got neither.")
-    users[-1]["content"] = f"{marker}\n{users[-1]['content']}"
-    return marked
+def _gaps(prefix: list[int], num_chunks: int, suffix: list[int], separator: list[int]) -> list[list[int]]:
+    """What stands before, between and after the chunks."""
+    if not num_chunks:
+        return [prefix + suffix]
+    return [prefix + separator, *[separator] * (num_chunks - 1), separator + suffix]
+
+
+def _joined(gaps: list[list[int]], chunks: list[list[int]]) -> tuple[list[int], list[Span]]:
+    """The ids `gaps[0] chunks[0] gaps[1] … gaps[-1]`, and the chunks' spans in them."""
+    ids, spans = list(gaps[0]), []
+    for i, (chunk, gap) in enumerate(zip(chunks, gaps[1:])):
+        if not chunk:
+            raise ValueError(f"Chunk {i} of {len(chunks)} has no tokens; leave empty chunks out.")
+        spans.append((len(ids), len(ids) + len(chunk)))
+        ids += chunk + gap
+    if not ids:
+        raise ValueError("A prompt needs at least one token, got empty prefix, chunks and suffix.")
+    return ids, spans
+
+
+def _begin(encode: Encoder, prefix: str, add_special_tokens: bool) -> list[int]:
+    """The special tokens to put before the prefix. A tokenizer that wants some and gets none is logged."""
+    leading = encode.leading_special_tokens
+    if not leading or encode(prefix)[: len(leading)] == leading:
+        return []
+    if add_special_tokens:
+        return leading
+    logger.warning(
+        "This tokenizer puts %s first, the prompt does not begin with it, and nothing was inserted. "
+        "Write it in the prefix or pass add_special_tokens=True.",
+        encode.tokenizer.convert_ids_to_tokens(leading),
+    )
+    return []
+
+
+def _note(encode: Encoder, ids: list[int], joined: str, joined_ids: list[int]) -> str:
+    """The place where the prompt's text and the joined text part; empty where only tokens differ, not text."""
+    ours = encode.decode(ids)
+    if ours == joined or ours == (theirs := encode.decode(joined_ids)):
+        return ""
+    place = parting(ours, theirs, ("the prompt", "the joined text"))
+    return f"The pieces make another text than the joined text: {place}."

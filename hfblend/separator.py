@@ -35,17 +35,18 @@ class Separator:
             if tokenizer is None:
                 raise ValueError(f"The separator {separator!r} is text: pass a tokenizer, or give its token ids.")
             encode = Encoder(tokenizer)
-            variants = {tuple(encode(separator)), tuple(encode(separator.rstrip()))} - {()}
+            variants = {tuple(encode.after(separator)), tuple(encode.after(separator.rstrip()))} - {()}
         else:
             variants = {tuple(separator)} - {()}
         if not variants:
             raise ValueError(f"The separator {separator!r} tokenises to nothing; choose another.")
         self.variants = sorted(variants, key=len, reverse=True)
+        self._firsts = {ids[0] for ids in self.variants}
         self._warned = False
         if any(_overlaps_itself(ids) for ids in self.variants):
             logger.info("The separator's ids %s overlap themselves; in a run the leftmost match counts.", self.variants)
         if self.text and not self.is_found_in_joined_text():
-            self._warn(f"the sample {self._sample!r}")
+            self._warn(f"the sample {self._sample!r}", 2, len(self._in_sample()))
 
     @property
     def _sample(self) -> str:
@@ -53,16 +54,19 @@ class Separator:
 
     def is_found_in_joined_text(self) -> bool:
         """Whether the separator's ids are found where its text stands in joined text."""
-        return len(self.matches(Encoder(self.tokenizer)(self._sample))) == 2
+        return len(self._in_sample()) == 2
+
+    def _in_sample(self) -> list[Span]:
+        return self.matches(Encoder(self.tokenizer)(self._sample))
 
     def matches(self, ids: Sequence[int]) -> list[Span]:
         """Spans of the separators in `ids`, from the left."""
-        ids, found, i = list(ids), [], 0
-        while i < len(ids):
+        ids, found, stop = list(ids), [], 0
+        for i in [i for i, token in enumerate(ids) if token in self._firsts]:
             length = next((len(v) for v in self.variants if tuple(ids[i : i + len(v)]) == v), 0)
-            if length:
-                found.append((i, i + length))
-            i += length or 1
+            if length and i >= stop:
+                stop = i + length
+                found.append((i, stop))
         return found
 
     def chunk_spans(self, ids: Sequence[int]) -> list[Span]:
@@ -71,20 +75,23 @@ class Separator:
         return [(left[1], right[0]) for left, right in pairwise(cuts) if left[1] < right[0]]
 
     def warn_if_hidden(self, ids: Sequence[int]) -> None:
-        """Warns, once, when `ids` decode to text that holds the separator though its ids are not found."""
-        if self.text and not self._warned and not self.matches(ids):
-            text = self.tokenizer.decode(ids)
-            if self.text.strip() in text:
-                self._warn("a prompt")
+        """Warns, once, when the text of `ids` holds the separator more often than its ids are found."""
+        if self.text and not self._warned:
+            written = Encoder(self.tokenizer).decode(ids).count(self.text.rstrip() or self.text)
+            if written > (found := len(self.matches(ids))):
+                self._warn("a prompt", written, found)
 
-    def _warn(self, where: str) -> None:
+    def _warn(self, where: str, written: int, found: int) -> None:
         self._warned = True
         logger.warning(
-            "The text of %s holds the separator %r, but its token ids %s do not occur there: this tokenizer fuses it "
-            "with its neighbours, so nothing is split. Choose another separator, or use Prompt.from_texts.",
+            "The text of %s holds the separator %r %d times, its token ids %s only %d times: this tokenizer fuses it "
+            "with its neighbours (such as a document's last space), and there nothing is split. Choose another "
+            "separator, strip the documents, or use Prompt.from_texts.",
             where,
             self.text,
+            written,
             self.variants,
+            found,
         )
 
 

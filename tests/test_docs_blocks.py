@@ -21,7 +21,14 @@ from hfblend.demo import demo_data
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 NOT_RUN = Counter(
-    {"benchmarking.md": 1, "large-models.md": 1, "rag-frameworks.md": 3, "store.md": 1, "troubleshooting.md": 2}
+    {
+        "benchmarking.md": 1,
+        "chat-templates.md": 1,
+        "large-models.md": 1,
+        "rag-frameworks.md": 3,
+        "store.md": 1,
+        "troubleshooting.md": 2,
+    }
 )
 CALLS = {  # where a page only defines a function
     "display.md": "look(model, tokenizer, prompt)",

@@ -8,6 +8,7 @@ import os
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,7 +104,8 @@ def test_texts_are_tokenised_as_a_prompts_are(model, word_tokenizer):
         word_tokenizer, prefix=system, chunks=texts, suffix="w40 w41", separator=(5, 6), add_special_tokens=True
     )
     with hfblend.patch(model, config=config(0.3), tokenizer=word_tokenizer) as blender:
-        blender.precompute(texts, prefix=system, separator=(5, 6), add_special_tokens=True)
+        documents = [texts[0], {"page_content": texts[1]}, SimpleNamespace(text=texts[2])]
+        blender.precompute(documents, prefix=system, separator=(5, 6), add_special_tokens=True)
         generate(model, prompt.inputs())
         assert (blender.trace.hits, blender.trace.misses, blender.trace.prefix.status) == (3, 0, "hit")
 

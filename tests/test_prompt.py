@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from helpers import make_llama
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hfblend
 from hfblend import Prompt
-from hfblend.prompt import spans_by_row
+from hfblend.prompt import ChunkSpans, spans_by_row
 from hfblend.separator import Separator
 
 IDS = st.lists(st.integers(10, 90), min_size=1, max_size=6)
@@ -99,11 +101,58 @@ def test_pieces_that_join_differently_are_noticed(word_tokenizer):
 def test_hidden_separators_warn_once(word_tokenizer, caplog):
     separator = Separator(" ## ", word_tokenizer)
     assert separator.is_found_in_joined_text()
-    separator.variants = [(1, 1)]  # as if the tokenizer fused it with its neighbours
     with caplog.at_level(logging.WARNING, "hfblend"):
+        separator.warn_if_hidden([8, 4, 9])
+        assert not caplog.text
+        separator.variants, separator._firsts = [(1, 1)], {1}  # as if the tokenizer fused it with its neighbours
         separator.warn_if_hidden([8, 4, 9])
         separator.warn_if_hidden([8, 4, 9])
     assert caplog.text.count("its token ids") == 1
+
+
+@pytest.mark.parametrize("end", [".", ". ", ".  ", "#", " "])
+def test_a_separator_that_is_hidden_once_is_noticed(end, caplog):
+    """Pairs of spaces are one token, as in Gemma's tokenizer: a document's last space takes the separator's first."""
+    tokenizer = pairs_of_spaces()
+    separator = Separator(" # # ", tokenizer)
+    ids = tokenizer(f"S. # # One{end} # # Two. # # Three. # # Who?", add_special_tokens=False)["input_ids"]
+    with caplog.at_level(logging.WARNING, "hfblend"):
+        separator.warn_if_hidden(ids)
+    assert (len(separator.chunk_spans(ids)) == 3) or "4 times, its token ids" in caplog.text
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_generate_warns_of_a_separator_that_is_hidden_once(hidden, caplog):
+    tokenizer, model = pairs_of_spaces(), make_llama(vocab_size=300)
+    text = f"S. # # One.{' ' * hidden} # # Two. # # Three. # # Who?"
+    config = hfblend.BlendConfig(separator=" # # ", min_reused_tokens=0)
+    with caplog.at_level(logging.WARNING, "hfblend"), hfblend.patch(model, tokenizer=tokenizer, config=config):
+        model.generate(**tokenizer(text, return_tensors="pt", return_token_type_ids=False), max_new_tokens=1)
+    assert ("its token ids" in caplog.text) is hidden
+
+
+def pairs_of_spaces():
+    """A tokenizer of letters in which two spaces are one token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {piece: i for i, piece in enumerate(["<unk>", "▁", "▁▁", *map(chr, range(33, 127))])}
+    inner = Tokenizer(models.BPE(letters, [("▁", "▁")], unk_token="<unk>"))
+    inner.normalizer = normalizers.Replace(" ", "▁")
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=40))
+def test_separators_are_found_from_the_left(ids):
+    separator = Separator((1, 2, 1))
+    found, i = [], 0
+    while i < len(ids):
+        here = ids[i : i + 3] == [1, 2, 1]
+        found += [(i, i + 3)] * here
+        i += 3 if here else 1
+    assert separator.matches(ids) == found
 
 
 CHAT = (
@@ -162,11 +211,44 @@ def test_public_names():
         assert getattr(hfblend, name).__doc__
 
 
-def test_spans_of_rows_may_come_in_arrays_and_what_is_no_span_is_named():
+SPANS = [(2, 5), (6, 9)]
+
+
+@pytest.mark.parametrize(
+    "given_spans",
+    [
+        SPANS,
+        torch.tensor(SPANS),
+        np.array(SPANS),
+        np.array(SPANS, dtype=np.uint8),
+        [[2, 5], [6, 9]],
+        [(np.int64(2), np.int32(5)), (np.int64(6), 9)],
+        [np.array([2, 5]), np.array([6, 9])],
+        [torch.tensor([2, 5]), (6, 9)],
+        [(torch.tensor(2), torch.tensor(5)), [torch.tensor(6), 9]],
+        iter(SPANS),
+        (span for span in SPANS),
+        ChunkSpans(SPANS),
+    ],
+    ids=str,
+)
+def test_spans_may_come_in_any_array(given_spans):
     rows = torch.arange(20)[None]
-    spans = [(2, 5), (6, 9)]
-    for spans_given in (spans, torch.tensor(spans), torch.tensor(spans).numpy(), [torch.tensor(spans).tolist()]):
-        assert spans_by_row(spans_given, rows) == [tuple(spans)]
-    for wrong in (5, (2, 5), [None], [(2.0, 5)], ["ab"], [[2, 5, 6]]):
-        with pytest.raises(ValueError, match="start, stop"):
-            spans_by_row(wrong, rows)
+    assert spans_by_row(given_spans, rows) == [tuple(SPANS)]
+    again = [list(SPANS), [ChunkSpans(SPANS)][0]]
+    assert spans_by_row(again, rows.repeat(2, 1)) == [tuple(SPANS)] * 2
+    assert spans_by_row([np.array(SPANS), torch.tensor(SPANS)], rows.repeat(2, 1)) == [tuple(SPANS)] * 2
+    assert spans_by_row([[], SPANS], rows.repeat(2, 1)) == [(), tuple(SPANS)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [5, (2, 5), [None], [(2.0, 5)], ["ab"], [[2, 5, 6]], "2:5", "(2, 5)", ["2:5"], [("2", "5")], b"25", {2: 5},
+     [{2: 5}], [(True, 5)], np.array([[2.5, 5]]), torch.tensor([[2.0, 5.0]]), torch.tensor([2, 5]), [[(2, 5.0)]]],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_span_is_named(wrong):
+    with pytest.raises(ValueError, match=r"\(start, stop\).*got"):
+        spans_by_row(wrong, torch.arange(20)[None])
+    with pytest.raises(ValueError, match=r"\(start, stop\).*got"):
+        Prompt(torch.arange(20)[None], wrong)

@@ -15,6 +15,7 @@ import hfblend
 from hfblend.attention import AttentionRecord
 from hfblend.blending import Blending
 from hfblend.models import host_of
+from hfblend.prompt import ChunkSpans
 from hfblend.selection import (
     Evidence,
     at_random,
@@ -139,7 +140,10 @@ def test_trace_reports_in_plain_words_and_json():
 def test_trace_notes_pieces_that_join_differently(word_tokenizer):
     model = make_llama()
     prompt = hfblend.Prompt.from_texts(word_tokenizer, prefix="w8", chunks=["w9 w10"], suffix="w13")
-    assert "tokenise" in hfblend.blend(model, prompt, config=config(0.2)).trace.notes[0]
+    assert "'w8 w9 w10 w13'" in hfblend.blend(model, prompt, config=config(0.2)).trace.notes[0]
+    other_tokens = ChunkSpans(prompt.chunk_spans, differs_from_joined_text=True)  # the text is the same
+    prompt = hfblend.Prompt(prompt.input_ids, other_tokens)
+    assert not hfblend.blend(model, prompt, config=config(0.2)).trace.notes
 
 
 # --- rules ---------------------------------------------------------------------------------------------------------
