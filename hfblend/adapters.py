@@ -55,6 +55,11 @@ def plain_name(name: str) -> str:
     return name
 
 
+def is_part_of_peft(module: nn.Module) -> bool:
+    """Whether it is there because of an adapter; the model's own modules inside it are not."""
+    return type(module).__module__.partition(".")[0] == "peft"
+
+
 def acting(layer: nn.Module) -> list[str]:
     """The adapters whose own weights a layer's forward reads; what is merged has gone into the base weights."""
     if layer.disable_adapters or getattr(layer, "merged", False):

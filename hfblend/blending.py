@@ -72,6 +72,7 @@ class Blending:
         prompt_length: tokens of the prompt, if draft tokens follow it; default T.
         controller: settles `recompute_ratios="auto"`.
         ids: `input_ids` as numbers, where they are known: to read them, Python waits until a GPU has done all else.
+        weights_are_known: whether the same call has already looked whether weights changed, which waits for a GPU, too.
     """
 
     host: BlendableModel
@@ -83,6 +84,7 @@ class Blending:
     prompt_length: int | None = None
     controller: Controller | None = None
     ids: list[int] = field(default_factory=list)
+    weights_are_known: bool = False
     buffers: dict[int, KV] = field(default_factory=dict)  # layer -> (1, Hkv, T + room, D), filled by the passes
 
     def __post_init__(self) -> None:
@@ -95,7 +97,8 @@ class Blending:
                 'recompute_ratios="auto" needs a controller, got none. `hfblend.patch` makes one; for `hfblend.blend` '
                 "pass controller=Controller(profile_of(model, store, config))."
             )
-        self.host.fingerprint.current(self.host.model)
+        if not self.weights_are_known:
+            self.host.fingerprint.current(self.host.model)
         self.input_ids = self.input_ids.to(self.host.device)
         self.length = self.input_ids.shape[1]
         self.ids = self.ids or self.input_ids[0].tolist()

@@ -202,7 +202,10 @@ class Call:
         prompt, trace, reason = self.plan.prompts[place], self.traces_of_prompts[place], self.plan.prefilled.get(place)
         spans = ChunkSpans(()) if reason else prompt.chunk_spans
         known_ids = prompt.ids if ids.shape[1] == len(prompt) else []
-        state = Blending(self.host, ids, spans, self.store, self.config, trace, len(prompt), self.controller, known_ids)
+        state = Blending(
+            self.host, ids, spans, self.store, self.config, trace, len(prompt), self.controller, known_ids,
+            weights_are_known=place > 0,
+        )  # fmt: skip
         if reason:
             trace.notes.append(f"Prefilled in full beside the other prompts of its batch: {reason.reason}")
         return state, state.start(functools.partial(self.host.decoder_forward, **kwargs))

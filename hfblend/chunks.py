@@ -219,7 +219,9 @@ def prefill_chunk(
     Raises:
         ValueError: an empty chunk, a model in training mode, or `torch.autocast` in another dtype.
     """
-    return prefill(host_of(model), ids, behind_ids, behind)
+    host = host_of(model)
+    host.fingerprint.current(host.model)  # which the entry names as its origin
+    return prefill(host, ids, behind_ids, behind)
 
 
 def prefill(host: BlendableModel, ids: Sequence[int], behind_ids: Sequence[int], behind: Reader | None) -> ChunkKV:

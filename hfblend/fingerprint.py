@@ -1,4 +1,4 @@
-"""What makes a model's KV its own: a digest of every weight and of the configuration that attention depends on."""
+"""What makes a model's KV its own: a digest of every weight, of buffers and numbers in modules, and of the config."""
 
 from __future__ import annotations
 
@@ -8,92 +8,124 @@ import logging
 import threading
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import adapters, quantised_weights
+from .contents import Samples, digests
+from .host import find_rotary_sources
 from .offloading import OffloadedWeights
+from .streams import synchronize
 
 logger = logging.getLogger(__name__)
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CONFIG_NOISE = ("_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
                  "architectures", "_attn_implementation", "attn_implementation", "output_attentions",
                  "output_hidden_states", "return_dict")  # fmt: skip
+_NUMBERS = ("is_causal", "sliding_window")  # of modules, besides all floats: scaling, epsilon, softcap
+
+State = tuple[Any, ...]
 
 
 class Fingerprint:
-    """A model's fingerprint, taken again when a weight has changed or other adapters act.
+    """A model's fingerprint, taken again when anything that it covers has changed.
 
-    A weight counts as changed when its storage or its version counter does: in-place operations, assignment, moving and
-    casting are seen. Writing through `.data` moves neither; call `refresh()` after that.
-
-    Attributes:
-        digest: the fingerprint as `current` last found it.
-        devices: where the weights are, as `current` last found them.
-        generation: counts the changes.
+    A weight or buffer counts as changed when its memory, its shape or its version counter does: after assignment,
+    in-place operations, moving, casting. Writes past the counter (fused optimizers, `.data`, NumPy views) are found in
+    a sample of every tensor's elements, which is compared at each call; what misses all of them is not found
+    (`contents.Samples`), so call `refresh()` after such a write.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._lock = threading.Lock()  # who comes while weights are read must not take the old digest for theirs
-        self._state: tuple[Any, ...] | None = None
-        self._inside: _Inside | None = None
-        self.digest = ""
-        self.devices: frozenset[torch.device] = frozenset()
-        self.generation = 0
+        self._lock = threading.Lock()  # while weights are read, the old digest must not be taken for theirs
+        self._inside = _Inside(model)
+        self._taken = _Taken()
         self._unreadable = uuid.uuid4().hex  # stands for weights on `meta` that no hook knows
         self._warned = False
         self.current(model)
 
-    def current(self, model: nn.Module) -> str:
-        """The fingerprint as a hex digest. Costs a walk over the parameters; weights are read only on a change."""
-        with self._lock:
-            if self._inside is None or not self._inside.is_as_it_was():
-                self._inside = _Inside(model)
-            elif self._inside.has_lost_memory():
-                self.refresh()
-            state = self._inside.state()
-            if state != self._state:
-                if self._state is None or state[0] != self._state[0]:  # not only adapters were switched
-                    self._inside = _Inside(model)
-                self._state, self.digest = state, self._take(model.config, self._inside)
-                self.devices = self._inside.devices()
-                self.generation += 1
-            return self.digest
+    @property
+    def digest(self) -> str:
+        """The fingerprint as `current` last found it."""
+        return self._taken.digest
+
+    @property
+    def devices(self) -> frozenset[torch.device]:
+        """Where the weights are, as `current` last found them."""
+        return self._taken.devices
+
+    @property
+    def generation(self) -> int:
+        """Counts the changes."""
+        return self._taken.generation
 
     @property
     def modules(self) -> list[nn.Module]:
         """All modules of the model, as `current` last saw them."""
-        return [] if self._inside is None else self._inside.modules
+        return self._inside.modules
+
+    def current(self, model: nn.Module) -> str:
+        """The fingerprint as a hex digest. Costs a look at every weight; only what has changed is read whole."""
+        with self._lock:
+            if not self._inside.is_as_it_was():
+                self._inside = _Inside(model)
+            if self._taken.samples.has_lost_memory():
+                self._forget()
+            state = self._inside.state(model.config)
+            if state != self._taken.state or not self._taken.samples.are_as_they_were():
+                self._taken = self._take(state, model.config)
+            return self.digest
 
     def refresh(self) -> None:
         """Forgets the fingerprint: the next call reads every weight again."""
-        self._state = None
+        with self._lock:
+            self._forget()
 
-    @torch.no_grad()
-    def _take(self, config: Any, inside: _Inside) -> str:
-        digest = hashlib.sha256(_config_text(config).encode())
-        unread = inside.adapters.unread()
-        for i, weight in enumerate(inside.weights):
-            if f"{weight.name}.".startswith(unread):
-                continue
-            digest.update(f"{adapters.plain_name(weight.name)} {weight.note}".encode())
-            content = inside.content(i)
-            if content is None:
-                self._warn_unreadable()
-            digest.update(content or self._unreadable.encode())
-        digest.update(f"{inside.adapters.state()} {inside.adapters.configs()}".encode())
-        return digest.hexdigest()
+    def _forget(self) -> None:
+        self._taken = _Taken(generation=self._taken.generation)
 
-    def _warn_unreadable(self) -> None:
-        if not self._warned:
+    def _take(self, state: State, config: Any) -> _Taken:
+        """Sample first: what is written while the weights are read differs from it, and is read at the next call."""
+        inside, before = self._inside, self._taken
+        samples = Samples(inside.tensors())
+        seen = dict(zip(inside.keys, zip(state[0], samples.of_each())))
+        known = {key: digest for key, digest in before.digests.items() if seen.get(key) == before.seen[key]}
+        silent = [key for key in seen if key in before.seen and _changed_silently(before.seen[key], seen[key])]
+        if silent:
+            logger.info("Weights were written past their version counters (%s, …): all are read again.", silent[0])
+            known = {}
+        known |= inside.read([key for key in inside.acting() if key not in known])
+        if None in known.values() and not self._warned:
             self._warned = True
             logger.warning("Some weights are offloaded and cannot be read: chunk KV is valid for this process only.")
+        digest = hashlib.sha256(repr(inside.described(config, known, self._unreadable)).encode()).hexdigest()
+        return _Taken(digest, inside.devices(), before.generation + 1, state, samples, seen, known)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A fingerprint, and what it was taken of.
+
+    Attributes:
+        seen: key of each weight -> its state, its sample.
+        digests: key of each weight that was read -> the digest of its bytes, `None` if they are unavailable.
+    """
+
+    digest: str = ""
+    devices: frozenset[torch.device] = frozenset()
+    generation: int = 0
+    state: State | None = None
+    samples: Samples = field(default_factory=lambda: Samples([]))
+    seen: dict[str, tuple[State, bytes]] = field(default_factory=dict)
+    digests: dict[str, bytes | None] = field(default_factory=dict)
+
+
+def _changed_silently(before: tuple[State, bytes], now: tuple[State, bytes]) -> bool:
+    return before[0] == now[0] and before[1] != now[1]
 
 
 @dataclass
@@ -104,12 +136,19 @@ class _Weight:
     note: str
     tensor: torch.Tensor
 
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.note}"
+
 
 def _weights(model: nn.Module) -> Iterator[_Weight]:
-    """Parameters, the buffers that are saved with the model (rotary tables follow from the config), and scales."""
+    """Parameters, buffers and scales; of rotary tables that grow with prompts, those at rest."""
+    at_rest: dict[nn.Module, dict[str, torch.Tensor]] = {}
+    for source in find_rotary_sources(model):
+        at_rest.setdefault(source.module, {}).update(source.at_rest())
     for path, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in module._non_persistent_buffers_set:
+        for name, tensor in {**module._parameters, **module._buffers, **at_rest.get(module, {})}.items():
+            if tensor is not None:
                 for note, part in quantised_weights.plain_parts(tensor):
                     yield _Weight(f"{path}.{name}", f"{note} {tuple(part.shape)} {part.dtype}", part)
         for name, value in quantised_weights.beside(module):
@@ -123,19 +162,21 @@ class _Inside:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
-        dicts = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
-        self._dicts = dicts
-        self._members = list(chain.from_iterable(d.values() for d in dicts))  # held, so that no id is given twice
+        self._dicts = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
+        self._dicts += [d for m in self.modules for d in quantised_weights.holders(m)]
+        self._members = list(chain.from_iterable(d.values() for d in self._dicts))  # held, so that no id is given twice
         self._names_and_ids = self._look()
-        self.weights = list(_weights(model))
+        self._weights = {weight.key: weight for weight in _weights(model)}
+        self.keys = list(self._weights)
         self.adapters = adapters.Adapters(model)
         self._offloaded = OffloadedWeights(model)
-        self._contents: dict[int, bytes | None] = {}
-        self._memory = [StorageWeakRef(weight.tensor.untyped_storage()) for weight in self.weights]
-
-    def has_lost_memory(self) -> bool:
-        """Whether a weight was given other memory, `weight.data = …`: the next one may be given the old address."""
-        return any(memory.expired() for memory in self._memory)
+        self._numbers = [
+            (f"{path}.{name}", vars(module), name)
+            for path, module in model.named_modules()
+            if not adapters.is_part_of_peft(module)
+            for name, value in vars(module).items()
+            if isinstance(value, float) or name in _NUMBERS
+        ]
 
     def is_as_it_was(self) -> bool:
         """Whether every module still holds the same modules, parameters and buffers."""
@@ -149,39 +190,64 @@ class _Inside:
 
     def devices(self) -> frozenset[torch.device]:
         """Where the weights are."""
-        return frozenset(weight.tensor.device for weight in self.weights)
+        return frozenset(weight.tensor.device for weight in self._weights.values())
 
-    def state(self) -> tuple[Any, ...]:
-        """Changes whenever a weight is written in place, moved or cast, or an adapter is switched."""
-        weights = [self._state_of(weight) for weight in self.weights]
-        return (weights, self.adapters.merged()), self.adapters.state()
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Of each weight, the memory that holds it; `None` if it is in a file, or unknown."""
+        weights = self._weights.values()
+        return [self._offloaded.in_ram(w.name) if w.tensor.is_meta else w.tensor for w in weights]
 
-    def _state_of(self, weight: _Weight) -> tuple[int, int]:
-        tensor = weight.tensor
-        if tensor.is_meta:
-            return self._offloaded.state(weight.name)
-        return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    def state(self, config: Any) -> State:
+        """Changes when a weight is written in place, moved or cast, an adapter switched, a number or the config set."""
+        numbers = [owner.get(name) for _, owner, name in self._numbers]
+        of_adapters = self.adapters.merged(), self.adapters.state()
+        return list(map(_state_of, self.tensors())), of_adapters, numbers, _settings(config)
 
-    def content(self, i: int) -> bytes | None:
-        """A digest of a weight's numbers, taken once; `None` if they cannot be read. Offloaded ones come one by one."""
-        if i not in self._contents:
-            weight = self.weights[i]
-            tensor = self._offloaded.read(weight.name) if weight.tensor.is_meta else weight.tensor
-            self._contents[i] = None if tensor is None else hashlib.sha256(_sums(tensor)).digest()
-        return self._contents[i]
+    def acting(self) -> list[str]:
+        """The keys of the weights that forwards read."""
+        unread = self.adapters.unread()
+        return [key for key, weight in self._weights.items() if not f"{weight.name}.".startswith(unread)]
+
+    def read(self, keys: list[str]) -> dict[str, bytes | None]:
+        """Digests of weights, tied ones read once; `None` where the numbers are unavailable."""
+        for device in self.devices():
+            synchronize(device)
+        tensors = dict(zip(self.keys, self.tensors()))
+        place_of: dict[str, Any] = {key: _state_of(tensors[key]) or key for key in keys}
+        one_of = {place: key for key, place in place_of.items()}
+        found = dict(zip(one_of, digests(one_of.values(), self._content)))
+        return {key: found[place] for key, place in place_of.items()}
+
+    def _content(self, key: str) -> torch.Tensor | None:
+        weight = self._weights[key]
+        tensor = self._offloaded.read(weight.name) if weight.tensor.is_meta else weight.tensor
+        return tensor if tensor is None or tensor.data_ptr() or not tensor.numel() else None  # freed, as FSDP does
+
+    def described(self, config: Any, digests: dict[str, bytes | None], unreadable: str) -> list[Any]:
+        """All that the output depends on, the same for every copy of the model."""
+        unread = self.adapters.unread()
+        weights = [(self._weights[key], digests[key] or unreadable) for key in self.acting()]
+        numbers = [(name, owner.get(key)) for name, owner, key in self._numbers if not name.startswith(unread)]
+        return [
+            _config_text(config),
+            [(adapters.plain_name(weight.name), weight.note, content) for weight, content in weights],
+            [(adapters.plain_name(name), value) for name, value in numbers],
+            self.adapters.state(),
+            self.adapters.configs(),
+        ]
 
 
-def _sums(tensor: torch.Tensor) -> bytes:
-    """Exact integer sums over a tensor's bits along its rows and its columns, on its own device.
+def _state_of(tensor: torch.Tensor | None) -> State | None:
+    if tensor is None:
+        return None
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
 
-    Any single change shows, and so do swapped rows, columns or elements. Read once, in int64.
-    """
-    if tensor.numel() == 0:
-        return b""
-    matrix = tensor.detach().contiguous().view(-1, tensor.shape[-1] if tensor.ndim > 1 else tensor.numel())
-    bits = matrix.view(_INTEGERS[tensor.element_size()])
-    rows, columns = bits.sum(-1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
-    return rows.cpu().numpy().tobytes() + columns.cpu().numpy().tobytes()
+
+def _settings(config: Any) -> list[Any]:
+    """The config as it stands, without the time that `to_dict` takes."""
+    named = ((name, value) for name, value in vars(config).items() if name[0] != "_" and name not in _CONFIG_NOISE)
+    return [(name, _settings(value) if hasattr(value, "to_dict") else repr(value)) for name, value in named]
 
 
 def _config_text(config: Any) -> str:

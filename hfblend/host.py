@@ -72,6 +72,14 @@ class RotarySource:
         own = f"{self.layer_type}_max_seq_len_cached"
         return int(getattr(self.module, own, getattr(self.module, "max_seq_len_cached", 0)))
 
+    def at_rest(self) -> dict[str, torch.Tensor]:
+        """By name, the buffers that forwards rewrite, as a model has them that has seen no long prompt."""
+        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
+        has_grown = self.length_in_force > getattr(self.module, "original_max_seq_len", self.length_in_force)
+        if not has_grown and self.rope_type != "longrope":  # the latter's are overwritten in every forward
+            return {}
+        return {f"{prefix}inv_freq": getattr(self.module, f"{prefix}original_inv_freq")}
+
     @torch.no_grad()
     def back_to_rest(self) -> None:
         """Lets dynamic NTK forget what it has grown to, as it does itself for a short prompt."""
@@ -107,7 +115,7 @@ class Host:
         self._decoder = weakref.ref(_find_decoder(model, self.num_layers))
         self._layer_owner = weakref.ref(_find_layer_owner(self.decoder, self.num_layers))
         self.decoder_parameters = list(inspect.signature(type(self.decoder).forward).parameters)[1:]
-        self.rotary_sources = _find_rotary_sources(self.layer_owner)
+        self.rotary_sources = find_rotary_sources(self.layer_owner)
         # Whether attention is replaced by ours for a pass (else rows of the host's own masks are used), and the windows
         # that it then has; the self-test has the last word on both.
         self.attends_by_position = bool(getattr(type(model), "_supports_attention_backend", False))
@@ -438,7 +446,8 @@ def _is_list_of(module: nn.Module, num_layers: int) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) == num_layers
 
 
-def _find_rotary_sources(decoder: nn.Module) -> list[RotarySource]:
+def find_rotary_sources(decoder: nn.Module) -> list[RotarySource]:
+    """The tables of all rotary modules in a decoder."""
     sources: list[RotarySource] = []
     for module in decoder.modules():
         if "rotary" not in type(module).__name__.lower():

@@ -61,9 +61,9 @@ def norms_in_one_kernel(norms: Norms) -> Iterator[None]:
 
 
 def _run(
-    module: nn.Module, name: str, epsilon: float, offset: float, late: bool, hidden_states: torch.Tensor
+    module: nn.Module, name: str, epsilon: str, offset: float, late: bool, hidden_states: torch.Tensor
 ) -> torch.Tensor:
-    return kernels.rms_norm(hidden_states, module._parameters[name], epsilon, offset, late)
+    return kernels.rms_norm(hidden_states, module._parameters[name], getattr(module, epsilon), offset, late)
 
 
 def _weight_name(module: nn.Module) -> str | None:
@@ -76,6 +76,7 @@ def _weight_name(module: nn.Module) -> str | None:
     return name if fits else None
 
 
-def _epsilon(module: nn.Module) -> float | None:
-    numbers = [value for name, value in vars(module).items() if "eps" in name and isinstance(value, float)]
-    return numbers[0] if len(numbers) == 1 else None
+def _epsilon(module: nn.Module) -> str | None:
+    """The name of its only number of that kind."""
+    names = [name for name, value in vars(module).items() if "eps" in name and isinstance(value, float)]
+    return names[0] if len(names) == 1 else None

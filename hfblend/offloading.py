@@ -43,11 +43,10 @@ class OffloadedWeights:
         found = self._find(name)
         return None if found is None else found[0][found[1]]
 
-    def state(self, name: str) -> tuple[int, int]:
-        """Changes when the weight in RAM is written or replaced; files are taken not to change while they are used."""
+    def in_ram(self, name: str) -> torch.Tensor | None:
+        """The weight, if it is in RAM; files are taken not to change while they are used."""
         found = self._find(name)
-        weight = None if found is None else in_ram(*found)
-        return (0, 0) if weight is None else (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        return None if found is None else in_ram(*found)
 
     def _find(self, name: str) -> tuple[Mapping[str, torch.Tensor], str] | None:
         """The innermost map that has the weight, and what it is called there."""

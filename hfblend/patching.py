@@ -203,6 +203,14 @@ class Blender:
             self._controllers[key] = Controller(profile_of(self.model, self.store, config), config.least_ratio)
         return self._controllers[key]
 
+    def refresh(self) -> None:
+        """Makes the next prompt read all weights again: needed only after a write that the sample of them may miss.
+
+        >>> model.lm_head.weight.data[0, 0] = 1  # doctest: +SKIP
+        >>> blender.refresh()  # doctest: +SKIP
+        """
+        self.host.fingerprint.refresh()
+
     # --- ahead of time --------------------------------------------------------------------------------------------
 
     def precompute(

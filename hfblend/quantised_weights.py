@@ -57,6 +57,23 @@ def beside(module: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from _inside("meta", module.__dict__.get("meta"))
 
 
+def holders(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """The dicts that hold them: where one holds another object, the layer has changed."""
+    for parameter in module._parameters.values():
+        if _is_quantised_tensor(parameter) or hasattr(parameter, "quant_state"):
+            yield from _dicts_in(parameter)
+    if isinstance(meta := module.__dict__.get("meta"), dict):
+        yield meta
+
+
+def _dicts_in(holder: Any) -> Iterator[dict[str, Any]]:
+    own = getattr(holder, "__dict__", {})
+    yield own
+    inner = [own[name] for name in ("quant_state", "state2") if own.get(name) is not None]
+    for part in (*inner, *filter(_is_quantised_tensor, own.values())):
+        yield from _dicts_in(part)
+
+
 def _inside(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The tensors and plain values in nested dicts and objects."""
     if value is None or torch.is_tensor(value) or isinstance(value, (bool, int, float, str, torch.dtype, torch.Size)):

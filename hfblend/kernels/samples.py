@@ -1,0 +1,39 @@
+"""A few elements of every weight, wherever they are on a GPU, in one kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 1024
+_TRITON_TYPES = {torch.int8: tl.int8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64}
+
+
+@triton.jit
+def _sample_kernel(TABLE, OUT, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: the sample of one tensor."""
+    row = TABLE + tl.program_id(0) * 4
+    source = tl.load(row).to(tl.pointer_type(dtype))
+    step, start, count = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        live = i < count
+        tl.store(OUT + start + i, tl.load(source + i * step, mask=live), mask=live)
+
+
+def sample(table: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Every `step`-th element of each of n tensors.
+
+    Args:
+        table: (n, 4) int64 on the GPU: a tensor's address, `step`, the place of its sample in the result, its length.
+        count: elements of all samples.
+        dtype: an integer as large as the tensors' elements.
+
+    Returns:
+        (count,)
+    """
+    out = torch.empty(count, dtype=dtype, device=table.device)
+    with torch.cuda.device_of(table):
+        _sample_kernel[(len(table),)](table, out, dtype=_TRITON_TYPES[dtype], BLOCK=_BLOCK)
+    return out
