@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
 import torch
 from torch import nn
 
-from .config import BlendConfig
+from .arguments import described, number_in
+from .config import BlendConfig, as_config
 from .measures import kl_divergence, teacher_forced_logits, top1_agreement
-from .one_prompt import blend
+from .one_prompt import blend, require_prompts
 from .prompt import Prompt
-from .store import MemoryStore, Store
+from .store import Store, store_at
 from .verification import FullAnswer, require_bound
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -66,7 +68,7 @@ def calibrate(
     prompts: Iterable[Prompt],
     *,
     max_kl: float,
-    store: Store | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
     config: BlendConfig | None = None,
     ratios: Sequence[float] = RATIOS,
     layers: Sequence[Layers] | None = None,
@@ -94,15 +96,14 @@ def calibrate(
     Raises:
         ValueError: no ratio meets the bound (1.0 does, up to the dtype's rounding), no prompts, no ratios, or layers
             for another selection rule.
+        TypeError: an argument of another type.
     """
     require_bound(max_kl)
-    prompts, store = _listed(prompts), MemoryStore() if store is None else store
-    candidates = _candidates(BlendConfig() if config is None else config, layers)
-    if not ratios:
-        raise ValueError("ratios needs one or more ratios to try, got none.")
+    prompts, store = require_prompts(prompts, "calibrate"), store_at(store)
+    candidates, ratios = _candidates(as_config(config), layers), _ratios(ratios)
     full = [FullAnswer.of(model, prompt, num_tokens) for prompt in prompts]
     rows: list[CalibrationRow] = []
-    for ratio in sorted(set(ratios)):
+    for ratio in ratios:
         measured = [
             (_measure(model, prompts, full, store, settings), settings)
             for settings in (with_ratio(candidate, ratio) for candidate in candidates)
@@ -113,7 +114,7 @@ def calibrate(
             return Calibration(settings, max_kl, rows)
     best = min(rows, key=lambda row: _no_nan(row.kl))
     raise ValueError(
-        f"No ratio of {tuple(sorted(set(ratios)))} meets max_kl={max_kl}: the smallest mean KL is {best.kl:.3g} nats, "
+        f"No ratio of {tuple(ratios)} meets max_kl={max_kl}: the smallest mean KL is {best.kl:.3g} nats, "
         f"at ratio {best.recompute_ratio}. Ratio 1.0 is a full prefill up to the dtype's rounding; raise max_kl or add "
         "higher ratios."
     )
@@ -155,6 +156,8 @@ def _candidates(config: BlendConfig, layers: Sequence[Layers] | None) -> list[Bl
     if layers is None:
         return [config]
     name = _layers_field(config)
+    if isinstance(layers, str | bytes | Mapping) or not isinstance(layers, Sequence):
+        raise TypeError(f"layers must be a list of candidates, got {described(layers)}; write [{described(layers)}].")
     if name is None or not layers:
         raise ValueError(
             'layers needs one or more candidates, and selection "kv_deviation" or "suffix_attention", got '
@@ -178,10 +181,11 @@ def _no_nan(kl: float) -> float:
     return math.inf if math.isnan(kl) else kl
 
 
-def _listed(prompts: Iterable[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, Prompt):
-        raise TypeError("prompts must be a list of prompts, got one prompt; write [prompt].")
-    prompts = list(prompts)
-    if not prompts:
-        raise ValueError("calibrate needs one or more prompts, got none.")
-    return prompts
+def _ratios(ratios: Sequence[float]) -> list[float]:
+    """Those to try, the smallest first."""
+    if isinstance(ratios, str | bytes | Mapping) or not isinstance(ratios, Iterable):
+        raise TypeError(f"ratios must be a list of ratios to try, got {described(ratios)}.")
+    found = sorted({number_in("Each of ratios", ratio, 0, 1) for ratio in ratios})
+    if not found:
+        raise ValueError("ratios needs one or more ratios to try, got none.")
+    return found

@@ -22,7 +22,7 @@ from .blending import Blending
 from .caches import SideBySide, hand_over
 from .config import BlendConfig
 from .controller import Controller
-from .fallbacks import Fallback, Plan, generate_option
+from .fallbacks import Fallback, Plan, found_chunks, generate_option
 from .host import CACHE, CACHE_NAMES, cache_given
 from .models import BlendableModel
 from .prompt import ChunkSpans
@@ -73,7 +73,7 @@ class Call:
             for length in lengths
         ]
         if plan.fallback:
-            self._fall_back(plan.fallback)
+            self._fall_back(plan.fallback, plan.found)
 
     @property
     def is_blended(self) -> bool:
@@ -108,11 +108,12 @@ class Call:
             if trace.ttft_ms is None:
                 trace.ttft_ms = 1000 * (time.perf_counter() - self._started)
 
-    def _fall_back(self, fallback: Fallback) -> None:
+    def _fall_back(self, fallback: Fallback, found: str = "") -> None:
         self._waiting = False
+        said = f"{fallback.reason} {found}".strip()
         for trace in self.traces_of_prompts:
-            trace.blended, trace.fallback = False, fallback.name.lower()
-        logger.log(fallback.level, "Not blended, stock generate runs: %s", fallback.reason)
+            trace.blended, trace.fallback, trace.fallback_reason = False, fallback.name.lower(), said
+        logger.log(fallback.level, "Not blended, stock generate runs: %s", said)
 
     # --- the prefill ----------------------------------------------------------------------------------------------
 
@@ -207,7 +208,8 @@ class Call:
             weights_are_known=place > 0,
         )  # fmt: skip
         if reason:
-            trace.notes.append(f"Prefilled in full beside the other prompts of its batch: {reason.reason}")
+            found = f" {found_chunks([prompt.chunk_spans], self.config, None)}" if prompt.chunk_spans else ""
+            trace.notes.append(f"Prefilled in full beside the other prompts of its batch: {reason.reason}{found}")
         return state, state.start(functools.partial(self.host.decoder_forward, **kwargs))
 
     # --- ahead of it ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from .arguments import described, require, token_ids
 from .caches import KV, RowLayout, full_length_cache, packed, rows_behind
 from .host import CACHE
 from .models import BlendableModel, host_of
@@ -42,7 +43,8 @@ class ChunkKV:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        layers: list[Any] = self.cache.layers
+        layers: list[Any] = require("cache", self.cache, DynamicCache, "a transformers.DynamicCache").layers
+        require("cached_positions", self.cached_positions, torch.Tensor, "a tensor (n,) of positions")
         if not layers or not all(getattr(layer, "is_initialized", False) for layer in layers):
             raise ValueError("A ChunkKV needs keys and values of every layer; this cache holds none.")
         lengths = {layer.keys.shape[2] for layer in layers}
@@ -218,8 +220,13 @@ def prefill_chunk(
 
     Raises:
         ValueError: an empty chunk, a model in training mode, or `torch.autocast` in another dtype.
+        TypeError: text, or what else is no list of token ids.
     """
     host = host_of(model)
+    vocab_size = getattr(host.config, "vocab_size", None)
+    ids, behind_ids = token_ids("ids", ids, vocab_size), token_ids("behind_ids", behind_ids, vocab_size)
+    if behind is not None and not hasattr(behind, "cached_positions"):
+        raise TypeError(f"behind must be chunk KV, as prefill_chunk or a store gives it, got {described(behind)}.")
     host.fingerprint.current(host.model)  # which the entry names as its origin
     return prefill(host, ids, behind_ids, behind)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from .arguments import described, field_meant, is_function, known_fields, number_in, one_of, require, whole
 
 if TYPE_CHECKING:
     from .controller import Decision
@@ -19,7 +21,27 @@ ChunkPrefix = Literal["prompt", "filler", "bos", "none"]
 Selection = Literal["suffix_attention", "kv_deviation", "chunk_start", "mixed", "random", "last"]
 OnMiss = Literal["isolated", "in_context"]
 
+# What else people write: the paper's, LMCache's and earlier names, and arguments of `patch`.
+_OF_PATCH = "It is an argument of hfblend.patch."
+_ALIASES = {
+    **dict.fromkeys(("recompute_ratio", "recomp_ratio", "recomp_ratios", "ratio", "ratios", "r"), "recompute_ratios"),
+    **dict.fromkeys(("check_layer", "layers", "layer"), "check_layers"),
+    **dict.fromkeys(("chunk_separator", "special_str", "sep", "delimiter"), "separator"),
+    **dict.fromkeys(("min_tokens", "threshold", "min_chunk_tokens"), "min_reused_tokens"),
+    **dict.fromkeys(("rule", "method", "strategy", "selector"), "selection"),
+    **dict.fromkeys(("enable_blending", "enable", "use_blending"), "enabled"),
+    **dict.fromkeys(("tenant", "user", "salt", "cache_salt"), "namespace"),
+    **dict.fromkeys(("r_star", "min_ratio"), "least_ratio"),
+    **dict.fromkeys(("store", "tokenizer", "trace", "verify", "model"), _OF_PATCH),
+    "use_layerwise": "layerwise",
+    "metric": "deviation",
+    "filler": "filler_ids",
+    "thresholds": "Tokens are chosen by recompute_ratios, not by a threshold.",
+    "kv_dtype": "It is an argument of the store: hfblend.store.DiskStore(folder, kv_dtype=…).",
+}
 
+
+@known_fields(_ALIASES)
 @dataclass(frozen=True, kw_only=True)
 class BlendConfig:
     """How a prompt is blended. Immutable; every value is checked when it is made.
@@ -81,20 +103,20 @@ class BlendConfig:
 
     def __post_init__(self) -> None:
         for name in ("enabled", "layerwise", "cuda_graphs"):
-            _require_type(name, getattr(self, name), bool, "True or False")
-        _require_type("namespace", self.namespace, str, "text")
+            require(name, getattr(self, name), bool, "True or False")
+        require("namespace", self.namespace, str, "text")
         for name in ("min_reused_tokens", "force_chunk_start"):
-            value = getattr(self, name)
-            _require_int(name, value)
-            if value < 0:
-                raise ValueError(f"{name} must be 0 or more tokens, got {value}.")
+            self._set(name, whole(name, getattr(self, name)))
         for name, kind in (("deviation", Deviation), ("chunk_prefix", ChunkPrefix), ("on_miss", OnMiss)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
-        object.__setattr__(self, "filler_ids", _as_tuple("filler_ids", self.filler_ids, int))
+            one_of(name, getattr(self, name), get_args(kind))
+        self._set("filler_ids", _numbers("filler_ids", self.filler_ids, whole))
+        self._set("least_ratio", number_in("least_ratio", self.least_ratio, 0, 1))
         self._check_separator()
         self._check_selection()
         self._check_layers_and_ratios()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def recomputes_all(self) -> bool:
@@ -111,7 +133,7 @@ class BlendConfig:
     @property
     def is_auto(self) -> bool:
         """Whether the ratio is left to a controller."""
-        return self.recompute_ratios == "auto"
+        return isinstance(self.recompute_ratios, str)
 
     @property
     def fixed_ratios(self) -> tuple[float, ...]:
@@ -136,33 +158,28 @@ class BlendConfig:
                 f"separator must hold visible text, got {self.separator!r}: white space alone would match anywhere. "
                 "Use a string such as ' # # ', token ids, or None."
             )
-        ids = _as_tuple("separator", self.separator, int)
-        if not ids or min(ids) < 0:
-            raise ValueError(f"separator must be text or one or more token ids (0 or more), got {self.separator!r}.")
-        object.__setattr__(self, "separator", ids)
+        ids = _numbers("separator", self.separator, whole, "text, a tuple of token ids or None")
+        if not ids:
+            raise ValueError(f"separator must be text or one or more token ids, got {self.separator!r}.")
+        self._set("separator", ids)
 
     def _check_selection(self) -> None:
-        if not callable(self.selection) and self.selection not in get_args(Selection):
-            raise ValueError(
-                f"selection must be one of {get_args(Selection)} or a function of hfblend.selection.Evidence, got "
-                f"{self.selection!r}."
-            )
+        if not is_function(self.selection):
+            one_of("selection", self.selection, get_args(Selection), ", or a function of hfblend.selection.Evidence")
         if self.score_layers is not None:
-            layers = _as_tuple("score_layers", self.score_layers, int)
-            if not layers or min(layers) < 0:
-                raise ValueError(f"score_layers must be None or one or more layers (0 or more), got {layers}.")
-            object.__setattr__(self, "score_layers", layers)
+            self._set("score_layers", _numbers("score_layers", self.score_layers, whole))
+            if not self.score_layers:
+                raise ValueError("score_layers must be None or one or more layers, got ().")
 
     def _check_layers_and_ratios(self) -> None:
-        layers = _as_tuple("check_layers", self.check_layers, int)
-        object.__setattr__(self, "check_layers", layers)
-        if not isinstance(self.least_ratio, int | float) or not 0 <= self.least_ratio <= 1:
-            raise ValueError(f"least_ratio must be a number in [0, 1], got {self.least_ratio!r}.")
-        if self.is_auto and len(layers) != 1:
-            raise ValueError(f'recompute_ratios="auto" needs one check layer, got {layers}.')
-        if not self.is_auto:
-            ratios = tuple(float(r) for r in _as_tuple("recompute_ratios", self.recompute_ratios, (int, float)))
-            object.__setattr__(self, "recompute_ratios", ratios)
+        layers = _numbers("check_layers", self.check_layers, whole)
+        self._set("check_layers", layers)
+        if self.is_auto:
+            one_of("recompute_ratios", self.recompute_ratios, ("auto",), " or numbers such as (0.15,)")
+            if len(layers) != 1:
+                raise ValueError(f'recompute_ratios="auto" needs one check layer, got {layers}.')
+        else:
+            self._set("recompute_ratios", _numbers("recompute_ratios", self.recompute_ratios, _ratio))
         ratios = self.fixed_ratios
         if len(layers) != len(ratios):
             raise ValueError(
@@ -175,8 +192,6 @@ class BlendConfig:
             )
         if list(layers) != sorted(set(layers)):
             raise ValueError(f"check_layers must rise from one to the next, got {layers}.")
-        if any(not 0 <= ratio <= 1 for ratio in ratios):
-            raise ValueError(f"recompute_ratios must lie in [0, 1], got {ratios}.")
         if list(ratios) != sorted(ratios, reverse=True):
             raise ValueError(f"recompute_ratios must not rise, got {ratios}: each check layer filters the one before.")
         if len(layers) > 1 and not (self.selection == "kv_deviation" or callable(self.selection)):
@@ -196,41 +211,56 @@ class BlendConfig:
             environ: variables to read; default `os.environ`.
 
         Raises:
-            ValueError: a variable that cannot be read, named with its value.
+            ValueError: a variable that cannot be read, named with its value; one that looks misspelt.
         """
         environ = os.environ if environ is None else environ
+        require("environ", environ, Mapping, "a mapping of texts")
         values: dict[str, Any] = {}
+        read_from: dict[str, str] = {}
         for field, (lmcache_name, read) in _ENVIRONMENT.items():
             for name in (f"HFBLEND_{field.upper()}", lmcache_name):
                 if name in environ:
-                    values[field] = _read(name, environ[name], read)
+                    values[field], read_from[field] = _read(name, environ[name], read), f"{name}={environ[name]!r}"
                     break
         ratios = values.get("recompute_ratios", (0.15,))
         if "check_layers" in values and ratios != "auto" and len(ratios) == 1:
-            values["recompute_ratios"] = values.get("recompute_ratios", (0.15,)) * len(values["check_layers"])
+            values["recompute_ratios"] = ratios * len(values["check_layers"])
         if values.get("check_layers") and "selection" not in values:
             values["selection"] = "kv_deviation"
+        _refuse_unknown(environ)
         _log_unused(environ)
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            said = [text for field, text in read_from.items() if field in str(error)]
+            raise ValueError(f"{error} Read from {', '.join(said or read_from.values())}.") from error
 
 
-def _require_type(name: str, value: Any, kind: type, expected: str) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {expected}, got {value!r}.")
+def as_config(config: BlendConfig | None, name: str = "config") -> BlendConfig:
+    """The settings, default ones for `None`.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(config, dict):
+        raise TypeError(f"{name} must be a hfblend.BlendConfig, got {described(config)}: write BlendConfig(**…).")
+    return BlendConfig() if config is None else require(name, config, BlendConfig, "a hfblend.BlendConfig")
 
 
-def _require_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+def _ratio(name: str, value: Any) -> float:
+    return number_in(name, value, 0, 1)
 
 
-def _as_tuple(name: str, values: Any, kinds: type | tuple[type, ...]) -> tuple[Any, ...]:
-    if isinstance(values, str) or not hasattr(values, "__iter__"):
-        raise TypeError(f"{name} must be a tuple, got {values!r}: write ({values!r},).")
-    values = tuple(values)
-    if any(isinstance(v, bool) or not isinstance(v, kinds) for v in values):
-        raise TypeError(f"{name} must hold numbers only, got {values!r}.")
-    return values
+def _numbers(
+    name: str, values: Any, check: Callable[[str, Any], Any], expected: str = "a tuple of numbers"
+) -> tuple[Any, ...]:
+    """A tuple of numbers, each checked, of a sequence or an array."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, int | float) and not isinstance(values, bool):
+        raise TypeError(f"{name} must be {expected}, got {values}: write ({check(name, values)},).")
+    if isinstance(values, str | bytes | Mapping | set | frozenset) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be {expected}, got {described(values)}.")
+    return tuple(check(f"Each of {name}", value) for value in values)
 
 
 # --- the environment ----------------------------------------------------------------------------------------------
@@ -271,11 +301,31 @@ _ENVIRONMENT: dict[str, tuple[str, Any]] = {
 }
 
 
+_OTHER_VARIABLES = ("HFBLEND_CACHE", "HFBLEND_SHORT", "HFBLEND_CHROMIUM", "LMCACHE_BLEND_THRESHOLDS")
+
+
 def _read(name: str, text: str, read: Any) -> Any:
     try:
         return read(text)
     except ValueError as error:
         raise ValueError(f"Environment variable {name}={text!r} cannot be read: {error}.") from error
+
+
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    """A misspelt variable would leave its default in force without a word.
+
+    Raises:
+        ValueError: a variable that is close to one of a field; others are logged, as they may be somebody else's.
+    """
+    known = {*_OTHER_VARIABLES, *(name for name, _ in _ENVIRONMENT.values())}
+    known |= {f"HFBLEND_{field.upper()}" for field in _ENVIRONMENT}
+    for name in sorted(environ):
+        if name in known or not name.startswith(("HFBLEND_", "LMCACHE_BLEND_")):
+            continue
+        field = field_meant(name, _ENVIRONMENT, _ALIASES)
+        if field in _ENVIRONMENT:
+            raise ValueError(f"No setting is read from {name}. Did you mean HFBLEND_{field.upper()}?")
+        logger.warning("The environment variable %s is no setting of BlendConfig; it is ignored.", name)
 
 
 def _log_unused(environ: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from . import adapters
+from .arguments import described
 from .config import BlendConfig
 from .host import Host, cache_given
 from .prompt import ChunkSpans, Prompt, spans_by_row
@@ -23,34 +24,68 @@ from .separator import Separator
 
 
 class Fallback(enum.Enum):
-    """A reason for which a call goes through stock `generate`: what it says, and how loudly."""
+    """A reason for which a call goes through stock `generate`: what it says, with a remedy, and how loudly."""
 
-    DISABLED = ("blending is disabled by its config.", logging.INFO)
+    DISABLED = ("the config has enabled=False; set enabled=True, or pass blend_config= for this call.", logging.INFO)
     TRAINING_MODE = ("the model is in training mode; call model.eval().", logging.WARNING)
-    AUTOCAST = ("torch.autocast computes in another dtype than the model.", logging.WARNING)
-    NO_INPUT_IDS = ("there are no input_ids to find chunks in (inputs_embeds, or nothing).", logging.WARNING)
-    PADDING = ("tokens are masked elsewhere than in front of a prompt.", logging.WARNING)
-    NO_CHUNKS = ("the prompt has no chunks: no chunk_spans, and no separator in its ids.", logging.INFO)
-    TOO_FEW_TOKENS = ("the chunks have fewer tokens than min_reused_tokens.", logging.INFO)
-    FILLED_CACHE = ("past_key_values is not empty: a second turn continues it.", logging.INFO)
-    NO_CACHE = ("use_cache=False leaves nothing to put KV into.", logging.WARNING)
-    ALL_ROWS_WANTED = ("hidden states or attentions of all tokens are asked for.", logging.WARNING)
-    EXTRA_INPUTS = ("inputs beside input_ids (position_ids, token types, images, sound) are given.", logging.WARNING)
+    AUTOCAST = (
+        "torch.autocast computes in another dtype than the model; load the model in that dtype, or leave autocast.",
+        logging.WARNING,
+    )
+    NO_INPUT_IDS = (
+        "there are no input_ids to find chunks in; pass them as a tensor (B, T) of integers, without inputs_embeds.",
+        logging.WARNING,
+    )
+    PADDING = (
+        "tokens are masked elsewhere than in front of a prompt; pad on the left (hfblend.Prompt.batch), with a mask of "
+        "the shape of input_ids.",
+        logging.WARNING,
+    )
+    NO_CHUNKS = (
+        "the prompt has no chunks: no chunk_spans, and fewer than two separators in its ids; build it with "
+        "hfblend.Prompt, and pass all of **prompt.inputs().",
+        logging.INFO,
+    )
+    TOO_FEW_TOKENS = (
+        "the chunks have fewer tokens than min_reused_tokens, where blending would not pay; lower "
+        "BlendConfig(min_reused_tokens=…), 0 blends every prompt.",
+        logging.INFO,
+    )
+    FILLED_CACHE = (
+        "past_key_values is not empty: a second turn continues it; leave it out for a new prompt.",
+        logging.INFO,
+    )
+    NO_CACHE = ("use_cache=False leaves nothing to put KV into; leave use_cache on.", logging.WARNING)
+    ALL_ROWS_WANTED = (
+        "hidden states or attentions of all tokens are asked for, and reused tokens have none; leave them off.",
+        logging.WARNING,
+    )
+    EXTRA_INPUTS = (
+        "inputs beside input_ids say something of each token, or are images or sound; leave them out.",
+        logging.WARNING,
+    )
     ADAPTERS = (
-        "adapters are chosen for each row (adapter_names), or act in part of the prompt only (aLoRA).",
+        "adapters are chosen for each row (adapter_names), or act in part of the prompt only (aLoRA); use set_adapter, "
+        "one call an adapter.",
         logging.WARNING,
     )
     ROPE_REGIMES = (
-        "prompts of the batch have different RoPE frequencies alone; stock gives all of them the longest's.",
+        "prompts of the batch have different RoPE frequencies alone, and stock gives all of them the longest's; "
+        "generate prompts of one regime together.",
         logging.WARNING,
     )
     POSITIONS = (
-        "a prompt does not begin at position 0: the model counts its padding, or has more before it.",
+        "a prompt does not begin at position 0: the model counts its padding, or has more before it; generate prompts "
+        "of one length together, or unwrap the model.",
         logging.WARNING,
     )
-    NESTED = ("this generate runs inside another one of the same model (early-exit drafts).", logging.INFO)
+    NESTED = (
+        "this generate runs inside another one of the same model (early-exit drafts); nothing is to be done.",
+        logging.INFO,
+    )
     NOT_REACHED = (
-        "no forward over the whole prompt reached the decoder (ids became embeddings before).",
+        "no forward over the whole prompt reached the decoder (ids became embeddings before, or the whole model is "
+        "compiled); patch the model itself, and compile with model.compile().",
         logging.WARNING,
     )
 
@@ -73,6 +108,8 @@ class Plan:
         prompts: the different prompts, without their padding, on the CPU.
         prompt_of_row: (B,) which of them each row is.
         prefilled: those that are prefilled in full beside the others, and why.
+        fallback: why the call is stock; `None` if it is blended.
+        found: of that reason, what was found in this call, as a sentence; may be empty.
     """
 
     num_tokens: int
@@ -81,6 +118,7 @@ class Plan:
     prompt_of_row: list[int] = field(default_factory=list)
     prefilled: dict[int, Fallback] = field(default_factory=dict)
     fallback: Fallback | None = None
+    found: str = ""
 
     @property
     def is_one_prompt(self) -> bool:
@@ -108,6 +146,22 @@ def plan(
     Raises:
         ValueError: chunk spans that do not fit the prompt, or the batch.
     """
+    planned = _plan(model, args, kwargs, chunk_spans, config, separator, nested, host)
+    if planned.fallback is not None:
+        planned.found = _found(planned, model, args, kwargs, chunk_spans, config, separator, host)
+    return planned
+
+
+def _plan(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    chunk_spans: Iterable[Any] | None,
+    config: BlendConfig,
+    separator: Separator | None,
+    nested: bool,
+    host: Host,
+) -> Plan:
     ids = _input_ids(args, kwargs)
     if ids is None:
         return Plan(0, fallback=_before_splitting(model, ids, kwargs, config, nested, host))
@@ -169,11 +223,97 @@ def _after_splitting(model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any]
         return Fallback.FILLED_CACHE
     if generate_option(model, kwargs, "use_cache") is False:
         return Fallback.NO_CACHE
-    if any(generate_option(model, kwargs, name) for name in ("output_hidden_states", "output_attentions")):
+    if any(generate_option(model, kwargs, name) for name in _ALL_ROWS):
         return Fallback.ALL_ROWS_WANTED
     if any(_is_input(value, ids) for name, value in kwargs.items() if name not in _TOKEN_INPUTS):
         return Fallback.EXTRA_INPUTS
     return None
+
+
+def _found(
+    planned: Plan,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    chunk_spans: Iterable[Any] | None,
+    config: BlendConfig,
+    separator: Separator | None,
+    host: Host,
+) -> str:
+    """What of a call gave the reason: figures and names, as a sentence."""
+    ids, mask, cache = _input_ids(args, kwargs), kwargs.get("attention_mask"), cache_given(kwargs)
+    match planned.fallback:
+        case Fallback.AUTOCAST:
+            return f"Got autocast to {torch.get_autocast_dtype(host.device.type)}, the model's dtype is {host.dtype}."
+        case Fallback.NO_INPUT_IDS:
+            given = next((v for v in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
+            return "Got inputs_embeds." if kwargs.get("inputs_embeds") is not None else f"Got {described(given)}."
+        case Fallback.PADDING if mask is not None and ids is not None:
+            return f"Got a mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(ids.shape)}."
+        case Fallback.PADDING:
+            return "Got no mask, so that the padding token counts as masked; pass a mask of ones if it is meant."
+        case Fallback.NO_CHUNKS if chunk_spans is not None:
+            return "Got chunk_spans without a span."
+        case Fallback.NO_CHUNKS | Fallback.TOO_FEW_TOKENS:
+            return found_chunks([prompt.chunk_spans for prompt in planned.prompts], config, separator)
+        case Fallback.FILLED_CACHE:
+            return f"Got a cache of {int(cache.get_seq_length())} tokens."
+        case Fallback.ALL_ROWS_WANTED | Fallback.EXTRA_INPUTS if ids is not None:
+            names = [name for name, value in kwargs.items() if name not in _TOKEN_INPUTS and _is_input(value, ids)]
+            asked = [name for name in _ALL_ROWS if generate_option(model, kwargs, name)]
+            return f"Got {', '.join(names if planned.fallback is Fallback.EXTRA_INPUTS else asked)}."
+        case Fallback.ADAPTERS:
+            return adapters.reason_against(model, kwargs) or ""
+        case Fallback.ROPE_REGIMES:
+            return f"Got prompts of {', '.join(str(len(prompt)) for prompt in planned.prompts)} tokens."
+    return ""
+
+
+def found_chunks(spans: Sequence[ChunkSpans], config: BlendConfig, separator: Separator | None) -> str:
+    """The figures of `NO_CHUNKS` and `TOO_FEW_TOKENS`, for the prompts of one or the other.
+
+    Args:
+        spans: of each prompt.
+    """
+    if any(spans):
+        most = max(sum(stop - start for start, stop in one) for one in spans)
+        count = max(map(len, spans))
+        prompts = "" if len(spans) == 1 else f" at most, in {len(spans)} prompts"
+        return (
+            f"Got {most} reusable tokens in {count} chunks{prompts}; min_reused_tokens is {config.min_reused_tokens}."
+        )
+    if separator is not None:
+        return f"The separator is {config.separator!r}."
+    if isinstance(config.separator, str):
+        return f"The separator {config.separator!r} is text, and patch() had no tokenizer to look for it."
+    return "The config has separator=None."
+
+
+_ALL_ROWS = ("output_hidden_states", "output_attentions")
+
+
+def require_token_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Looks at what a caller gave to `generate` in the place of token ids, which stock would fail at deep inside.
+
+    Raises:
+        TypeError: no tensor: a `Prompt`, text, the dict of a tokenizer.
+        ValueError: a tensor that holds no ids (B, T), of a model whose main input they are.
+    """
+    takes_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    ids = next((v for v in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
+    if ids is None or kwargs.get("custom_generate") is not None:
+        return
+    if torch.is_tensor(ids):
+        if takes_text and (ids.ndim != 2 or ids.is_floating_point()):
+            how = ": write ids[None] for one prompt" if ids.ndim == 1 else ""
+            raise ValueError(f"generate takes input_ids, integers (B, T), got {described(ids)}{how}.")
+        return
+    how = "make it with tokenizer(text, return_tensors='pt')"
+    if isinstance(ids, Prompt):
+        how = "write model.generate(**prompt.inputs())"
+    elif isinstance(ids, Mapping):
+        how = "write model.generate(**inputs)"
+    raise TypeError(f"generate takes input_ids, a tensor (B, T) of token ids, got {described(ids)}: {how}.")
 
 
 _TOKEN_INPUTS = ("input_ids", "inputs", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from .arguments import require_tokenizer, whole
 from .encoding import Encoder
 
 _known: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionary()  # tokenizer -> repeats -> ids
@@ -33,7 +34,7 @@ def filler_ids(tokenizer: Any, repeats: int = 2) -> tuple[int, ...]:
         tokenizer: the model's; no special tokens are added.
         repeats: how often the text stands there; once is about 1,900 tokens.
     """
-    known = _known.setdefault(tokenizer, {})
+    known, repeats = _known.setdefault(require_tokenizer(tokenizer), {}), whole("repeats", repeats, 1)
     if repeats not in known:
         known[repeats] = tuple(Encoder(tokenizer)(filler_text() * repeats))
     return known[repeats]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import adapters
+from .arguments import described
 from .attention import HALF, has_kernels
 from .caches import RowLayout
 from .fingerprint import Fingerprint
@@ -98,8 +99,16 @@ def host_of(model: nn.Module) -> BlendableModel:
 
     Raises:
         UnsupportedModel: with the reason.
+        TypeError: no loaded model, but its name, its class, a tokenizer, a pipeline, ….
         ValueError: a model in training mode.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a causal LM that is loaded, got {described(model)}: load one with "
+            "AutoModelForCausalLM.from_pretrained(…); of a pipeline, pass its .model."
+        )
+    if not hasattr(model, "config"):
+        raise UnsupportedModel(f"model must be a causal LM of Transformers, got {described(model)}, without a config.")
     if model.training:
         raise ValueError("The model is in training mode, where dropout would enter the cache; call model.eval().")
     if reason := adapters.reason_against(model):

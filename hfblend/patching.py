@@ -21,14 +21,17 @@ from typing import Any, overload
 import torch
 from torch import nn
 
+from .arguments import described, is_tokenizer, require_tokenizer
 from .calibration import Calibration, calibrate
 from .calls import Call
 from .compiled import as_written, set_aside
-from .config import BlendConfig
+from .config import BlendConfig, as_config
 from .controller import Controller, Profile
-from .fallbacks import Fallback, generate_option, plan
+from .fallbacks import Fallback, generate_option, plan, require_token_ids
 from .filler import filler_ids, require_filler
+from .host import UnsupportedModel
 from .models import forget, host_of
+from .one_prompt import require_prompts
 from .precomputing import Precomputed, precompute
 from .profiling import profile_of
 from .prompt import Prompt
@@ -76,9 +79,12 @@ def patch(
     Raises:
         UnsupportedModel: the model's cached KV cannot be moved (the message says why).
         ValueError: a model in training mode, or already patched; check layers beyond the model.
+        TypeError: an argument of another type, or in another's place.
     """
-    config = BlendConfig() if config is None else config
-    return Blender(model, config, tokenizer, store_at(store), verify, trace)
+    if is_tokenizer(config) or isinstance(config, str | os.PathLike) or hasattr(config, "put"):
+        place = "tokenizer" if is_tokenizer(config) else "store"
+        raise TypeError(f"config must be a hfblend.BlendConfig, got {described(config)}: write {place}=….")
+    return Blender(model, as_config(config), tokenizer, store, verify, trace)
 
 
 class Blender:
@@ -86,27 +92,29 @@ class Blender:
 
     Attributes:
         model: the patched instance.
-        store: where its chunk KV is kept.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: BlendConfig,
-        tokenizer: Any,
-        store: Store,
+        tokenizer: Any = None,
+        store: Store | str | os.PathLike[str] | None = None,
         verify: Verify | int | None = None,
         trace: Level = "summary",
     ) -> None:
         self.model: Any = model
-        self.store, self.tokenizer = store, tokenizer
+        self.store = store
+        self.tokenizer: Any = None if tokenizer is None else require_tokenizer(tokenizer)
         self._level = as_level(trace)
         self._verifier = None if verify is None else Verifier(verify)
         self.host = host_of(model)
+        if not hasattr(model, "generate"):
+            raise UnsupportedModel(f"model must be a causal LM, got {described(model)}, which has no generate.")
         if self.host.unwrapped_forward is not None:
             raise ValueError("This model is already patched. Use its blender, or call blender.remove() first.")
         self._controllers: dict[tuple[Any, ...], Controller] = {}
-        self.config = config
+        self.config = as_config(config)
         self._traces = threading.local()
         self._wrap()
 
@@ -120,7 +128,16 @@ class Blender:
     @config.setter
     def config(self, config: BlendConfig) -> None:
         self._config = self._settled(config)
-        self._separator = self._separator_of(config)
+        self._separator = self._separator_of(self._config)
+
+    @property
+    def store(self) -> Store:
+        """Where chunk KV is kept; another may be set at any time, also as a folder or a URL."""
+        return self._store
+
+    @store.setter
+    def store(self, store: Store | str | os.PathLike[str] | None) -> None:
+        self._store = store_at(store)
 
     @property
     def trace(self) -> BlendTrace:
@@ -132,10 +149,9 @@ class Blender:
         """What the last call of `generate` in this thread did with each row; rows of one prompt have one trace."""
         return getattr(self._traces, "last", None) or [BlendTrace()]
 
-    def _settled(self, config: BlendConfig) -> BlendConfig:
+    def _settled(self, config: BlendConfig, name: str = "config") -> BlendConfig:
         """The settings, checked against the model, with the filler's ids filled in."""
-        if not isinstance(config, BlendConfig):
-            raise TypeError(f"config must be a hfblend.BlendConfig, got {type(config).__name__}.")
+        config = as_config(config, name)
         config.require_layers(self.host.num_kv_layers)
         self._controller_of(config)
         if config.chunk_prefix != "filler" or config.filler_ids:
@@ -167,10 +183,15 @@ class Blender:
 
         Returns:
             A `hfblend.Verification`; a list of them for several prompts.
+
+        Raises:
+            TypeError: text, ids or inputs in the place of prompts.
+            ValueError: an empty list.
         """
+        options = {"store": self.store, "config": self.config, **options}
         if isinstance(prompts, Prompt):
-            return verify_prompt(self.model, prompts, **{"store": self.store, "config": self.config, **options})
-        return [self.verify(prompt, **options) for prompt in prompts]
+            return verify_prompt(self.model, prompts, **options)
+        return [verify_prompt(self.model, prompt, **options) for prompt in require_prompts(prompts, "verify")]
 
     def calibrate(self, prompts: Iterable[Prompt], *, max_kl: float, **options: Any) -> Calibration:
         """The settings with the smallest ratio that keeps the KL from full prefill below `max_kl`; nothing is set.
@@ -275,6 +296,8 @@ class Blender:
             self.store.flush()
 
     def __enter__(self) -> Blender:
+        if self._is_removed:
+            raise ValueError("This blender was removed from its model; call hfblend.patch(model) again.")
         return self
 
     def __exit__(
@@ -299,8 +322,9 @@ class Blender:
         if self._is_removed:  # and yet inside a wrapper that somebody has put around this one
             given = {"chunk_spans": chunk_spans, "blend_config": blend_config}
             return self._stock_generate(*args, **kwargs, **{k: v for k, v in given.items() if v is not None})
+        require_token_ids(self.model, args, kwargs)
         args, kwargs = self.host.named_behind_the_ids(args, kwargs)
-        config = self.config if blend_config is None else self._settled(blend_config)
+        config = self.config if blend_config is None else self._settled(blend_config, "blend_config")
         controller = self._controller_of(config)
         started = time.perf_counter()
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)

@@ -8,22 +8,24 @@ computed, so that a run that was killed goes on where it stopped.
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from torch import nn
 
+from .arguments import described, is_function, is_tokenizer, require_tokenizer, token_ids, whole
 from .batched_prefill import Ids, chunks_at_once, in_batches, prefill_together
 from .chunks import ChunkKV, ChunkLost, Reader, in_memory, prefill
-from .config import BlendConfig
+from .config import BlendConfig, as_config
 from .contexts import ChunkContext
 from .encoding import Encoder, text_in
 from .models import BlendableModel, host_of
 from .prompt import Prompt
-from .store import DiskStore, RemoteStore, Store, TieredStore
+from .store import DiskStore, RemoteStore, Store, TieredStore, store_at
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ def precompute(
     chunks: Iterable[str | Sequence[int]],
     *,
     prefix: str | Sequence[int] = (),
-    store: Store,
+    store: Store | str | os.PathLike[str],
     config: BlendConfig | None = None,
     tokenizer: Any = None,
     separator: str | Sequence[int] | None = None,
@@ -103,20 +105,28 @@ def precompute(
         TypeError, ValueError: chunks that are neither texts nor ids, an empty one, ids that the model does not have,
             texts without a tokenizer. What came before the chunk is stored.
     """
-    if isinstance(chunks, str):
-        raise TypeError("chunks must be several texts or lists of ids, got one text; write [text].")
-    host = host_of(model)
-    batch_size = chunks_at_once(host) if batch_size is None else batch_size
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be 1 chunk or more, got {batch_size!r}.")
+    _require_several(chunks)
+    host, config, store = host_of(model), as_config(config), store_at(store)
+    batch_size = whole("batch_size", chunks_at_once(host) if batch_size is None else batch_size, 1)
+    if progress is not None and not is_function(progress):
+        raise TypeError(f"progress must be a function of the report so far, got {described(progress)}.")
     to_ids = _ToIds(host, tokenizer)
     prefix_ids = to_ids.prefix(prefix, separator, add_special_tokens)
     host.fingerprint.current(host.model)
-    run = _Run(host, store, BlendConfig() if config is None else config, prefix_ids, batch_size, progress)
+    run = _Run(host, store, config, prefix_ids, batch_size, progress)
     try:
         return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
     finally:
         run.context.kv = None  # the context knows the run, so this KV would wait for the garbage collector
+
+
+def _require_several(chunks: Any) -> None:
+    if isinstance(chunks, str):
+        raise TypeError("chunks must be several texts or lists of ids, got one text; write [text].")
+    if isinstance(chunks, Prompt):
+        raise TypeError("chunks must be several texts or lists of ids, got a Prompt: pass prompt.chunk_ids.")
+    if isinstance(chunks, bytes | Mapping) or not isinstance(chunks, Iterable) or is_tokenizer(chunks):
+        raise TypeError(f"chunks must be several texts or lists of ids, got {described(chunks)}.")
 
 
 def holds(store: Store, key: str) -> bool:
@@ -135,7 +145,7 @@ class _ToIds:
     def __init__(self, host: BlendableModel, tokenizer: Any) -> None:
         self.vocab_size = getattr(host.config, "vocab_size", None)
         self.tokenizer = tokenizer
-        self.encode = None if tokenizer is None else Encoder(tokenizer)
+        self.encode = None if tokenizer is None else Encoder(require_tokenizer(tokenizer))
 
     def __call__(self, number: int, chunk: Any) -> Ids:
         """A chunk's ids.
@@ -145,7 +155,7 @@ class _ToIds:
         """
         name = f"Chunk {number}"
         text = text_in(chunk)
-        ids = self._checked(name, chunk) if text is None else self._encoder().plain(text)
+        ids = token_ids(name, chunk, self.vocab_size) if text is None else self._encoder().plain(text)
         if not ids:
             raise ValueError(f"{name} has no tokens; leave empty chunks out.")
         return ids
@@ -153,7 +163,7 @@ class _ToIds:
     def prefix(self, prefix: str | Sequence[int], separator: Any, add_special_tokens: bool) -> Ids:
         """The ids before the first chunk of a prompt with this prefix."""
         if not isinstance(prefix, str):
-            return self._checked("The prefix", prefix)
+            return token_ids("The prefix", prefix, self.vocab_size)
         if not (prefix or separator or add_special_tokens):
             return []
         self._encoder()
@@ -170,21 +180,6 @@ class _ToIds:
         if self.encode is None:
             raise ValueError("Texts need a tokenizer: give one to patch(), or pass token ids.")
         return self.encode
-
-    def _checked(self, name: str, ids: Any) -> Ids:
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a tensor or an array
-        if not isinstance(ids, Sequence) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise TypeError(f"{name} must be a text or a list of token ids, got {_short(ids)}.")
-        if ids and not 0 <= min(ids) <= max(ids) < (self.vocab_size or max(ids) + 1):
-            raise ValueError(
-                f"{name} has ids from {min(ids)} to {max(ids)}; the model's are 0 … {self.vocab_size} − 1."
-            )
-        return list(ids)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 class _Run:

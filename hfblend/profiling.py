@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .chunks import ChunkKV, ChunkLost, Reader
-from .config import BlendConfig
+from .config import BlendConfig, as_config
 from .controller import BlendCost, BlendShape, Cost, Load, LoadCost, Profile, Work
 from .measures import describe_machine
 from .models import BlendableModel, host_of
@@ -69,7 +69,7 @@ def profile_of(
     Raises:
         UnsupportedModel: the model cannot be blended.
     """
-    config, host = BlendConfig() if config is None else config, host_of(model)
+    config, host = as_config(config), host_of(model)
     made_of = _made_of(host, store, config)
     file = _file_of(made_of) if file is None else file
     found = None if refresh else Profile.load(file)

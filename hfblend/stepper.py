@@ -16,6 +16,7 @@ Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, S 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -24,18 +25,19 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from .arguments import require_tokenizer, whole
 from .blending import Blending
 from .caches import KV, ROOM, empty_kv, full_length_cache, hand_over
 from .chunks import ChunkKV, ChunkLost, Reader
-from .config import BlendConfig
+from .config import BlendConfig, as_config
 from .host import CACHE
 from .models import BlendableModel, host_of
-from .one_prompt import BlendResult
+from .one_prompt import BlendResult, require_prompt
 from .passes import Forward
 from .prompt import Prompt
 from .reuse import Piece, Reuse, ReusedKV
 from .selection import Evidence
-from .store import MemoryStore, Store
+from .store import Store, store_at
 from .trace import BlendTrace, settings_of
 
 # --- what is seen at each stop ----------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ def steps(
     model: nn.Module,
     prompt: Prompt,
     *,
-    store: Store | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
     config: BlendConfig | None = None,
     tokenizer: Any = None,
     max_new_tokens: int = 32,
@@ -184,10 +186,10 @@ def steps(
     Raises:
         ValueError, TypeError: as `hfblend.blend`; and, from going on, for a replacement that does not fit.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens!r}.")
-    host, config = host_of(model), BlendConfig() if config is None else config
-    store = MemoryStore() if store is None else store
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    host, config, prompt, store = host_of(model), as_config(config), require_prompt(prompt), store_at(store)
+    if tokenizer is not None:
+        require_tokenizer(tokenizer)
     trace = BlendTrace(level="summary" if tokenizer is None else "tokens", tokenizer=tokenizer)
     state = Stepping(host, prompt.input_ids.to(host.device), prompt.chunk_spans, store, config, trace)
     return state.steps(tokenizer, max_new_tokens)

@@ -20,6 +20,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from .arguments import one_of, require_tokenizer
+from .arguments import require as require_type
 from .config import BlendConfig
 from .controller import Decision
 from .optional import require
@@ -38,8 +40,7 @@ def as_level(level: str) -> Level:
     Raises:
         ValueError: none of the three.
     """
-    if level not in get_args(Level):
-        raise ValueError(f"trace must be one of {get_args(Level)}, got {level!r}.")
+    one_of("trace", level, get_args(Level))
     return level  # type: ignore[return-value]
 
 
@@ -106,7 +107,9 @@ class BlendTrace:
     because a warm store has none.
 
     Attributes:
-        blended: whether the call was blended; if not, `fallback` says why (see `docs/fallbacks.md`).
+        blended: whether the call was blended.
+        fallback: why not, as `docs/fallbacks.md` names it; `fallback_reason` says it as a sentence, with what was
+            found, what is needed, and what to do.
         num_tokens: T, tokens of the prompt's forward.
         prefix, chunks: what happened to each.
         candidate_idx: (N,) reused tokens that could be recomputed: those of chunks (and of a prefix that is quantised,
@@ -131,6 +134,7 @@ class BlendTrace:
 
     blended: bool = False
     fallback: str | None = None
+    fallback_reason: str = ""
     num_tokens: int = 0
     num_layers: int = 0
     prefix: ChunkTrace | None = None
@@ -219,7 +223,7 @@ class BlendTrace:
         """Each token's text; `None` without ids, or where no tokenizer is known."""
         if self.texts is not None and tokenizer is None:
             return self.texts
-        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        tokenizer = self.tokenizer if tokenizer is None else require_tokenizer(tokenizer)
         return None if tokenizer is None or self.input_ids is None else texts_of(tokenizer, self.input_ids.tolist())
 
     def token_columns(self, tokenizer: Any = None) -> dict[str, list[Any]]:
@@ -254,7 +258,7 @@ class BlendTrace:
         """
         from .trace_file import save_trace
 
-        save_trace(self, path)
+        save_trace(self, require_type("path", path, (str, os.PathLike), "the path of a file"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlendTrace:
@@ -266,7 +270,7 @@ class BlendTrace:
         """
         from .trace_file import load_trace
 
-        return load_trace(path)
+        return load_trace(require_type("path", path, (str, os.PathLike), "the path of a file"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for JSON."""
@@ -285,7 +289,8 @@ class BlendTrace:
 
     def __str__(self) -> str:
         if not self.blended:
-            return f"not blended: {self.fallback or 'no call yet'}"
+            reason = f" ({self.fallback_reason.rstrip('.')})" if self.fallback_reason else ""
+            return f"not blended: {self.fallback or 'no call yet'}{reason}"
         exact = sum(chunk.exact for chunk in self.chunks)
         candidates = 0 if self.candidate_idx is None else len(self.candidate_idx)
         return (
@@ -297,9 +302,9 @@ class BlendTrace:
 
 
 _PLAIN_FIELDS = (
-    "blended", "fallback", "num_tokens", "num_layers", "hits", "misses", "reused_tokens", "selected_tokens",
-    "computed_pairs", "isolated_pairs", "total_pairs", "recomputed_pairs_share", "bytes_reused", "ttft_ms",
-    "verification", "notes", "level",
+    "blended", "fallback", "fallback_reason", "num_tokens", "num_layers", "hits", "misses", "reused_tokens",
+    "selected_tokens", "computed_pairs", "isolated_pairs", "total_pairs", "recomputed_pairs_share", "bytes_reused",
+    "ttft_ms", "verification", "notes", "level",
 )  # fmt: skip
 TENSORS = ("candidate_idx", "scores", "selected_idx", "fresh_idx", "input_ids")
 

@@ -18,9 +18,9 @@ from .trace import TENSORS, BlendTrace, ChunkTrace, LayerMaps, Status, as_level
 FORMAT = "hfblend.trace.1"
 _NUMBER, _NOTHING = (int, float), type(None)
 _PLAIN: dict[str, Any] = {
-    "blended": bool, "fallback": (str, _NOTHING), "num_tokens": int, "num_layers": int, "computed_pairs": int,
-    "isolated_pairs": int, "bytes_reused": int, "ttft_ms": (*_NUMBER, _NOTHING), "verification": (dict, _NOTHING),
-    "notes": list, "level": str, "settings": dict,
+    "blended": bool, "fallback": (str, _NOTHING), "fallback_reason": str, "num_tokens": int, "num_layers": int,
+    "computed_pairs": int, "isolated_pairs": int, "bytes_reused": int, "ttft_ms": (*_NUMBER, _NOTHING),
+    "verification": (dict, _NOTHING), "notes": list, "level": str, "settings": dict,
 }  # fmt: skip
 _CHUNK: dict[str, Any] = {
     "key": str, "status": str, "exact": bool, "cached_start": (int, _NOTHING), "quantised": (str, _NOTHING),
@@ -69,6 +69,7 @@ def load_trace(path: str | os.PathLike[str]) -> BlendTrace:
 def _trace_of(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> BlendTrace:
     maps = {name.removeprefix("maps."): tensors.pop(name) for name in list(tensors) if name.startswith("maps.")}
     timeline = tuple(Interval(**_typed(interval, _INTERVAL)) for interval in described["timeline"])
+    described.setdefault("fallback_reason", "")  # files of earlier versions have none
     _typed(described, _PLAIN)
     fields: dict[str, Any] = {name: described[name] for name in _PLAIN} | {name: tensors.get(name) for name in TENSORS}
     return BlendTrace(

@@ -16,18 +16,21 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import BlendConfig
+from .arguments import described, known_fields, number_in, whole
+from .config import BlendConfig, as_config
 from .host import CACHE
 from .measures import kl_divergence, teacher_forced_logits, top1_agreement
 from .models import host_of
-from .one_prompt import blend
+from .one_prompt import blend, require_prompt
 from .prompt import Prompt
 from .store import Store
 from .trace import BlendTrace
@@ -79,7 +82,7 @@ def verify_prompt(
     model: nn.Module,
     prompt: Prompt,
     *,
-    store: Store | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
     config: BlendConfig | None = None,
     num_tokens: int = 16,
 ) -> Verification:
@@ -93,10 +96,11 @@ def verify_prompt(
         num_tokens: P.
 
     Raises:
-        ValueError: `num_tokens` below 1, or as `hfblend.blend`.
+        ValueError, TypeError: `num_tokens` below 1, or as `hfblend.blend`.
     """
+    prompt, config = require_prompt(prompt), as_config(config).settled()
     full = FullAnswer.of(model, prompt, num_tokens)
-    result = blend(model, prompt, store=store, config=None if config is None else config.settled())
+    result = blend(model, prompt, store=store, config=config)
     logits = teacher_forced_logits(model, prompt.input_ids, full.ids, copy.deepcopy(result.cache)).float()
     blended_ids, _ = _greedy(model, prompt, num_tokens, **{CACHE: result.cache})
     return Verification(
@@ -121,9 +125,7 @@ class FullAnswer:
     @classmethod
     def of(cls, model: nn.Module, prompt: Prompt, num_tokens: int) -> FullAnswer:
         """One full prefill; prefilling and decoding are the model's own."""
-        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
-            raise ValueError(f"num_tokens must be 1 or more tokens, got {num_tokens!r}.")
-        return cls(*_greedy(model, prompt, num_tokens))
+        return cls(*_greedy(model, prompt, whole("num_tokens", num_tokens, 1)))
 
 
 def _greedy(model: nn.Module, prompt: Prompt, num_tokens: int, **kwargs: Any) -> tuple[list[int], torch.Tensor]:
@@ -153,6 +155,7 @@ def _greedy(model: nn.Module, prompt: Prompt, num_tokens: int, **kwargs: Any) ->
 # --- every k-th prompt ------------------------------------------------------------------------------------------------
 
 
+@known_fields({"k": "every", "bound": "max_kl", "kl": "max_kl", "tokens": "num_tokens"})
 @dataclass(frozen=True, kw_only=True)
 class Verify:
     """Which blended calls of a patched model are checked against full prefill, once they are done.
@@ -165,7 +168,7 @@ class Verify:
         num_tokens: answer tokens that are compared. A check costs a full prefill, a blended one, and these.
 
     Raises:
-        ValueError: `every` or `num_tokens` below 1, or a negative bound.
+        ValueError, TypeError: `every` or `num_tokens` below 1, a negative bound, or no numbers.
     """
 
     every: int = 50
@@ -174,16 +177,13 @@ class Verify:
 
     def __post_init__(self) -> None:
         for name in ("every", "num_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number, 1 or more, got {value!r}.")
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
         require_bound(self.max_kl)
 
 
 def require_bound(max_kl: Any) -> None:
-    """Raises `ValueError` unless it is a number of nats, 0 or more."""
-    if isinstance(max_kl, bool) or not isinstance(max_kl, int | float) or not max_kl >= 0:
-        raise ValueError(f"max_kl must be 0 or more nats, got {max_kl!r}.")
+    """Raises `ValueError` or `TypeError` unless it is a number of nats, 0 or more."""
+    number_in("max_kl, in nats,", max_kl, 0, float("inf"))
 
 
 class Verifier:
@@ -194,6 +194,8 @@ class Verifier:
     """
 
     def __init__(self, settings: Verify | int) -> None:
+        if isinstance(settings, bool) or not isinstance(settings, Verify | Integral):
+            raise TypeError(f"verify must be a hfblend.Verify, or every how many prompts, got {described(settings)}.")
         self.settings = settings if isinstance(settings, Verify) else Verify(every=settings)
         self._lock, self._calls = threading.Lock(), 0
 

@@ -38,7 +38,7 @@ def test_defaults_are_the_documented_ones():
         ({"min_reused_tokens": -1}, "0 or more"),
         ({"separator": "  "}, "visible text"),
         ({"separator": ()}, "token ids"),
-        ({"separator": (-1,)}, "token ids"),
+        ({"separator": (-1,)}, "separator must be 0 or more"),
     ],
 )
 def test_values_out_of_bounds_are_refused(settings, words):
@@ -51,7 +51,7 @@ def test_values_out_of_bounds_are_refused(settings, words):
     [
         ({"recompute_ratios": 0.15}, r"write \(0.15,\)"),
         ({"check_layers": 1}, "tuple"),
-        ({"check_layers": (1.0,)}, "numbers"),
+        ({"check_layers": (1.0,)}, "check_layers must be a whole number"),
         ({"min_reused_tokens": 1.5}, "whole number"),
         ({"enabled": "yes"}, "True or False"),
         ({"namespace": None}, "text"),

@@ -222,8 +222,10 @@ def test_calls_of_all_threads_are_counted_together(monkeypatch):
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"every": True}, {"num_tokens": 0}, {"max_kl": -1.0}, {"max_kl": "x"}])
 def test_settings_that_mean_nothing_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
         hfblend.Verify(**wrong)
+    with pytest.raises(TypeError, match="Did you mean 'max_kl'"):
+        hfblend.Verify(max_k=0.1)
     with pytest.raises(ValueError, match="every"):
         hfblend.patch(make_llama(), verify=0)
 
@@ -376,7 +378,7 @@ def test_a_kl_above_the_bound_is_exit_code_1(run):
         ([PIECES, {"question": "w7"}], (), "prompt 1 needs"),
         ([{**PIECES, "chunks": "w7"}], (), "lists of texts"),
         ([{**PIECES, "chunks": ["w7", ""]}], (), "prompt 0: Chunk 1 of 2"),
-        ([PIECES], ("--ratio", "2"), "recompute_ratios must lie in"),
+        ([PIECES], ("--ratio", "2"), "recompute_ratios must be a number in"),
         ([PIECES], ("--selection", "wrong"), "selection must be one of"),
     ],
 )

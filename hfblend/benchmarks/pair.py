@@ -114,7 +114,7 @@ class Pair:
         self.model.generate(**inputs, **settings, blend_config=config, streamer=streamer)
         trace = self._blender.trace
         if not trace.blended:
-            raise RuntimeError(f"{case.method.name} was not blended: {trace.fallback}.")
+            raise RuntimeError(f"{case.method.name} was {trace}.")
         return trace
 
     def _run_blend(self, case: Case, prompt: Prompt, stores: Stores) -> BlendTrace:

@@ -58,8 +58,6 @@ def store_at(where: str, max_bytes: str | None = None, kv_dtype: str | None = No
     """
     if "://" in where:
         return RemoteStore(where, max_bytes, kv_dtype=kv_dtype)
-    if Path(where).is_file():
-        raise ValueError(f"{where} is a file; a store is a folder.")
     return DiskStore(where, *([] if max_bytes is None else [max_bytes]), kv_dtype=kv_dtype)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
+from ..arguments import require, require_tokenizer
 from ..trace import BlendTrace
 from .plots import plot_quality, plot_scores, plot_timeline, plot_ttft
 
@@ -36,6 +37,7 @@ def show(trace: BlendTrace, tokenizer: Any = None, *, console: Console | None = 
         The display: `save(path)` writes it as a page, `to_html()` is that page; notebooks draw it.
     """
     display = Display(trace, tokenizer)
+    require("console", console, (Console, type(None)), "a rich.console.Console")
     if console is not None or not _in_notebook():
         (console or Console()).print(display)
     return display
@@ -53,8 +55,9 @@ class Display:
     def __init__(
         self, trace: BlendTrace, tokenizer: Any = None, title: str = "hfblend", answers: dict[str, str] | None = None
     ) -> None:
-        if not isinstance(trace, BlendTrace):
-            raise TypeError(f"show needs a hfblend.BlendTrace, say blender.trace, got {type(trace).__name__}.")
+        require("trace", trace, BlendTrace, "a hfblend.BlendTrace, say blender.trace")
+        if tokenizer is not None:
+            require_tokenizer(tokenizer)
         self.trace, self.tokenizer, self.title, self.answers = trace, tokenizer, title, answers or {}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

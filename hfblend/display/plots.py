@@ -5,10 +5,11 @@ They are apart from pyplot and its global state: `figure.savefig(...)`, or the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import palette
+from ..arguments import described, require
 from ..optional import figure_class
 from ..trace import BlendTrace
 
@@ -25,6 +26,7 @@ def plot_scores(trace: BlendTrace) -> Figure:
         ValueError: a trace in which nothing was ranked.
         ImportError: matplotlib is missing.
     """
+    require("trace", trace, BlendTrace, "a hfblend.BlendTrace, say blender.trace")
     if trace.scores is None or trace.candidate_idx is None or not len(trace.scores):
         raise ValueError("No token of this trace was ranked; it needs chunks that are reused, and a ratio below 1.")
     idx, scores = trace.candidate_idx.cpu(), trace.scores.detach().float().cpu()
@@ -64,7 +66,7 @@ def plot_timeline(trace: BlendTrace) -> Figure:
     """
     from .view import lanes_of
 
-    lanes = lanes_of(trace)
+    lanes = lanes_of(require("trace", trace, BlendTrace, "a hfblend.BlendTrace, say blender.trace"))
     if not lanes:
         raise ValueError("This trace has no phases: the call was not blended.")
     figure = figure_class("plots")(figsize=(9.6, 1 + 0.7 * len(lanes)), layout="constrained")
@@ -88,6 +90,8 @@ def plot_quality(rows: Sequence[dict[str, Any]], title: str = "") -> Figure:
     """Quality against cost, from the rows of `hfblend eval` (`hfblend.evaluation.summary.summarize(records)`)."""
     from ..evaluation import report
 
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
+        raise TypeError(f"rows must be the list that hfblend eval --json wrote, got {described(rows)}.")
     return report.figure(rows, title)
 
 
@@ -95,6 +99,8 @@ def plot_ttft(results: dict[str, Any]) -> Figure:
     """Time to first token and speed-up, from what `hfblend bench --json` wrote."""
     from ..benchmarks import report
 
+    if not isinstance(results, Mapping) or "rows" not in results:
+        raise TypeError(f"results must be what hfblend bench --json wrote, with its rows, got {described(results)}.")
     return report.figure(results)
 
 

@@ -119,7 +119,9 @@ def fallback_of(trace: BlendTrace) -> str:
     if trace.fallback is None:
         return "Nothing was blended yet."
     name = trace.fallback.upper()
-    return f"{trace.fallback}: {Fallback[name].reason}" if name in Fallback.__members__ else trace.fallback
+    known = Fallback[name].reason if name in Fallback.__members__ else ""
+    said = trace.fallback_reason or known
+    return f"{trace.fallback}: {said}" if said else trace.fallback
 
 
 def moved_text(piece: ChunkTrace) -> str:

@@ -184,7 +184,7 @@ class Playground:
         trace = self.blender.trace
         text = self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
         if config.enabled and not trace.blended:
-            raise ValueError(f"This prompt cannot be blended: {trace.fallback}.")
+            raise ValueError(f"This prompt is {trace}.")
         assert trace.ttft_ms is not None
         return Answer(method, text, trace.ttft_ms, trace.recomputed_pairs_share if trace.blended else 1.0, trace)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
+from ..arguments import described
 from ..chunks import ChunkKV, Reader
 
 
@@ -27,3 +31,37 @@ class ReadsAhead(Protocol):
     def read_ahead(self, keys: Sequence[str]) -> None:
         """These entries will be opened soon, in that order."""
         ...
+
+
+def require_store(store: Any, expected: str = "a store (an object with put and open)") -> Store:
+    """The same.
+
+    Raises:
+        TypeError: no store.
+    """
+    if isinstance(store, type) or not all(callable(getattr(store, name, None)) for name in ("put", "open")):
+        raise TypeError(f"store must be {expected}, got {described(store)}.")
+    return store
+
+
+def require_folder(where: Any) -> Path:
+    """The path of a folder that may be made.
+
+    Raises:
+        TypeError: no path.
+        ValueError: a file, nothing, or what looks like a URL, of which a folder of that name would be made.
+    """
+    if not isinstance(where, str | os.PathLike):
+        raise TypeError(f"A store's folder must be a path, got {described(where)}.")
+    name = os.fsdecode(where)
+    if not name.strip():
+        raise ValueError(f"A store's folder must have a name, got {name!r}; '.' is the current one.")
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", name):  # one letter is a drive of Windows
+        raise ValueError(
+            f"A store is a folder or a URL such as 's3://bucket/prefix', got {name!r}: write {found[1]}://… for a URL "
+            f"(RemoteStore, or patch(store=…)), or ./{name} for a folder of that name."
+        )
+    path = Path(name).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{name} is a file; a store is a folder.")
+    return path

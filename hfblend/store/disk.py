@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from ..chunks import ChunkKV
+from .base import require_folder
 from .folders import LocalFolder
 from .format import HEAD_BYTES, CorruptEntry, OtherVersion, contents_of, dump, header_bytes
 from .keys import file_name_of
@@ -36,7 +37,7 @@ class DiskStore(InFiles):
             8 bits that is not of that kind is a miss.
 
     Raises:
-        ValueError: a budget that is no size; no such `kv_dtype`.
+        ValueError: a budget that is no size; no such `kv_dtype`; a file, or a URL, in the place of a folder.
         OSError: the folder cannot be made.
     """
 
@@ -46,7 +47,7 @@ class DiskStore(InFiles):
         self, path: str | os.PathLike[str], max_bytes: int | str = "50GB", *, kv_dtype: str | None = None
     ) -> None:
         self.kv_dtype = require_kv_dtype(kv_dtype)
-        self.path = Path(path).expanduser()
+        self.path = require_folder(path)
         super().__init__(LocalFolder(self.path), max_bytes)
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..arguments import described
+
 _KEY = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
 
@@ -39,8 +41,8 @@ def file_name_of(key: str) -> str:
     Raises:
         ValueError: no key, and perhaps a path that leads elsewhere.
     """
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"A key is 64 hexadecimal digits, as of hfblend.store.chunk_key; got {key!r}.")
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise ValueError(f"A key is 64 hexadecimal digits, as of hfblend.store.chunk_key; got {described(key)}.")
     return key + SUFFIX
 
 

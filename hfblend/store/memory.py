@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
+from typing import Any
 
 import torch
 
+from ..arguments import described
 from ..chunks import ChunkKV
 from .counts import StoreCounts
 from .sizes import num_bytes_of
@@ -27,7 +29,7 @@ class MemoryStore:
 
     def __init__(self, max_bytes: int | str = 4 * 2**30, device: torch.device | str | None = None) -> None:
         self.max_bytes = num_bytes_of(max_bytes)
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else _device(device)
         if self.device == torch.device("cuda"):  # tensors say which one they are on
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.num_bytes = 0
@@ -106,3 +108,10 @@ class MemoryStore:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.num_bytes -= entry.num_bytes
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'device must be one of torch\'s, "cpu" or "cuda:0", got {described(device)}.') from error

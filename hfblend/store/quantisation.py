@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..arguments import one_of
 from ..caches import RowLayout, pins_memory
 
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -35,8 +36,8 @@ def require_kv_dtype(kv_dtype: str | None) -> str | None:
     Raises:
         ValueError: no form in which a store can keep KV.
     """
-    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
-        raise ValueError(f"kv_dtype must be None (as computed), {' or '.join(map(repr, KV_DTYPES))}, got {kv_dtype!r}.")
+    if kv_dtype is not None:
+        one_of("kv_dtype", kv_dtype, KV_DTYPES, ", or None (as computed)")
     return kv_dtype
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
+from ..arguments import number_in
 from ..chunks import ChunkKV
 from .format import HEAD_BYTES, Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes, header_of
 from .keys import file_name_of
@@ -88,10 +89,9 @@ class RemoteStore(InFiles):
         kv_dtype: str | None = None,
         **storage_options: Any,
     ) -> None:
-        if min(timeout_s, pause_s, max_failures) <= 0:
-            raise ValueError(
-                f"timeout_s, pause_s and max_failures must be above 0, got {timeout_s}, {pause_s} and {max_failures}."
-            )
+        for name, limit in (("timeout_s", timeout_s), ("pause_s", pause_s), ("max_failures", max_failures)):
+            if not number_in(name, limit, 0, float("inf")):
+                raise ValueError(f"{name} must be above 0, got {limit}.")
         self.timeout_s, self.kv_dtype = timeout_s, require_kv_dtype(kv_dtype)
         super().__init__(RemoteFolder(url, timeout_s, storage_options), max_bytes, _SLACK)
         self.url = self._folder.url

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
+from ..arguments import closest, described
 from ..optional import require
 from .folders import File
 from .requests import at_once
@@ -39,7 +40,7 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str, timeout_s: float, storage_options: dict[str, Any]) -> None:
-        self.url = re.sub(r"//[^/@]*@", "//", url)
+        self.url = re.sub(r"//[^/@]*@", "//", str(url))
         self.filesystem, root = _filesystem_at(url, self.url, storage_options)
         self._root = root.rstrip("/")
         protocol = self.filesystem.protocol  # one name, or several
@@ -115,6 +116,11 @@ def _changed(info: dict[str, Any]) -> float:
 
 def _filesystem_at(url: str, name: str, storage_options: dict[str, Any]) -> tuple[Any, str]:
     """fsspec's filesystem behind a URL, and the path in it."""
+    if not isinstance(url, str) or "://" not in url:
+        raise ValueError(
+            f"url must be of a folder, such as 's3://bucket/prefix', got {described(url)}; a folder of this machine is "
+            "hfblend.store.DiskStore(path)."
+        )
     core = require("fsspec.core", "fsspec", "remote", "A store behind a URL needs")
     try:
         return core.url_to_fs(url, **storage_options)
@@ -124,6 +130,9 @@ def _filesystem_at(url: str, name: str, storage_options: dict[str, Any]) -> tupl
             "`pip install 'hfblend[remote]'`; for others, `pip install` the package named."
         ) from error
     except ValueError as error:
+        registry = require("fsspec.registry", "fsspec", "remote", "A store behind a URL needs")
+        guess = closest(name.partition("://")[0], registry.available_protocols())
         raise ValueError(
             f"A store is a folder, a URL that fsspec can open or a store object, got {name!r}: {error}."
+            + (f" Did you mean {guess}://…?" if guess else "")
         ) from error

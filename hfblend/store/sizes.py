@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..arguments import described
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
 
@@ -24,5 +26,7 @@ def num_bytes_of(size: Any) -> int:
     if found and found[2].lower() in _UNITS:
         return int(float(found[1]) * _UNITS[found[2].lower()])
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise ValueError(f'max_bytes must be a whole number of bytes, 0 or more, or text such as "8GB", got {size!r}.')
+        raise ValueError(
+            f'max_bytes must be a whole number of bytes, 0 or more, or text such as "8GB", got {described(size)}.'
+        )
     return size

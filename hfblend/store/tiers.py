@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import partial
 
+from ..arguments import described
 from ..chunks import ChunkKV, Reader
 from .background import Background, keeps_as_it_is
-from .base import ReadsAhead, Store
+from .base import ReadsAhead, Store, require_store
 from .disk import DiskStore
 from .loader import LayerwiseChunk
 from .memory import MemoryStore
@@ -38,13 +39,15 @@ class TieredStore:
             entry to every store before it returns, and what was read is not copied into faster stores.
 
     Raises:
-        ValueError: no store; bytes that are no size.
+        TypeError, ValueError: no store; bytes that are no size.
     """
 
     def __init__(self, stores: Sequence[Store], max_waiting_bytes: int | str = "4GB") -> None:
-        if not stores:
+        if isinstance(stores, str | Mapping) or not isinstance(stores, Iterable):
+            raise TypeError(f"stores must be a list of stores, the fastest first, got {described(stores)}.")
+        self.stores = [require_store(store) for store in stores]
+        if not self.stores:
             raise ValueError("A TieredStore needs one or more stores, got none.")
-        self.stores = list(stores)
         self._background = Background(max_waiting_bytes)
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
@@ -114,7 +117,7 @@ def store_at(where: Store | str | os.PathLike[str] | None) -> Store:
 
     Raises:
         ImportError: fsspec or the package of the URL's protocol is missing (the message says what to install).
-        ValueError: a URL that fsspec cannot open.
+        TypeError, ValueError: no store, no folder, a URL that fsspec cannot open.
     """
     if where is None:
         return MemoryStore()
@@ -122,4 +125,4 @@ def store_at(where: Store | str | os.PathLike[str] | None) -> Store:
         return TieredStore([MemoryStore(), RemoteStore(where)])
     if isinstance(where, (str, os.PathLike)):
         return TieredStore([MemoryStore(), DiskStore(where)])
-    return where
+    return require_store(where, "a store, a folder, a URL or None (memory)")

@@ -1,0 +1,166 @@
+"""Checks of what callers pass: each raises `TypeError` or `ValueError` that says what was got and what is expected."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import numbers
+import reprlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
+
+
+def described(value: Any) -> str:
+    """A value as errors name it, in a line: long ones by type, or shortened.
+
+    >>> described("text"), described(2.5), described([1, 2]), described(dict)
+    ("'text'", '2.5', '[1, 2]', 'the class dict')
+    """
+    kind = type(value).__name__
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, nn.Module):
+        return f"a model ({kind})"
+    if is_tokenizer(value):
+        return f"a tokenizer ({kind})"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if value and isinstance(value, dict):
+        return f"a dict of {_short.repr(list(value))[1:-1]}"
+    if value is None or isinstance(value, str | bytes | bool | int | float | list | tuple | dict | set):
+        return " ".join(_short.repr(value).split())
+    return f"an object of type {kind}"
+
+
+def is_tokenizer(value: Any) -> bool:
+    """Whether it has what Transformers' tokenizers have."""
+    return not isinstance(value, type) and hasattr(value, "decode") and hasattr(value, "convert_ids_to_tokens")
+
+
+def is_function(value: Any) -> bool:
+    """Whether it is meant to be called: no class, model or tokenizer, which can be called too."""
+    return callable(value) and not isinstance(value, type | nn.Module) and not is_tokenizer(value)
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The known name that is spelt most like this one; empty where none is close."""
+    return next(iter(difflib.get_close_matches(name.lower(), list(known), 1)), "")
+
+
+def one_of(name: str, value: Any, choices: Collection[str], also: str = "") -> None:
+    """Raises `ValueError` unless a text is one of several; `also` says what else may be given."""
+    if not isinstance(value, str) or value not in choices:
+        guess = closest(value, choices) if isinstance(value, str) else ""
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        raise ValueError(f"{name} must be one of {tuple(choices)}{also}, got {described(value)}.{hint}")
+
+
+def whole(name: str, value: Any, least: int = 0) -> int:
+    """A whole number, also one of NumPy's, as Python's.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: one below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, {least} or more, got {described(value)}.")
+    number = int(value)
+    if number < least:
+        raise ValueError(f"{name} must be {least} or more, got {number}.")
+    return number
+
+
+def number_in(name: str, value: Any, least: float, most: float) -> float:
+    """A number between bounds, also one of NumPy's, as Python's.
+
+    Raises:
+        TypeError: no number.
+        ValueError: one out of bounds, or NaN.
+    """
+    expected = f"a number in [{least:g}, {most:g}]" if most < float("inf") else f"a number, {least:g} or more"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {expected}, got {described(value)}.")
+    if not least <= float(value) <= most:
+        raise ValueError(f"{name} must be {expected}, got {value}.")
+    return float(value)
+
+
+def require(name: str, value: Any, kind: Any, expected: str) -> Any:
+    """The value, of this type or one of several.
+
+    Raises:
+        TypeError: it is of another.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {expected}, got {described(value)}.")
+    return value
+
+
+def require_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer of Transformers', or what can be called and asked as one.
+
+    Raises:
+        TypeError: the name of one, a processor, or something else.
+    """
+    if isinstance(tokenizer, type) or not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        hint = f": load it, AutoTokenizer.from_pretrained({tokenizer!r})" if isinstance(tokenizer, str) else ""
+        raise TypeError(f"tokenizer must be a Transformers tokenizer, got {described(tokenizer)}{hint}.")
+    if not is_tokenizer(tokenizer) and is_tokenizer(getattr(tokenizer, "tokenizer", None)):
+        raise TypeError(f"tokenizer must be a tokenizer, got {described(tokenizer)}: pass its .tokenizer.")
+    return tokenizer
+
+
+def token_ids(name: str, ids: Any, vocab_size: int | None = None) -> list[int]:
+    """Token ids of a list, an array or a tensor (n,).
+
+    Raises:
+        TypeError: no ids; a text.
+        ValueError: ids that the vocabulary does not have.
+    """
+    plain = ids.tolist() if hasattr(ids, "tolist") else ids
+    is_list = isinstance(plain, Collection) and not isinstance(plain, str | bytes | Mapping | set)
+    if not is_list or any(isinstance(i, bool) or not isinstance(i, int) for i in plain):
+        raise TypeError(f"{name} must be a text or a list of token ids, got {described(ids)}.")
+    if plain and not 0 <= min(plain) <= max(plain) < (vocab_size or max(plain) + 1):
+        raise ValueError(f"{name} has ids from {min(plain)} to {max(plain)}; the model's are 0 … {vocab_size} − 1.")
+    return list(plain)
+
+
+def known_fields(aliases: Mapping[str, str]) -> Any:
+    """Decorates a dataclass of keywords: an unknown one is refused with the field that was meant.
+
+    Args:
+        aliases: other projects' names, and frequent ones, with what to write here.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        init, names = cls.__init__, [field.name for field in fields(cls)]  # type: ignore[arg-type]
+
+        @functools.wraps(init)
+        def checked(self: Any, *args: Any, **given: Any) -> None:
+            if args:
+                raise TypeError(f"{cls.__name__} takes keywords only, {names[0]}=… and others, got {described(args)}.")
+            for name in given.keys() - set(names):
+                guess = field_meant(name, names, aliases)
+                hint = f"Did you mean {guess!r}?" if guess in names else guess or f"It has {', '.join(names)}."
+                raise TypeError(f"{cls.__name__} has no field {name!r}. {hint}")
+            init(self, **given)
+
+        cls.__init__ = checked  # type: ignore[method-assign]
+        return cls
+
+    return decorate
+
+
+def field_meant(name: str, names: Collection[str], aliases: Mapping[str, str]) -> str:
+    """The field that an unknown name stands for, or advice in its place; empty where none is close."""
+    known = name.lower().removeprefix("lmcache_").removeprefix("hfblend_").removeprefix("blend_")
+    return aliases.get(known) or closest(known, names)

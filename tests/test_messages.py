@@ -1,0 +1,510 @@
+"""Slips of a first-time user: each public entry point, given each of a list of wrong things, says what it got."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import re
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import config, entry, make_llama, make_prompt
+from torch import nn
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+import hfblend
+from hfblend import demo_model
+from hfblend.arguments import described
+from hfblend.baselines import Blending
+from hfblend.cli import app
+from hfblend.controller import Controller
+from hfblend.fallbacks import Fallback
+from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore, store_at
+
+PROMPT = make_prompt()
+PACKAGE = str(Path(hfblend.__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_llama()
+
+
+@pytest.fixture(scope="module")
+def blender():
+    with hfblend.patch(make_llama(), config=config(0.1)) as patched:
+        yield patched
+
+
+def inputs_of(word_tokenizer) -> dict:
+    """Name -> what is passed in the place of something else."""
+    return {
+        "None": None,
+        "text": "text",
+        "name": "org/model-7b",
+        "3": 3,
+        "2.5": 2.5,
+        "nan": float("nan"),
+        "-1": -1,
+        "True": True,
+        "[]": [],
+        "[[1]]": [[1]],
+        "{}": {},
+        "dict": {"input_ids": 1},
+        "bytes": b"text",
+        "object": object(),
+        "class": dict,
+        "tokenizer": word_tokenizer,
+        "model": nn.Linear(2, 2),
+        "prompt": PROMPT,
+        "config": hfblend.BlendConfig(),
+        "store": MemoryStore(),
+        "array": np.arange(3),
+        "tensor": torch.arange(3),
+        "floats": torch.rand(1, 3),
+        "ids": torch.arange(4)[None],
+    }
+
+
+# Entry point -> what it is called with, and the inputs that mean something there.
+PATCH = {
+    "model": "",
+    "config": "None config",
+    "tokenizer": "None tokenizer",
+    "store": "None text name store",
+    "verify": "None 3",
+    "trace": "",
+}
+BLEND = {
+    "prompt": "prompt",
+    "store": "None text name store",
+    "config": "None config",
+    "algorithm": "None",
+    "controller": "None",
+    "trace": "",
+}
+STEPS = {
+    "prompt": "prompt",
+    "store": "None text name store",
+    "config": "None config",
+    "tokenizer": "None tokenizer",
+    "max_new_tokens": "3",
+}
+OF_BLENDER = {
+    ("verify", "prompts"): "prompt",
+    ("calibrate", "prompts"): "",
+    ("calibrate", "max_kl"): "3 2.5",
+    ("calibrate", "ratios"): "",
+    ("calibrate", "layers"): "None [[1]]",
+    ("calibrate", "num_tokens"): "3",
+    ("precompute", "chunks"): "[] [[1]] ids",
+    ("precompute", "prefix"): "[] array tensor",
+    ("precompute", "batch_size"): "None 3",
+    ("precompute", "progress"): "None",
+    ("precompute", "store"): "None text name store",
+    ("precompute", "config"): "None config",
+    ("precompute", "tokenizer"): "None tokenizer",
+}
+FIELDS = {
+    "enabled": "True",
+    "separator": "None text name array tensor",
+    "selection": "",
+    "recompute_ratios": "",
+    "least_ratio": "",
+    "check_layers": "",
+    "score_layers": "None array tensor",
+    "deviation": "",
+    "min_reused_tokens": "3",
+    "force_chunk_start": "3",
+    "chunk_prefix": "",
+    "filler_ids": "[] array tensor",
+    "on_miss": "",
+    "layerwise": "True",
+    "cuda_graphs": "True",
+    "namespace": "text name",
+}
+
+
+def entry_points() -> dict:
+    """Name -> (function of the input, model and blender; names of the inputs that mean something)."""
+    found = {}
+    for name, meant in PATCH.items():
+        found[f"patch({name})"] = (lambda v, m, b, n=name: patched({"model": m, n: v}), meant)
+    for name, meant in BLEND.items():
+        found[f"blend({name})"] = (lambda v, m, b, n=name: hfblend.blend(m, **{"prompt": PROMPT, n: v}), meant)
+    for name, meant in STEPS.items():
+        found[f"steps({name})"] = (lambda v, m, b, n=name: hfblend.steps(m, **{"prompt": PROMPT, n: v}), meant)
+    defaults = {"verify": {}, "calibrate": {"prompts": [PROMPT], "max_kl": 99.0}, "precompute": {"chunks": [[1, 2]]}}
+    for (method, name), meant in OF_BLENDER.items():
+        given = defaults[method]
+        found[f"Blender.{method}({name})"] = (
+            lambda v, m, b, how=method, n=name, given=given: getattr(b, how)(**{**given, n: v}),
+            meant,
+        )
+    for name, meant in FIELDS.items():
+        found[f"BlendConfig({name})"] = (lambda v, m, b, n=name: hfblend.BlendConfig(**{n: v}), meant)
+    for name, meant in {"every": "3", "max_kl": "3 2.5", "num_tokens": "3"}.items():
+        found[f"Verify({name})"] = (lambda v, m, b, n=name: hfblend.Verify(**{n: v}), meant)
+    return found | {
+        "Blender.config": (lambda v, m, b: setattr(b, "config", v), "None config"),
+        "Blender.store": (lambda v, m, b: setattr(b, "store", v), "None text name store"),
+        "generate": (lambda v, m, b: b.model.generate(v, max_new_tokens=1), "None ids"),
+        "generate(blend_config)": (
+            lambda v, m, b: b.model.generate(**PROMPT.inputs(), blend_config=v, max_new_tokens=1),
+            "None config",
+        ),
+        "filler_ids": (lambda v, m, b: hfblend.filler_ids(v), "tokenizer"),
+        "prefill_chunk(model)": (lambda v, m, b: hfblend.prefill_chunk(v, [1]), ""),
+        "prefill_chunk(ids)": (lambda v, m, b: hfblend.prefill_chunk(m, v), "array tensor"),
+        "prefill_chunk(behind_ids)": (lambda v, m, b: hfblend.prefill_chunk(m, [1], v), "[] array tensor"),
+        "prefill_chunk(behind)": (lambda v, m, b: hfblend.prefill_chunk(m, [1], behind=v), "None"),
+        "ChunkKV(cache)": (lambda v, m, b: hfblend.ChunkKV(v, torch.arange(4)), ""),
+        "ChunkKV(cached_positions)": (lambda v, m, b: hfblend.ChunkKV(entry().cache, v), ""),
+        "show": (lambda v, m, b: hfblend.show(v), ""),
+        "plot_scores": (lambda v, m, b: hfblend.plot_scores(v), ""),
+        "plot_timeline": (lambda v, m, b: hfblend.plot_timeline(v), ""),
+        "plot_quality": (lambda v, m, b: hfblend.plot_quality(v), "[]"),
+        "plot_ttft": (lambda v, m, b: hfblend.plot_ttft(v), ""),
+        "BlendTrace.load": (lambda v, m, b: hfblend.BlendTrace.load(v), "text name"),  # not there: OSError
+        "BlendTrace.save": (lambda v, m, b: hfblend.BlendTrace().save(v), "text name"),
+        "MemoryStore(max_bytes)": (lambda v, m, b: MemoryStore(v), "3"),
+        "MemoryStore(device)": (lambda v, m, b: MemoryStore(device=v), "None"),
+        "DiskStore(path)": (lambda v, m, b: DiskStore(v), "text name"),
+        "DiskStore(max_bytes)": (lambda v, m, b: DiskStore("folder", v), "None 3"),
+        "DiskStore(kv_dtype)": (lambda v, m, b: DiskStore("folder", kv_dtype=v), "None"),
+        "RemoteStore(url)": (lambda v, m, b: RemoteStore(v), ""),
+        "RemoteStore(timeout_s)": (lambda v, m, b: RemoteStore("memory://chunks", timeout_s=v), "3 2.5"),
+        "TieredStore(stores)": (lambda v, m, b: TieredStore(v), ""),
+        "TieredStore(max_waiting_bytes)": (lambda v, m, b: TieredStore([MemoryStore()], v), "3"),
+        "store_at": (lambda v, m, b: store_at(v), "None text name store"),
+        "from_env": (lambda v, m, b: hfblend.BlendConfig.from_env(v), "None {} dict"),
+    }
+
+
+def patched(arguments):
+    arguments = {
+        **arguments,
+        "model": make_llama() if isinstance(arguments["model"], LlamaForCausalLM) else arguments["model"],
+    }
+    hfblend.patch(**arguments).remove()
+
+
+def slip(run, value, model, blender) -> str:
+    """What is wrong with how an input is answered; empty if nothing is."""
+    try:
+        run(value, model, blender)
+    except (TypeError, ValueError) as error:
+        raised_in, message = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
+        if not raised_in.startswith(PACKAGE):
+            return f"raised in {raised_in}: {message}"
+        said = re.search(r"got |must |need", message)
+        return "" if said and len(message) < 600 else f"says too little, or too much: {message}"
+    except OSError:
+        return "OSError"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+@pytest.mark.parametrize("name", entry_points())
+def test_each_wrong_input_is_answered_with_what_was_got_and_what_is_expected(
+    name, model, blender, word_tokenizer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    run, meaningful = entry_points()[name]
+    settings, store = blender.config, blender.store
+    found = {}
+    for label, value in inputs_of(word_tokenizer).items():
+        found[label] = slip(run, value, model, blender)
+        blender.config, blender.store = settings, store
+    expected = {label: "accepted" if label in meaningful.split() else "" for label in found}
+    if name == "BlendTrace.load":
+        expected |= {"text": "OSError", "name": "OSError"}
+    assert found == expected
+
+
+def test_the_sweep_knows_every_public_name():
+    """Results, which users read and do not make, are left out; `Prompt` has a sweep of its own in test_prompt.py."""
+    swept = {re.split(r"\W", name)[0] for name in entry_points()}
+    results = {"BlendResult", "BlendTrace", "Calibration", "Prompt", "UnsupportedModel", "Verification"}
+    assert set(hfblend.__all__) <= swept | results
+    methods = {name for name, _ in inspect.getmembers(hfblend.Blender, inspect.isfunction) if name[0] != "_"}
+    assert methods == {"verify", "calibrate", "precompute"} | {"remove", "profile"}
+    assert set(FIELDS) == {field.name for field in dataclasses.fields(hfblend.BlendConfig)}
+    assert set(PATCH) == set(inspect.signature(hfblend.patch).parameters)
+    assert set(BLEND) == set(inspect.signature(hfblend.blend).parameters) - {"model"}
+    assert set(STEPS) == set(inspect.signature(hfblend.steps).parameters) - {"model"}
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        (lambda m, t: hfblend.patch("org/model-7b"), r"load one with AutoModelForCausalLM"),
+        (lambda m, t: hfblend.patch(LlamaForCausalLM), "got the class LlamaForCausalLM"),
+        (lambda m, t: hfblend.patch(t), "got a tokenizer"),
+        (lambda m, t: hfblend.patch(m.model), "has no generate"),
+        (lambda m, t: hfblend.BlendTrace().to_frame("name"), "tokenizer must be"),
+        (lambda m, t: hfblend.patch(m, t), "config must be .* got a tokenizer .*write tokenizer="),
+        (lambda m, t: hfblend.patch(m, "folder"), "config must be .* got 'folder': write store="),
+        (lambda m, t: hfblend.patch(m, MemoryStore()), "write store="),
+        (lambda m, t: hfblend.patch(m, {"namespace": "a"}), r"write BlendConfig\(\*\*"),
+        (lambda m, t: hfblend.patch(m, tokenizer="org/model-7b"), r"AutoTokenizer.from_pretrained\('org/model-7b'\)"),
+        (lambda m, t: hfblend.patch(m, store=MemoryStore), "got the class MemoryStore"),
+        (lambda m, t: hfblend.patch(m, store=t), "store must be .* got a tokenizer"),
+        (lambda m, t: hfblend.patch(m, trace="ful"), "Did you mean 'full'"),
+        (lambda m, t: hfblend.blend(m, PROMPT.inputs()), "pass the prompt itself"),
+        (lambda m, t: hfblend.blend(m, PROMPT, algorithm=Controller), "got the class Controller"),
+        (lambda m, t: MemoryStore("8 gigs"), "max_bytes .* such as \"8GB\", got '8 gigs'"),
+        (lambda m, t: DiskStore("s3://bucket/chunks"), "RemoteStore"),
+        (lambda m, t: DiskStore(""), "must have a name"),
+        (lambda m, t: store_at("s3:/bucket/chunks"), "write s3://"),
+        (lambda m, t: store_at("memry://chunks"), "Did you mean memory://"),
+        (lambda m, t: RemoteStore("chunks"), r"DiskStore\(path\)"),
+        (lambda m, t: hfblend.BlendConfig(selection="kv_devation"), "Did you mean 'kv_deviation'"),
+    ],
+)  # fmt: skip
+def test_slips_are_answered_with_what_to_do(run, says, model, word_tokenizer):
+    with pytest.raises((TypeError, ValueError), match=says):
+        run(model, word_tokenizer)
+
+
+def test_slips_with_a_patched_model(blender, tmp_path):
+    with pytest.raises(TypeError, match=r"model.generate\(\*\*prompt.inputs\(\)\)"):
+        blender.model.generate(PROMPT)
+    with pytest.raises(TypeError, match=r"model.generate\(\*\*inputs\)"):
+        blender.model.generate(PROMPT.inputs())
+    with pytest.raises(TypeError, match=r"tokenizer\(text, return_tensors='pt'\)"):
+        blender.model.generate("Who?")
+    with pytest.raises(ValueError, match=r"shape \(4,\)"):
+        blender.model.generate(torch.arange(4))
+    with pytest.raises(TypeError, match="blend_config must be"):
+        blender.model.generate(**PROMPT.inputs(), blend_config="fast")
+    with pytest.raises(TypeError, match=r"prompts\[1\] must be a hfblend.Prompt, got 'text'"):
+        blender.verify([PROMPT, "text"])
+    with pytest.raises(ValueError, match="verify needs one or more prompts"):
+        blender.verify([])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; a store is a folder"):
+        blender.store = tmp_path / "file"
+
+
+def test_a_removed_blender(caplog):
+    """`remove` twice does nothing, what only reads still works, and a `with` says that nothing would be blended."""
+    model = make_llama()
+    blender = hfblend.patch(model, config=config(0.1))
+    blender.remove()
+    blender.remove()
+    assert "generate" not in vars(model)
+    assert blender.verify(PROMPT, num_tokens=2).trace.blended
+    with pytest.raises(ValueError, match="was removed"), blender:
+        pass
+
+
+def test_the_named_fields_of_other_projects_lead_to_ours():
+    for given, field in {
+        "recompute_ratio": "recompute_ratios", "recomp_ratio": "recompute_ratios", "ratio": "recompute_ratios",
+        "blend_recompute_ratios": "recompute_ratios", "check_layer": "check_layers",
+        "blend_check_layers": "check_layers", "chunk_separator": "separator", "blend_special_str": "separator",
+        "LMCACHE_BLEND_MIN_TOKENS": "min_reused_tokens", "seperator": "separator", "onmiss": "on_miss",
+        "cuda_graph": "cuda_graphs",
+    }.items():  # fmt: skip
+        with pytest.raises(TypeError, match=f"no field '{given}'. Did you mean '{field}'"):
+            hfblend.BlendConfig(**{given: 1})
+    with pytest.raises(TypeError, match=r"argument of hfblend\.patch"):
+        hfblend.BlendConfig(store="folder")
+    with pytest.raises(TypeError, match="It has enabled, separator"):
+        hfblend.BlendConfig(zzz=1)
+    with pytest.raises(TypeError, match="keywords only"):
+        hfblend.BlendConfig(0.15)
+
+
+def test_every_misspelling_of_a_field_by_one_letter_is_understood():
+    for field in FIELDS:
+        for i in range(len(field)):
+            with pytest.raises(TypeError, match=f"Did you mean '{field}'"):
+                hfblend.BlendConfig(**{f"{field[:i]}{field[i + 1 :]}": 1})
+
+
+def test_variables_that_are_misspelt_are_refused_and_others_logged(caplog):
+    for given in ("HFBLEND_RECOMPUTE_RATIO", "HFBLEND_RATIO", "LMCACHE_BLEND_RECOMPUTE_RATIO"):
+        with pytest.raises(ValueError, match=f"{given}. Did you mean HFBLEND_RECOMPUTE_RATIOS"):
+            hfblend.BlendConfig.from_env({given: "0.3"})
+    with pytest.raises(ValueError, match="Read from HFBLEND_SELECTION='kv_devation'"):
+        hfblend.BlendConfig.from_env({"HFBLEND_SELECTION": "kv_devation"})
+    with caplog.at_level(logging.WARNING, "hfblend"):
+        known = {"HFBLEND_CACHE": "/tmp", "LMCACHE_CHUNK_SIZE": "256", "PATH": "/bin"}
+        assert hfblend.BlendConfig.from_env(known) == hfblend.BlendConfig()
+        assert caplog.text == ""
+        assert hfblend.BlendConfig.from_env({"HFBLEND_SERVICE_HOST": "10.0.0.1"}) == hfblend.BlendConfig()
+        assert "HFBLEND_SERVICE_HOST is no setting" in caplog.text
+
+
+def said(run) -> str:
+    """The message of the error that a function raises."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        run()
+    return str(caught.value)
+
+
+def test_the_messages_in_the_documentation_are_those_of_the_code(blender, word_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("chunks.bin").write_text("")
+    training, model = make_llama().train(), make_llama()
+    messages = [
+        said(lambda: hfblend.patch("org/model-7b")),
+        said(lambda: hfblend.patch(model, word_tokenizer)),
+        said(lambda: hfblend.patch(model, tokenizer="org/model-7b")),
+        said(lambda: hfblend.patch(blender.model)),
+        said(lambda: hfblend.patch(training)),
+        said(lambda: blender.model.generate(PROMPT)),
+        said(lambda: model.generate(**PROMPT.inputs())).replace("`", "'"),
+        said(lambda: hfblend.blend(model, PROMPT.inputs())),
+        said(lambda: blender.verify("text")),
+        said(lambda: hfblend.BlendConfig(recompute_ratio=0.1)),
+        said(lambda: hfblend.BlendConfig(recompute_ratios=0.15)),
+        said(lambda: hfblend.BlendConfig.from_env({"HFBLEND_RATIO": "0.1"})),
+        said(lambda: MemoryStore("8 gigs")),
+        said(lambda: hfblend.patch(model, store="s3:/bucket/chunks")),
+        said(lambda: hfblend.patch(model, store="chunks.bin")),
+    ]
+    page = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    section = page.split("## What an error says")[1].split("\n## ")[0]
+    quoted = re.findall(r"^\| `(.+?)` \|", section, re.MULTILINE)
+    assert len(quoted) == len(messages)
+    for documented, message in zip(quoted, messages):
+        pattern = ".*".join(map(re.escape, documented.split("…")))
+        assert re.fullmatch(pattern, message, re.DOTALL) or message.startswith(documented), (documented, message)
+
+
+# --- fallbacks --------------------------------------------------------------------------------------------------------
+
+
+def test_each_fallback_says_what_to_do():
+    """A reason, and after a semicolon a remedy."""
+    for fallback in Fallback:
+        assert re.fullmatch(r"[^;]+; [^;]+\.", fallback.reason), fallback
+
+
+def test_too_few_tokens_has_both_numbers_and_the_remedy(caplog):
+    model = make_llama()
+    with hfblend.patch(model) as blender, caplog.at_level(logging.INFO, "hfblend.patching"):
+        model.generate(**PROMPT.inputs(), max_new_tokens=1)
+        shown = [
+            caplog.text,
+            str(blender.trace),
+            blender.trace.fallback_reason,
+            blender.trace.to_dict()["fallback_reason"],
+        ]
+        shown += [hfblend.show(blender.trace)._repr_html_()]
+    for text in shown:
+        for part in (
+            "64 reusable tokens in 3 chunks",
+            "min_reused_tokens is 256",
+            "lower BlendConfig(min_reused_tokens=",
+        ):
+            assert part in text
+    page = (Path(__file__).parents[1] / "docs" / "fallbacks.md").read_text(encoding="utf-8")
+    assert blender.trace.fallback_reason in " ".join(page.split())
+
+
+def test_a_batch_says_of_each_prompt_that_is_prefilled_why(caplog):
+    model, short = make_llama(), make_prompt(sizes=(3, 2))
+    with hfblend.patch(model, config=config(0.1, min_reused_tokens=20)) as blender:
+        model.generate(**hfblend.Prompt.batch([PROMPT, short], pad_token_id=0), max_new_tokens=1)
+        assert blender.traces[0].blended
+        assert "5 reusable tokens in 2 chunks; min_reused_tokens is 20" in blender.traces[1].notes[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        ({"input_ids": PROMPT.input_ids}, "The separator ' # # ' is text, and patch() had no tokenizer"),
+        ({**PROMPT.inputs(), "output_hidden_states": True}, "Got output_hidden_states."),
+        ({**PROMPT.inputs(), "position_ids": torch.arange(len(PROMPT))[None]}, "Got position_ids."),
+        ({"inputs_embeds": torch.rand(1, 4, 64)}, "Got inputs_embeds."),
+        (
+            {**PROMPT.inputs(), "attention_mask": torch.tensor([[1, 1, 0, *[1] * (len(PROMPT) - 3)]])},
+            f"Got a mask of shape (1, {len(PROMPT)})",
+        ),
+    ],
+)
+def test_a_fallback_names_what_was_found(call, found):
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.1, separator=" # # ")) as blender:
+        model.generate(**call, max_new_tokens=1)
+        assert found in blender.trace.fallback_reason
+        assert found.rstrip(".") in str(blender.trace)
+
+
+def test_the_reason_outlives_saving(tmp_path):
+    model = make_llama()
+    with hfblend.patch(model) as blender:
+        model.generate(**PROMPT.inputs(), max_new_tokens=1)
+        blender.trace.save(tmp_path / "trace")
+        assert hfblend.BlendTrace.load(tmp_path / "trace").fallback_reason == blender.trace.fallback_reason != ""
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+FILES = {
+    "missing": None, "empty": b"", "binary": b"\x80\x81\xff\x00", "brace": b"{", "number": b"3", "null": b"null",
+    "text": b'"text"', "list of numbers": b"[3]", "no chunks": b'{"prefix": "w7"}',
+    "chunks no list": b'{"chunks": 3, "question": "w8"}', "a nested chunk": b'{"chunks": [["w7"]], "question": "w8"}',
+    "no text of a question": b'{"chunks": ["w7"], "question": 3}',
+}  # fmt: skip
+COMMANDS = {
+    "explain": ["explain", "FILE"],
+    "run": ["run", "FILE"],
+    "verify": ["verify", "--prompts", "FILE"],
+    "precompute": ["precompute", "--corpus", "FILE", "--store", "chunks"],
+    "eval": ["eval", "--data", "FILE", "--n", "1"],
+    "store ls": ["store", "ls", "FILE"],
+    "store stat": ["store", "stat", "FILE"],
+    "store verify": ["store", "verify", "FILE"],
+    "run with a file as store": ["run", "PROMPT", "--store", "FILE"],
+    "explain with a folder as page": ["explain", "PROMPT", "--html", "FOLDER"],
+    "run with a folder as prompt": ["run", "FOLDER"],
+    "run with no such rule": ["run", "PROMPT", "--selection", "kv_devation"],
+    "run with no such type": ["run", "PROMPT", "--dtype", "float99"],
+    "run with a URL's typo": ["run", "PROMPT", "--store", "s3:/bucket"],
+    "bench with no such method": ["bench", "--shape", "tiny", "--methods", "fast"],
+    "bench with no number": ["bench", "--shape", "tiny", "--tokens", "many"],
+    "profile with no number": ["profile", "--tokens", "many"],
+}
+MEANT = {("precompute", "text"), ("run with a file as store", "missing")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_explain_wrong_files_and_options(command, tmp_path, monkeypatch, word_tokenizer):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_model, "load", lambda *args, **kwargs: (make_llama(), word_tokenizer))
+    (tmp_path / "prompt.json").write_text('{"chunks": ["w7 w8"], "question": "w9"}')
+    (tmp_path / "folder").mkdir()
+    places = {"PROMPT": "prompt.json", "FOLDER": "folder", "FILE": "wrong"}
+    for name, content in FILES.items() if "FILE" in COMMANDS[command] else [("", None)]:
+        Path("wrong").unlink(missing_ok=True)
+        if content is not None:
+            Path("wrong").write_bytes(content)
+        if (command, name) in MEANT:
+            continue
+        result = CliRunner().invoke(app, [places.get(part, part) for part in COMMANDS[command]])
+        assert isinstance(result.exception, SystemExit), (name, result.exception)
+        assert result.exit_code in (1, 2), name
+        assert result.output.strip(), name
+
+
+def test_values_are_described_in_a_line():
+    assert described("x" * 999).count("x") < 80
+    assert described(torch.zeros(2, 3)) == "a Tensor of shape (2, 3) and dtype torch.float32"
+    assert described(make_llama()) == "a model (LlamaForCausalLM)"
+    assert described(PROMPT) == "an object of type Prompt"
+    assert described(Blending) == "the class Blending"
+    assert all("\n" not in described(value) for value in ([torch.zeros(9, 1)], {"a": "\n"}, object()))
+    assert described(PROMPT.inputs()) == "a dict of 'input_ids', 'attention_mask', 'chunk_spans'"
+    assert described({}) == "{}"
