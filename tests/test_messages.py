@@ -235,7 +235,7 @@ def test_the_sweep_knows_every_public_name():
     results = {"BlendResult", "BlendTrace", "Calibration", "Prompt", "UnsupportedModel", "Verification"}
     assert set(hfblend.__all__) <= swept | results
     methods = {name for name, _ in inspect.getmembers(hfblend.Blender, inspect.isfunction) if name[0] != "_"}
-    assert methods == {"verify", "calibrate", "precompute"} | {"remove", "profile"}
+    assert methods == {"verify", "calibrate", "precompute"} | {"remove", "profile", "refresh"}  # these take nothing
     assert set(FIELDS) == {field.name for field in dataclasses.fields(hfblend.BlendConfig)}
     assert set(PATCH) == set(inspect.signature(hfblend.patch).parameters)
     assert set(BLEND) == set(inspect.signature(hfblend.blend).parameters) - {"model"}
