@@ -28,7 +28,7 @@ from .chunks import ChunkKV, ChunkLost, Provenance
 from .config import BlendConfig
 from .controller import BlendShape, Controller
 from .graphs import graphs_of
-from .layers import Watched, watched
+from .layers import Watched, watch
 from .lookup import LookUp
 from .models import BlendableModel
 from .passes import Forward, Pass, until_stopped
@@ -132,8 +132,7 @@ class Blending:
 
     def start(self, forward: Forward) -> Any:
         """`run` beside the current stream of a GPU: before anything there uses what it made, `join` must be called."""
-        with self._beside.running():
-            return self._phases(forward)
+        return self._beside.run(self._phases, forward)
 
     def join(self, output: Any) -> None:
         """The current stream waits for what `start` began; `output` is what it returned."""
@@ -317,14 +316,15 @@ class Blending:
         """The pass over all tokens, to its end where there is no `layer` to stop at; its output."""
         rows = torch.arange(self.length, device=self.host.device)
         cache = RecordingCache(self.host.num_layers, layer, room=ROOM)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.host.lock.exclusive())
-            stack.enter_context(self.host.small_steps_in_one_kernel())
+
+        def run() -> Any:
+            self.host.small_steps_in_one_kernel()
             if layer is not None and self.host.may_skip_layers:
-                self._entered = stack.enter_context(watched(self.host.layers, layer, rows))
-            if self._recorder is not None:
-                stack.enter_context(self._recorder.layers_of("all tokens", cache))
-            output = until_stopped(forward, self.input_ids, rows, None, cache)
+                self._entered = watch(self.host.lock, self.host.layers, layer, rows)
+            with self._recorder.layers_of("all tokens", cache) if self._recorder else contextlib.nullcontext():
+                return until_stopped(forward, self.input_ids, rows, None, cache)
+
+        output = self.host.lock.exclusive(run)
         self.buffers.update(cache.recorded)
         self._fresh_up_to = self.host.num_layers if layer is None else layer
         self.trace.computed_pairs += self.length * self._fresh_up_to

@@ -9,7 +9,6 @@ Shapes: B rows of the batch, k copies of each that beams and returned sequences 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import time
@@ -24,6 +23,7 @@ from .config import BlendConfig
 from .controller import Controller
 from .fallbacks import Fallback, Plan, found_chunks, generate_option
 from .host import CACHE, CACHE_NAMES, cache_given
+from .locks import Running
 from .models import BlendableModel
 from .prompt import ChunkSpans
 from .store import Store
@@ -36,7 +36,7 @@ _WAIT_FOR = {"assistant_model", "custom_generate", "inputs_embeds"}
 _WAIT_IF_SET = ("output_attentions", "output_hidden_states", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
-class Call:
+class Call(Running):
     """The state of one call.
 
     Args:
@@ -47,7 +47,6 @@ class Call:
         level, tokenizer: of the traces.
 
     Attributes:
-        until_prefilled: closed once the prompts are in the cache, or will not be.
         traces_of_prompts: one for each different prompt; of a call that is not blended, one.
     """
 
@@ -62,10 +61,10 @@ class Call:
         level: Level,
         tokenizer: Any,
     ) -> None:
+        super().__init__()
         self.host, self.plan, self.config, self.store, self.controller = host, plan, config, store, controller
         self._started, self._tokens_seen = started, 0
         self._waiting = plan.fallback is None  # for the forward that prefills
-        self.until_prefilled = contextlib.ExitStack()
         self._ahead: tuple[Blending, Any] | None = None  # what was blended before it was reached, and its output
         lengths = [plan.num_tokens] if plan.fallback else [len(prompt) for prompt in plan.prompts]
         self.traces_of_prompts = [
@@ -223,8 +222,7 @@ class Call:
         if not self._waiting or not self.plan.is_one_prompt or waits or _WAIT_FOR & kwargs.keys():
             return
         assert self.plan.input_ids is not None
-        with torch.no_grad():
-            self._ahead = self._blend(0, self.plan.input_ids[:1], {})
+        self._ahead = torch.no_grad()(self._blend)(0, self.plan.input_ids[:1], {})
 
     def give_up_ahead(self) -> None:
         """What was blended ahead and is not used ends before anything takes its memory."""

@@ -261,9 +261,12 @@ def prefill_batch(
     rows = [[*behind_ids[known:], *ids, *[ids[-1]] * (longest - len(ids))] for ids in chunks]
     new_ids = torch.tensor(rows, device=host.device)  # (B, stop − known)
     positions = torch.arange(known, stop, device=host.device).expand(len(chunks), -1)
-    with host.lock.shared(), host.rotary_from_rest():
+
+    def run() -> list[ChunkKV]:
         host.decoder_forward(input_ids=new_ids, position_ids=positions, use_cache=True, **{CACHE: cache})
         return [_chunk_kv_of(host, cache, i, ids, tuple(behind_ids)) for i, ids in enumerate(chunks)]
+
+    return host.prefilling(run)
 
 
 def _on_layers_device(host: BlendableModel, layer_idx: int, kv: KV) -> KV:

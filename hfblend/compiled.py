@@ -6,25 +6,32 @@ are taken off until the prompt is in the cache; decoding is compiled again.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from .locks import Mutex, Running, put_back
+
+T = TypeVar("T")
+
 
 @dataclass
 class _Aside:
-    """A module's compiled attributes, and how many callers want them aside."""
+    """A module's compiled attributes, what stands there meanwhile, and the work that wants them aside."""
 
-    attributes: dict[str, Any]
-    count: int = 1
+    compiled: dict[str, Any]
+    written: dict[str, Any]
+    owners: list[Running]
+
+    def put_back(self, module: nn.Module) -> None:
+        for name, value in self.written.items():
+            put_back(vars(module), name, value, self.compiled[name])
 
 
-_lock = threading.Lock()
+_lock = Mutex()
 _aside: WeakKeyDictionary[nn.Module, _Aside] = WeakKeyDictionary()
 
 
@@ -33,39 +40,54 @@ def as_written(forward: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(forward, "_torchdynamo_orig_callable", forward)
 
 
-@contextlib.contextmanager
-def set_aside(*modules: nn.Module) -> Iterator[None]:
-    """While it lasts, calling these modules runs their code as it was written, in other threads too.
+def run_as_written(modules: tuple[nn.Module, ...], work: Callable[..., T], /, **kwargs: Any) -> T:
+    """Runs some work in which these modules run their code as it was written, in other threads too."""
+    if not _aside and not any(map(_compiled, modules)):
+        return work(**kwargs)
+    owner = Running()
+    return owner.do(_run, owner, modules, work, kwargs)
 
-    The last one to leave puts back what the first one took.
-    """
-    taken = [module for module in modules if _take(module)]
+
+def _run(owner: Running, modules: tuple[nn.Module, ...], work: Callable[..., T], kwargs: dict[str, Any]) -> T:
+    set_aside(owner, *modules)
     try:
-        yield
+        return work(**kwargs)
     finally:
-        for module in taken:
-            _give_back(module)
+        give_back(owner)
 
 
-def _take(module: nn.Module) -> bool:
-    """Whether there is something to give back."""
-    with _lock:
-        if module in _aside:
-            _aside[module].count += 1
-            return True
-        own = module.__dict__
-        written = {"_compiled_call_impl": None, "forward": as_written(own.get("forward", module.forward))}
-        compiled = {name: own[name] for name in written if own.get(name) not in (None, written[name])}
-        if compiled:
-            _aside[module] = _Aside(compiled)
-            own.update({name: written[name] for name in compiled})
-        return bool(compiled)
+def set_aside(owner: Running, *modules: nn.Module) -> None:
+    """Has these modules run their code as it was written, until `give_back`, or until the owner's work is over."""
+    tidy()
+    for module in modules:
+        with _lock:
+            if module in _aside:
+                _aside[module].owners.append(owner)
+            elif compiled := _compiled(module):
+                written = {name: as_written(value) if name == "forward" else None for name, value in compiled.items()}
+                _aside[module] = _Aside(compiled, written, [owner])
+                vars(module).update(written)
 
 
-def _give_back(module: nn.Module) -> None:
-    with _lock:
-        aside = _aside[module]
-        aside.count -= 1
-        if aside.count == 0:
-            module.__dict__.update(aside.attributes)
-            del _aside[module]
+def give_back(owner: Running) -> None:
+    """Ends what `set_aside` began. The last owner's modules get back what the first one took."""
+    for module, aside in list(_aside.items()):
+        with _lock:
+            aside.owners = [one for one in aside.owners if one is not owner and one.is_alive]
+            if not aside.owners and _aside.get(module) is aside:
+                aside.put_back(module)
+                del _aside[module]
+
+
+def tidy() -> None:
+    """Gives back what interrupted work has left aside."""
+    if _aside:
+        give_back(Running())
+
+
+def _compiled(module: nn.Module) -> dict[str, Any]:
+    """The compiled attributes of a module, by name."""
+    own = vars(module)
+    found = {name: own.get(name) for name in ("_compiled_call_impl", "forward")}
+    written = {"_compiled_call_impl": None, "forward": as_written(found["forward"])}  # type: ignore[arg-type]
+    return {name: value for name, value in found.items() if value not in (None, written[name])}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import nn
 from . import adapters, quantised_weights
 from .contents import Samples, digests
 from .host import find_rotary_sources
+from .locks import Mutex
 from .offloading import OffloadedWeights
 from .streams import synchronize
 
@@ -41,7 +41,7 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._lock = threading.Lock()  # while weights are read, the old digest must not be taken for theirs
+        self._lock = Mutex()  # while weights are read, the old digest must not be taken for theirs
         self._inside = _Inside(model)
         self._taken = _Taken()
         self._unreadable = uuid.uuid4().hex  # stands for weights on `meta` that no hook knows

@@ -25,7 +25,7 @@ from .chunks import ChunkKV, Reader
 from .models import BlendableModel
 from .rope import Realigner
 from .separator import Span
-from .streams import bus_stream
+from .streams import bus_stream, on_stream
 
 if TYPE_CHECKING:
     from .reuse import Reuse
@@ -101,9 +101,11 @@ class GPULoader:
         """Layer -> buffers, every reused row in place. Layers of one kind, next to each other, take one kernel."""
         for i in layers:
             self._bus.arrive(i)
-        with torch.cuda.device(self.device):  # Triton asks for the current one
-            for run in _runs(layers, lambda i: (self.host.layouts[i], self.realigner.rotations[i])):
-                self._gather(run)
+        runs = _runs(layers, lambda i: (self.host.layouts[i], self.realigner.rotations[i]))
+        if torch.cuda.current_device() == self.device.index:
+            self._gather_all(runs)
+        else:  # Triton asks for the current device
+            on_stream(torch.cuda.current_stream(self.device), self._gather_all, runs)
         loaded = {i: self.buffers.pop(i) for i in layers}
         if layers:
             self._bus.go_on(layers[-1] + 1)
@@ -112,6 +114,10 @@ class GPULoader:
     def read_ahead(self, layer_idx: int) -> None:
         """Starts reading what does not lie on the GPU: this layer, and the next few."""
         self._bus.begin(layer_idx)
+
+    def _gather_all(self, runs: Sequence[Sequence[int]]) -> None:
+        for run in runs:
+            self._gather(run)
 
     def _gather(self, layers: Sequence[int]) -> None:
         """One kernel for layers of one kind, next to each other."""
@@ -137,12 +143,11 @@ class GPULoader:
         """
         current = torch.cuda.current_stream(self.device)
         widths = [self.host.layouts[i].width for i in self._place_of]
-        made = functools.partial(torch.empty, dtype=self.host.dtype, device=self.device)
-        with torch.cuda.stream(stream):  # `None` changes nothing
-            if len(set(widths)) > 1:
-                rows = [made((length, width)) for width in widths]
-            else:
-                rows = list(made((len(widths), length, widths[0])).unbind())
+        made = functools.partial(on_stream, stream, torch.empty, dtype=self.host.dtype, device=self.device)
+        if len(set(widths)) > 1:
+            rows = [made((length, width)) for width in widths]
+        else:
+            rows = list(made((len(widths), length, widths[0])).unbind())
         for own in rows if stream else ():
             own.record_stream(current)
         return dict(zip(self._place_of, rows))
@@ -207,15 +212,17 @@ class OverTheBus:
     def _copy(self, layer_idx: int) -> None:
         if layer_idx in self._copied or layer_idx not in self._rows:
             return
-        rows, stream = self._rows[layer_idx], bus_stream(self._device)
-        with torch.cuda.stream(stream):
-            states = [self._rows_of(entry, layer_idx) for entry in self._entries]
-            for own in states:
-                if own.is_cuda:
-                    own.record_stream(stream)
-            places = rows[: sum(self._sizes)].split(self._sizes)[1::2]
-            torch._foreach_copy_(places, states, non_blocking=True)  # in one call: each hands Python to other threads
-            self._copied[layer_idx] = stream.record_event()
+        stream = bus_stream(self._device)
+        on_stream(stream, self._copy_on, stream, layer_idx)
+        self._copied[layer_idx] = stream.record_event()
+
+    def _copy_on(self, stream: torch.cuda.Stream, layer_idx: int) -> None:
+        states = [self._rows_of(entry, layer_idx) for entry in self._entries]
+        for own in states:
+            if own.is_cuda:
+                own.record_stream(stream)
+        places = self._rows[layer_idx][: sum(self._sizes)].split(self._sizes)[1::2]
+        torch._foreach_copy_(places, states, non_blocking=True)  # in one call: each hands Python to other threads
 
     def _rows_of(self, entry: Reader, layer_idx: int) -> torch.Tensor:
         """The rows (n, W) of a layer, wherever they lie."""

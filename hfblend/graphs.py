@@ -13,6 +13,7 @@ Shapes: S rows of the pass, T all tokens, H query heads, L layers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections import OrderedDict
@@ -27,6 +28,7 @@ from .caches import KV, RowsCache, StopForward, sent
 from .layers import has_foreign_hooks
 from .models import BlendableModel
 from .passes import Forward, Pass
+from .streams import on_stream
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +81,27 @@ class Recording:
     def __init__(self, device: torch.device, pool: Any) -> None:
         self._stream, self._pool = torch.cuda.Stream(device), pool
         self.parts: list[Part] = []
+        self._is_open = False
 
     def run(self, call: Callable[[], Any]) -> Any:
         """Records a call that names each layer to `reached`, in order. Returns what it returns."""
         torch.cuda.synchronize(self._stream.device)
         torch.cuda.empty_cache()
-        with torch.cuda.stream(self._stream):
-            self._begin()
-            try:
-                return call()
-            finally:
-                self.parts[-1].graph.capture_end()
+        return on_stream(self._stream, self._record, call)
+
+    def _record(self, call: Callable[[], Any]) -> Any:
+        self._begin()
+        try:
+            return call()
+        finally:
+            self._end()
+
+    def close(self) -> None:
+        """Ends a recording that was interrupted: while one is under way, this thread may allocate nothing."""
+        if self._is_open:
+            with contextlib.suppress(RuntimeError):  # it has ended, or cannot
+                on_stream(self._stream, self._end)
+            self._is_open = False
 
     def reached(self, layer_idx: int) -> None:
         """The call comes to where K/V of a layer are written."""
@@ -97,13 +109,18 @@ class Recording:
         if layer_idx in layers:
             return
         if len(self.parts) <= LAYERS_A_PART or layer_idx % LAYERS_A_PART == 0:
-            self.parts[-1].graph.capture_end()
+            self._end()
             self._begin()
         self.parts[-1].layers.append(layer_idx)
 
     def _begin(self) -> None:
         self.parts.append(Part())
+        self._is_open = True
         self.parts[-1].graph.capture_begin(self._pool, capture_error_mode="thread_local")
+
+    def _end(self) -> None:
+        self.parts[-1].graph.capture_end()
+        self._is_open = False
 
 
 class PassGraph:
@@ -122,7 +139,7 @@ class PassGraph:
         if like.resume_with is not None:
             inputs["resume_with"] = like.resume_with.clone()
         self.state = kernels.State(numbers.clone(), host.layouts)
-        self._inputs, self._done = replace(like, **inputs, record=record), torch.cuda.Event()
+        self._inputs, self._device = replace(like, **inputs, record=record), host.device
         stop_at = None if like.record else like.stop_at
 
         def run(reached: Callable[[int], None] = lambda layer_idx: None) -> Any:
@@ -133,30 +150,30 @@ class PassGraph:
 
         side = torch.cuda.Stream(host.device)
         side.wait_stream(torch.cuda.current_stream(host.device))
-        with torch.cuda.stream(side):
-            run()  # kernels are compiled and tuned, libraries make their workspaces
+        on_stream(side, run)  # kernels are compiled and tuned, libraries make their workspaces
         torch.cuda.current_stream(host.device).wait_stream(side)
         recording = Recording(host.device, pool)
+        host.lock.undo_later(recording.close)
         self.output = recording.run(lambda: run(recording.reached))
         self._parts = recording.parts
-        self._done.record()
+        self._last_stream = torch.cuda.current_stream(host.device)
 
     def replay(self, one: Pass, numbers: torch.Tensor, load: Callable[[Sequence[int]], None]) -> Any:
         """Runs a pass of the same form. Returns the forward's output, in memory of its own."""
-        self._done.wait()  # another stream may still be at it
+        stream = torch.cuda.current_stream(self._device)
+        if stream != self._last_stream:
+            stream.wait_stream(self._last_stream)  # it may still be at it
+        self._last_stream = stream
         for name in ("ids", "rows", "seen_from", "resume_with"):
             if getattr(one, name) is not None:
                 getattr(self._inputs, name).copy_(getattr(one, name))
         self.state.numbers.copy_(numbers)
-        try:
-            for part in self._parts:
-                load(part.layers)
-                part.graph.replay()
-            if self.output is None:
-                return None
-            return type(self.output)(**{k: v.clone() for k, v in self.output.items() if torch.is_tensor(v)})
-        finally:
-            self._done.record()
+        for part in self._parts:
+            load(part.layers)
+            part.graph.replay()
+        if self.output is None:
+            return None
+        return type(self.output)(**{k: v.clone() for k, v in self.output.items() if torch.is_tensor(v)})
 
 
 class PassGraphs:
@@ -192,14 +209,17 @@ class PassGraphs:
         rows = [buffers[i][0] if i in buffers else None for i in range(self.host.num_layers)]  # keys come first
         numbers = [one.length, count, *(0 if t is None else t.data_ptr() for t in (received, mask, *rows))]
         numbers_there = sent(torch.tensor(numbers), self.host.device)
-        with self.host.lock.exclusive():
+
+        def replay() -> tuple[bool, Any]:
             if form not in self._graphs and not self._capture(form, forward, padded, numbers_there):
                 return False, None
             self._graphs.move_to_end(form)
-            output = self._graphs[form].replay(padded, numbers_there, load)
-        if one.record is not None and received is not None:
+            return True, self._graphs[form].replay(padded, numbers_there, load)
+
+        ran, output = self.host.lock.exclusive(replay)
+        if ran and one.record is not None and received is not None:
             one.record.received.update(zip(one.record.layers, received))
-        return True, output
+        return ran, output
 
     def _form(self, forward: Forward, one: Pass) -> Any:
         """What a graph fixes; `None` where this pass cannot be one."""
@@ -240,8 +260,7 @@ class PassGraphs:
         if not self._graphs:  # a pool ends with the last graph that was in it
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                self._graphs[form] = PassGraph(self.host, forward, padded, numbers, self._pool)
+            self._graphs[form] = self._recorded(forward, padded, numbers)
         except Exception as error:  # whatever a model does that a graph cannot hold
             self._works = False
             name = type(self.host.model).__name__
@@ -250,6 +269,11 @@ class PassGraphs:
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return True
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _recorded(self, forward: Forward, padded: Pass, numbers: torch.Tensor) -> PassGraph:
+        return PassGraph(self.host, forward, padded, numbers, self._pool)
 
     def _padded(self, one: Pass) -> Pass:
         """The pass with copies of its last row up to the rounded size."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,12 +19,14 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .attention import QueryRows
 from .caches import KV, RecordingCache, sent
-from .compiled import set_aside
+from .compiled import run_as_written
 from .locks import lock_of
 from .offloading import device_of
 from .quantised_weights import is_quantised
 from .ranks import Ranks
-from .switching import attention_by_position
+from .switching import attend_by_position
+
+T = TypeVar("T")
 
 _MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _SELF_TEST_TOKENS, _SELF_TEST_SHIFT = 8, 37
@@ -195,15 +196,13 @@ class Host:
 
     def decoder_forward(self, **kwargs: Any) -> Any:
         """The decoder's own forward, past hfblend's wrapper if there is one."""
-        with set_aside(self.decoder):
-            return (self.unwrapped_forward or self.decoder)(**kwargs)
+        return run_as_written((self.decoder,), self.unwrapped_forward or self.decoder, **kwargs)
 
     def last_logits(self, **kwargs: Any) -> Any:
         """The whole model's forward, asked for the logits of the last row only."""
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             kwargs["logits_to_keep"] = 1
-        with set_aside(self.model, self.decoder):
-            return self.model(**kwargs)
+        return run_as_written((self.model, self.decoder), self.model, **kwargs)
 
     def named_behind_the_ids(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -228,18 +227,30 @@ class Host:
         grown = max((s.length_in_force for s in self.rotary_sources), default=0)
         return max(length, grown) if grown > trained and length >= trained else length
 
-    @contextlib.contextmanager
-    def rotary_from_rest(self) -> Iterator[None]:
-        """Inside, frequencies that grow with prompts begin as in a model that has seen none; afterwards as before."""
-        if not self.length_dependent:
-            yield
-            return
-        with _rotary_state_kept(self.rotary_sources):
-            for source in self.rotary_sources:
-                if source.length_in_force:
-                    source.back_to_rest()
-            yield
+    def prefilling(self, work: Callable[..., T], *args: Any) -> T:
+        """Runs a forward of some ids alone: frequencies that grow with prompts are those of a model that has seen none.
 
+        Afterwards they are as before.
+        """
+        if not self.length_dependent:
+            return self.lock.shared(work, *args)
+        return self.lock.exclusive(self._from_rest, work, *args)
+
+    def _from_rest(self, work: Callable[..., T], *args: Any) -> T:
+        self._keep_rotary_state()
+        for source in self.rotary_sources:
+            if source.length_in_force:
+                source.back_to_rest()
+        return work(*args)
+
+    def _keep_rotary_state(self) -> None:
+        """Lets exclusive work end with rotary modules as they are now (dynamic NTK remembers the longest prompt)."""
+        modules = {source.module for source in self.rotary_sources}
+        attributes = [(m, {k: v for k, v in vars(m).items() if not k.startswith("_")}) for m in modules]
+        buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+        self.lock.undo_later(functools.partial(_put_rotary_back, attributes, buffers))
+
+    @torch.no_grad()
     def rotary_tables(self, source: int, positions: torch.Tensor, regime: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (N, 2R or R) in fp32 of a rotary source at `positions` (N,), in a given regime.
 
@@ -253,13 +264,12 @@ class Host:
         extra = () if layer_type is None else (layer_type,)
         last = torch.full((1,), max(regime - 1, 0), dtype=positions.dtype, device=positions.device)
         forcing = sent(torch.cat([positions, last]), device)[None]
-        with torch.no_grad():
-            if self.rotary_sources[source].may_depend_on_length:
-                replica(x, torch.zeros_like(forcing[:, :1]), *extra)  # back to the short regime, then grow to `regime`
-            try:
-                tables = replica(x, forcing, *extra)
-            except IndexError:  # it wants a position in time, height and width; text has the same in all three
-                tables = replica(x, forcing.expand(3, 1, -1), *extra)
+        if self.rotary_sources[source].may_depend_on_length:
+            replica(x, torch.zeros_like(forcing[:, :1]), *extra)  # back to the short regime, then grow to `regime`
+        try:
+            tables = replica(x, forcing, *extra)
+        except IndexError:  # it wants a position in time, height and width; text has the same in all three
+            tables = replica(x, forcing.expand(3, 1, -1), *extra)
         cos, sin = (tables.real, tables.imag) if torch.is_tensor(tables) else tables
         return cos.flatten(0, -3)[0, :-1].float(), sin.flatten(0, -3)[0, :-1].float()
 
@@ -313,27 +323,27 @@ class Host:
     def run_stock(self, positions: torch.Tensor) -> tuple[dict[int, KV], Any]:
         """A stock forward over a few fixed ids at `positions` (N,): K/V of all layers, and its output."""
         cache = RecordingCache(self.num_layers)
-        with self.lock.shared():
-            output = self.try_forward(
-                input_ids=self.self_test_ids(len(positions))[None],
-                position_ids=positions[None],
-                use_cache=True,
-                **{CACHE: cache},
-            )
+        output = self.lock.exclusive(
+            self.try_forward,
+            input_ids=self.self_test_ids(len(positions))[None],
+            position_ids=positions[None],
+            use_cache=True,
+            **{CACHE: cache},
+        )
         if not cache.recorded:
             raise UnsupportedModel(f"{type(self.model).__name__} caches no keys and values.")
         return cache.recorded, output
 
     @torch.no_grad()
     def try_forward(self, **kwargs: Any) -> Any:
-        """A forward of the decoder that leaves rotary modules as they were.
+        """A forward of the decoder, in exclusive work, that leaves rotary modules as they were.
 
         Raises:
             UnsupportedModel: with the error that it ended in.
         """
         try:
-            with _rotary_state_kept(self.rotary_sources):
-                return self.decoder_forward(**kwargs)
+            self._keep_rotary_state()
+            return self.decoder_forward(**kwargs)
         except _FORWARD_ERRORS as error:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} cannot run with explicit position_ids and a cache: {error}"
@@ -341,21 +351,18 @@ class Host:
 
     # --- attention of selected rows -------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def rows_pass(self, rows: QueryRows, length: int) -> Iterator[Any]:
+    def see_rows(self, rows: QueryRows, length: int) -> Any:
         """Everything a forward over rows of a prompt of `length` tokens needs to see exactly its past.
 
-        Rows that do not see some keys, or record their attention, need `attends_by_position`.
+        Called in the exclusive work that the forward is part of. Rows that do not see some keys, or record their
+        attention, need `attends_by_position`.
 
-        Yields the `attention_mask` to pass. Where attention is replaced, the model-wide setting is switched for the
-        length of the pass, other threads' forwards of this model wait, and no mask is made at all.
+        Returns the `attention_mask` to pass. Where attention is replaced, no mask is made at all.
         """
         if not self.attends_by_position:
-            with self.lock.shared():
-                yield self._mask_rows(rows.positions[0], length)
-            return
-        with self.lock.exclusive(), attention_by_position(self.layer_owner.config, rows, self.windows):
-            yield None
+            return self._mask_rows(rows.positions[0], length)
+        attend_by_position(self.lock, self.layer_owner.config, rows, self.windows)
+        return None
 
     def _mask_rows(self, rows: torch.Tensor, length: int) -> Any:
         """The selected rows of the host's own masks, (1, 1, S, T) or a dict of them by layer type."""
@@ -459,18 +466,10 @@ def find_rotary_sources(decoder: nn.Module) -> list[RotarySource]:
     return sources
 
 
-@contextlib.contextmanager
-def _rotary_state_kept(sources: list[RotarySource]) -> Iterator[None]:
-    """Puts back what a forward changes in rotary modules (dynamic NTK remembers the longest prompt)."""
-    modules = {source.module for source in sources}
-    attributes = [(m, {k: v for k, v in vars(m).items() if not k.startswith("_")}) for m in modules]
-    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
-    try:
-        yield
-    finally:
-        for module, values in attributes:
-            module.__dict__.update(values)
-        for module, name, buffer, content in buffers:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, content):
-                buffer.copy_(content)
+def _put_rotary_back(attributes: list[tuple[nn.Module, dict[str, Any]]], buffers: list[Any]) -> None:
+    for module, values in attributes:
+        module.__dict__.update(values)
+    for module, name, buffer, content in buffers:
+        module._buffers[name] = buffer
+        if not torch.equal(buffer, content):
+            buffer.copy_(content)

@@ -14,7 +14,6 @@ Source: CacheBlend (arXiv 2405.16444) section 4.3.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 
 from . import palette
-from .attention import AttentionRecord, QueryRows, attention_weights
+from .attention import AttentionRecord, attention_weights
 from .blending import Blending
 from .caches import KV, BlendingCache, RecordingCache, StopForward
 from .calibration import with_ratio
@@ -31,6 +30,7 @@ from .config import BlendConfig
 from .host import CACHE
 from .models import BlendableModel, host_of
 from .optional import figure_class
+from .passes import Pass
 from .prompt import Prompt
 from .selection import kv_deviation
 from .store import MemoryStore, Store
@@ -228,17 +228,8 @@ def _attend_again(host: BlendableModel, prompt: Prompt, buffers: dict[int, KV], 
     length = len(prompt)
     rows = torch.arange(min(prompt.chunk_spans[-1][1], length - 1), length, device=host.device)
     cache = BlendingCache(host.num_layers, buffers, _nothing_to_load, rows, length)
-    with (
-        host.rows_pass(QueryRows(rows[None], record=record), length) as attention_mask,
-        contextlib.suppress(StopForward),
-    ):
-        host.decoder_forward(
-            input_ids=prompt.input_ids.to(host.device)[:, rows],
-            position_ids=rows[None],
-            attention_mask=attention_mask,
-            **{CACHE: cache},
-            use_cache=True,
-        )
+    one = Pass(prompt.input_ids.to(host.device)[:, rows], rows, rows, length, record=record)
+    one.run(host, host.decoder_forward, cache)
 
 
 def _nothing_to_load(layer_idx: int, fresh: KV) -> KV:
@@ -253,8 +244,8 @@ def _blending(host: BlendableModel, prompt: Prompt, store: Store | None, config:
 def _full_prefill_kv(host: BlendableModel, prompt: Prompt) -> dict[int, KV]:
     """K/V (1, Hkv, T, D) of every layer, from one stock forward."""
     cache = RecordingCache(host.num_layers)
-    with host.lock.shared():
-        host.decoder_forward(input_ids=prompt.input_ids.to(host.device), use_cache=True, **{CACHE: cache})
+    ids = prompt.input_ids.to(host.device)
+    host.lock.shared(host.decoder_forward, input_ids=ids, use_cache=True, **{CACHE: cache})
     return cache.recorded
 
 

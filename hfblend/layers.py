@@ -7,8 +7,9 @@
         layer 0 … c − 1      layer c …                  last layer
         skipped              rows S, all of the layer    K/V of rows S; attention and MLP of the last row
 
-Hooks and instance attributes are set for the length of a pass and taken off in `finally`; the layers' code is their
-own. They act in the thread of the pass only: where a model is being patched, or no longer is, others do not wait.
+Their `forward` is wrapped for the length of a pass, and the wrapper acts in that pass only: threads that reach a layer
+without waiting (where a model is being patched, or no longer is) meet the layer's own code, and so does a forward after
+a pass that was interrupted.
 
 Shapes: S rows of a pass, C hidden size, L layers.
 """
@@ -16,9 +17,7 @@ Shapes: S rows of a pass, C hidden size, L layers.
 from __future__ import annotations
 
 import contextlib
-import functools
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 
 from .caches import StopForward
+from .locks import ForwardLock, only_inside
 
 
 @dataclass
@@ -48,82 +48,78 @@ class Watched:
         return self.hidden.index_select(1, torch.searchsorted(self.rows, rows).to(self.hidden.device))
 
 
-@contextlib.contextmanager
-def watched(layers: nn.ModuleList, layer: int, rows: torch.Tensor) -> Iterator[Watched]:
-    """Keeps what enters a layer of a pass over `rows`."""
-    found = Watched(layer, rows)
+def watch(lock: ForwardLock, layers: nn.ModuleList, layer: int, rows: torch.Tensor) -> Watched:
+    """Keeps what enters a layer of a pass over `rows`, in exclusive work of `lock`."""
+    found, returns_tensor = Watched(layer, rows), True
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hidden = _hidden(args, kwargs)
         plain = hidden is not None and hidden.ndim == 3 and hidden.shape[:2] == (1, len(rows))
         found.hidden = hidden if plain and returns_tensor else None
+        return own(*args, **kwargs)
 
-    returns_tensor = True
-
-    def note_form(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def note_form(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal returns_tensor
+        output = own(*args, **kwargs)
         returns_tensor = torch.is_tensor(output)
+        return output
 
-    hooks = [layers[layer].register_forward_pre_hook(_here(keep), with_kwargs=True)]
+    wrap_forward(lock, layers[layer], keep)
     if layer:
-        hooks.append(layers[layer - 1].register_forward_hook(_here(note_form)))
-    with _removed_afterwards(hooks):
-        yield found
+        wrap_forward(lock, layers[layer - 1], note_form)
+    return found
 
 
-@contextlib.contextmanager
-def resumed(layers: nn.ModuleList, layer: int, hidden: torch.Tensor) -> Iterator[None]:
-    """A pass inside it starts at `layer`, with these hidden states (1, S, C); the layers before it do nothing."""
+def resume(lock: ForwardLock, layers: nn.ModuleList, layer: int, hidden: torch.Tensor) -> None:
+    """Lets a pass start at `layer`, with these hidden states (1, S, C); the layers before it do nothing."""
 
-    me = threading.get_ident()
+    def skip(own: Callable[..., Any], hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states
 
-    def skipped(own: Callable[..., Any]) -> Callable[..., Any]:
-        def pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return hidden_states if threading.get_ident() == me else own(hidden_states, *args, **kwargs)
+    def take_up(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _with_hidden(args, kwargs, hidden)
+        return own(*args, **kwargs)
 
-        return pass_on
-
-    def take_up(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _with_hidden(args, kwargs, hidden)
-
-    before = [(module, module.__dict__.get("forward")) for module in layers[:layer]]
-    for module, _ in before:
-        module.forward = skipped(module.forward)
-    try:
-        with _removed_afterwards([layers[layer].register_forward_pre_hook(_here(take_up), with_kwargs=True)]):
-            yield
-    finally:
-        for module, own in before:
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
+    for module in layers[:layer]:
+        wrap_forward(lock, module, skip)
+    wrap_forward(lock, layers[layer], take_up)
 
 
-@contextlib.contextmanager
-def cut(layers: nn.ModuleList, num_rows: int, num_read: int, go_on_with: Callable[[int], None]) -> Iterator[None]:
-    """In the last layer, all rows of a pass leave their K/V, and the last `num_read` of them go on.
+def cut(
+    lock: ForwardLock, layers: nn.ModuleList, num_rows: int, num_read: int, go_on_with: Callable[[int], None]
+) -> None:
+    """Lets all rows of a pass leave their K/V in the last layer, and the last `num_read` of them go on.
 
     Args:
         num_rows: S.
         go_on_with: called with `num_read` when the others have left their K/V: cache and attention now meet those rows.
     """
-    last = layers[-1]
 
-    def stop_most(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def stop_most(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hidden = _hidden(args, kwargs)
         if hidden is None or hidden.ndim != 3 or hidden.shape[:2] != (1, num_rows):
-            return None
+            return own(*args, **kwargs)
         with contextlib.suppress(StopForward):
-            module.forward(*args, **kwargs)  # its cache stops it after K/V
+            own(*args, **kwargs)  # its cache stops it after K/V
         go_on_with(num_read)
         rest = slice(num_rows - num_read, None)
-        return tuple(_rows_of(a, num_rows, rest) for a in args), {
-            name: _rows_of(value, num_rows, rest) for name, value in kwargs.items()
-        }
+        kwargs = {name: _rows_of(value, num_rows, rest) for name, value in kwargs.items()}
+        return own(*(_rows_of(value, num_rows, rest) for value in args), **kwargs)
 
-    with _removed_afterwards([last.register_forward_pre_hook(_here(stop_most), with_kwargs=True)]):
-        yield
+    wrap_forward(lock, layers[-1], stop_most)
+
+
+def wrap_forward(lock: ForwardLock, module: nn.Module, around: Callable[..., Any]) -> None:
+    """Calls `around(forward, …)` in place of a module's `forward(…)`, in the exclusive work of `lock` that this is."""
+    own, is_inside = module.forward, only_inside()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if is_inside():
+            return around(own, *args, **kwargs)
+        lock.tidy()
+        return own(*args, **kwargs)
+
+    lock.change(vars(module), "forward", forward)
 
 
 def has_foreign_hooks(modules: Iterable[nn.Module]) -> bool:
@@ -147,23 +143,3 @@ def _rows_of(value: Any, num_rows: int, rest: slice) -> Any:
     if torch.is_tensor(value) and value.ndim >= 2 and value.shape[1] == num_rows:
         return value[:, rest]
     return value
-
-
-def _here(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The hook, in this thread; in others it does nothing."""
-    me = threading.get_ident()
-
-    @functools.wraps(hook)
-    def only_here(*args: Any) -> Any:
-        return hook(*args) if threading.get_ident() == me else None
-
-    return only_here
-
-
-@contextlib.contextmanager
-def _removed_afterwards(hooks: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -1,72 +1,301 @@
-"""Who may run a model's forward while its attention is switched."""
+"""Locks, and changes of a model, that no exception can leave behind.
+
+Ctrl-C raises between any two steps of Python, also where clean-up begins or ends: `finally` alone is not enough.
+
+    claim     counts while the call that made it stands on its thread's stack; a thread that waits looks every 50 ms
+    change    is noted together with its undoing before it is made; the next claim undoes what an earlier one left
+    context   a pass runs in a copy of its thread's context, which Python itself leaves: a change acts in there only
+
+So what an exception leaves is without effect at once, and gone when hfblend is next reached.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import functools
+import inspect
+import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+T = TypeVar("T")
 
-class ForwardLock:
-    """Many stock forwards of a model at once, or one pass that has its attention switched.
+_LOOK_S = 0.05
+_SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_ABSENT = object()
 
-    Whoever has to wait gets his turn in the order of coming: forwards of threads that decode overlap, and would keep a
-    pass out for good. The holder of a side may take the shared one again, and of the exclusive side that, too (a pass
-    may run the whole model).
+
+class Running:
+    """Work of one thread, alive as long as `do` stands on the thread's stack."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+    def do(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Returns what the work returns."""
+        return work(*args, **kwargs)
+
+    @property
+    def is_alive(self) -> bool:
+        return _is_on_stack(self.thread, lambda frame: _runs(frame) is self)
+
+
+def innermost() -> Running | None:
+    """Returns the `Running` that this call is part of; of several, the last one begun."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and _runs(frame) is None:
+        frame = frame.f_back
+    return None if frame is None else _runs(frame)
+
+
+_DO = Running.do.__code__
+
+
+def _runs(frame: FrameType) -> Running | None:
+    return frame.f_locals.get("self") if frame.f_code is _DO else None
+
+
+def _is_on_stack(thread: int, is_it: Callable[[FrameType], bool]) -> bool:
+    frame = sys._getframe() if thread == threading.get_ident() else sys._current_frames().get(thread)
+    last = None
+    while frame is not None:
+        if is_it(frame):
+            return True
+        last, frame = frame, frame.f_back
+    # A generator that was suspended while we looked has lost what called it: nothing is known until the next look.
+    return last is not None and bool(last.f_code.co_flags & _SUSPENDED)
+
+
+class _Claim(Running):
+    """A place in the line before a lock.
+
+    Attributes:
+        alone: whether it shares with no other.
+        over: taken as long as the claim lasts.
+    """
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.alone, self.over = alone, threading.Lock()
+        self.over.acquire()
+
+
+class _Line:
+    """Claims in the order of coming. Every step on the list is one call of C, so none is done by half."""
+
+    def __init__(self) -> None:
+        self._claims: list[Any] = []
+
+    def _enter(self, claim: Any) -> None:
+        """Returns once no claim of another thread that came before keeps this one out."""
+        self._claims.append(claim)
+        while (other := self._before(claim)) is not None:
+            if other.over.acquire(timeout=_LOOK_S):
+                other.over.release()
+            elif not other.is_alive:
+                self._leave(other)
+
+    def _before(self, claim: Any) -> Any:
+        for other in tuple(self._claims):
+            if other is claim:
+                return None
+            if other.thread != claim.thread and (other.alone or claim.alone):
+                return other
+        return None
+
+    def _leave(self, claim: Any) -> None:
+        with contextlib.suppress(ValueError, RuntimeError):  # another thread has found it dead
+            self._claims.remove(claim)
+            claim.over.release()
+
+    def _own(self) -> list[Any]:
+        """Returns the claims of this thread."""
+        me = threading.get_ident()
+        return [claim for claim in tuple(self._claims) if claim.thread == me]
+
+
+class ForwardLock(_Line):
+    """Many stock forwards of a model at once, or one pass that changes it.
+
+    Threads that have to wait get their turn in the order of coming: forwards of threads that decode overlap, and would
+    keep a pass out for good. The holder of a side may take the shared one again, and of the exclusive side that, too (a
+    pass may run the whole model).
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._line: deque[object] = deque()
-        self._sharing: dict[int, int] = {}  # thread -> how often it holds the shared side
-        self._owner: int | None = None
+        super().__init__()
+        self._undo: list[Callable[[], None]] = []
 
-    @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        me = threading.get_ident()
-        with self._changed:
-            if self._owner != me and me not in self._sharing:
-                self._wait_in_line(lambda: self._owner is None)
-            self._sharing[me] = self._sharing.get(me, 0) + 1
+    @property
+    def is_mine(self) -> bool:
+        """Whether this thread holds a side of it: it runs inside a forward of the model."""
+        return bool(self._claims) and self._is_held()
+
+    def shared(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Runs some work that needs the model as it is."""
+        work = functools.partial(work, *args, **kwargs)
+        if self.is_mine:
+            return work()
+        claim = _Claim(alone=False)
+        return claim.do(self._in_turn, claim, work)
+
+    def exclusive(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Runs some work in a context of its own, alone with the model; what it changes there is undone afterwards."""
+        claim = _Claim(alone=True)
+        work = functools.partial(contextvars.copy_context().run, _in_pass, claim, work, *args, **kwargs)
+        if not self.is_mine:
+            return claim.do(self._in_turn, claim, work)
+        if not self._is_held(alone=True):  # it would wait for itself
+            raise RuntimeError("A prompt cannot be blended inside a forward of the same model; do it outside.")
+        return claim.do(self._inside, work)
+
+    def change(self, names: dict[str, Any], name: str, value: Any) -> None:
+        """Sets an attribute until the exclusive work is over, or, if that cannot undo it, until the next claim."""
+        before = names.get(name, _ABSENT)
+        self.undo_later(functools.partial(put_back, names, name, value, before))
+        names[name] = value
+
+    def undo_later(self, undo: Callable[[], None]) -> None:
+        """Notes how to undo what exclusive work is about to do; may be called twice, and before it is done."""
+        _changed.add(self)
+        self._undo.append(undo)
+
+    def tidy(self) -> None:
+        """Undoes what interrupted work has left, unless a pass runs."""
+        if self._undo and not any(claim.alone and claim.is_alive for claim in tuple(self._claims)):
+            self.shared(lambda: None)
+
+    def _in_turn(self, claim: _Claim, work: Callable[[], T]) -> T:
         try:
-            yield
+            self._enter(claim)
+            self._undo_from(0)
+            return work()
         finally:
-            with self._changed:
-                self._sharing[me] -= 1
-                if not self._sharing[me]:
-                    del self._sharing[me]
-                    self._changed.notify_all()
+            if claim.alone:
+                self._undo_from(0)
+            self._leave(claim)
 
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        me = threading.get_ident()
-        with self._changed:
-            nested = self._owner == me
-            if not nested:
-                self._wait_in_line(lambda: self._owner is None and not self._sharing)
-                self._owner = me
+    def _inside(self, work: Callable[[], T]) -> T:
+        mark = len(self._undo)
         try:
-            yield
+            return work()
         finally:
-            if not nested:
-                with self._changed:
-                    self._owner = None
-                    self._changed.notify_all()
+            self._undo_from(mark)
 
-    def _wait_in_line(self, may_enter: Callable[[], bool]) -> None:
-        turn = object()
-        self._line.append(turn)
-        try:
-            self._changed.wait_for(lambda: self._line[0] is turn and may_enter())
-        finally:
-            self._line.remove(turn)
-            self._changed.notify_all()  # the next one may share with this one
+    def _undo_from(self, mark: int) -> None:
+        for undo in reversed(self._undo[mark:]):
+            undo()
+            with contextlib.suppress(ValueError):  # another thread was quicker
+                self._undo.remove(undo)
+        if not self._undo:
+            _changed.discard(self)
+
+    def _is_held(self, alone: bool = False) -> bool:
+        """Whether this thread is inside, on that side."""
+        living = []
+        for claim in self._own():
+            living.append(claim) if claim.is_alive else self._leave(claim)
+        return any(claim.alone or not alone for claim in living)
 
 
-_guard = threading.Lock()
+_changed: set[ForwardLock] = set()  # keeps those alive that have something to undo
+
+
+def put_back(names: dict[str, Any], name: str, value: Any, before: Any = _ABSENT) -> None:
+    """Sets an attribute to what it was before, unless it has been set to something else since."""
+    if names.get(name, _ABSENT) is not value:
+        return
+    if before is _ABSENT:
+        names.pop(name, None)
+    else:
+        names[name] = before
+
+
+_passes: contextvars.ContextVar[tuple[Running, ...]] = contextvars.ContextVar("hfblend_passes", default=())
+
+
+def _in_pass(claim: Running, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    _passes.set((*_passes.get(), claim))  # in a copied context: it ends with the work
+    return work(*args, **kwargs)
+
+
+def only_inside() -> Callable[[], bool]:
+    """Returns a function that says whether it is called in the exclusive work, and the thread, of this call."""
+    (*_, claim) = _passes.get()
+
+    def is_inside() -> bool:
+        return claim in _passes.get() and claim.thread == threading.get_ident()
+
+    return is_inside
+
+
+class _Held:
+    """A claim on a `Mutex`, by the frame that holds it.
+
+    The frame itself would keep its variables in memory. Another one may be given the same id, but of the same function
+    in the same thread, it has to come by the mutex, and drops this claim there.
+    """
+
+    alone = True
+
+    def __init__(self, frame: FrameType) -> None:
+        assert not frame.f_code.co_flags & _SUSPENDED, "a generator may stop inside, and its frame leave the stack"
+        self.thread, self._frame, self._code = threading.get_ident(), id(frame), frame.f_code
+        self.over = threading.Lock()
+        self.over.acquire()
+
+    @property
+    def is_alive(self) -> bool:
+        return _is_on_stack(self.thread, lambda frame: frame.f_code is self._code and id(frame) == self._frame)
+
+
+class Mutex(_Line):
+    """As `threading.Lock`, in `with`; one that an interrupted thread has left is given to the next that comes."""
+
+    def __enter__(self) -> None:
+        self._drop_own()  # it cannot be inside: an exception has left this
+        self._enter(_Held(sys._getframe(1)))
+
+    def __exit__(self, *error: object) -> None:
+        self._drop_own()
+
+    def _drop_own(self) -> None:
+        for claim in self._own():
+            self._leave(claim)
+
+
+class Condition(Mutex):
+    """As `threading.Condition`; a thread that waits looks by itself, so no interrupted one can leave it waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._gates: list[Any] = []
+
+    def wait_for(self, is_so: Callable[[], bool]) -> None:
+        """Returns, inside `with`, once it is so; lets other threads in meanwhile."""
+        while not is_so():
+            gate = threading.Lock()
+            gate.acquire()
+            self._gates.append(gate)
+            self._drop_own()
+            gate.acquire(timeout=_LOOK_S)
+            self._enter(_Held(sys._getframe(1)))
+            with contextlib.suppress(ValueError):  # where nothing has opened it
+                self._gates.remove(gate)
+
+    def notify_all(self) -> None:
+        """Lets threads that wait look at once."""
+        gates, self._gates = self._gates, []
+        for gate in gates:
+            with contextlib.suppress(RuntimeError):  # an interrupted thread has opened it
+                gate.release()
+
+
+_guard = Mutex()
 _locks: WeakValueDictionary[int, ForwardLock] = WeakValueDictionary()  # id of a config -> its lock
 
 

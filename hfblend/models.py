@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from .attention import HALF, has_kernels
 from .caches import RowLayout
 from .fingerprint import Fingerprint
 from .host import Host, UnsupportedModel, base_of
+from .locks import ForwardLock
 from .norms import Norms, find_norms, norms_in_one_kernel
 from .offloading import device_of
 from .origin import Origin, digest_of
@@ -77,20 +76,18 @@ class BlendableModel(Host):
         """What is to be said of KV that this model computes of ids behind others."""
         return Origin(self.name, self.fingerprint.digest, self.described_rope, digest_of(ids), digest_of(behind_ids))
 
-    @contextlib.contextmanager
-    def small_steps_in_one_kernel(self) -> Iterator[None]:
-        """While it lasts, norms and rotary embedding run as one kernel each, in half precision on a GPU."""
+    def small_steps_in_one_kernel(self) -> None:
+        """Lets norms and rotary embedding run as one kernel each in exclusive work, in half precision on a GPU."""
         if not self.takes_kernels or self.dtype not in HALF or not self.layers_run_as_written:
-            yield
             return
         if self._small_steps is None:
             self._small_steps = find_norms(self.decoder), find_rotary(self.decoder)
         norms, namespaces = self._small_steps
-        with norms_in_one_kernel(norms), rotary_in_one_kernel(namespaces):
-            yield
+        norms_in_one_kernel(self.lock, norms)
+        rotary_in_one_kernel(self.lock, namespaces)
 
 
-_making = threading.RLock()  # a second host would not know that the first one is patched
+_making = ForwardLock()  # a second host would not know that the first one is patched
 _known: weakref.WeakKeyDictionary[nn.Module, BlendableModel] = weakref.WeakKeyDictionary()
 
 
@@ -114,11 +111,12 @@ def host_of(model: nn.Module) -> BlendableModel:
     if reason := adapters.reason_against(model):
         raise UnsupportedModel(reason)
     model = base_of(model)
+    return _known.get(model) or _making.exclusive(_make, model)
+
+
+def _make(model: nn.Module) -> BlendableModel:
     if model not in _known:
-        with _making:
-            if model not in _known:
-                with torch.autocast(device_of(model).type, enabled=False):
-                    _known[model] = BlendableModel(model)
+        _known[model] = torch.autocast(device_of(model).type, enabled=False)(BlendableModel)(model)
     return _known[model]
 
 

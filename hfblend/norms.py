@@ -9,15 +9,17 @@ one weight vector is of one of these forms if it gives what the form gives for r
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from .attention import HALF, kernels
+from .layers import wrap_forward
+from .locks import ForwardLock
 
 _FORMS = tuple((offset, late) for offset in (0.0, 1.0) for late in (True, False))
 _TOLERANCE = 4e-3  # of the norm; half precision rounds by half of it
@@ -47,17 +49,15 @@ def find_norms(decoder: nn.Module) -> Norms:
     return found
 
 
-@contextlib.contextmanager
-def norms_in_one_kernel(norms: Norms) -> Iterator[None]:
-    """While it lasts, these modules run their kernel; one that has a forward of its own by now keeps it."""
-    plain = {module: run for module, run in norms.items() if "forward" not in module.__dict__}
-    for module, run in plain.items():
-        module.forward = run
-    try:
-        yield
-    finally:
-        for module in plain:
-            module.__dict__.pop("forward", None)
+def norms_in_one_kernel(lock: ForwardLock, norms: Norms) -> None:
+    """Lets these modules run their kernel in exclusive work of `lock`; one that has a separate forward now keeps it."""
+    for module, run in norms.items():
+        if "forward" not in vars(module):
+            wrap_forward(lock, module, functools.partial(_instead, run))
+
+
+def _instead(run: Callable[..., Any], own: Callable[..., Any], *args: Any) -> Any:
+    return run(*args)
 
 
 def _run(

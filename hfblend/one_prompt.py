@@ -37,6 +37,7 @@ class BlendResult:
     trace: BlendTrace
 
 
+@torch.no_grad()
 def blend(
     model: nn.Module,
     prompt: Prompt,
@@ -71,15 +72,14 @@ def blend(
     if algorithm is not None and not (isinstance(algorithm, type) and issubclass(algorithm, Blending)):
         raise TypeError(f"algorithm must be a subclass of hfblend.blending.Blending, got {described(algorithm)}.")
     require("controller", controller, (Controller, type(None)), "a hfblend.controller.Controller")
-    with torch.no_grad():
-        noted = BlendTrace(level=as_level(trace))
-        state = (algorithm or Blending)(
-            host, prompt.input_ids, prompt.chunk_spans, store, config, noted, controller=controller
-        )  # fmt: skip
-        output = state.run(host.last_logits)
-        cache = DynamicCache(config=host.config)
-        hand_over(state.buffers, len(prompt) - 1, 1, cache)
-        state.clock.end_of("hand_over")
+    noted = BlendTrace(level=as_level(trace))
+    state = (algorithm or Blending)(
+        host, prompt.input_ids, prompt.chunk_spans, store, config, noted, controller=controller
+    )  # fmt: skip
+    output = state.run(host.last_logits)
+    cache = DynamicCache(config=host.config)
+    hand_over(state.buffers, len(prompt) - 1, 1, cache)
+    state.clock.end_of("hand_over")
     return BlendResult(output.logits[:, -1], cache, state.trace)
 
 

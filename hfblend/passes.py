@@ -5,7 +5,6 @@ Shapes: S rows of the pass, T all tokens, C hidden size, L layers.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import torch
 from .attention import AttentionRecord, QueryRows
 from .caches import StopForward
 from .host import CACHE
-from .layers import Watched, cut, resumed, watched
+from .layers import Watched, cut, resume, watch
 from .switching import attend_as
 
 if TYPE_CHECKING:
@@ -64,27 +63,30 @@ class Pass:
         Returns:
             The forward's output, `None` if it was stopped; and what was watched.
         """
-        found = None
-        with contextlib.ExitStack() as stack:
-            rows = QueryRows(self.seen_from[None], self.hidden, self.record, state)
-            mask = stack.enter_context(host.rows_pass(rows, self.length))
-            if host.attends_by_position:
-                stack.enter_context(host.small_steps_in_one_kernel())
-            if self.resume_at is not None:
-                assert self.resume_with is not None
-                stack.enter_context(resumed(host.layers, self.resume_at, self.resume_with))
-            if watch and self.stop_at is not None and host.may_skip_layers:
-                found = stack.enter_context(watched(host.layers, self.stop_at, self.rows))
-            if self.cuts(host):
-                assert self.num_read is not None
-                cache.stop_at = host.num_layers - 1
+        return host.lock.exclusive(self._run, host, forward, cache, state, watch)
 
-                def go_on_with(count: int) -> None:
-                    cache.take_last(count)
-                    attend_as(lambda rows: rows.last(count))
+    def _run(
+        self, host: BlendableModel, forward: Forward, cache: Any, state: Any, watch_layer: bool
+    ) -> tuple[Any, Watched | None]:
+        found, lock, layers = None, host.lock, host.layers
+        mask = host.see_rows(QueryRows(self.seen_from[None], self.hidden, self.record, state), self.length)
+        if host.attends_by_position:
+            host.small_steps_in_one_kernel()
+        if watch_layer and self.stop_at is not None and host.may_skip_layers:
+            found = watch(lock, layers, self.stop_at, self.rows)
+        if self.cuts(host):
+            assert self.num_read is not None
+            cache.stop_at = host.num_layers - 1
 
-                stack.enter_context(cut(host.layers, len(self.rows), self.num_read, go_on_with))
-            return until_stopped(forward, self.ids, self.rows, mask, cache), found
+            def go_on_with(count: int) -> None:
+                cache.take_last(count)
+                attend_as(lambda rows: rows.last(count))
+
+            cut(lock, layers, len(self.rows), self.num_read, go_on_with)
+        if self.resume_at is not None:  # last, so outermost: the others meet what it brings
+            assert self.resume_with is not None
+            resume(lock, layers, self.resume_at, self.resume_with)
+        return until_stopped(forward, self.ids, self.rows, mask, cache), found
 
     def pairs(self, host: BlendableModel) -> int:
         """(token, layer) pairs: the layers that its rows go through, the last one whole even where it is cut."""

@@ -13,7 +13,6 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from contextvars import ContextVar
 from dataclasses import replace
 from types import MethodType, TracebackType
 from typing import Any, overload
@@ -24,12 +23,13 @@ from torch import nn
 from .arguments import described, is_tokenizer, require_tokenizer
 from .calibration import Calibration, calibrate
 from .calls import Call
-from .compiled import as_written, set_aside
+from .compiled import as_written, give_back, set_aside, tidy
 from .config import BlendConfig, as_config
 from .controller import Controller, Profile
 from .fallbacks import Fallback, generate_option, plan, require_token_ids
 from .filler import filler_ids, require_filler
 from .host import UnsupportedModel
+from .locks import Running, innermost
 from .models import forget, host_of
 from .one_prompt import require_prompts
 from .precomputing import Precomputed, precompute
@@ -37,14 +37,11 @@ from .profiling import profile_of
 from .prompt import Prompt
 from .separator import Separator
 from .store import Store, TieredStore, store_at
+from .streams import switch_back
 from .trace import BlendTrace, Level, as_level
 from .verification import Verification, Verifier, Verify, verify_prompt
 
 logger = logging.getLogger(__name__)
-
-
-# Per thread and task, so that many may generate on one patched model at once.
-_call: ContextVar[Call | None] = ContextVar("hfblend_call", default=None)
 
 
 def patch(
@@ -280,7 +277,7 @@ class Blender:
 
     def remove(self) -> None:
         """Takes hfblend off the model again, and waits until its chunk KV is stored. Twice does nothing."""
-        if self.host.unwrapped_forward is None:
+        if self._is_removed:
             return
         for (module, name, before), wrapper in zip(self._before, self._wrappers):
             if module.__dict__.get(name) is not wrapper:
@@ -289,9 +286,10 @@ class Blender:
                 del module.__dict__[name]
             else:
                 setattr(module, name, before)
-        self.host.unwrapped_forward = None
         self.host.graphs = None  # and their memory
+        self._tidy()
         forget(self.model)
+        self.host.unwrapped_forward = None  # last: a removal that was interrupted can be repeated
         if isinstance(self.store, TieredStore):
             self.store.flush()
 
@@ -322,6 +320,7 @@ class Blender:
         if self._is_removed:  # and yet inside a wrapper that somebody has put around this one
             given = {"chunk_spans": chunk_spans, "blend_config": blend_config}
             return self._stock_generate(*args, **kwargs, **{k: v for k, v in given.items() if v is not None})
+        self._tidy()
         require_token_ids(self.model, args, kwargs)
         args, kwargs = self.host.named_behind_the_ids(args, kwargs)
         config = self.config if blend_config is None else self._settled(blend_config, "blend_config")
@@ -330,8 +329,7 @@ class Blender:
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
             args, kwargs = self._on_device(args), self._on_device(kwargs)
-        outer = _call.get()
-        inside_its_own = outer is not None and outer.host is self.host
+        inside_its_own = self._running_call() is not None
         planned = plan(self.model, args, kwargs, chunk_spans, config, separator, inside_its_own, self.host)
         call = Call(self.host, planned, config, self.store, controller, started, self._level, self.tokenizer)
         nested = planned.fallback is Fallback.NESTED
@@ -339,22 +337,38 @@ class Blender:
             self._traces.last = call.traces
         if call.is_blended and generate_option(self.model, kwargs, "prefill_chunk_size") is not None:
             kwargs["prefill_chunk_size"] = None  # the blended prefill is one forward; pieces would hide the prompt
-        if self._runs_beside_python():
-            call.blend_ahead(kwargs)
-        if call.is_blended:
-            call.until_prefilled.enter_context(set_aside(self.host.model, self.host.decoder))
-        token = _call.set(None if nested else call)
-        try:
-            output = self._stock_generate(*args, **kwargs)
-        finally:
-            _call.reset(token)
-            call.until_prefilled.close()
-            call.give_up_ahead()
+        if nested:
+            output = Running().do(self._stock_generate, *args, **kwargs)
+        else:
+            output = call.do(self._run, call, args, kwargs)
         call.end(output)
         if self._verifier is not None and call.is_blended:
             for prompt, trace in zip(planned.prompts, call.traces_of_prompts):
                 self._verifier.after(self.model, prompt, self.store, config.settled(trace.decision), trace)
         return output
+
+    def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stock `generate`; forwards inside find the call on the stack."""
+        try:
+            if self._runs_beside_python():
+                call.blend_ahead(kwargs)
+            if call.is_blended:
+                set_aside(call, self.host.model, self.host.decoder)
+            return self._stock_generate(*args, **kwargs)
+        finally:
+            call.give_up_ahead()
+            give_back(call)
+
+    def _running_call(self) -> Call | None:
+        """The call of this model that this thread is inside of; work of a blended prefill is part of none."""
+        running = innermost()
+        return running if isinstance(running, Call) and running.host is self.host else None
+
+    def _tidy(self) -> None:
+        """Ends what an exception has left of earlier work."""
+        switch_back()
+        self.host.lock.tidy()
+        tidy()
 
     def _runs_beside_python(self) -> bool:
         return self.host.device.type == "cuda"
@@ -372,22 +386,19 @@ class Blender:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or self._is_removed:
             return self._stock_forward(*args, **kwargs)
-        call = _call.get()
-        if call is not None and call.host is self.host:
+        call = self._running_call()
+        if call is not None:
             kwargs.update(zip(self.host.decoder_parameters, args))
             args = ()
             ids = kwargs.get("input_ids")
             call.note_forward(0 if ids is None else ids.shape[1])
             if ids is not None and call.is_whole_batch(ids, kwargs):
                 return self._blended_forward(call, kwargs)
-        with self.host.lock.shared():
-            return self._stock_forward(*args, **kwargs)
+        return self.host.lock.shared(self._stock_forward, *args, **kwargs)
 
     @torch.compiler.disable
     def _blended_forward(self, call: Call, kwargs: dict[str, Any]) -> Any:
-        token = _call.set(None)  # the passes' own forwards are none of the call's
         try:
-            return call.blended_forward(kwargs)
+            return Running().do(call.blended_forward, kwargs)  # the passes' own forwards are none of the call's
         finally:
-            _call.reset(token)
-            call.until_prefilled.close()
+            give_back(call)

@@ -143,8 +143,8 @@ def _prefills(host: BlendableModel) -> Iterator[tuple[int, float]]:
     tokens = _SHORTEST
     while tokens <= most:
         ids = _ids(host, tokens)
-        with torch.no_grad():
-            seconds = _quickest(lambda: host.last_logits(input_ids=ids, use_cache=True), host.device)  # noqa: B023
+        prefill = partial(torch.no_grad()(host.last_logits), input_ids=ids, use_cache=True)
+        seconds = _quickest(prefill, host.device)
         yield tokens, seconds
         if seconds > _LONG_ENOUGH_S:
             return

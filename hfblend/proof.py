@@ -11,7 +11,6 @@ Shapes: S rows of the pass, T all tokens, Hkv KV heads, D head_dim.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,9 +19,9 @@ import torch
 from .attention import QueryRows
 from .caches import KV, BlendingCache
 from .host import UnsupportedModel
-from .layers import Watched, watched
+from .layers import Watched, watch
 from .passes import Pass
-from .switching import AttentionNotReplaceable, WindowLearner, attention_by_position
+from .switching import AttentionNotReplaceable, WindowLearner, attend_by_position
 
 if TYPE_CHECKING:
     from .models import BlendableModel
@@ -81,19 +80,27 @@ def _learn_windows(host: BlendableModel) -> dict[int, int | None]:
     """Layer -> window of its mask, from a forward in which every mask is a marker."""
     positions = torch.arange(LENGTH, device=host.device)
     learner = WindowLearner()
-    with host.lock.exclusive(), attention_by_position(host.layer_owner.config, QueryRows(positions[None]), {}, learner):
+
+    def learn() -> None:
+        attend_by_position(host.lock, host.layer_owner.config, QueryRows(positions[None]), {}, learner)
         host.run_stock(positions)
+
+    host.lock.exclusive(learn)
     return learner.windows
 
 
 def _run_stock(host: BlendableModel, length: int) -> _Stock:
     """A stock forward over the first `length` tokens."""
-    positions, entered = torch.arange(length, device=host.device), None
-    with contextlib.ExitStack() as stack:
+    positions = torch.arange(length, device=host.device)
+
+    def run() -> _Stock:
+        entered = None
         if host.may_skip_layers and host.num_layers > STARTS_AT:
-            entered = stack.enter_context(watched(host.layers, STARTS_AT, positions))
+            entered = watch(host.lock, host.layers, STARTS_AT, positions)
         kv, output = host.run_stock(positions)
-    return _Stock(kv, output[0][0], entered if entered is not None and entered.hidden is not None else None)
+        return _Stock(kv, output[0][0], entered if entered is not None and entered.hidden is not None else None)
+
+    return host.lock.exclusive(run)
 
 
 def _shortened_is_equal(host: BlendableModel, stock: _Stock) -> bool:

@@ -9,12 +9,10 @@ pass: other threads' calls of the same function go to the function.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from torch import nn
 
 from .attention import HALF, kernels
+from .locks import ForwardLock, Mutex, Running, innermost, only_inside
 
 NAME = "apply_rotary_pos_emb"
 _OURS = "_hfblend_answers_for"  # on what stands in for the function: the function
@@ -30,9 +29,9 @@ _TOLERANCE = 1e-2  # of the norm; eager code rounds every step
 
 Namespace = dict[str, Any]  # of a module of Transformers
 
-_answers: ContextVar[bool] = ContextVar("hfblend_rotary", default=False)
-_lock = threading.Lock()
-_passes: dict[int, int] = {}  # id of a namespace -> passes that run in it
+_answers: ContextVar[Callable[[], bool]] = ContextVar("hfblend_rotary", default=lambda: False)
+_lock = Mutex()
+_passes: dict[int, list[Running]] = {}  # id of a namespace -> passes that run in it
 
 
 def find_rotary(decoder: nn.Module) -> list[Namespace]:
@@ -65,38 +64,36 @@ def _is_usual(function: Any, device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-@contextlib.contextmanager
-def rotary_in_one_kernel(namespaces: list[Namespace]) -> Iterator[None]:
-    """While it lasts, the kernel answers where this thread or task calls these namespaces' function."""
-    token = _answers.set(True)
+def rotary_in_one_kernel(lock: ForwardLock, namespaces: list[Namespace]) -> None:
+    """Lets the kernel answer where this thread calls these namespaces' function in exclusive work of `lock`."""
+    work = innermost()
+    assert work is not None
     for namespace in namespaces:
-        _enter(namespace)
-    try:
-        yield
-    finally:
-        for namespace in namespaces:
-            _leave(namespace)
-        _answers.reset(token)
+        lock.undo_later(functools.partial(_leave, namespace, work))
+        _enter(namespace, work)
+    _answers.set(only_inside())  # ends with the work's context
 
 
-def _enter(namespace: Namespace) -> None:
+def _enter(namespace: Namespace, work: Running) -> None:
     with _lock:
-        _passes[id(namespace)] = _passes.get(id(namespace), 0) + 1
+        _passes.setdefault(id(namespace), []).append(work)
         if not hasattr(namespace[NAME], _OURS):
             namespace[NAME] = _answering(namespace[NAME])
 
 
-def _leave(namespace: Namespace) -> None:
+def _leave(namespace: Namespace, work: Running) -> None:
+    """Puts the function back if no other pass, of this model or another, runs in its namespace."""
     with _lock:
-        _passes[id(namespace)] -= 1
-        if not _passes[id(namespace)]:
+        others = [one for one in _passes.get(id(namespace), ()) if one is not work and one.is_alive]
+        if not others:
             namespace[NAME] = getattr(namespace[NAME], _OURS, namespace[NAME])
+        _passes[id(namespace)] = others
 
 
 def _answering(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def rotary(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        if _answers.get() and not args and not kwargs and _fits(q, k, cos, sin):
+        if _answers.get()() and not args and not kwargs and _fits(q, k, cos, sin):
             return kernels.rotary(q, k, cos, sin)
         return function(q, k, cos, sin, *args, **kwargs)
 

@@ -7,11 +7,16 @@ bus                 copies of chunk KV from RAM, some layers ahead
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
+
+from .locks import Running
+
+T = TypeVar("T")
 
 
 class Beside:
@@ -24,22 +29,19 @@ class Beside:
     def __init__(self, device: torch.device) -> None:
         self.device, self._done = device, None if device.type != "cuda" else torch.cuda.Event()
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Work queued inside runs beside; nothing changes without a GPU."""
+    def run(self, work: Callable[..., T], *args: Any) -> T:
+        """Runs work whose kernels are queued beside the caller's; nothing changes without a GPU."""
         if self._done is None:
-            yield
-            return
+            return work(*args)
         caller = torch.cuda.current_stream(self.device)
         stream = _beside(caller)
         stream.wait_stream(caller)
-        with torch.cuda.stream(stream):
-            try:
-                yield
-            except BaseException:
-                self._done.record(stream)
-                caller.wait_event(self._done)  # nothing may take the memory of work that still runs
-                raise
+        try:
+            return on_stream(stream, work, *args)
+        except BaseException:
+            caller.wait_stream(stream)  # nothing may take the memory of work that still runs
+            raise
+        finally:
             self._done.record(stream)
 
     def join(self, tensors: Iterable[torch.Tensor] = ()) -> None:
@@ -51,6 +53,41 @@ class Beside:
         made_here = (t for t in tensors if t.device == caller.device)  # elsewhere, work ran on the caller's own streams
         for tensor in {t.untyped_storage().data_ptr(): t for t in made_here}.values():
             tensor.record_stream(caller)
+
+
+_switched = threading.local()  # .notes: work of this thread, and the streams that were current before it
+
+
+def on_stream(stream: torch.cuda.Stream | None, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Runs work with `stream`, and its device, current; `None` changes nothing."""
+    if stream is None:
+        return work(*args, **kwargs)
+    switch_back()
+    running = Running()
+    return running.do(_on_stream, running, stream, functools.partial(work, *args, **kwargs))
+
+
+def _on_stream(running: Running, stream: torch.cuda.Stream, work: Callable[[], T]) -> T:
+    before = torch.cuda.current_stream(stream.device), torch.cuda.current_stream()
+    notes = vars(_switched).setdefault("notes", [])
+    notes.append((running, before))
+    try:
+        torch.cuda.set_stream(stream)
+        return work()
+    finally:
+        for one in before:
+            torch.cuda.set_stream(one)
+        notes.pop()
+
+
+def switch_back() -> None:
+    """Makes the streams current that were so before interrupted work, once its kernels are done."""
+    notes = vars(_switched).get("notes")
+    while notes and not notes[-1][0].is_alive:
+        for stream in notes[-1][1]:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+            torch.cuda.set_stream(stream)
+        notes.pop()
 
 
 @functools.cache

@@ -5,10 +5,9 @@ Shapes: B batch, H query heads, Hkv KV heads, S query rows, T keys, D head_dim.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import QueryRows, attend_in_pass
+from .locks import ForwardLock, only_inside
 
 _EAGER = "eager_attention_forward"
 
@@ -32,26 +32,28 @@ class AttentionNotReplaceable(Exception):
 
 @dataclass(frozen=True)
 class _Scope:
-    """What attention does within `attention_by_position`."""
+    """How a pass attends."""
 
     rows: QueryRows
     windows: Mapping[int, int | None]
     learner: WindowLearner | None
+    is_inside: Callable[[], bool]
 
 
 _scope: ContextVar[_Scope | None] = ContextVar("hfblend_attention_scope", default=None)
 
 
-@contextlib.contextmanager
-def attention_by_position(
-    config: Any, rows: QueryRows, windows: Mapping[int, int | None], learner: WindowLearner | None = None
-) -> Iterator[None]:
-    """While it lasts, layers of the model with this `config` attend through `attend`, as these rows.
+def attend_by_position(
+    lock: ForwardLock,
+    config: Any,
+    rows: QueryRows,
+    windows: Mapping[int, int | None],
+    learner: WindowLearner | None = None,
+) -> None:
+    """Lets layers of the model with this `config` attend through `attend`, as these rows, in exclusive work of `lock`.
 
-    `attend_as` changes the rows in the middle.
-
-    The setting is that of the config, so the caller keeps other passes with this config out. Whoever else meets it, in
-    another thread, is served by the model's own attention and masks.
+    `attend_as` changes the rows in the middle. The setting is that of the config: another thread that meets it is
+    served by the model's own attention and masks.
 
     Args:
         windows: layer -> the window of its mask, as a `WindowLearner` found it; what a layer says itself counts for the
@@ -59,17 +61,12 @@ def attention_by_position(
         learner: finds the windows in this pass.
     """
     own = config._attn_implementation
-    config._attn_implementation_internal = _registered(own)
-    token = _scope.set(_Scope(rows, {} if "flash" in own else windows, learner))
-    try:
-        yield
-    finally:
-        _scope.reset(token)
-        config._attn_implementation_internal = own
+    _scope.set(_Scope(rows, {} if "flash" in own else windows, learner, only_inside()))  # ends with the work's context
+    lock.change(vars(config), "_attn_implementation_internal", _registered(own))
 
 
 def attend_as(change: Callable[[QueryRows], QueryRows]) -> None:
-    """Within `attention_by_position`: the rest of the pass has other rows."""
+    """Gives the rest of a pass that attends by position other rows."""
     scope = _scope.get()
     assert scope is not None
     _scope.set(replace(scope, rows=change(scope.rows)))
@@ -138,14 +135,20 @@ def _registered(implementation: str) -> str:
     name = f"hfblend_{implementation}"
     if name not in AttentionInterface._global_mapping:
         own_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-        AttentionInterface.register(name, functools.partial(_attention_forward, implementation))
         AttentionMaskInterface.register(name, _mask_for_others(own_mask))
+        AttentionInterface.register(name, functools.partial(_attention_forward, implementation))  # last: both are there
     return name
+
+
+def _current() -> _Scope | None:
+    """Returns the scope of the pass that this is part of; a thread that was started in it may have its context only."""
+    scope = _scope.get()
+    return scope if scope is not None and scope.is_inside() else None
 
 
 def _mask_for_others(own_mask: Callable[..., Any] | None) -> Callable[..., Any]:
     def make_mask(*args: Any, **kwargs: Any) -> Any:
-        scope = _scope.get()
+        scope = _current()
         if scope is not None:
             return None if scope.learner is None else scope.learner.marker(kwargs["mask_function"])
         return None if own_mask is None else own_mask(*args, **kwargs)
@@ -165,7 +168,7 @@ def _own_attention(implementation: str, module: nn.Module) -> Callable[..., Any]
 
 def _attention_forward(implementation: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What layers call while `implementation` is replaced: ours within a pass, else their own."""
-    scope = _scope.get()
+    scope = _current()
     if scope is None:
         return _own_attention(implementation, module)(module, *args, **kwargs)
     return _attend_in_scope(scope, module, *args, **kwargs)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import threading
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -28,6 +27,7 @@ from torch import nn
 from .arguments import described, known_fields, number_in, whole
 from .config import BlendConfig, as_config
 from .host import CACHE
+from .locks import Mutex
 from .measures import kl_divergence, teacher_forced_logits, top1_agreement
 from .models import host_of
 from .one_prompt import blend, require_prompt
@@ -197,7 +197,7 @@ class Verifier:
         if isinstance(settings, bool) or not isinstance(settings, Verify | Integral):
             raise TypeError(f"verify must be a hfblend.Verify, or every how many prompts, got {described(settings)}.")
         self.settings = settings if isinstance(settings, Verify) else Verify(every=settings)
-        self._lock, self._calls = threading.Lock(), 0
+        self._lock, self._calls = Mutex(), 0
 
     def after(self, model: nn.Module, prompt: Prompt, store: Store, config: BlendConfig, trace: BlendTrace) -> None:
         """Checks a finished call if its turn has come, and notes the outcome in its trace. Never raises."""

@@ -31,17 +31,17 @@ def run(model, name, ratio=0.25, store=None, tokenizer=None):
 def keys_seen(model, run_pass):
     """Per decoder forward that attends by position: (positions of the rows, what they see from)."""
     seen = []
-    host, own = host_of(model), type(host_of(model)).rows_pass
+    host, own = host_of(model), type(host_of(model)).see_rows
 
     def spy(self, rows, length):
         seen.append(rows.positions[0].tolist())
         return own(self, rows, length)
 
-    host.rows_pass = spy.__get__(host)
+    host.see_rows = spy.__get__(host)
     try:
         result = run_pass()
     finally:
-        del host.rows_pass
+        del host.see_rows
     return seen, result
 
 

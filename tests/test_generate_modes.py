@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hfblend
 from hfblend.caches import GrowingLayer
+from hfblend.compiled import run_as_written
 from hfblend.fallbacks import Fallback
 
 PROMPT = make_prompt()
@@ -440,11 +441,13 @@ def test_compiled_code_is_put_back_by_the_last_and_after_an_error():
     def is_compiled():
         return model._compiled_call_impl is compiled and model.model.forward is forward
 
-    with hfblend.compiled.set_aside(model, model.model):
-        with pytest.raises(ZeroDivisionError), hfblend.compiled.set_aside(model, model.model):
-            _ = 1 / 0
+    def outer():
+        with pytest.raises(ZeroDivisionError):
+            run_as_written((model, model.model), lambda: 1 / 0)
         assert model._compiled_call_impl is None
         assert model.model.forward == hfblend.compiled.as_written(forward)
+
+    run_as_written((model, model.model), outer)
     assert is_compiled()
     with hfblend.patch(model, config=config(0.2)):
         with pytest.raises(ZeroDivisionError):

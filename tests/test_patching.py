@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import contextvars
 import copy
 import functools
 import logging
@@ -17,9 +17,10 @@ from helpers import config, generate, largest_difference, make_llama, make_mistr
 import hfblend
 from hfblend import models
 from hfblend.attention import QueryRows
-from hfblend.layers import cut, resumed, watched
+from hfblend.layers import cut, resume, watch
+from hfblend.locks import ForwardLock
 from hfblend.models import host_of
-from hfblend.switching import attention_by_position
+from hfblend.switching import attend_by_position
 
 PROMPT = make_prompt()
 
@@ -344,17 +345,18 @@ def test_other_forwards_wait_while_attention_is_switched():
 
     def other():
         inside.wait()
-        with lock.shared():
-            order.append("other")
+        lock.shared(order.append, "other")
         done.set()
 
     thread = threading.Thread(target=other)
     thread.start()
-    with lock.exclusive():
+
+    def run_pass():
         inside.set()
         assert not done.wait(0.1)
-        with lock.shared():  # the pass itself may run the whole model
-            order.append("pass")
+        lock.shared(order.append, "pass")  # the pass itself may run the whole model
+
+    lock.exclusive(run_pass)
     thread.join()
     assert order == ["pass", "other"]
 
@@ -363,31 +365,33 @@ def test_a_pass_gets_its_turn_before_forwards_that_come_later():
     """Forwards of threads that decode overlap: the lock is never free of all of them."""
     lock, order = hfblend.locks.ForwardLock(), []
 
-    def enter(side, name):
-        with side():
-            order.append(name)
+    sides = [(lock.exclusive, "pass"), (lock.shared, "later")]
+    threads = [threading.Thread(target=side, args=(order.append, name)) for side, name in sides]
 
-    with lock.shared():
-        sides = [(lock.exclusive, "pass"), (lock.shared, "later")]
-        threads = [threading.Thread(target=enter, args=one) for one in sides]
-        for number, thread in enumerate(threads, 1):
+    def forward():
+        for number, thread in enumerate(threads, 2):
             thread.start()
-            for _ in range(1000):
-                if len(lock._line) == number:
-                    break
-                time.sleep(0.01)
-        assert len(lock._line) == 2
-        with lock.shared():  # what runs inside a forward does not wait behind the pass
-            order.append("inside")
+            wait_until(lambda number=number: len(lock._claims) == number)
+        lock.shared(order.append, "inside")  # work inside a forward does not wait for the pass
+
+    lock.shared(forward)
     for thread in threads:
         thread.join()
     assert order == ["inside", "pass", "later"]
-    assert (lock._owner, lock._sharing, list(lock._line)) == (None, {}, [])
+    assert lock._claims == []
+
+
+def wait_until(is_so):
+    for _ in range(1000):
+        if is_so():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it does not come to be")
 
 
 def in_another_thread(work):
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(work).result()
+        return thread.submit(contextvars.copy_context().run, work).result()  # as asyncio.to_thread
 
 
 @pytest.mark.parametrize("own", ["sdpa", "eager"])
@@ -402,18 +406,23 @@ def test_a_forward_that_does_not_wait_meets_its_own_model(own):
         return one(input_ids=PROMPT.input_ids).logits
 
     stock, rows = logits_of(model), torch.arange(len(PROMPT))
-    pass_of_another = [
-        attention_by_position(model.config, QueryRows(rows[None]), {}),
-        resumed(model.model.layers, 2, torch.zeros(1, len(PROMPT), 64)),
-        watched(model.model.layers, 1, rows),
-        cut(model.model.layers, len(PROMPT), 1, lambda count: None),
+    lock, layers = ForwardLock(), model.model.layers
+    changes = [
+        lambda: attend_by_position(lock, model.config, QueryRows(rows[None]), {}),
+        lambda: cut(lock, layers, len(PROMPT), 1, lambda count: None),
+        lambda: watch(lock, layers, 1, rows),
+        lambda: resume(lock, layers, 2, torch.zeros(1, len(PROMPT), 64)),
     ]
-    with contextlib.ExitStack() as stack:
-        for scope in pass_of_another:
-            found = stack.enter_context(scope)
+
+    def pass_of_another():
+        for change in changes:
+            found = change()
             for one in (model, other):
                 assert torch.equal(in_another_thread(lambda one=one: logits_of(one)), stock)
             assert getattr(found, "hidden", None) is None
+        assert not torch.equal(logits_of(model), stock)
+
+    lock.exclusive(pass_of_another)
     assert model.config._attn_implementation == own
     assert torch.equal(logits_of(model), stock)
 

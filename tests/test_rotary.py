@@ -12,6 +12,7 @@ from transformers.models.llama import modeling_llama
 
 pytest.importorskip("hfblend.kernels", reason="needs triton")
 from hfblend.kernels import rotary
+from hfblend.locks import ForwardLock
 from hfblend.rotary import NAME, find_rotary, rotary_in_one_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,17 +52,34 @@ def _finds(module):
     return _is_usual(getattr(module, NAME), torch.device(DEVICE), torch.bfloat16)
 
 
+def in_a_pass(work):
+    lock = ForwardLock()
+
+    def run():
+        rotary_in_one_kernel(lock, [LLAMA])
+        return work()
+
+    return lock.exclusive(run)
+
+
+def answered(*given, **options):
+    return in_a_pass(lambda: LLAMA[NAME](*given, **options))
+
+
 def test_it_answers_in_a_pass_and_is_gone_afterwards():
     own, given = LLAMA[NAME], states()
     eager = own(*given)
-    with rotary_in_one_kernel([LLAMA]):
-        with rotary_in_one_kernel([LLAMA]):
-            inside = LLAMA[NAME](*given)
+    elsewhere = []
+
+    def outer():
+        inside = answered(*given)
         assert LLAMA[NAME] is not own
-        elsewhere = []
         thread = threading.Thread(target=lambda: elsewhere.extend(LLAMA[NAME](*given)))
         thread.start()
         thread.join()
+        return inside
+
+    inside = in_a_pass(outer)
     assert LLAMA[NAME] is own
     assert all(torch.equal(a, b) for a, b in zip(elsewhere, eager))  # other threads' calls are the function's
     assert not all(torch.equal(a, b) for a, b in zip(inside, eager))  # rounded once
@@ -79,14 +97,13 @@ def test_other_calls_are_left_to_the_function(why):
     if why == "gradient":
         query = query.clone().requires_grad_()
     eager = LLAMA[NAME](query, key, cos, sin, **options)
-    with rotary_in_one_kernel([LLAMA]):
-        inside = LLAMA[NAME](query, key, cos, sin, **options)
+    inside = answered(query, key, cos, sin, **options)
     assert all(torch.equal(a, b) for a, b in zip(inside, eager))
     assert inside[0].requires_grad == (why == "gradient")
 
 
 def test_a_pass_that_fails_leaves_the_function():
     own = LLAMA[NAME]
-    with pytest.raises(RuntimeError, match="of the pass"), rotary_in_one_kernel([LLAMA]):
-        raise RuntimeError("of the pass")
+    with pytest.raises(ZeroDivisionError):
+        in_a_pass(lambda: 1 / 0)
     assert LLAMA[NAME] is own

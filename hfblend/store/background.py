@@ -20,6 +20,8 @@ import torch
 
 from ..caches import KV, full_length_cache, packed, rows_behind
 from ..chunks import ChunkKV
+from ..locks import Condition
+from ..streams import on_stream
 from .base import Store
 from .memory import MemoryStore
 from .sizes import num_bytes_of
@@ -45,12 +47,12 @@ class Background:
     def forget(self) -> None:
         """As new: nothing waits, and no thread holds a lock."""
         self.at_work = threading.RLock()  # held by the thread while it is inside of a store
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._jobs: deque[_Job] = deque()
         self._entries: dict[str, ChunkKV] = {}  # key -> the newest that waits
         self._thread: threading.Thread | None = None
         self._is_working = False
-        self._written, self.num_bytes = 0, 0  # num_bytes: of what waits
+        self.num_bytes = 0  # of what waits
 
     def put(self, key: str, chunk_kv: ChunkKV, stores: Sequence[Store]) -> None:
         """Writes an entry soon; now, in the caller's thread, where too much is waiting."""
@@ -75,8 +77,10 @@ class Background:
     def flush(self) -> None:
         """Returns once all that waits now is written."""
         with self._changed:
-            goal = self._written + len(self._jobs)
-            self._changed.wait_for(lambda: self._written >= goal)
+            if not self._jobs:
+                return
+            last = self._jobs[-1]
+            self._changed.wait_for(lambda: last not in self._jobs or not self._has_thread())
 
     def close(self) -> None:
         """Returns once all is written and the thread has ended; the next entry starts another."""
@@ -88,16 +92,23 @@ class Background:
         with self._changed:
             if self._jobs and self.num_bytes + job.chunk_kv.num_bytes > self.max_bytes:
                 return False
-            if not self._is_working:
-                thread = threading.Thread(target=self._work, name="hfblend-store", daemon=False)
-                try:
-                    thread.start()
-                except RuntimeError:  # the process is ending, or may have no more threads
-                    return False
-                self._thread, self._is_working = thread, True
+            if not self._has_thread():
+                return False
             self._jobs.append(job)
             self._entries[job.key] = job.chunk_kv
             self.num_bytes += job.chunk_kv.num_bytes
+        return True
+
+    def _has_thread(self) -> bool:
+        """Whether a thread is at work; starts one where none is, or where an exception has ended it."""
+        if self._is_working and self._thread is not None and self._thread.is_alive():
+            return True
+        thread = threading.Thread(target=self._work, name="hfblend-store", daemon=False)
+        try:
+            thread.start()
+        except RuntimeError:  # the process is ending, or may have no more threads
+            return False
+        self._thread, self._is_working = thread, True
         return True
 
     def _work(self) -> None:
@@ -114,7 +125,6 @@ class Background:
                 self.num_bytes -= job.chunk_kv.num_bytes
                 if self._entries.get(job.key) is job.chunk_kv:
                     del self._entries[job.key]
-                self._written += 1
                 self._changed.notify_all()
             del job  # and its memory
 
@@ -153,13 +163,8 @@ class _Job:
         """Copied as soon as it is computed, while the GPUs go on with what was queued behind it."""
         for gpu, ready in zip(self._streams, self._ready):
             _beside(gpu).wait_event(ready)
-        rows = []
-        for i in range(self.chunk_kv.num_layers):
-            kv = self.chunk_kv.layer(i)
-            with torch.cuda.stream(_beside(kv[0].device) if kv[0].is_cuda else None):
-                of_layer = _rows_of(kv)
-                target = torch.empty(of_layer.shape, dtype=of_layer.dtype, pin_memory=True)
-                rows.append(target.copy_(of_layer, non_blocking=True))
+        layers = map(self.chunk_kv.layer, range(self.chunk_kv.num_layers))
+        rows = [on_stream(_beside(kv[0].device) if kv[0].is_cuda else None, _pinned_rows, kv) for kv in layers]
         for gpu in self._streams:
             _wait_for(_beside(gpu))
         return _around(rows, self.chunk_kv)
@@ -168,12 +173,10 @@ class _Job:
         """In memory of the caller's stream, so that it is taken up again only behind what that stream reads of it."""
         stream = self._streams[gpu]
         sources = [_rows_of(in_ram.layer(i)) for i in range(in_ram.num_layers)]
-        with torch.cuda.stream(stream):
-            rows = [torch.empty_like(source, device=gpu) for source in sources]
-            _beside(gpu).wait_event(stream.record_event())
-        with torch.cuda.stream(_beside(gpu)):
-            for target, source in zip(rows, sources):
-                target.copy_(source, non_blocking=True)
+        rows = [on_stream(stream, torch.empty_like, source, device=gpu) for source in sources]
+        _beside(gpu).wait_event(stream.record_event())
+        for target, source in zip(rows, sources):
+            on_stream(_beside(gpu), target.copy_, source, non_blocking=True)
         _wait_for(_beside(gpu))
         return _around(rows, in_ram)
 
@@ -202,6 +205,12 @@ def _rows_of(kv: KV) -> torch.Tensor:
     rows = rows_behind(packed(kv)) if rows is None else rows
     assert rows is not None
     return rows
+
+
+def _pinned_rows(kv: KV) -> torch.Tensor:
+    """The rows (n, W) in pinned memory, once the current stream's copy is done."""
+    rows = _rows_of(kv)
+    return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
 
 
 def _around(rows: Sequence[torch.Tensor], like: ChunkKV) -> ChunkKV:

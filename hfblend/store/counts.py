@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field, fields
+
+from ..locks import Mutex
 
 
 @dataclass
@@ -29,7 +30,7 @@ class StoreCounts:
     bytes_read: int = 0
     bytes_written: int = 0
     read_seconds: float = 0.0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _lock: Mutex = field(default_factory=Mutex, repr=False, compare=False)
 
     def add(self, **more: float) -> None:
         """Adds to counters, by name."""

@@ -18,7 +18,6 @@ import contextlib
 import functools
 import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ import torch
 
 from ..caches import KV, RowLayout, pins_memory
 from ..chunks import ChunkKV, ChunkLost, Provenance, in_memory
+from ..locks import Mutex
 from ..origin import Origin
 from .counts import StoreCounts
 from .format import Contents, CorruptEntry, Place, QuantisedPlace, memory_of, views_of
@@ -75,7 +75,7 @@ class FileSource:
     """
 
     def __init__(self, stream: FileIO, head: bytes) -> None:
-        self._stream, self._head, self._reading = stream, head, threading.Lock()
+        self._stream, self._head, self._reading = stream, head, Mutex()
         weakref.finalize(self, stream.close)
 
     def fill(self, buffer: memoryview, start: int) -> None:

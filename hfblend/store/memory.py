@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from ..arguments import described
 from ..chunks import ChunkKV
+from ..locks import Mutex
 from .counts import StoreCounts
 from .sizes import num_bytes_of
 
@@ -36,7 +36,7 @@ class MemoryStore:
         self.counts = StoreCounts()
         self._entries: OrderedDict[str, ChunkKV] = OrderedDict()
         self._pinned: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = Mutex()
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
         """Keeps an entry; one that does not fit, whole or beside what is pinned, is not kept, and logged."""

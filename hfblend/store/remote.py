@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from ..arguments import number_in
 from ..chunks import ChunkKV
+from ..locks import Mutex
 from .format import HEAD_BYTES, Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes, header_of
 from .keys import file_name_of
 from .loader import LayerwiseChunk
@@ -97,7 +97,7 @@ class RemoteStore(InFiles):
         self.url = self._folder.url
         self._reading, self._writing = (Breaker(max_failures, pause_s, REQUESTS) for _ in range(2))
         self._ahead: dict[str, Future[tuple[_Object, Contents]]] = {}  # begun, and not yet asked for
-        self._ahead_lock = threading.Lock()
+        self._ahead_lock = Mutex()
         self._marked: dict[str, float] = {}  # key -> when it was marked as used
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:

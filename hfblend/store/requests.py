@@ -11,6 +11,8 @@ from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import Any, TypeVar
 
+from ..locks import Mutex
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -29,7 +31,7 @@ class Breaker:
     def __init__(self, max_failures: int, pause_s: float, most: int) -> None:
         self.max_failures, self.pause_s = max_failures, pause_s
         self._failures, self._until = 0, 0.0
-        self._lock = threading.Lock()
+        self._lock = Mutex()
         self._threads = DaemonThreads(most, "hfblend-remote")
 
     def begin(self, request: Callable[[], T]) -> Future[T]:
@@ -87,7 +89,7 @@ class DaemonThreads:
         self._most, self._name = most, name
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._at_work: set[threading.Thread] = set()
-        self._lock = threading.Lock()
+        self._lock = Mutex()
 
     def begin(self, call: Callable[[], T]) -> Future[T]:
         """Calls in a thread, behind what was begun before; cancelled where no thread is to be had."""
