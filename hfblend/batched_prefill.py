@@ -9,9 +9,8 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
-
 from .chunks import ChunkKV, Reader, prefill, prefill_batch
+from .layerwise import allowed, distance, noisy
 from .models import BlendableModel
 
 logger = logging.getLogger(__name__)
@@ -57,18 +56,19 @@ def prefill_together(
         batched = prefill_batch(host, chunks, behind_ids, behind)
         if host.prefills_in_batches or len(chunks[0]) == len(chunks[-1]):  # nothing is padded
             return batched
-        host.prefills_in_batches = _are_close(batched[0], prefill(host, chunks[0], behind_ids, behind))
+        alone = prefill(host, chunks[0], behind_ids, behind)
+        rounded = noisy(host, lambda: prefill(host, chunks[0], behind_ids, behind))
+        host.prefills_in_batches = _are_close(batched[0], alone, rounded)
         if host.prefills_in_batches:
             return batched
         logger.warning("In a batch, this model's chunks come out otherwise than alone; they are taken one by one.")
     return [prefill(host, ids, behind_ids, behind) for ids in chunks]
 
 
-def _are_close(one: ChunkKV, other: ChunkKV) -> bool:
-    """Whether keys and values differ by rounding only: relative L2 distance of each layer's."""
-    bound = 1e-3 if one.dtype in (torch.float32, torch.float64) else 0.05
+def _are_close(one: ChunkKV, other: ChunkKV, rounded: ChunkKV) -> bool:
+    """Whether the keys and values of each layer differ no more than by rounding, as `rounded` does from `other`."""
     return all(
-        float((a.float() - b.float()).norm()) <= bound * float(b.float().norm())
+        distance(a, b) <= allowed(distance(c, b))
         for i in range(one.num_layers)
-        for a, b in zip(one.layer(i), other.layer(i))
+        for a, b, c in zip(one.layer(i), other.layer(i), rounded.layer(i))
     )

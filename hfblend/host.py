@@ -29,7 +29,7 @@ from .switching import attend_by_position
 T = TypeVar("T")
 
 _MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-_SELF_TEST_TOKENS, _SELF_TEST_SHIFT = 8, 37
+_SELF_TEST_SHIFT = 37
 # What an unfit model may raise.
 _FORWARD_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -302,15 +302,15 @@ class Host:
             for a, b in zip(self.rotary_tables(i, probe, one), self.rotary_tables(i, probe, other))
         )
 
-    # --- the self-test's two forwards -----------------------------------------------------------------------------
+    # --- the self-test's forwards -------------------------------------------------------------------------------
 
-    def self_test_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two ranges of positions for the same ids, both inside the shortest context the RoPE was made for."""
+    def self_test_positions(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two ranges of positions for `count` ids, both inside the shortest context the RoPE was made for."""
         rope = getattr(self.config, "rope_parameters", None) or {}
         lengths = [getattr(self.config, "max_position_embeddings", None), rope.get("original_max_position_embeddings")]
-        limit = min((n for n in lengths if n), default=_SELF_TEST_TOKENS + _SELF_TEST_SHIFT)
-        first = torch.arange(_SELF_TEST_TOKENS, device=self.device)
-        return first, first + max(1, min(_SELF_TEST_SHIFT, limit - _SELF_TEST_TOKENS))
+        limit = min((n for n in lengths if n), default=count + _SELF_TEST_SHIFT)
+        first = torch.arange(count, device=self.device)
+        return first, first + max(1, min(_SELF_TEST_SHIFT, limit - count))
 
     def record(self, positions: torch.Tensor) -> dict[int, KV]:
         """K/V of all layers for a few fixed ids at `positions` (N,), from a stock forward."""

@@ -53,7 +53,7 @@ def watch(lock: ForwardLock, layers: nn.ModuleList, layer: int, rows: torch.Tens
     found, returns_tensor = Watched(layer, rows), True
 
     def keep(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        hidden = _hidden(args, kwargs)
+        hidden = hidden_of(args, kwargs)
         plain = hidden is not None and hidden.ndim == 3 and hidden.shape[:2] == (1, len(rows))
         found.hidden = hidden if plain and returns_tensor else None
         return own(*args, **kwargs)
@@ -77,7 +77,7 @@ def resume(lock: ForwardLock, layers: nn.ModuleList, layer: int, hidden: torch.T
         return hidden_states
 
     def take_up(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _with_hidden(args, kwargs, hidden)
+        args, kwargs = with_hidden(args, kwargs, hidden)
         return own(*args, **kwargs)
 
     for module in layers[:layer]:
@@ -96,7 +96,7 @@ def cut(
     """
 
     def stop_most(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        hidden = _hidden(args, kwargs)
+        hidden = hidden_of(args, kwargs)
         if hidden is None or hidden.ndim != 3 or hidden.shape[:2] != (1, num_rows):
             return own(*args, **kwargs)
         with contextlib.suppress(StopForward):
@@ -122,17 +122,34 @@ def wrap_forward(lock: ForwardLock, module: nn.Module, around: Callable[..., Any
     lock.change(vars(module), "forward", forward)
 
 
+def hook_before(lock: ForwardLock, module: nn.Module, before: Callable[..., Any]) -> None:
+    """Calls `before(args, kwargs)`, which returns those to go on with, as a module is called: before its `forward`,
+    whatever stands there. In the exclusive work of `lock` that this is."""
+    hooks, is_inside = module._forward_pre_hooks, only_inside()
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return before(args, kwargs) if is_inside() else None
+
+    def remove() -> None:
+        for key in [key for key, own in tuple(hooks.items()) if own is hook]:
+            hooks.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    lock.undo_later(remove)
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def has_foreign_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether somebody watches or steers these modules from outside: hooks, offloading."""
     return any(m._forward_hooks or m._forward_pre_hooks or "_hf_hook" in m.__dict__ for m in modules)
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     hidden = args[0] if args else kwargs.get("hidden_states")
     return hidden if torch.is_tensor(hidden) else None
 
 
-def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor) -> Any:
+def with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor) -> Any:
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 

@@ -15,6 +15,7 @@ from .attention import HALF, has_kernels
 from .caches import RowLayout
 from .fingerprint import Fingerprint
 from .host import Host, UnsupportedModel, base_of
+from .layerwise import stock_steps
 from .locks import ForwardLock
 from .norms import Norms, find_norms, norms_in_one_kernel
 from .offloading import device_of
@@ -39,13 +40,14 @@ class BlendableModel(Host):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.rotations, self.layouts, dtype = find_rotations(self)
+        stock = stock_steps(self)
+        self.rotations, self.layouts, dtype = find_rotations(self, stock)
         self._kv_dtypes = {super().dtype: dtype}
         self.fingerprint = Fingerprint(model)
         self.graphs: Any = None  # of its passes, kept by graphs.py
         self.prefills_in_batches: bool | None = None  # found by batched_prefill.py; None: not yet
         self._small_steps: tuple[Norms, list[Namespace]] | None = None
-        prove_rows(self)
+        prove_rows(self, stock)
 
     @property
     def takes_kernels(self) -> bool:

@@ -2,7 +2,7 @@
 
 The tables come from the model's own rotary module, so linear, dynamic, yarn, longrope, llama3 or partial RoPE need no
 code of their own. How a layer's cached state depends on position is not looked up by name but found by a numeric
-self-test (`find_rotations`): two stock forwards over the same ids at positions p and p + Δ.
+self-test (`find_rotations`): stock forwards over the same ids at positions p and p + Δ.
 
 Shapes: B batch, Hkv KV heads, N tokens, D head_dim, R rotated pairs (2R ≤ D).
 """
@@ -16,6 +16,7 @@ import torch
 
 from .caches import KV, RowLayout
 from .host import Host, RotarySource, UnsupportedModel
+from .layerwise import LENGTH, Steps, Stock, apart, run_steps
 
 Pairing = Literal["half", "interleaved"]
 Layout = Literal["duplicated", "repeated", "single"]
@@ -155,27 +156,43 @@ class Realigner:
 # --- the self-test ------------------------------------------------------------------------------------------------
 
 
-def find_rotations(host: Host) -> tuple[list[KeyRotation | None], dict[int, RowLayout], torch.dtype]:
+def find_rotations(host: Host, stock: Stock) -> tuple[list[KeyRotation | None], dict[int, RowLayout], torch.dtype]:
     """Finds, per layer, the one rotation that maps cached state at p to cached state at p + Δ; shapes and dtype.
 
-    The same ids run through two stock forwards at shifted positions. In a model whose attention sees only relative
-    positions, everything cached is equal but for one rotated slot. Learned positions change the values already in
-    layer 0, and so fail by behaviour.
+    The same ids run through a second forward at shifted positions, each layer from the same input. In a model whose
+    attention sees only relative positions, everything cached is equal but for one rotated slot, and so is what comes
+    out of each layer. Learned positions change the values already in layer 0, and so fail by behaviour.
 
     Raises:
         UnsupportedModel: naming the layer and what did not fit.
     """
-    first, shifted = host.self_test_positions()
-    kv_first, kv_shifted = host.record(first), host.record(shifted)
-    if sorted(kv_first) != list(range(len(kv_first))):
-        raise UnsupportedModel(f"Only layers {sorted(kv_first)} keep K/V; expected the first ones, without a gap.")
+    if sorted(stock.kv) != list(range(len(stock.kv))):
+        raise UnsupportedModel(f"Only layers {sorted(stock.kv)} keep K/V; expected the first ones, without a gap.")
+    first, shifted = host.self_test_positions(LENGTH)
+    moved = run_steps(host, lambda: host.run_stock(shifted), [None, *stock.hidden[1:]])
     old, new = ((positions, host.regime(int(positions[-1]) + 1)) for positions in (first, shifted))
     tables = [(host.rotary_tables(i, *old), host.rotary_tables(i, *new)) for i in range(len(host.rotary_sources))]
-    tolerance = _tolerance(host, dtype := _one_dtype(kv_first))
     rotations = [
-        _find_rotation(i, kv_first[i], kv_shifted[i], host.rotary_sources, tables, tolerance) for i in sorted(kv_first)
+        _find_rotation(i, stock.kv[i], moved.kv[i], host.rotary_sources, tables, stock.kv_tolerance)
+        for i in sorted(stock.kv)
     ]
-    return rotations, {i: RowLayout.of(kv) for i, kv in kv_first.items()}, dtype
+    _require_relative(stock, moved)
+    return rotations, {i: RowLayout.of(kv) for i, kv in stock.kv.items()}, _one_dtype(stock.kv)
+
+
+def _require_relative(stock: Stock, moved: Steps) -> None:
+    """What comes out of a layer may not depend on where the text stands.
+
+    Raises:
+        UnsupportedModel: naming the first layer where it does.
+    """
+    for step, pair in enumerate(zip(moved.hidden, stock.hidden, strict=True)):
+        if (error := apart(*pair)) > stock.tolerance(step):
+            raise UnsupportedModel(
+                f"Layer {step - 1}: what comes out of it changes by {error:.2g} when a text moves to other positions, "
+                f"where rounding changes it by {stock.tolerance(step):.2g} at most (positions count otherwise than as "
+                "a rotation of keys), so cached KV of this model cannot be moved."
+            )
 
 
 def _one_dtype(kv: dict[int, KV]) -> torch.dtype:
@@ -187,11 +204,6 @@ def _one_dtype(kv: dict[int, KV]) -> torch.dtype:
     return dtypes.pop()
 
 
-def _tolerance(host: Host, dtype: torch.dtype) -> float:
-    """What rounding adds over a model's layers; activations in few bits add as much as half precision does."""
-    return 1e-3 if dtype in (torch.float32, torch.float64) and not host.is_quantised else 6e-2
-
-
 def _find_rotation(
     layer_idx: int,
     kv: KV,
@@ -200,7 +212,7 @@ def _find_rotation(
     tables: list[tuple[Tables, Tables]],
     tolerance: float,
 ) -> KeyRotation | None:
-    equal = [_close(a, b, tolerance) for a, b in zip(kv, kv_shifted)]
+    equal = [_misfit(a, b) <= tolerance for a, b in zip(kv, kv_shifted)]
     if all(equal):
         return None
     if not any(equal):
@@ -216,11 +228,13 @@ def _find_rotation(
                 continue
             cos, sin = rotation_between(old, new)
             for sign in _SIGNS:
-                if _close(rotate(kv[slot], cos, sign * sin, pairing), kv_shifted[slot], tolerance):
+                turned = rotate(kv[slot], cos, sign * sin, pairing)
+                if _misfit(turned, kv_shifted[slot], cos.shape[-1], pairing) <= tolerance:
                     return KeyRotation(slot, pairing, layout, source, sign)
     raise UnsupportedModel(
         f"Layer {layer_idx}: cached {'keys' if slot == 0 else 'values'} change with position, but no rotation from the "
-        f"model's {len(sources)} rotary table(s) maps them from one position to another."
+        f"model's {len(sources)} rotary table(s) maps them from one position to another (a norm with weights after the "
+        "rotation does this), so cached KV of this model cannot be moved."
     )
 
 
@@ -229,7 +243,15 @@ def _on(device: torch.device, tables: Tables) -> Tables:
     return cos.to(device), sin.to(device)
 
 
-def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
-    """Equal up to a relative norm."""
-    norm = b.float().norm()
-    return bool((a.float() - b.float()).norm() <= tolerance * norm) or bool(norm == 0 and a.float().norm() == 0)
+def _misfit(found: torch.Tensor, truth: torch.Tensor, num_pairs: int = 0, pairing: Pairing = "half") -> float:
+    """Largest relative difference of a dimension, or of two that turn with each other.
+
+    One norm over all would not see a pair that turns where biases make other dimensions a hundred times larger.
+    """
+    parts = []
+    for states in (found.cpu().double() - truth.cpu().double(), truth.cpu().double()):
+        squares = states.square().sum((0, 1, 2))  # (D,)
+        turning = sum(_pairs(squares[: 2 * num_pairs], pairing))
+        parts.append(torch.cat([torch.as_tensor(turning), squares[2 * num_pairs :]]))
+    errors, sizes = parts
+    return float((errors / sizes.clamp_min(1e-30)).max().sqrt())

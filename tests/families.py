@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 WINDOW, CHUNK = 24, 16
 LARGEST = 20_000_000  # parameters
+SPREAD = 0.2  # of what would be ones or zeros
 
 # Given to every config that knows the name.
 COMMON: dict[str, Any] = {
@@ -140,13 +141,19 @@ _REASONS = {
         recurrent_gemma zamba zaya
     """,
     "differ from a forward over all tokens": """
-        bart bigbird_pegasus blenderbot blenderbot-small bloom cpmant dory marian mbart mvp paligemma pegasus
+        bart bigbird_pegasus blenderbot blenderbot-small bloom cpmant marian mbart mvp paligemma pegasus
         plbart prophetnet roformer trocr
     """,
     "keys and values both change": """
         bert bert-generation big_bird biogpt camembert ctrl data2vec-text electra ernie git gpt-sw3 gpt2
         gpt_bigcode gpt_neo megatron-bert opt rembert roberta roberta-prelayernorm roc_bert whisper xglm xlm
         xlm-roberta xlm-roberta-xl
+    """,
+    "what comes out of it changes": """
+        dory
+    """,
+    "a norm with weights after the rotation": """
+        hunyuan_v1_dense hunyuan_v1_moe
     """,
     "cannot run with explicit position_ids and a cache": """
         gemma4_unified_assistant xlstm xmod
@@ -185,6 +192,19 @@ NOT_BUILT = {
 }
 
 
+@torch.no_grad()
+def as_trained(model: Any) -> Any:
+    """Puts random numbers on norms, biases, scales and sinks, which are built as ones or zeros and trained to others.
+
+    With norms of ones, a norm of keys after their rotation looks like one before it.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for _, tensor in sorted(model.state_dict().items()):
+        if tensor.is_floating_point() and len(tensor.unique()) == 1:
+            tensor += SPREAD * torch.randn(tensor.shape, generator=generator).to(tensor)
+    return model
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table.
@@ -213,7 +233,7 @@ class Family:
         if size > LARGEST:
             raise MemoryError(f"{self.name} has {size} parameters; give it smaller settings.")
         torch.manual_seed(0)
-        return auto.from_config(config).eval()
+        return as_trained(auto.from_config(config)).eval()
 
     def _config(self) -> Any:
         default = CONFIG_MAPPING[self.kind]()

@@ -61,8 +61,15 @@ class MadeUpLayer(nn.Module):
         queries, keys, values = states.split(heads, 1)
         queries, keys = twist(queries, *tables), twist(keys, *tables)
         if config.peculiarity == "stretched":
-            keys = keys * (1 + 0.1 * position_ids[:, None, :, None])
+            keys = keys * (1 + 0.1 * position_ids[:, None, :, None]).to(keys.dtype)
+        if config.peculiarity == "scaled":
+            keys = keys * torch.linspace(0.5, 1.5, config.head_dim, dtype=keys.dtype)
+        if config.peculiarity == "tempered":
+            queries = queries * (1 + 0.05 * position_ids[:, None, :, None]).to(queries.dtype)
         keys, values = cache.update(keys, values, self.layer_idx)
+        if config.peculiarity == "alibi":
+            slopes = torch.arange(keys.shape[2], device=keys.device, dtype=keys.dtype) + position_ids[0, 0]
+            keys = keys * (1 + 0.02 * slopes[:, None])
         attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
         mixed, _ = attend(self, queries, keys, values, attention_mask, scaling=config.head_dim**-0.5)
         return hidden_states + self.out(mixed.flatten(2)).tanh()
@@ -101,7 +108,7 @@ class MadeUpModel(MadeUpPreTrainedModel):
         position_ids = counted if position_ids is None or peculiarity == "ordinal" else position_ids
         if peculiarity == "absolute":
             waves = torch.arange(self.config.hidden_size, device=input_ids.device) / 10
-            hidden_states = hidden_states + (position_ids[..., None] * waves).sin()
+            hidden_states = hidden_states + (position_ids[..., None] * waves).sin().to(hidden_states.dtype)
         mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask,
             position_ids=position_ids, **{CACHE: cache},
@@ -110,6 +117,8 @@ class MadeUpModel(MadeUpPreTrainedModel):
             hidden_states = hidden_states + hidden_states.mean(1, keepdim=True)
         tables = [table[:, None] for table in self.rotary(hidden_states, position_ids)]
         for layer in self.layers:
+            if peculiarity == "absolute, late" and layer.layer_idx == 2:
+                hidden_states = hidden_states + 0.2 * self.embed(position_ids)
             hidden_states = layer(hidden_states, position_ids, tables, mask, cache)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 

@@ -17,12 +17,14 @@ from helpers import (
     make_prompt,
     store_of_true_kv,
 )
+from test_real_models import load_smollm
+from test_self_test import PECULIAR, SOUND, WRONG_ROTATIONS, made_up
 
 import hfblend
 from hfblend.attention import QueryRows, attend, reference_attention
 from hfblend.caches import RowLayout, full_length_cache, rows_behind
 from hfblend.graphs import graphs_of
-from hfblend.models import host_of
+from hfblend.models import BlendableModel, host_of
 from hfblend.store import DiskStore, loader
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +51,58 @@ def test_true_kv_from_elsewhere_is_exact_in_fp32(name):
             assert blender.trace.hits == 3
             assert torch.equal(blended.sequences, stock.sequences)
             assert largest_difference(blended, stock) <= 1e-3
+
+
+@pytest.fixture
+def tf32():
+    """A switch of TF32 in products."""
+    before = torch.get_float32_matmul_precision()
+    yield lambda is_on: torch.set_float32_matmul_precision("high" if is_on else "highest")
+    torch.set_float32_matmul_precision(before)
+
+
+def self_tested(model, dtype=torch.float32):
+    host = BlendableModel(model.to("cuda", dtype))
+    return host.rotations, host.windows, host.attends_by_position, host.layers_stand_alone
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_the_self_test_finds_the_same_in_every_precision(name, tf32):
+    tf32(False)
+    exact = self_tested(SOUND[name]())
+    tf32(True)
+    assert self_tested(SOUND[name]()) == exact
+    for dtype in (torch.bfloat16, torch.float16):
+        assert self_tested(SOUND[name](), dtype) == exact
+
+
+@pytest.mark.smollm
+def test_real_weights_pass_with_tf32_on_and_stay_exact(tf32):
+    model, _ = load_smollm()
+    found = []
+    for is_on in (False, True):
+        tf32(is_on)
+        found.append(self_tested(model))
+    assert found[0] == found[1]
+    for dtype in (torch.bfloat16, torch.float16):
+        assert self_tested(model, dtype) == found[0]
+
+
+@pytest.mark.parametrize("peculiarity", PECULIAR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_peculiar_models_are_refused_with_tf32_on(peculiarity, dtype, tf32):
+    tf32(True)
+    with pytest.raises(hfblend.UnsupportedModel):
+        self_tested(made_up(peculiarity), dtype)
+
+
+@pytest.mark.parametrize("wrong", WRONG_ROTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_wrong_rotation_is_refused_with_tf32_on(wrong, dtype, tf32, monkeypatch):
+    tf32(True)
+    WRONG_ROTATIONS[wrong](monkeypatch)
+    with pytest.raises(hfblend.UnsupportedModel, match="no rotation from the model's"):
+        self_tested(SOUND["qwen2"](), dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)
