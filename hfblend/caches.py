@@ -173,11 +173,17 @@ class _SpareRows:
     """Buffers (B, Hkv, capacity, D) of keys and values, written and shown with few calls: decoding does so every layer.
 
     `as_strided` costs half of `narrow`, and where keys and values lie side by side, one `cat` writes both.
+
+    Attributes:
+        shown: the views of keys and values that were shown last. Only a layer that has these very tensors may write the
+            rows after them, so no row that a caller has seen is ever written again.
     """
 
     def __init__(self, kv: KV) -> None:
         keys, values = kv
-        self.batch_size, self.capacity = keys.shape[0], keys.shape[2]
+        self.shown: KV | None = None
+        self._batch_size, self._capacity = keys.shape[0], keys.shape[2]
+        self._kind = _kind_of(kv)
         self._views = [(t, t.shape[1], t.shape[3], t.stride(), t.storage_offset()) for t in kv]
         self._needs_inference_mode = keys.is_inference()  # made under inference_mode, where alone it may be written
         layout = RowLayout.of(kv)
@@ -186,42 +192,52 @@ class _SpareRows:
         heads = layout.key_heads + layout.value_heads
         self._both = (keys, heads, *self._views[0][2:]) if adjacent and alike else None
 
-    def takes(self, batch_size: int, length: int) -> bool:
-        """Whether that many rows of that batch may be written."""
+    def may_continue(self, keys: torch.Tensor | None, values: torch.Tensor | None, added: KV) -> bool:
+        """Whether `added` may be written after the K/V of a layer."""
+        if self.shown is None or keys is not self.shown[0] or values is not self.shown[1]:
+            return False
         is_open = not self._needs_inference_mode or torch.is_inference_mode_enabled()
-        return is_open and batch_size == self.batch_size and length <= self.capacity
+        has_room = self.shown[0].shape[2] + added[0].shape[2] <= self._capacity
+        return is_open and has_room and _kind_of(added) == self._kind
 
-    def write(self, start: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def write(self, start: int, added: KV) -> None:
         """Writes K/V (B, Hkv, n, D) from row `start` on."""
-        count = key_states.shape[2]
-        if self._both is not None and not torch.is_grad_enabled():
-            torch.cat((key_states, value_states), 1, out=self._rows(self._both, start, count))
+        count = added[0].shape[2]
+        if self._both is not None:
+            torch.cat(added, 1, out=self._rows(self._both, start, count))
         else:
-            for view, states in zip(self._views, (key_states, value_states)):
+            for view, states in zip(self._views, added):
                 self._rows(view, start, count).copy_(states)
 
     def show(self, length: int) -> KV:
         """The first `length` rows of both."""
         keys, values = self._views
-        return self._rows(keys, 0, length), self._rows(values, 0, length)
+        self.shown = self._rows(keys, 0, length), self._rows(values, 0, length)
+        return self.shown
 
     def _rows(self, view: Any, start: int, count: int) -> torch.Tensor:
         tensor, heads, dim, strides, offset = view
-        return tensor.as_strided((self.batch_size, heads, count, dim), strides, offset + start * strides[2])
+        return tensor.as_strided((self._batch_size, heads, count, dim), strides, offset + start * strides[2])
+
+
+def _kind_of(kv: Iterable[torch.Tensor]) -> list[tuple[Any, ...]]:
+    """All that K/V (B, Hkv, n, D) must share with others to be joined with them unchanged."""
+    return [(t.shape[0], t.shape[1], t.shape[3], t.dtype, t.device) for t in kv]
 
 
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` with spare rows: decoding writes in place instead of copying the whole cache each step.
 
-    `keys` and `values` stay the exact views that callers expect. The buffer is trusted only while they are the views
-    that were shown last, so cropping, reordering and batch operations of the parent class keep working.
+    `keys` and `values` are the exact views that callers expect. Only a layer that has the tensors shown last writes in
+    place; cropping, reordering and batch operations of the parent class put others there, and the next update moves
+    them to a new buffer. Copies and pickles have no spare rows. With gradients on, and for K/V that cannot be joined
+    unchanged (another dtype, device or batch size), the parent class does the update.
     """
 
     def __init__(self, room: int = ROOM) -> None:
         super().__init__()
         self.room = room
         self._spare: _SpareRows | None = None
-        self._last_shown: tuple[torch.Tensor | None, torch.Tensor | None, int] = (None, None, 0)
 
     @classmethod
     def adopt(cls, buffers: KV, length: int, room: int = ROOM) -> GrowingLayer:
@@ -231,43 +247,50 @@ class GrowingLayer(DynamicLayer):
         layer.dtype, layer.device = buffers[0].dtype, buffers[0].device  # type: ignore[attr-defined]
         layer.is_initialized = True
         layer._spare = _SpareRows(buffers)
-        layer._show(length)
+        layer.keys, layer.values = layer._spare.show(length)
         return layer
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
-        keys, values, length = self._last_shown
-        batch_size, _, added, _ = key_states.shape
-        as_shown = keys is not None and self.keys is keys and self.values is values
-        if not (as_shown and self._spare is not None and self._spare.takes(batch_size, length + added)):
-            length = self._move_to_larger((key_states, value_states), added)
+        added = key_states, value_states
+        if torch.is_grad_enabled() or not self._has_room_for(added):
+            self._spare = None  # a graph of gradients may keep what was shown
+            return super().update(key_states, value_states, *args, **kwargs)
         assert self._spare is not None
-        self._spare.write(length, key_states, value_states)
-        return self._show(length + added)
+        length = self.get_seq_length()
+        self._spare.write(length, added)
+        self.keys, self.values = shown = self._spare.show(length + key_states.shape[2])
+        return shown
 
     def reset(self) -> None:
         super().reset()
-        self._spare, self._last_shown = None, (None, None, 0)
+        self._spare = None
 
-    def _move_to_larger(self, like: KV, added: int) -> int:
-        """Makes buffers with room for `added` more rows, and moves what is there. Returns how many rows that is."""
-        if not self.is_initialized:
-            self.lazy_initialization(*like)
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of a copy or a pickle: two layers have these tensors then, and neither writes after them."""
+        self._spare = None
+        return self.__dict__
+
+    def _has_room_for(self, added: KV) -> bool:
+        """Makes sure of spare rows, in a larger buffer where needed; `False` if the K/V cannot be joined unchanged."""
+        if self._spare is not None and self._spare.may_continue(self.keys, self.values, added):
+            return True
         length = self.get_seq_length()
-        needed = length + added
-        buffers = empty_kv(like, needed + max(self.room, needed // 8))
+        if length and _kind_of(added) != _kind_of(self._held()):
+            return False
+        if not self.is_initialized:
+            self.lazy_initialization(*added)
+        needed = length + added[0].shape[2]
+        buffers = empty_kv(added, needed + max(self.room, needed // 8))
         if length:
-            assert self.keys is not None
-            assert self.values is not None
-            for buffer, states in zip(buffers, (self.keys, self.values)):
+            for buffer, states in zip(buffers, self._held()):
                 buffer[:, :, :length] = states
         self._spare = _SpareRows(buffers)
-        return length
+        return True
 
-    def _show(self, length: int) -> KV:
-        assert self._spare is not None
-        self.keys, self.values = keys, values = self._spare.show(length)
-        self._last_shown = keys, values, length
-        return keys, values
+    def _held(self) -> KV:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
 
 def empty_kv(like: KV, length: int) -> KV:

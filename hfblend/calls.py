@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .blending import Blending
 from .caches import SideBySide, hand_over
 from .config import BlendConfig
 from .controller import Controller
-from .fallbacks import Fallback, Plan, found_chunks, generate_option
+from .fallbacks import Asked, Fallback, Plan, found_chunks, generate_option
 from .host import CACHE, CACHE_NAMES, cache_given
 from .locks import Running
 from .models import BlendableModel
@@ -42,6 +43,7 @@ class Call(Running):
     Args:
         host: the model.
         plan: what is to be blended, or why nothing is.
+        by_stock: whether Transformers' own loops run it.
         config, store, controller: of every prompt.
         started: when the user called, by `time.perf_counter`.
         level, tokenizer: of the traces.
@@ -54,6 +56,7 @@ class Call(Running):
         self,
         host: BlendableModel,
         plan: Plan,
+        by_stock: bool,
         config: BlendConfig,
         store: Store,
         controller: Controller | None,
@@ -63,8 +66,9 @@ class Call(Running):
     ) -> None:
         super().__init__()
         self.host, self.plan, self.config, self.store, self.controller = host, plan, config, store, controller
-        self._started, self._tokens_seen = started, 0
+        self._by_stock, self._started, self._tokens_seen = by_stock, started, 0
         self._waiting = plan.fallback is None  # for the forward that prefills
+        self._asked: dict[str, Any] | None = None  # of the whole model's forward that runs
         self._ahead: tuple[Blending, Any] | None = None  # what was blended before it was reached, and its output
         lengths = [plan.num_tokens] if plan.fallback else [len(prompt) for prompt in plan.prompts]
         self.traces_of_prompts = [
@@ -78,6 +82,11 @@ class Call(Running):
     def is_blended(self) -> bool:
         """Whether it was, or is still to be."""
         return self.traces_of_prompts[0].fallback is None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the forward that prefills is still to come."""
+        return self._waiting
 
     @property
     def traces(self) -> list[BlendTrace]:
@@ -125,6 +134,8 @@ class Call(Running):
         """
         if not self._waiting or torch.is_grad_enabled() or ids.shape[1] < self.plan.num_tokens:
             return False
+        if kwargs.get("inputs_embeds") is not None:
+            return False
         copies, rest = divmod(ids.shape[0], len(self.plan.prompt_of_row))
         cache = cache_given(kwargs)
         if rest or (cache is not None and int(cache.get_seq_length()) > 0):
@@ -133,21 +144,19 @@ class Call(Running):
         expected = self.plan.input_ids.repeat_interleave(copies, 0)
         if not bool((ids[:, : self.plan.num_tokens] == expected).all()):
             return False
-        if not self._begins_at_0(kwargs.get("position_ids"), copies):
-            self._fall_back(Fallback.POSITIONS)
+        asked = Asked(self.plan, self.host, ids, kwargs, self._asked, self._by_stock)
+        if reason := asked.reason_against():
+            self._fall_back(reason)
+            self.give_up_ahead()
         return self._waiting
 
-    def _begins_at_0(self, positions: torch.Tensor | None, copies: int) -> bool:
-        """Whether each prompt's last token is at its own length − 1, from where decoding will go on.
-
-        Args:
-            positions: (B · k or 1, T or more), or three of them, as models of images have; `None`: the model counts.
-        """
-        last = [len(self.plan.prompts[place]) - 1 for place in self.plan.prompt_of_row for _ in range(copies)]
-        if positions is None:
-            return min(last) == self.plan.num_tokens - 1
-        found = positions[..., self.plan.num_tokens - 1]
-        return bool((found == torch.tensor(last, device=found.device)).all())
+    def run_model(self, forward: Callable[..., Any], asked: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        """Runs the whole model's forward, and knows meanwhile what it was asked for."""
+        outer, self._asked = self._asked, asked
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._asked = outer
 
     def blended_forward(self, kwargs: dict[str, Any]) -> Any:
         """The decoder's output for all prompts, with the rows of the last pass only, and the cache filled."""

@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache
 from . import adapters
 from .arguments import described
 from .config import BlendConfig
-from .host import Host, cache_given
+from .host import CACHE_NAMES, cache_given
+from .models import BlendableModel
 from .prompt import ChunkSpans, Prompt, spans_by_row
 from .separator import Separator
 
@@ -27,7 +28,17 @@ class Fallback(enum.Enum):
     """A reason for which a call goes through stock `generate`: what it says, with a remedy, and how loudly."""
 
     DISABLED = ("the config has enabled=False; set enabled=True, or pass blend_config= for this call.", logging.INFO)
-    TRAINING_MODE = ("the model is in training mode; call model.eval().", logging.WARNING)
+    TRAINING_MODE = ("the model, or a module inside it, is in training mode; call model.eval().", logging.WARNING)
+    MODEL_CHANGED = (
+        "the model was changed since patch, and is refused by the self-test as it is now; undo the change, or remove() "
+        "and patch again.",
+        logging.WARNING,
+    )
+    CONTINUOUS_BATCHING = (
+        "continuous batching (generate_batch, its manager, cache_implementation='paged') prefills prompts in full; "
+        "call generate, with a batch.",
+        logging.WARNING,
+    )
     AUTOCAST = (
         "torch.autocast computes in another dtype than the model; load the model in that dtype, or leave autocast.",
         logging.WARNING,
@@ -57,7 +68,8 @@ class Fallback(enum.Enum):
     )
     NO_CACHE = ("use_cache=False leaves nothing to put KV into; leave use_cache on.", logging.WARNING)
     ALL_ROWS_WANTED = (
-        "hidden states or attentions of all tokens are asked for, and reused tokens have none; leave them off.",
+        "more than the last row is asked for (logits, hidden states or attentions of all tokens, or a loss), and "
+        "reused tokens have none; leave it off, and pass logits_to_keep=1 to the model.",
         logging.WARNING,
     )
     EXTRA_INPUTS = (
@@ -134,7 +146,7 @@ def plan(
     config: BlendConfig,
     separator: Separator | None,
     nested: bool,
-    host: Host,
+    host: BlendableModel,
 ) -> Plan:
     """Decides about one call of `generate(*args, **kwargs)`, before anything runs.
 
@@ -160,7 +172,7 @@ def _plan(
     config: BlendConfig,
     separator: Separator | None,
     nested: bool,
-    host: Host,
+    host: BlendableModel,
 ) -> Plan:
     ids = _input_ids(args, kwargs)
     if ids is None:
@@ -194,14 +206,23 @@ def _plan(
 
 
 def _before_splitting(
-    model: nn.Module, ids: torch.Tensor | None, kwargs: dict[str, Any], config: BlendConfig, nested: bool, host: Host
+    model: nn.Module,
+    ids: torch.Tensor | None,
+    kwargs: dict[str, Any],
+    config: BlendConfig,
+    nested: bool,
+    host: BlendableModel,
 ) -> Fallback | None:
     if not config.enabled:
         return Fallback.DISABLED
     if nested:
         return Fallback.NESTED
-    if model.training:
+    if host.is_training:
         return Fallback.TRAINING_MODE
+    if host.refusal():
+        return Fallback.MODEL_CHANGED
+    if generate_option(model, kwargs, "cache_implementation") == "paged":
+        return Fallback.CONTINUOUS_BATCHING
     if host.is_cast:
         return Fallback.AUTOCAST
     if adapters.reason_against(model, kwargs):
@@ -230,6 +251,97 @@ def _after_splitting(model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any]
     return None
 
 
+_LOGITS = ("logits_to_keep", "num_logits_to_keep")  # the latter in older code of models
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+@dataclass
+class Asked:
+    """What a forward over the prompts was asked for, where only the last row of each is computed.
+
+    Args:
+        plan: of the call.
+        host: the model.
+        ids: (B · k, T or more), draft tokens after the prompts included.
+        decoder: the other arguments of the decoder's forward.
+        model: those of the whole model's forward; `None` if the decoder was called without it.
+        by_stock: whether Transformers' own loop asks, which reads no more than the rows it needs.
+    """
+
+    plan: Plan
+    host: BlendableModel
+    ids: torch.Tensor
+    decoder: dict[str, Any]
+    model: dict[str, Any] | None
+    by_stock: bool
+
+    def reason_against(self) -> Fallback | None:
+        """Why the forward, and with it the call, is not blended."""
+        if self.model is None or self._wants_more(self.model) or has_output_hooks(self.host.model, self.host.decoder):
+            return Fallback.ALL_ROWS_WANTED
+        if not self._setting("use_cache"):
+            return Fallback.NO_CACHE
+        if not self._masks_padding_only(self.decoder.get("attention_mask")):
+            return Fallback.PADDING
+        others = (value for name, value in self.decoder.items() if name not in _READ_HERE)
+        if any(_is_input(value, self.ids) for value in others):
+            return Fallback.EXTRA_INPUTS
+        return None if self._counts_from_0(self.decoder.get("position_ids")) else Fallback.POSITIONS
+
+    def _wants_more(self, model: dict[str, Any]) -> bool:
+        drafted = self.ids.shape[1] - self.plan.num_tokens
+        if (drafted and self.ids.shape[0] > 1) or model.get("labels") is not None:
+            return True  # each row may have drafts that are not the others'
+        if any(self._setting(name) for name in _OUTPUTS) or self.decoder.get("return_dict") is False:
+            return True
+        name = next((name for name in _LOGITS if name in self.host.model_parameters), None)
+        kept = model.get(name or _LOGITS[0])
+        by_stock = name is None and self.by_stock and kept is None
+        return not (by_stock or (type(kept) is int and 1 <= kept <= drafted + 1))
+
+    def _setting(self, name: str) -> Any:
+        """As a forward finds it: among its arguments, or else in its config."""
+        for given in (self.decoder, self.model or {}):
+            if given.get(name) is not None:
+                return given[name]
+        return getattr(self.host.decoder.config, name, None) or getattr(self.host.model.config, name, None)
+
+    def _starts(self) -> torch.Tensor:
+        """(B · k, 1) the padding in front of each prompt."""
+        copies = self.ids.shape[0] // len(self.plan.prompt_of_row)
+        lengths = [len(self.plan.prompts[place]) for place in self.plan.prompt_of_row]
+        return self.plan.num_tokens - torch.tensor(lengths).repeat_interleave(copies)[:, None]
+
+    def _masks_padding_only(self, mask: Any) -> bool:
+        if mask is None:
+            return not bool(self._starts().any())
+        if not torch.is_tensor(mask) or mask.ndim != 2:  # made of the plan's mask, for a cache of fixed size
+            return self.by_stock
+        expected = torch.arange(self.ids.shape[1]) >= self._starts()
+        return mask.shape == expected.shape and torch.equal(mask.cpu() != 0, expected)
+
+    def _counts_from_0(self, positions: torch.Tensor | None) -> bool:
+        """Whether each prompt's tokens are at 0, 1, …, from where decoding will go on.
+
+        Args:
+            positions: (B · k or 1, T or more), or three of them, as models of images have; `None`: the model counts.
+        """
+        starts = self._starts()
+        if positions is None:
+            return not bool(starts.any())
+        expected = torch.arange(self.ids.shape[1]) - starts
+        return bool(((positions.cpu() == expected) | (expected < 0)).all())
+
+
+def has_output_hooks(*modules: nn.Module) -> bool:
+    """Whether hooks meet what these modules return. Those of Transformers act only where outputs are asked for."""
+    hooks = (hook for module in modules for hook in module._forward_hooks.values())
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+
+
+_READ_HERE = ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES)
+
+
 def _found(
     planned: Plan,
     model: nn.Module,
@@ -238,11 +350,13 @@ def _found(
     chunk_spans: Iterable[Any] | None,
     config: BlendConfig,
     separator: Separator | None,
-    host: Host,
+    host: BlendableModel,
 ) -> str:
     """What of a call gave the reason: figures and names, as a sentence."""
     ids, mask, cache = _input_ids(args, kwargs), kwargs.get("attention_mask"), cache_given(kwargs)
     match planned.fallback:
+        case Fallback.MODEL_CHANGED:
+            return f"It says: {host.refusal()}"
         case Fallback.AUTOCAST:
             return f"Got autocast to {torch.get_autocast_dtype(host.device.type)}, the model's dtype is {host.dtype}."
         case Fallback.NO_INPUT_IDS:

@@ -38,9 +38,13 @@ class Fingerprint:
     in-place operations, moving, casting. Writes past the counter (fused optimizers, `.data`, NumPy views) are found in
     a sample of every tensor's elements, which is compared at each call; what misses all of them is not found
     (`contents.Samples`), so call `refresh()` after such a write.
+
+    Args:
+        code: what names code that was put in the place of the model's own (`hfblend.structure.replaced_code`).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, code: str = "") -> None:
+        self._code = code
         self._lock = Mutex()  # while weights are read, the old digest must not be taken for theirs
         self._inside = _Inside(model)
         self._taken = _Taken()
@@ -102,7 +106,8 @@ class Fingerprint:
         if None in known.values() and not self._warned:
             self._warned = True
             logger.warning("Some weights are offloaded and cannot be read: chunk KV is valid for this process only.")
-        digest = hashlib.sha256(repr(inside.described(config, known, self._unreadable)).encode()).hexdigest()
+        all_of_it = [*inside.described(config, known, self._unreadable), self._code]
+        digest = hashlib.sha256(repr(all_of_it).encode()).hexdigest()
         return _Taken(digest, inside.devices(), before.generation + 1, state, samples, seen, known)
 
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 _MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _SELF_TEST_SHIFT = 37
 # What an unfit model may raise.
-_FORWARD_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+FORWARD_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # What forwards, masks and outputs call the cache. Transformers renamed it in 5.24; users may still give the old name.
 CACHE = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
@@ -41,6 +41,11 @@ CACHE_NAMES = dict.fromkeys((CACHE, "past_key_values"))
 def cache_given(kwargs: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a forward or of `generate`, by either name; `None` if there is none."""
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether it is the cache of continuous batching, whose forwards hold tokens of many prompts in a row."""
+    return type(cache).__name__ == "PagedAttentionCache"
 
 
 class UnsupportedModel(ValueError):
@@ -116,6 +121,7 @@ class Host:
         self._decoder = weakref.ref(_find_decoder(model, self.num_layers))
         self._layer_owner = weakref.ref(_find_layer_owner(self.decoder, self.num_layers))
         self.decoder_parameters = list(inspect.signature(type(self.decoder).forward).parameters)[1:]
+        self.model_parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.rotary_sources = find_rotary_sources(self.layer_owner)
         # Whether attention is replaced by ours for a pass (else rows of the host's own masks are used), and the windows
         # that it then has; the self-test has the last word on both.
@@ -200,7 +206,7 @@ class Host:
 
     def last_logits(self, **kwargs: Any) -> Any:
         """The whole model's forward, asked for the logits of the last row only."""
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+        if "logits_to_keep" in self.model_parameters:
             kwargs["logits_to_keep"] = 1
         return run_as_written((self.model, self.decoder), self.model, **kwargs)
 
@@ -344,7 +350,7 @@ class Host:
         try:
             self._keep_rotary_state()
             return self.decoder_forward(**kwargs)
-        except _FORWARD_ERRORS as error:
+        except FORWARD_ERRORS as error:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} cannot run with explicit position_ids and a cache: {error}"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from .arguments import described
 from .attention import HALF, has_kernels
 from .caches import RowLayout
 from .fingerprint import Fingerprint
-from .host import Host, UnsupportedModel, base_of
+from .host import FORWARD_ERRORS, Host, UnsupportedModel, base_of
 from .layerwise import stock_steps
 from .locks import ForwardLock
 from .norms import Norms, find_norms, norms_in_one_kernel
@@ -23,6 +24,9 @@ from .origin import Origin, digest_of
 from .proof import prove_rows
 from .rope import KeyRotation, find_rotations
 from .rotary import Namespace, find_rotary, rotary_in_one_kernel
+from .structure import Structure, any_training, replaced_code, with_mode
+
+logger = logging.getLogger(__name__)
 
 
 class BlendableModel(Host):
@@ -43,11 +47,45 @@ class BlendableModel(Host):
         stock = stock_steps(self)
         self.rotations, self.layouts, dtype = find_rotations(self, stock)
         self._kv_dtypes = {super().dtype: dtype}
-        self.fingerprint = Fingerprint(model)
+        self.fingerprint = Fingerprint(model, replaced_code(model))
         self.graphs: Any = None  # of its passes, kept by graphs.py
         self.prefills_in_batches: bool | None = None  # found by batched_prefill.py; None: not yet
         self._small_steps: tuple[Norms, list[Namespace]] | None = None
         prove_rows(self, stock)
+        self._structure = Structure(model, (model, self.decoder))
+        self._refusal: str | None = None  # by the self-test, of the structure as it is now
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the model, or a module inside it that then computes otherwise, is in training mode."""
+        as_it_was = self._structure.is_as_it_was()
+        modules = self._structure.with_mode if as_it_was else with_mode(self.model.modules())
+        return self.model.training or any_training(modules)
+
+    def refusal(self) -> str | None:
+        """Why the model, put together as it is now, cannot be blended; `None`: it can.
+
+        Where modules, the code they run, their settings or their configs have changed, the self-test runs again.
+        """
+        if not self._structure.is_as_it_was():
+            _making.exclusive(self._prove_again)
+        return self._refusal
+
+    def _prove_again(self) -> None:
+        if self._structure.is_as_it_was():  # another thread was quicker
+            return
+        model, forward = self.model, self.unwrapped_forward
+        try:
+            fresh = _proved(model)
+            if forward is not None and fresh.decoder is not self.decoder:
+                raise UnsupportedModel("its decoder was replaced; call remove() on its blender, and patch it again.")
+        except FORWARD_ERRORS as error:
+            self._structure, self._refusal = Structure(model, (model, self.decoder)), str(error)
+            logger.warning("%s was changed, and cannot be blended as it is now: %s", type(model).__name__, error)
+        else:
+            fresh.unwrapped_forward = forward
+            self.__dict__ = fresh.__dict__
+            logger.info("%s was changed since its self-test, which ran again and passed.", type(model).__name__)
 
     @property
     def takes_kernels(self) -> bool:
@@ -108,18 +146,26 @@ def host_of(model: nn.Module) -> BlendableModel:
         )
     if not hasattr(model, "config"):
         raise UnsupportedModel(f"model must be a causal LM of Transformers, got {described(model)}, without a config.")
-    if model.training:
-        raise ValueError("The model is in training mode, where dropout would enter the cache; call model.eval().")
-    if reason := adapters.reason_against(model):
+    base = base_of(model)
+    known = _known.get(base)
+    if model.training or (any_training(with_mode(base.modules())) if known is None else known.is_training):
+        raise ValueError(
+            "The model, or a module inside it, is in training mode, where dropout would enter the cache; call "
+            "model.eval()."
+        )
+    if reason := adapters.reason_against(model) or (known and known.refusal()):
         raise UnsupportedModel(reason)
-    model = base_of(model)
-    return _known.get(model) or _making.exclusive(_make, model)
+    return known or _making.exclusive(_make, base)
 
 
 def _make(model: nn.Module) -> BlendableModel:
     if model not in _known:
-        _known[model] = torch.autocast(device_of(model).type, enabled=False)(BlendableModel)(model)
+        _known[model] = _proved(model)
     return _known[model]
+
+
+def _proved(model: nn.Module) -> BlendableModel:
+    return torch.autocast(device_of(model).type, enabled=False)(BlendableModel)(model)
 
 
 def forget(model: nn.Module) -> None:

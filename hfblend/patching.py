@@ -12,10 +12,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import MethodType, TracebackType
 from typing import Any, overload
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from .config import BlendConfig, as_config
 from .controller import Controller, Profile
 from .fallbacks import Fallback, generate_option, plan, require_token_ids
 from .filler import filler_ids, require_filler
-from .host import UnsupportedModel
+from .host import UnsupportedModel, cache_given, is_paged
 from .locks import Running, innermost
 from .models import forget, host_of
 from .one_prompt import require_prompts
@@ -42,6 +43,10 @@ from .trace import BlendTrace, Level, as_level
 from .verification import Verification, Verifier, Verify, verify_prompt
 
 logger = logging.getLogger(__name__)
+
+
+_patched: WeakSet[nn.Module] = WeakSet()  # decoders, what holds their layers, and the layers
+_BATCHING = "init_continuous_batching"  # the one that `generate_batch` and the manager's context call, too
 
 
 def patch(
@@ -108,11 +113,11 @@ class Blender:
         self.host = host_of(model)
         if not hasattr(model, "generate"):
             raise UnsupportedModel(f"model must be a causal LM, got {described(model)}, which has no generate.")
-        if self.host.unwrapped_forward is not None:
-            raise ValueError("This model is already patched. Use its blender, or call blender.remove() first.")
+        self._require_unpatched()
         self._controllers: dict[tuple[Any, ...], Controller] = {}
         self.config = as_config(config)
         self._traces = threading.local()
+        self._has_noted_batching = False
         self._wrap()
 
     # --- settings and results -------------------------------------------------------------------------------------
@@ -251,17 +256,37 @@ class Blender:
 
     # --- in and out -----------------------------------------------------------------------------------------------
 
+    def _require_unpatched(self) -> None:
+        if self.host.unwrapped_forward is not None:
+            raise ValueError("This model is already patched. Use its blender, or call blender.remove() first.")
+        if any(module in _patched for module in self._shared_modules()):
+            raise ValueError(
+                f"This {type(self.host.model).__name__} has decoder layers of another model that is patched already. "
+                "Generate with that model, or call remove() on its blender first."
+            )
+
+    def _shared_modules(self) -> list[nn.Module]:
+        return [self.host.decoder, self.host.layer_owner, *self.host.layers]
+
     def _wrap(self) -> None:
-        decoder = self.host.decoder
-        self._before = [(m, name, m.__dict__.get(name)) for m, name in ((self.model, "generate"), (decoder, "forward"))]
-        self._stock_generate, self._stock_forward = self.model.generate, decoder.forward
-        self.host.unwrapped_forward = as_written(self._stock_forward)
+        model, decoder = self.host.model, self.host.decoder
+        runs = [(self.model, "generate", self._generate), (decoder, "forward", self._forward)]
+        runs += [(model, "forward", self._model_forward)]
+        if hasattr(type(model), _BATCHING):
+            runs += [(model, _BATCHING, self._init_continuous_batching)]
+        self._before = [(module, name, module.__dict__.get(name)) for module, name, _ in runs]
+        self._stock_generate, self._stock_forward, self._stock_model_forward, *rest = (
+            _stock(*one) for one in self._before
+        )
+        self._stock_batching = rest
+        self.host.unwrapped_forward, self._written_model_forward = (
+            _stock(module, name, own and as_written(own)) for module, name, own in self._before[1:3]
+        )
         # Bound methods, so that a deep copy of the model is not this instance, and functools.wraps of the class's
         # function, because `generate` reads the signature of `forward`.
-        self._wrappers = [
-            self._bind(self.model, "generate", self._generate),
-            self._bind(decoder, "forward", self._forward),
-        ]
+        self._wrappers = [self._bind(*run) for run in runs]
+        self._taken = self._shared_modules()
+        _patched.update(self._taken)
 
     @staticmethod
     def _bind(module: nn.Module, name: str, run: Any) -> MethodType:
@@ -286,6 +311,7 @@ class Blender:
                 del module.__dict__[name]
             else:
                 setattr(module, name, before)
+        _patched.difference_update(self._taken)
         self.host.graphs = None  # and their memory
         self._tidy()
         forget(self.model)
@@ -329,9 +355,10 @@ class Blender:
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
             args, kwargs = self._on_device(args), self._on_device(kwargs)
-        inside_its_own = self._running_call() is not None
+        inside_its_own = self._running_call() is not None or self.host.lock.is_mine
         planned = plan(self.model, args, kwargs, chunk_spans, config, separator, inside_its_own, self.host)
-        call = Call(self.host, planned, config, self.store, controller, started, self._level, self.tokenizer)
+        by_stock = kwargs.get("custom_generate") is None and self._runs_stock_loops()
+        call = Call(self.host, planned, by_stock, config, self.store, controller, started, self._level, self.tokenizer)
         nested = planned.fallback is Fallback.NESTED
         if not nested:  # the traces are those of the call which the user made
             self._traces.last = call.traces
@@ -381,6 +408,27 @@ class Blender:
             return {name: move(value) for name, value in values.items()}
         return tuple(move(value) for value in values)
 
+    def _runs_stock_loops(self) -> bool:
+        """Whether `generate` is Transformers' own, which reads the last row of a prompt's forward."""
+        kind: Any = type(self.host.model)
+        home = kind.generate.__module__
+        own = [before for module, name, before in self._before if name == "generate"]
+        return home.startswith("transformers.") and own == [None]
+
+    def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_removed and self._running_call() is None:
+            self._note_continuous_batching()
+        return self._stock_batching[0](*args, **kwargs)
+
+    def _note_continuous_batching(self) -> None:
+        """Says so once, in the log, and in the trace of this thread."""
+        fallback = Fallback.CONTINUOUS_BATCHING
+        name, said = fallback.name.lower(), fallback.reason
+        self._traces.last = [BlendTrace(fallback=name, fallback_reason=said, num_layers=self.host.num_layers)]
+        if not self._has_noted_batching:
+            self._has_noted_batching = True
+            logger.log(fallback.level, "Not blended, stock runs: %s", fallback.reason)
+
     # --- the decoder's forward ------------------------------------------------------------------------------------
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -394,7 +442,19 @@ class Blender:
             call.note_forward(0 if ids is None else ids.shape[1])
             if ids is not None and call.is_whole_batch(ids, kwargs):
                 return self._blended_forward(call, kwargs)
+        elif is_paged(cache_given(kwargs)):
+            self._note_continuous_batching()
         return self.host.lock.shared(self._stock_forward, *args, **kwargs)
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The whole model's forward: whether all of a prompt's logits are wanted is said here."""
+        if torch.compiler.is_compiling() or self._is_removed:
+            return self._stock_model_forward(*args, **kwargs)
+        call = self._running_call()
+        if call is None or not call.is_waiting:
+            return self._stock_model_forward(*args, **kwargs)
+        asked = {**dict(zip(self.host.model_parameters, args)), **kwargs}
+        return call.run_model(self._written_model_forward, asked, args, kwargs)
 
     @torch.compiler.disable
     def _blended_forward(self, call: Call, kwargs: dict[str, Any]) -> Any:
@@ -402,3 +462,12 @@ class Blender:
             return Running().do(call.blended_forward, kwargs)  # the passes' own forwards are none of the call's
         finally:
             give_back(call)
+
+
+def _stock(module: nn.Module, name: str, own: Any) -> Callable[..., Any]:
+    """A module's method without hfblend: its `own`, or else its class's, which may be replaced at any time."""
+
+    def stock(*args: Any, **kwargs: Any) -> Any:
+        return getattr(type(module), name)(module, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+    return stock

@@ -477,4 +477,5 @@ def test_every_fallback_has_a_test():
     tested = {*fallback_calls(make_llama()), "training_mode", "autocast", "nested", "not_reached"}
     tested |= {"adapters"}  # tests/test_adapters.py
     tested |= {"rope_regimes", "positions"}  # tests/test_batches.py
+    tested |= {"model_changed", "continuous_batching"}  # tests/test_changed_models.py
     assert tested == {fallback.name.lower() for fallback in Fallback}
