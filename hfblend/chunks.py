@@ -14,10 +14,13 @@ from transformers.cache_utils import DynamicCache
 from .arguments import described, require, token_ids
 from .caches import KV, RowLayout, full_length_cache, packed, rows_behind
 from .host import CACHE
+from .ids import Ids
 from .models import BlendableModel, host_of
 from .origin import Origin
 
 Provenance = Literal["isolated", "in_context"]
+
+_OBJECTS_BYTES = 3072  # of Python and torch around a layer's two tensors, measured; and around what stands beside them
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +30,7 @@ class ChunkKV:
     Args:
         cache: full-length keys and values of every layer, each (B, Hkv, n, D), also for sliding models.
         cached_positions: (n,) int64, where the tokens stood when this was computed.
-        behind_ids: the ids that stood before them then.
+        behind_ids: the ids that stood before them then; kept as `Ids`, 8 bytes each, equal ones once.
         provenance: `"isolated"` (chunk alone behind those ids) or `"in_context"` (inside some prompt).
         regime: prompt length that set length-dependent RoPE frequencies then; default, last position + 1.
         quantised: `"int8"` or `"fp8"`, where a store kept it in that; it is then near what was computed, never exact.
@@ -36,7 +39,7 @@ class ChunkKV:
 
     cache: DynamicCache
     cached_positions: torch.Tensor
-    behind_ids: tuple[int, ...] = ()
+    behind_ids: Sequence[int] = ()
     provenance: Provenance = "isolated"
     regime: int = 0
     quantised: str | None = None
@@ -53,11 +56,15 @@ class ChunkKV:
                 f"Every layer must hold K/V of the chunk's {len(self.cached_positions)} positions, got lengths "
                 f"{sorted(lengths)}. Sliding-window layers must be kept at full length."
             )
-        object.__setattr__(self, "behind_ids", tuple(self.behind_ids))
+        object.__setattr__(self, "behind_ids", Ids(self.behind_ids))
         object.__setattr__(self, "regime", max(self.regime, int(self.cached_positions.max()) + 1))
 
     def __len__(self) -> int:
         return len(self.cached_positions)
+
+    @property
+    def num_behind(self) -> int:
+        return len(self.behind_ids)
 
     def layer(self, layer_idx: int) -> KV:
         """Keys and values (B, Hkv, n, D) of one layer, as cached."""
@@ -115,6 +122,18 @@ class ChunkKV:
         """Bytes of keys and values, all layers."""
         return sum(t.numel() * t.element_size() for i in range(self.num_layers) for t in self.layer(i))
 
+    @cached_property
+    def held_bytes(self) -> int:
+        """All bytes that it holds: tensors (whole, where they are views of larger ones), ids, origin, Python's objects.
+
+        Budgets count these. `behind_ids` are counted in full, though other chunks may share them.
+        """
+        tensors = [self.cached_positions, *(t for i in range(self.num_layers) for t in self.layer(i))]
+        storages = [t.untyped_storage() for t in tensors]
+        num_bytes = {(one.device, one.data_ptr()): one.nbytes() for one in storages}
+        said = 0 if self.origin is None else sum(map(len, vars(self.origin).values()))
+        return sum(num_bytes.values()) + 8 * self.num_behind + said + _OBJECTS_BYTES * (1 + self.num_layers)
+
     def to(self, device: torch.device | str) -> ChunkKV:
         """The same chunk with its tensors on another device; this one, if they are there already.
 
@@ -135,13 +154,22 @@ class ChunkLost(Exception):
 
 
 class Reader(Protocol):
-    """One chunk's KV, read a layer at a time. `ChunkKV` is one."""
+    """One chunk's KV, read a layer at a time. `ChunkKV` is one.
+
+    `len`, `num_behind`, `layouts`, `dtype` and `num_bytes` read nothing, so that they can be compared with what was
+    asked for first. Reading the others may raise `ChunkLost`.
+    """
+
+    def __len__(self) -> int: ...  # n
+
+    @property
+    def num_behind(self) -> int: ...  # of `behind_ids`
 
     @property
     def cached_positions(self) -> torch.Tensor: ...  # (n,)
 
     @property
-    def behind_ids(self) -> tuple[int, ...]: ...
+    def behind_ids(self) -> Sequence[int]: ...
 
     @property
     def provenance(self) -> Provenance: ...
@@ -251,7 +279,7 @@ def prefill_batch(
     start, longest = len(behind_ids), max(map(len, chunks))
     stop, known = start + longest, 0
     if behind is not None and _can_continue(host, behind, stop):
-        known = len(behind.cached_positions)
+        known = len(behind)
         shape = (len(chunks), -1, -1, -1)
         kv_behind = (_on_layers_device(host, i, behind.layer(i)) for i in range(behind.num_layers))
         cache = full_length_cache((k.expand(shape), v.expand(shape)) for k, v in kv_behind)
@@ -291,5 +319,5 @@ def _can_continue(host: BlendableModel, behind: Reader, stop: int) -> bool:
 
     What is computed behind quantised KV would carry its error, and nothing would say so.
     """
-    in_place = behind.cached_positions.tolist() == list(range(len(behind.cached_positions)))
+    in_place = behind.cached_positions.tolist() == list(range(len(behind)))
     return in_place and behind.quantised is None and host.same_regime(behind.regime, stop)

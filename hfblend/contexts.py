@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 Prefill = Callable[[str, list[int], tuple[int, ...], "Reader | None"], Reader]
 
+_MOST_BEHIND = 2**24  # ids that an entry captured in some context may claim: more than any model's context
+
 
 @dataclass
 class ChunkContext:
@@ -53,11 +55,24 @@ class ChunkContext:
         """The key of ids that are computed behind others; `None`: in some context."""
         return chunk_key(self.host.fingerprint.digest, self._dtype, ids, behind_ids, self.config.namespace)
 
-    def open(self, key: str, num_tokens: int) -> Reader | None:
-        """The entry; `None` if there is none that can be this model's KV of so many tokens."""
+    def open(self, key: str, num_tokens: int, num_behind: int | None) -> Reader | None:
+        """The entry; `None` if there is none that can be this model's KV of so many tokens.
+
+        What it claims to be is compared before any of it is read: a file's header may claim anything.
+
+        Args:
+            num_behind: ids that the tokens were computed behind; `None`, in some context.
+        """
         entry = None if key in self.lost else self.store.open(key)
-        entry = entry if entry is not None and self._fits(entry, num_tokens, key) else None
+        entry = entry if entry is not None and self._can_be_used(entry, num_tokens, num_behind, key) else None
         return self._on_all_ranks(entry) if self.host.ranks.are_several else entry
+
+    def _can_be_used(self, entry: Reader, num_tokens: int, num_behind: int | None, key: str) -> bool:
+        try:
+            return self._fits(entry, num_tokens, num_behind, key) and len(entry.cached_positions) == num_tokens
+        except ChunkLost as error:
+            logger.warning("%s", error)
+            return False
 
     def _on_all_ranks(self, entry: Reader | None) -> Reader | None:
         """The entry, in memory, if every rank has its own; what one cannot read is prefilled by all, together."""
@@ -76,7 +91,7 @@ class ChunkContext:
         if self.kv is None and self.behind_ids and self.config.chunk_prefix in ("prompt", "filler"):
             ids = list(self.behind_ids)
             key = self.key(ids, ())
-            self.kv = self.open(key, len(ids)) or self.prefill(key, ids, (), None)
+            self.kv = self.open(key, len(ids), 0) or self.prefill(key, ids, (), None)
         return self.kv
 
     def _behind_ids(self) -> tuple[int, ...]:
@@ -97,14 +112,16 @@ class ChunkContext:
         limit = getattr(self.host.config, "max_position_embeddings", None) or len(self.config.filler_ids) * 2
         return require_filler(self.config.filler_ids)[: limit // 2]
 
-    def _fits(self, entry: Reader, num_tokens: int, key: str) -> bool:
+    def _fits(self, entry: Reader, num_tokens: int, num_behind: int | None, key: str) -> bool:
         """Whether an entry can be this model's KV of that many tokens; if not, it is logged and treated as a miss."""
-        got = (entry.num_layers, len(entry.cached_positions), entry.num_bytes, entry.dtype, entry.layouts)
-        expected = (len(self._layouts), num_tokens, num_tokens * self._token_bytes, self._dtype, self._layouts)
+        behind = min(entry.num_behind, _MOST_BEHIND) if num_behind is None else num_behind
+        got = (entry.num_layers, len(entry), entry.num_behind, entry.num_bytes, entry.dtype, entry.layouts)
+        num_bytes = num_tokens * self._token_bytes
+        expected = (len(self._layouts), num_tokens, behind, num_bytes, self._dtype, self._layouts)
         if got != expected:
             logger.warning(
-                "The store's entry %s… is not this model's: (layers, tokens, bytes, dtype, layouts) are %s, expected "
-                "%s. The chunk is computed again.",
+                "The store's entry %s… is not this model's: (layers, tokens, ids before them, bytes, dtype, layouts) "
+                "are %s, expected %s. The chunk is computed again.",
                 key[:12],
                 got,
                 expected,

@@ -226,7 +226,7 @@ class Profile:
             tiers = {tier: LoadCost(**cost) for tier, cost in found.pop("tiers").items()}
             profile = cls(prefill=prefill, blend=blend, tiers=tiers, **found)
             return profile if profile._is_sound() else None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except Exception:  # whatever a damaged file makes go wrong
             return None
 
     def _is_sound(self) -> bool:
@@ -236,7 +236,8 @@ class Profile:
         return (
             all(math.isfinite(number) and number >= 0 for number in numbers)
             and all(cost.bytes_per_s > 0 for cost in self.tiers.values())
-            and self.layers > 0
+            and {type(self.layers), type(self.check_layer or 0)} == {int}
+            and 0 < self.layers <= 2**16
             and (self.check_layer is None or 0 <= self.check_layer < self.layers)
         )
 

@@ -105,7 +105,7 @@ class LookUp:
         ids = self.ids[slice(*span)]
         for ids_before in (behind, None) if accepts_in_context else (behind,):
             key = self._key(span, ids_before)
-            entry = self._context.open(key, len(ids))
+            entry = self._context.open(key, len(ids), None if ids_before is None else len(ids_before))
             if entry is not None:
                 return self._piece(span, entry, key, "hit")
         return None, ChunkTrace(span, key, "fresh")
@@ -145,7 +145,7 @@ class LookUp:
         start, stop = span
         exact = (
             entry.quantised is None
-            and len(entry.behind_ids) == start
+            and entry.num_behind == start
             and list(entry.behind_ids) == self.ids[:start]
             and entry.cached_positions.tolist() == list(range(start, stop))
             and self.host.same_regime(entry.regime, self.host.regime(len(self.ids)))

@@ -9,7 +9,8 @@ import contextlib
 import copy
 import hashlib
 import logging
-import shutil
+import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from .one_prompt import blend
 from .outputs import cache_folder
 from .prompt import Prompt
 from .store import DiskStore, MemoryStore, RemoteStore, Store, TieredStore
+from .store.folders import is_abandoned
 from .streams import synchronize
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,8 @@ _CHUNKS, _SUFFIX = 8, 32
 _RATIOS = (0.05, 0.3)
 _TURNS = 3  # the quickest counts
 _NAMESPACE = "hfblend profile"  # nobody's entries
-_FOLDER = "profile."  # inside of a store's, while that is measured
-_ABANDONED_S = 3600  # one of that age was left by a process that is gone
+_FOLDER = "hfblend-profile"  # inside of a store's, while that is measured
+_ABANDONED = re.compile(rf"{_FOLDER}\.(\d{{1,10}})\.\w{{8}}")  # the process that made it
 
 
 def profile_of(
@@ -179,12 +181,14 @@ def _like(store: DiskStore | RemoteStore) -> Iterator[DiskStore | RemoteStore]:
         like.max_bytes = None
         yield like
         return
-    for folder in store.path.glob(f"{_FOLDER}*"):
+    for folder in store.path.iterdir():
+        name = _ABANDONED.fullmatch(folder.name)
         with contextlib.suppress(OSError):
-            if time.time() - folder.lstat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(folder)
-    with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=store.path) as name:
-        yield DiskStore(name, 2**60, kv_dtype=store.kv_dtype)
+            if name and not folder.is_symlink() and is_abandoned(int(name[1]), folder.lstat()):
+                DiskStore(folder).clear()
+                folder.rmdir()  # fails if something else is there
+    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}.{os.getpid()}.", dir=store.path) as made:
+        yield DiskStore(made, 2**60, kv_dtype=store.kv_dtype)
 
 
 def _loads_from(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
+import xxhash
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import hfblend
@@ -195,3 +198,43 @@ def damage(store, key, layer):
     content[(place.start + place.stop) // 2] ^= 1
     with open(path, "r+b") as file:  # the same file: readers have it open
         file.write(content)
+
+
+def header_of(file):
+    """The header of a chunk's file, as JSON."""
+    return json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+
+
+def signed(header, data):
+    """A file with this header, or text in its place, whose digest is right."""
+    if isinstance(header, dict):
+        header["__metadata__"]["header"] = "0" * 32
+        header = json.dumps(header, separators=(",", ":"))
+    text = header.encode("utf-8", "surrogatepass")
+    text += b" " * (-len(text) % 8)
+    length = len(text).to_bytes(8, "little")
+    digest = xxhash.xxh3_128_hexdigest(length + text).encode()
+    return length + text.replace(b'"header":"' + b"0" * 32, b'"header":"' + digest, 1) + data
+
+
+def places_in(tree, path=()):
+    """The way to every value inside of a JSON tree."""
+    if path:
+        yield path
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from places_in(value, (*path, key))
+
+
+def with_another_value(tree, number, value):
+    """A JSON tree with another value in one of its places."""
+    paths = list(places_in(tree))
+    return _replaced(tree, paths[number % len(paths)], value)
+
+
+def _replaced(tree, path, value):
+    if not path:
+        return value
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    copy[path[0]] = _replaced(tree[path[0]], path[1:], value)
+    return copy

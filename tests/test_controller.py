@@ -7,11 +7,12 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers import generate, make_llama, make_prompt
+from helpers import entry, generate, make_llama, make_prompt
 from typer.testing import CliRunner
 
 import hfblend
@@ -273,11 +274,25 @@ def test_measuring_pushes_no_chunk_out(tmp_path, cache):
     with hfblend.patch(model, replace(AUTO, recompute_ratios=(0.15,)), store=DiskStore(folder)):
         generate(model, prompt.inputs())
     kept = sorted(path.name for path in folder.iterdir())
-    (folder / "profile.of-before").mkdir()
-    os.utime(folder / "profile.of-before", (0, 0))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = folder / f"hfblend-profile.{gone.pid}.abcd1234"
+    DiskStore(left).put("ab" * 32, entry())
+    others = [
+        "profile.of-before", "profile.abcd1234", f"hfblend-profile.{gone.pid}.abcd1234.mine",
+        f"hfblend-profile.{os.getpid()}.abcd1234",
+    ]  # fmt: skip
+    for name in others:
+        (folder / name).mkdir()
+        (folder / name / "thesis.txt").write_text("mine")
+    (folder / f"hfblend-profile.{gone.pid}.wxyz1234").symlink_to(folder / others[0])
+    for name in (left.name, *others):
+        os.utime(folder / name, (0, 0))
     store = DiskStore(folder, DiskStore(folder).num_bytes)
     assert profiling.profile_of(model, store, AUTO).tiers
-    assert sorted(path.name for path in folder.iterdir()) == kept
+    there = sorted(path.name for path in folder.iterdir())
+    assert there == sorted([*kept, *others, f"hfblend-profile.{gone.pid}.wxyz1234"])
+    assert all((folder / name / "thesis.txt").exists() for name in others)
     assert store.counts.evicted == 0
 
 

@@ -33,7 +33,7 @@ def test_counts_are_those_of_what_was_done(tmp_path):
     assert (value("hits_total", 1), value("misses_total", 1)) == (pieces, 0)
     assert value("bytes_read_total", 1) >= read
     assert value("read_seconds_total", 1) > 0
-    assert value("bytes", 0) == read
+    assert value("bytes", 0) == store.stores[0].num_bytes > read
     with hfblend.patch(model, config=config(0.3), store=store):
         generate(model, PROMPT.inputs())
     assert value("hits_total", 0) == pieces

@@ -205,8 +205,8 @@ def test_a_run_that_is_over_holds_no_kv(model, tmp_path, monkeypatch):
 
 
 def test_what_a_store_does_not_keep_is_counted_and_one_too_small_is_said(model, caplog):
-    chunks = ids_of(8, 40, 8, 8, 8, 8)
-    size = prefill_chunk(model, chunks[0]).num_bytes
+    chunks = ids_of(8, 400, 8, 8, 8, 8)
+    size = prefill_chunk(model, chunks[0]).held_bytes
     report = precomputing.precompute(model, chunks, store=MemoryStore(2 * size), config=config())
     assert figures(report) == (6, 5, 0, 1)
     assert "1 not kept by the store" in str(report)

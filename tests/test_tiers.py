@@ -19,7 +19,7 @@ from hfblend import precomputing
 from hfblend.store import DiskStore, MemoryStore, TieredStore
 
 KEYS = [f"{i:064x}" for i in range(40)]
-SIZE = entry().num_bytes
+SIZE = entry().held_bytes
 PROMPT = make_prompt()
 
 
@@ -430,7 +430,7 @@ def is_large_entry(found, seed):
 
 @pytest.mark.gpu
 def test_three_tiers_of_a_gpu(tmp_path):
-    size = large_entry(0).num_bytes
+    size = large_entry(0).held_bytes
 
     def stores(first):
         return TieredStore([first, MemoryStore(8 * size, device="cpu"), DiskStore(tmp_path)])

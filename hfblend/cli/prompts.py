@@ -49,7 +49,7 @@ def _prompt_of_row(row: Any, where: str, tokenizer: Any) -> Prompt:
             return _of_pieces(tokenizer, row["prefix"], _texts(row["chunks"]), row["suffix"])
         if {"question", "ctxs"} <= names:
             return prompt_of(tokenizer, Example(row["question"], (), tuple(_texts(row["ctxs"]))))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from error
     raise ValueError(f'{where} needs "prefix", "chunks" and "suffix", or "question" and "ctxs"; got {sorted(names)}.')
 

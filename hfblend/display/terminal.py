@@ -164,10 +164,10 @@ def _time(trace: BlendTrace, across: int) -> Iterator[RenderableType]:
         mine = [one for one in lanes[0][1] if one.name == name]
         cells = [" "] * across
         for one in mine:
-            start = min(across - 1, int(across * one.start_ms / end))
-            cells[start : max(start + 1, int(across * one.stop_ms / end))] = "━" * max(
-                1, int(across * one.stop_ms / end) - start
-            )
+            first, last = (min(max(across * ms / end, 0), across) for ms in (one.start_ms, one.stop_ms))
+            start = min(across - 1, int(first))
+            stop = max(start + 1, int(last))
+            cells[start:stop] = "━" * (stop - start)
         grid.add_row(
             Text(visible(name.replace("_", " "))), Text("".join(cells[:across])), f"{sum(o.ms for o in mine):,.1f} ms"
         )

@@ -113,7 +113,7 @@ def _rows(path: Path) -> Any:
         if text.lstrip().startswith("{"):
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds neither JSON nor JSON lines: {error}") from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Key = tuple[int, str, float]
+_NOT_ASKED_FOR = {"answer", "f1", "f1_ids", "rouge_l"}  # may be `None`
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,16 @@ class RecordFile:
         header = json.loads(json.dumps(dict(header)))
         if path is None:
             return
-        lines = _whole_lines(path)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        *lines, cut_off = text.split("\n")  # the run was killed while it wrote the last one
         if lines:
             _require_same_header(path, lines[0], header)
             self.found = {record.key: record for record in (_record(path, line) for line in lines[1:])}
-        else:
+        elif not _line({"header": header}).startswith(cut_off):
+            raise ValueError(f"{path} is not a file of records: its first line has no header.")
+        if cut_off:  # of a file that is hfblend's
+            path.write_text(text.removesuffix(cut_off), encoding="utf-8")
+        if not lines:
             _append(path, {"header": header})
 
     def add(self, record: Record) -> None:
@@ -76,21 +82,10 @@ class RecordFile:
             _append(self.path, asdict(record))
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The file's lines; a last one that was cut off (the run was killed while it wrote) leaves the file."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return whole.split("\n")[:-1]
-
-
 def _require_same_header(path: Path, line: str, header: Mapping[str, Any]) -> None:
     try:
-        there = json.loads(line)["header"]
-    except (ValueError, TypeError, KeyError) as error:
+        there = dict(json.loads(line)["header"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of records: its first line has no header.") from error
     differing = sorted(name for name in {*there, *header} if there.get(name) != header.get(name))
     if differing:
@@ -100,11 +95,21 @@ def _require_same_header(path: Path, line: str, header: Mapping[str, Any]) -> No
 
 def _record(path: Path, line: str) -> Record:
     try:
-        return Record(**json.loads(line))
-    except (ValueError, TypeError) as error:
+        record = Record(**json.loads(line))
+        for name, value in asdict(record).items():
+            kind = (str, type(None)) if name in ("method", "answer") else (int, float, type(None))
+            is_large = isinstance(value, int) and abs(value) > 2**63
+            if is_large or not isinstance(value, kind) or (value is None and name not in _NOT_ASKED_FOR):
+                raise TypeError(f"{name} is {value!r}")
+        return record
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds a line that is no record: {line[:80]!r}.") from error
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+        file.write(_line(values))
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values) + "\n"

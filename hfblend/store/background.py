@@ -36,7 +36,7 @@ class Background:
     stop it. A forked process has nothing waiting: its parent writes it.
 
     Args:
-        max_bytes: of keys and values that may wait, though one entry always may; a number or `"4GB"`.
+        max_bytes: of entries that may wait, though one entry always may; a number or `"4GB"`.
     """
 
     def __init__(self, max_bytes: int | str) -> None:
@@ -90,13 +90,13 @@ class Background:
 
     def _queued(self, job: _Job) -> bool:
         with self._changed:
-            if self._jobs and self.num_bytes + job.chunk_kv.num_bytes > self.max_bytes:
+            if self._jobs and self.num_bytes + job.chunk_kv.held_bytes > self.max_bytes:
                 return False
             if not self._has_thread():
                 return False
             self._jobs.append(job)
             self._entries[job.key] = job.chunk_kv
-            self.num_bytes += job.chunk_kv.num_bytes
+            self.num_bytes += job.chunk_kv.held_bytes
         return True
 
     def _has_thread(self) -> bool:
@@ -122,7 +122,7 @@ class Background:
                 job.run()
             with self._changed:
                 self._jobs.popleft()
-                self.num_bytes -= job.chunk_kv.num_bytes
+                self.num_bytes -= job.chunk_kv.held_bytes
                 if self._entries.get(job.key) is job.chunk_kv:
                     del self._entries[job.key]
                 self._changed.notify_all()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
-from ..chunks import ChunkKV
+from ..chunks import ChunkKV, ChunkLost
 from .base import require_folder
 from .folders import LocalFolder
-from .format import HEAD_BYTES, CorruptEntry, OtherVersion, contents_of, dump, header_bytes
+from .format import HEAD_BYTES, Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes
 from .keys import file_name_of
-from .loader import FileSource, LayerwiseChunk
+from .loader import FileSource, LayerwiseChunk, Places
 from .quantisation import require_kv_dtype, takes
 from .upkeep import InFiles
 
@@ -25,14 +26,14 @@ class DiskStore(InFiles):
     >>> store = DiskStore("~/.cache/hfblend/chunks", max_bytes="50GB")  # doctest: +SKIP
 
     A file is written under a temporary name, synced and renamed, so that a crash leaves no half of it. It is read a
-    layer at a time, and every byte of a layer is checked before any of it is used; a damaged file is logged, removed
-    and prefilled again. A full, read-only or failing disk is logged, and costs reuse only. Several processes may use
-    one folder.
+    layer at a time, and every byte of a layer is checked before any of it is used; a damaged file is logged, prefilled
+    again, and removed if a second reading agrees. A full, read-only or failing disk is logged, and costs reuse only.
+    Several processes may use one folder.
 
     Args:
         path: a folder of its own; made if it is not there.
         max_bytes: of all files together; a number or `"8GB"`, `"512MiB"`. Processes that write at the same time may
-            pass it for a while.
+            pass it, by a 32nd of it for each.
         kv_dtype: `"int8"` or `"fp8"` keeps KV in 8 bits, near what was computed; `None`, as computed. An entry in
             8 bits that is not of that kind is a miss.
 
@@ -48,6 +49,7 @@ class DiskStore(InFiles):
     ) -> None:
         self.kv_dtype = require_kv_dtype(kv_dtype)
         self.path = require_folder(path)
+        self.where = str(self.path)
         super().__init__(LocalFolder(self.path), max_bytes)
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
@@ -59,7 +61,7 @@ class DiskStore(InFiles):
         file = dump(key, chunk_kv, self.kv_dtype)
         try:
             if not self._make_room(len(file), key):
-                self._say_no_room(len(file), str(self.path))
+                self._say_no_room(len(file))
                 return
             self._folder.write(name, file)
             self.counts.add(stored=1, bytes_written=len(file))
@@ -70,49 +72,44 @@ class DiskStore(InFiles):
     def open(self, key: str) -> LayerwiseChunk | None:
         """The entry, its header checked, its layers read and checked as they are asked for; `None` if there is none.
 
-        A layer that cannot be read, or turns out to be damaged, raises `ChunkLost` then; a damaged entry is removed.
+        A layer that cannot be read, or turns out to be damaged, raises `ChunkLost` then; a damaged entry is removed
+        once a second reading finds it damaged, too.
         """
-        name, path = file_name_of(key), self._path(key)
-        state: os.stat_result
-
-        def lost(error: Exception) -> None:
-            if not isinstance(error, CorruptEntry):  # the next reading may succeed
-                logger.warning("A chunk's KV could not be read from %s, it is prefilled again: %s", path, error)
-                self.counts.add(failed=1)
-                return
-            logger.warning("%s is damaged, removed and prefilled again: %s", path, error)
-            self.counts.add(damaged=1)
-            with contextlib.suppress(OSError):
-                self._folder.remove_if(name, state)
-
-        chunk = None
+        name, chunk = file_name_of(key), None
         try:
             with contextlib.ExitStack() as opened:
                 stream = opened.enter_context(self._folder.open(name))
-                state = os.fstat(stream.fileno())
                 head = stream.read(HEAD_BYTES)
                 head += stream.read(max(0, header_bytes(head[:8]) - len(head)))
-                contents = contents_of(key, head, state.st_size)
+                contents = contents_of(key, head, os.fstat(stream.fileno()).st_size)
                 contents.require_served_by(self.kv_dtype)
                 source = FileSource(stream, head[: contents.layers[0].start])
-                chunk = LayerwiseChunk(source, contents, self.counts, lost)
-                opened.pop_all()  # from here on the chunk closes it
-        except FileNotFoundError:
+                opened.pop_all()  # from here on the source closes it
+                chunk = LayerwiseChunk(source, contents, self.counts, partial(self._lost, key, contents))
+        except (FileNotFoundError, ChunkLost):
             pass
         except OtherVersion as error:
-            logger.info("%s is not read: %s", path, error)
+            logger.info("%s is not read: %s", self._path(key), error)
         except (CorruptEntry, OSError) as error:
-            lost(error)
+            self._lost(key, None, error)
         self.counts.add(**{"misses" if chunk is None else "hits": 1})
         if chunk is not None:
             with contextlib.suppress(OSError):
                 self._folder.touch(name)  # used just now
         return chunk
 
+    def _lost(self, key: str, opened: Contents | None, error: Exception, places: Places = ()) -> None:
+        if isinstance(error, CorruptEntry):
+            self.drop_from_ram(key)  # so that the disk is asked again
+            self._damaged(key, error, opened, places)
+        else:  # the next reading may succeed
+            logger.warning("A chunk's KV could not be read from %s, it is prefilled again: %s", self._path(key), error)
+            self.counts.add(failed=1)
+
     def drop_from_ram(self, key: str) -> None:
         """Asks the system to let go of its copy of an entry in RAM, as for one that was not used for long."""
         if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError), open(self._path(key), "rb") as stream:
+            with contextlib.suppress(OSError), self._folder.open(file_name_of(key)) as stream:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def __contains__(self, key: str) -> bool:

@@ -8,22 +8,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file cannot be removed
+    fcntl = None  # type: ignore[assignment]
 
 _READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 _TEMPORARY = ".tmp"
+_ABANDONED = re.compile(r"[0-9a-f]{64}\.(\d{1,10})\.[0-9a-f]{32}\.tmp")  # key, process, any
 _ABANDONED_S = 3600  # a temporary file of that age was left by a process that is gone
 _AHEAD_S = 24 * 3600  # clocks of machines that share a folder may differ by less
 
 
 class File(NamedTuple):
-    """A file of a folder; `changed` in seconds since 1970, 0 where the folder does not tell."""
+    """A file of a folder; `num_bytes` that it takes up; `changed` in seconds since 1970, 0 where that is not known."""
 
     name: str
     num_bytes: int
@@ -53,18 +60,25 @@ class Folder(Protocol):
         """Writes a file, or replaces it; nobody sees a half of it."""
         ...
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Removes files; those that are not there are left out."""
+    def remove(self, names: Iterable[str]) -> dict[str, OSError]:
+        """Removes files; those that are not there are left out. Returns the reason for each that cannot be removed."""
+        ...
+
+    def state(self, name: str) -> tuple[int, Any]:
+        """A file's bytes, and what is another where another file has taken its place.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
         ...
 
 
 class LocalFolder:
-    """A folder on a disk. Links in it are not followed."""
+    """A folder on a disk. Links in it are not followed. Only writing changes anything in it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._is_tidy = path, False
         self.path.mkdir(parents=True, exist_ok=True)
-        self._remove_abandoned()
 
     def files(self) -> Iterator[File]:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.path) as found:
@@ -73,8 +87,10 @@ class LocalFolder:
                     if one.is_file(follow_symlinks=False):
                         state = one.stat(follow_symlinks=False)
                         # What was used while a clock was ahead must not stay for years: its time is not known.
-                        is_ahead = state.st_mtime > time.time() + _AHEAD_S
-                        yield File(one.name, state.st_size, 0.0 if is_ahead else state.st_mtime)
+                        is_known = 0 <= state.st_mtime <= time.time() + _AHEAD_S
+                        # A file with holes takes up less than it is long; some filesystems do not tell.
+                        taken = 512 * getattr(state, "st_blocks", 0) or state.st_size
+                        yield File(one.name, min(state.st_size, taken), state.st_mtime if is_known else 0.0)
 
     def has(self, name: str) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -93,12 +109,6 @@ class LocalFolder:
             raise OSError(f"{name} is no file")
         return FileIO(number)
 
-    def remove_if(self, name: str, opened: os.stat_result) -> None:
-        """Removes a file, if it is the one that was opened, and no other process has put a new one in its place."""
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.lstat(self.path / name), opened):
-                self.remove([name])
-
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         with self.open(name) as stream:
             stream.seek(start)
@@ -106,8 +116,13 @@ class LocalFolder:
 
     def write(self, name: str, data: bytes) -> None:
         temporary = self.path / f"{Path(name).stem}.{os.getpid()}.{uuid.uuid4().hex}{_TEMPORARY}"
+        self.path.mkdir(parents=True, exist_ok=True)  # it may have been removed
+        if not self._is_tidy:
+            self._is_tidy = True
+            self._remove_abandoned()
         try:
             with open(temporary, "xb") as stream:
+                _lock(stream.fileno())
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -118,9 +133,18 @@ class LocalFolder:
                 temporary.unlink()
             raise
 
-    def remove(self, names: Iterable[str]) -> None:
+    def remove(self, names: Iterable[str]) -> dict[str, OSError]:
+        refused = {}
         for name in names:
-            (self.path / name).unlink(missing_ok=True)
+            try:
+                (self.path / name).unlink(missing_ok=True)
+            except OSError as error:
+                refused[name] = error
+        return refused
+
+    def state(self, name: str) -> tuple[int, Any]:
+        state = os.lstat(self.path / name)
+        return state.st_size, (state.st_dev, state.st_ino)
 
     def touch(self, name: str) -> None:
         """A file counts as changed now."""
@@ -139,8 +163,36 @@ class LocalFolder:
             os.close(folder)
 
     def _remove_abandoned(self) -> None:
-        """Temporary files of processes that were killed while they wrote."""
-        for path in self.path.glob(f"*{_TEMPORARY}"):
-            with contextlib.suppress(OSError):
-                if abs(time.time() - path.lstat().st_mtime) > _ABANDONED_S:  # a clock may have been ahead
-                    path.unlink()
+        """Temporary files of processes that were killed while they wrote: named as `write` does, an hour old, and with
+        neither their process nor its lock alive."""
+        with contextlib.suppress(OSError), os.scandir(self.path) as found:
+            for one in found:
+                name = _ABANDONED.fullmatch(one.name)
+                with contextlib.suppress(OSError):
+                    if name and is_abandoned(int(name[1]), one.stat(follow_symlinks=False)):
+                        with self.open(one.name) as stream:
+                            if _lock(stream.fileno()):
+                                os.unlink(one.path)
+
+
+def is_abandoned(process: int, made: os.stat_result) -> bool:
+    """Whether what a process made an hour ago is left over: the process is gone, as far as this machine knows."""
+    if abs(time.time() - made.st_mtime) < _ABANDONED_S:  # a clock may have been ahead
+        return False
+    try:
+        if os.name == "posix":  # elsewhere a signal 0 is no question, and an open file cannot be removed
+            os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # another user's
+        return False
+    return os.name != "posix"
+
+
+def _lock(number: int) -> bool:
+    """Locks an open file until it is closed, or its process ends; whether that was possible."""
+    with contextlib.suppress(OSError):  # another process has it, or the filesystem has no locks
+        if fcntl is not None:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False

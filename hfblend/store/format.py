@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -25,6 +26,7 @@ import xxhash
 
 from ..caches import KV, RowLayout, full_length_cache, packed, rows_behind
 from ..chunks import ChunkKV
+from ..ids import Ids
 from ..origin import Origin
 from .quantisation import KV_DTYPES, QuantisedRows, can_be_quantised, dequantise, quantise, takes
 
@@ -32,7 +34,9 @@ FORMAT = "hfblend-chunk-1"
 QUANTISED_FORMAT = "hfblend-chunk-2"  # another name, so that versions that cannot read it pass it by
 HEAD_BYTES = 64 * 2**10  # of a file, read first: the header, positions and ids of most
 _BLANK = "0" * 32  # stands in the header for its own digest while that is taken
-_LONGEST_HEADER = 16 * 2**20
+MOST_UNASKED = 2**20  # bytes of a file that are read before its claims were compared with what was asked for
+_LONGEST_HEADER = MOST_UNASKED  # 500 bytes a layer
+_MOST = 2**31  # tokens, or elements of a row
 _KV = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _DTYPES = {**_KV, "I64": torch.int64, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -62,7 +66,7 @@ def dump(key: str, chunk_kv: ChunkKV, kv_dtype: str | None = None) -> bytes:
     if not takes(kv_dtype, chunk_kv.quantised):
         raise ValueError(f"KV that was quantised to {chunk_kv.quantised} cannot be kept as {kv_dtype or 'computed'}.")
     tensors = {
-        "behind_ids": torch.tensor(chunk_kv.behind_ids, dtype=torch.int64),
+        "behind_ids": torch.tensor(list(chunk_kv.behind_ids), dtype=torch.int64),
         "cached_positions": chunk_kv.cached_positions.to("cpu", torch.int64).contiguous(),
     }
     for i, (rows, layout) in enumerate(zip(layers, chunk_kv.layouts)):
@@ -186,6 +190,30 @@ class Contents:
     quantised: str | None = None
     dtype: torch.dtype | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        return self.places["cached_positions"].shape[0]
+
+    @property
+    def num_behind(self) -> int:
+        return self.places["behind_ids"].shape[0]
+
+    @property
+    def first_stop(self) -> int:
+        """Where header, ids and positions end."""
+        return self.places["cached_positions"].stop
+
+    def positions_of(self, read: torch.Tensor) -> torch.Tensor:
+        """Positions (n,) that were read, if KV can have stood there.
+
+        Raises:
+            CorruptEntry: it cannot.
+        """
+        first, last = map(int, read.aminmax())
+        if not 0 <= first <= last < self.regime:
+            raise CorruptEntry(f"it has positions {first} to {last}, in a prompt of {self.regime} tokens")
+        return read
+
     @cached_property
     def layers(self) -> tuple[Place | QuantisedPlace, ...]:
         """Where each layer's rows (n, W) stand."""
@@ -226,7 +254,7 @@ def _contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
     if metadata.get("key") != key:
         raise CorruptEntry(f"it was stored under {metadata.get('key')!r}")
     try:
-        layouts = tuple(RowLayout.shared(*numbers) for numbers in json.loads(metadata["layouts"]))
+        layouts = tuple(map(_layout_of, json.loads(metadata["layouts"])))
         in_8_bits = (metadata["kv_dtype"], _KV[metadata["dtype"]]) if form == QUANTISED_FORMAT else (None, None)
         expected = _expected(header, layouts, in_8_bits[0])
         places = _places(header, expected, json.loads(metadata["checksums"]), _header_stop(start))
@@ -238,9 +266,12 @@ def _contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
     stop = places[next(reversed(places))].stop
     if stop != num_bytes:
         raise CorruptEntry(f"its tensors end at byte {stop}, the file at {num_bytes}")
-    if provenance not in ("isolated", "in_context"):
-        raise CorruptEntry(f"its provenance is {provenance!r}")
-    return Contents(key, provenance, regime, layouts, places, origin, *in_8_bits)
+    if provenance not in ("isolated", "in_context") or not 0 < regime <= _MOST:
+        raise CorruptEntry(f"its provenance is {provenance!r}, its regime {regime}")
+    contents = Contents(key, provenance, regime, layouts, places, origin, *in_8_bits)
+    if len({place.dtype for place in contents.layers}) > 1:
+        raise OtherVersion("its layers are of several dtypes, no model's here")
+    return contents
 
 
 # A chunk in use is opened for every prompt. What a header says holds as long as it is the same to the last byte.
@@ -261,11 +292,18 @@ def parse(key: str, file: bytes) -> ChunkKV:
         place.require_whole(memory_of(data))
         return place.tensor(data)
 
-    positions, behind_ids = read(contents.places["cached_positions"]), read(contents.places["behind_ids"])
+    positions = contents.positions_of(read(contents.places["cached_positions"]))
+    behind_ids = Ids.from_bytes(memory_of(read(contents.places["behind_ids"])))
     kv = (layout.views(read(place)[None]) for layout, place in zip(contents.layouts, contents.layers))
-    cache, behind = full_length_cache(packed(one) for one in kv), tuple(behind_ids.tolist())
     said = (contents.provenance, contents.regime, contents.quantised, contents.origin)
-    return ChunkKV(cache, positions, behind, *said)
+    return ChunkKV(full_length_cache(packed(one) for one in kv), positions, behind_ids, *said)
+
+
+def _layout_of(numbers: Sequence[int]) -> RowLayout:
+    """A layer's layout; 2.0 and `true` equal whole numbers, and are none."""
+    if any(type(number) is not int for number in numbers):
+        raise CorruptEntry(f"it has rows of {numbers}")
+    return RowLayout.shared(*numbers)
 
 
 @functools.cache
@@ -281,7 +319,8 @@ def _expected(
     """Name -> dtype and shape of every tensor that the chunk must have, in the file's order."""
     (num_behind,), (num_tokens,) = (header[name]["shape"] for name in ("behind_ids", "cached_positions"))
     widths = [number for layout in set(layouts) for number in vars(layout).values()]
-    if not widths or type(num_behind) is not int or type(num_tokens) is not int or min(num_tokens, *widths) <= 0:
+    counts = {type(num_behind), type(num_tokens)} == {int} and 0 <= num_behind <= _MOST
+    if not counts or not widths or not 0 < min(num_tokens, *widths) <= max(num_tokens, *widths) <= _MOST:
         raise CorruptEntry(f"it has {num_tokens} tokens behind {num_behind}, and rows of {sorted(widths)[:1]}")
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "behind_ids": ("I64", (num_behind,)),
@@ -337,7 +376,7 @@ def header_of(file: bytes) -> dict[str, Any]:
     try:
         header = json.loads(file[8:header_stop])
         metadata = header["__metadata__"]
-    except (LookupError, TypeError, ValueError, RecursionError) as error:
+    except Exception as error:  # as in `_contents_of`
         raise CorruptEntry(f"its header cannot be read: {error}") from error
     if not isinstance(metadata, dict):
         raise CorruptEntry("its metadata are not names and texts")
@@ -354,8 +393,8 @@ def origin_of(metadata: dict[str, str]) -> Origin | None:
         return None
     try:
         said = json.loads(metadata["origin"])
-        return Origin(**{one.name: str(said[one.name]) for one in fields(Origin)})
-    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        return Origin(**{one.name: sys.intern(str(said[one.name])) for one in fields(Origin)})  # many say the same
+    except Exception as error:  # as in `_contents_of`
         raise CorruptEntry(f"its origin cannot be read: {error}") from error
 
 

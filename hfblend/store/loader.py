@@ -22,6 +22,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import cached_property
 from io import FileIO
 from typing import Protocol, TypeVar
 
@@ -29,14 +30,16 @@ import torch
 
 from ..caches import KV, RowLayout, pins_memory
 from ..chunks import ChunkKV, ChunkLost, Provenance, in_memory
+from ..ids import Ids
 from ..locks import Mutex
 from ..origin import Origin
 from .counts import StoreCounts
-from .format import Contents, CorruptEntry, Place, QuantisedPlace, memory_of, views_of
+from .format import MOST_UNASKED, Contents, CorruptEntry, Place, QuantisedPlace, memory_of, views_of
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Places = Sequence[Place | QuantisedPlace]
 
 LAYERS_A_READ = 4  # neighbours in the file; each read costs a turn of Python's lock, or a request
 READERS = 12  # threads that read from disks, of all stores of the process together
@@ -120,11 +123,12 @@ class LayerwiseChunk:
         source: the file.
         contents: of the file.
         counts: of the store; what is read is added.
-        lost: called when a layer cannot be read or is damaged, before `ChunkLost` is raised.
+        lost: called with the error and where it stands when something cannot be read or is damaged, before `ChunkLost`
+            is raised.
 
     Raises:
-        CorruptEntry: positions or ids are not what was written.
-        OSError: they cannot be read.
+        ChunkLost: positions or ids came with the header, and are not what was written. Those of which a header claims
+            so many that they did not come with it are read when they are asked for.
     """
 
     def __init__(
@@ -132,17 +136,30 @@ class LayerwiseChunk:
         source: Source,
         contents: Contents,
         counts: StoreCounts,
-        lost: Callable[[Exception], None],
+        lost: Callable[[Exception, Places], None],
     ) -> None:
         self._source, self._contents, self._counts, self._lost = source, contents, counts, lost
         self._ahead: dict[int, Future[list[torch.Tensor]]] = {}  # of a run of layers, by its number
         self._latest: tuple[int, list[torch.Tensor]] | None = None
         self._kept: dict[int, torch.Tensor] | None = None
         self._whole: Callable[[ChunkKV], None] = lambda chunk_kv: None
-        self.cached_positions = self._read(contents.places["cached_positions"])
-        self.behind_ids = tuple(self._read(contents.places["behind_ids"]).tolist())
         self.provenance: Provenance = contents.provenance
-        self.regime = contents.regime
+        self.regime, self.num_behind = contents.regime, contents.num_behind
+        if contents.first_stop <= MOST_UNASKED:
+            _ = self.cached_positions, self.behind_ids
+
+    def __len__(self) -> int:
+        return self._contents.num_tokens
+
+    @cached_property
+    def cached_positions(self) -> torch.Tensor:
+        """Where the tokens stood (n,). Raises `ChunkLost` as `layer` does."""
+        return self._small("cached_positions", self._contents.positions_of)
+
+    @cached_property
+    def behind_ids(self) -> Ids:
+        """The ids before them. Raises `ChunkLost` as `layer` does."""
+        return self._small("behind_ids", lambda ids: Ids.from_bytes(memory_of(ids)))
 
     @property
     def layouts(self) -> tuple[RowLayout, ...]:
@@ -190,8 +207,8 @@ class LayerwiseChunk:
             try:
                 self._latest = run, self._source.result(self._ahead.pop(run))
             except (OSError, CorruptEntry) as error:
-                self._lost(error)
-                raise ChunkLost(self._contents.key, str(error)) from error
+                start = run * LAYERS_A_READ
+                raise self._given_up(error, self._contents.layers[start : start + LAYERS_A_READ]) from error
             self._keep(run * LAYERS_A_READ, self._latest[1])
         return self._latest[1][at]
 
@@ -219,7 +236,11 @@ class LayerwiseChunk:
         if len(self._kept) == self.num_layers:
             self._whole(in_memory(self))
 
-    def _begun(self, places: Sequence[Place | QuantisedPlace]) -> Future[list[torch.Tensor]]:
+    def _given_up(self, error: Exception, places: Places) -> ChunkLost:
+        self._lost(error, places)
+        return ChunkLost(self._contents.key, str(error))
+
+    def _begun(self, places: Places) -> Future[list[torch.Tensor]]:
         """Reading of layers that stand one behind the other; it is over already where no thread is to be had."""
         read = self._to_read(places)
         try:
@@ -227,14 +248,23 @@ class LayerwiseChunk:
         except RuntimeError:  # the process is ending, or may have no more threads
             return _over(self._to_read(places))  # another buffer: what was begun may be read all the same
 
+    def _small(self, name: str, as_asked: Callable[[torch.Tensor], T]) -> T:
+        """A tensor beside the layers: now, where it came with the header, else when a thread has read it."""
+        place = self._contents.places[name]
+        try:
+            came = place.stop <= MOST_UNASKED
+            return as_asked(self._read(place) if came else self._source.result(self._begun([place]))[0])
+        except (OSError, CorruptEntry) as error:
+            raise self._given_up(error, [place]) from error
+
     def _read(self, place: Place) -> torch.Tensor:
-        """A small tensor, now."""
         data = torch.empty(place.stop - place.start, dtype=torch.uint8)
-        self._source.fill(memory_of(data), place.start)
-        place.require_whole(memory_of(data))
+        memory = data.numpy().data
+        self._source.fill(memory, place.start)
+        place.require_whole(memory)
         return place.tensor(data)
 
-    def _to_read(self, places: Sequence[Place | QuantisedPlace]) -> Callable[[], list[torch.Tensor]]:
+    def _to_read(self, places: Places) -> Callable[[], list[torch.Tensor]]:
         """What a thread has to do for layers that stand one behind the other, with the buffer made: returns their rows,
         or raises, once the chunk is given up."""
         start, num_bytes = places[0].start, places[-1].stop - places[0].start

@@ -23,7 +23,7 @@ class MemoryStore:
     >>> store = MemoryStore(max_bytes="2GB", device="cpu")
 
     Args:
-        max_bytes: budget for keys and values; a number or `"8GB"`, `"512MiB"`.
+        max_bytes: of all that entries hold (`ChunkKV.held_bytes`); a number or `"8GB"`, `"512MiB"`.
         device: where entries are kept; `None` keeps each where it was computed.
     """
 
@@ -40,19 +40,19 @@ class MemoryStore:
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
         """Keeps an entry; one that does not fit, whole or beside what is pinned, is not kept, and logged."""
-        if chunk_kv.num_bytes > self.max_bytes:
+        if self.device is not None and chunk_kv.num_bytes <= self.max_bytes:
+            chunk_kv = chunk_kv.to(self.device)
+        if chunk_kv.held_bytes > self.max_bytes:
             logger.warning(
                 "A chunk's KV of %d bytes does not fit into a memory store of %d bytes; it is not kept.",
-                chunk_kv.num_bytes,
+                chunk_kv.held_bytes,
                 self.max_bytes,
             )
             return
-        if self.device is not None:
-            chunk_kv = chunk_kv.to(self.device)
         with self._lock:
             self._remove(key)
             self._entries[key] = chunk_kv
-            self.num_bytes += chunk_kv.num_bytes
+            self.num_bytes += chunk_kv.held_bytes
             self.counts.add(stored=1)
             self._make_room(key)
 
@@ -107,7 +107,7 @@ class MemoryStore:
     def _remove(self, key: str) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
-            self.num_bytes -= entry.num_bytes
+            self.num_bytes -= entry.held_bytes
 
 
 def _device(device: Any) -> torch.device:

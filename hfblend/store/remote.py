@@ -13,11 +13,21 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..arguments import number_in
-from ..chunks import ChunkKV
+from ..chunks import ChunkKV, ChunkLost
 from ..locks import Mutex
-from .format import HEAD_BYTES, Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes, header_of
+from .format import (
+    HEAD_BYTES,
+    MOST_UNASKED,
+    Contents,
+    CorruptEntry,
+    OtherVersion,
+    contents_of,
+    dump,
+    header_bytes,
+    header_of,
+)
 from .keys import file_name_of
-from .loader import LayerwiseChunk
+from .loader import LayerwiseChunk, Places
 from .quantisation import require_kv_dtype, takes
 from .remote_folder import LATE, RemoteFolder
 from .requests import REQUESTS, Breaker, at_once
@@ -28,7 +38,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-_SLACK = 1 / 16  # of a budget, freed beyond what is needed: listing a bucket takes requests
 _MAKING_ROOM_S = 600.0  # listing and removing many objects may take so long
 _MARKED_FOR_S = 24 * 3600.0  # an entry that is used often is marked once a day
 
@@ -40,10 +49,10 @@ class RemoteStore(InFiles):
 
     An object is read as a file on a disk is: first its header, for all chunks of a prompt at once, then a layer at a
     time, ahead of the pass and with up to 32 requests at once. Every byte of a layer is checked before any of it is
-    used; a damaged object is logged, removed and prefilled again. Errors of the remote are logged, never raised, and
-    cost reuse only. One answer that does not come within `timeout_s` of being waited for, or `max_failures` errors in a
-    row when reading or when writing, and the store asks for nothing for `pause_s`: a dead remote costs one timeout, not
-    one a chunk or a layer.
+    used; a damaged object is logged, prefilled again, and removed if a second reading agrees. Errors of the remote are
+    logged, never raised, and cost reuse only. One answer that does not come within `timeout_s` of being waited for, or
+    `max_failures` errors in a row when reading or when writing, and the store asks for nothing for `pause_s`: a dead
+    remote costs one timeout, not one a chunk or a layer.
 
     With a budget, the least recently used entries go when others need their place. Objects do not say when they were
     read, so an entry that is found is marked by an empty object beside it, once a day and process: give all processes
@@ -63,7 +72,7 @@ class RemoteStore(InFiles):
     Args:
         url: of the folder, as fsspec has it: `"s3://bucket/prefix"`, `"gs://…"`, `"memory://…"`.
         max_bytes: of all objects together; a number or `"1TB"`. Default, as many as there are: let the remote's own
-            rules remove them, or `prune`. Processes that write at the same time may pass it for a while.
+            rules remove them, or `prune`. Processes that write at the same time may pass it, by a 32nd of it for each.
         timeout_s: for one write, and for one read from when it is waited for.
         pause_s: for how long a remote that fails is left alone.
         max_failures: errors in a row after which it is.
@@ -93,8 +102,8 @@ class RemoteStore(InFiles):
             if not number_in(name, limit, 0, float("inf")):
                 raise ValueError(f"{name} must be above 0, got {limit}.")
         self.timeout_s, self.kv_dtype = timeout_s, require_kv_dtype(kv_dtype)
-        super().__init__(RemoteFolder(url, timeout_s, storage_options), max_bytes, _SLACK)
-        self.url = self._folder.url
+        super().__init__(RemoteFolder(url, timeout_s, storage_options), max_bytes)
+        self.url = self.where = self._folder.url
         self._reading, self._writing = (Breaker(max_failures, pause_s, REQUESTS) for _ in range(2))
         self._ahead: dict[str, Future[tuple[_Object, Contents]]] = {}  # begun, and not yet asked for
         self._ahead_lock = Mutex()
@@ -114,7 +123,7 @@ class RemoteStore(InFiles):
             if self.max_bytes is not None:
                 made_room = self._writing.begin(partial(self._make_room, len(file), key))
                 if not self._answer(self._writing, "given room in", made_room, _MAKING_ROOM_S):
-                    self._say_no_room(len(file), self.url)
+                    self._say_no_room(len(file))
                     return
             written = self._writing.begin(lambda: self._folder.write(name, file))
             self._answer(self._writing, "written to", written)
@@ -125,18 +134,20 @@ class RemoteStore(InFiles):
         """The entry, its header checked, its layers read and checked as they are asked for.
 
         `None` if there is none that can be trusted, or none in time. A layer of which that turns out later raises
-        `ChunkLost` then; a damaged entry is removed.
+        `ChunkLost` then; a damaged entry is removed once a second reading finds it damaged, too.
         """
         chunk = None
         try:
             source, contents = self._answer(self._reading, "read from", self._begun_for(key))
             contents.require_served_by(self.kv_dtype)
-            chunk = LayerwiseChunk(source, contents, self.counts, partial(self._lost, key, opened=source))
+            chunk = LayerwiseChunk(source, contents, self.counts, partial(self._lost, key, contents))
             self._mark(key)
+        except ChunkLost:
+            pass
         except OtherVersion as error:
             logger.info("%s of %s is not read: %s", file_name_of(key), self.url, error)
         except (CorruptEntry, OSError) as error:
-            self._lost(key, error)
+            self._lost(key, None, error)
         self.counts.add(**{"misses" if chunk is None else "hits": 1})
         return chunk
 
@@ -168,20 +179,12 @@ class RemoteStore(InFiles):
         self._marked[key] = time.monotonic()
         self._writing.begin(lambda: self._folder.write(key + USED, b""))
 
-    def _lost(self, key: str, error: Exception, opened: _Object | None = None) -> None:
-        """Removes an entry that is damaged, unless another machine has replaced the one that was opened: its layers do
-        not fit this header. Of one that did not come, `_answer` has said so."""
-        if isinstance(error, CorruptEntry):
-            name = file_name_of(key)
-            logger.warning("%s of %s is damaged, removed and prefilled again: %s", name, self.url, error)
-            self.counts.add(damaged=1)
-            with contextlib.suppress(OSError):
-                removed = self._writing.begin(lambda: self._remove(name, opened))
-                self._answer(self._writing, "removed from", removed)
+    def _lost(self, key: str, opened: Contents | None, error: Exception, places: Places = ()) -> None:
+        if isinstance(error, CorruptEntry):  # of what did not come, `_answer` has said so
+            self._damaged(key, error, opened, places)
 
-    def _remove(self, name: str, opened: _Object | None) -> None:
-        if opened is None or opened.is_still_there():
-            self._folder.remove([name])
+    def _in_time(self, call: Callable[[], T]) -> T:
+        return self._answer(self._writing, "removed from", self._writing.begin(call))
 
     def remove(self, key: str) -> None:
         self._forget(key)
@@ -267,8 +270,8 @@ class _Object:
             head += store.read(name, len(head), header_bytes(head[:8]))
         num_bytes = len(head) if is_whole else _stated_bytes(head)
         contents = contents_of(key, head, num_bytes)
-        stop = max(contents.places[tensor].stop for tensor in ("cached_positions", "behind_ids"))
-        if not is_whole and stop > len(head):
+        stop = contents.first_stop
+        if not is_whole and len(head) < stop <= MOST_UNASKED:
             head += store.read(name, len(head), stop)
         return cls(store, name, head, is_whole, num_bytes), contents
 
@@ -282,11 +285,6 @@ class _Object:
         if len(data) != len(buffer):
             raise CorruptEntry(f"from byte {start} on it has {len(data)} bytes, not {len(buffer)}")
         buffer[:] = data
-
-    def is_still_there(self) -> bool:
-        """Whether the object begins as it did: its header has a checksum of every tensor."""
-        stop = header_bytes(self._head[:8])
-        return self._store.read(self._name, 0, stop)[:stop] == self._head[:stop]
 
     def tier(self, start: int) -> str:
         return "remote"
@@ -306,5 +304,5 @@ def _stated_bytes(head: bytes) -> int:
     try:
         tensors = [one for name, one in header_of(head).items() if name != "__metadata__"]
         return header_bytes(head[:8]) + int(max(one["data_offsets"][1] for one in tensors))
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, OverflowError):
         return 0

@@ -83,13 +83,26 @@ class RemoteFolder:
                     self.filesystem.rm_file(temporary)
                 raise
 
-    def remove(self, names: Iterable[str]) -> None:
-        for _ in at_once(self._remove, names):
-            pass
+    def remove(self, names: Iterable[str]) -> dict[str, OSError]:
+        names = list(names)
+        return {name: error for name, error in zip(names, at_once(self._refusal_of, names)) if error is not None}
 
-    def _remove(self, name: str) -> None:
-        with _errors_of_a_system(), contextlib.suppress(FileNotFoundError):
-            self.filesystem.rm_file(self._path(name), **self._give_up)
+    def _refusal_of(self, name: str) -> OSError | None:
+        """Removes a file; why it cannot be."""
+        try:
+            with _errors_of_a_system(), contextlib.suppress(FileNotFoundError):
+                self.filesystem.rm_file(self._path(name), **self._give_up)
+        except LATE:
+            raise
+        except OSError as error:
+            return error
+        return None
+
+    def state(self, name: str) -> tuple[int, Any]:
+        with _errors_of_a_system():
+            self.filesystem.invalidate_cache(self._path(name))
+            info = self.filesystem.info(self._path(name), **self._give_up)
+            return int(info["size"] or 0), (info.get("ETag"), _changed(info))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -110,7 +123,9 @@ def _changed(info: dict[str, Any]) -> float:
     """Seconds since 1970, of what a filesystem says of a file; 0 if it does not."""
     when = next((info[name] for name in _CHANGED if info.get(name) is not None), 0.0)
     if isinstance(when, str):
-        when = datetime.fromisoformat(when.replace("Z", "+00:00"))  # Python 3.10 knows no Z
+        with contextlib.suppress(ValueError):  # HTTP's, which are no ISO dates
+            return datetime.fromisoformat(when.replace("Z", "+00:00")).timestamp()  # Python 3.10 knows no Z
+        return 0.0
     return when.timestamp() if isinstance(when, datetime) else float(when)
 
 

@@ -34,7 +34,7 @@ class TieredStore:
 
     Args:
         stores: the fastest first.
-        max_waiting_bytes: keys and values that may wait, on a GPU too if they were computed there; a number or `"4GB"`,
+        max_waiting_bytes: of entries that may wait, on a GPU too if they were computed there; a number or `"4GB"`,
             which is a prompt of 30,000 tokens of an 8B Llama. One entry always may. Where it is full, `put` writes the
             entry to every store before it returns, and what was read is not copied into faster stores.
 

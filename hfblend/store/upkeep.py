@@ -7,14 +7,27 @@ its last use where its own file's age cannot be set.
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from .counts import StoreCounts
 from .folders import Folder
-from .format import CorruptEntry, OtherVersion, header_bytes, header_of, origin_of, parse
+from .format import (
+    HEAD_BYTES,
+    Contents,
+    CorruptEntry,
+    OtherVersion,
+    contents_of,
+    header_bytes,
+    header_of,
+    origin_of,
+    parse,
+)
 from .keys import SUFFIX, file_name_of, is_file_name
+from .loader import Places
 from .sizes import num_bytes_of
 
 logger = logging.getLogger(__name__)
@@ -23,6 +36,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 PIN, USED = ".pin", ".used"
+
+# Shares of a budget: freed beyond what is needed, where entries must go; and written before the folder is listed again,
+# beside an eighth of what is free: others write, too.
+_FREED, _UNSEEN = 1 / 16, 1 / 32
+_RESTS = 16  # times as long as a list took that found no room
 
 
 @dataclass(frozen=True)
@@ -70,18 +88,19 @@ class InFiles:
     Args:
         folder: where.
         max_bytes: of all entries together; `None`, as many as there are.
-        slack: where entries must go, so much of `max_bytes` is freed beyond what is needed, so that the folder need not
-            be listed again at once.
 
     Raises:
         ValueError: a budget that is no size.
     """
 
-    def __init__(self, folder: Folder, max_bytes: int | str | None, slack: float = 0.0) -> None:
+    where: str  # as it stands in logs
+
+    def __init__(self, folder: Folder, max_bytes: int | str | None) -> None:
         self.max_bytes = None if max_bytes is None else num_bytes_of(max_bytes)
         self.counts = StoreCounts()
-        self._folder, self._slack = folder, slack
-        self._surely_free = 0  # bytes
+        self._folder = folder
+        self._room, self._full_until = 0, 0.0  # bytes that may be written before the folder is listed; when it may be
+        self._refusal_said = False
 
     def entries(self) -> Iterator[StoredEntry]:
         """Every entry, by its header; the data are not read.
@@ -127,7 +146,7 @@ class InFiles:
             OSError: the folder cannot be written.
         """
         file_name_of(key)  # a key, and no path
-        self._folder.remove([key + PIN])
+        self._remove([key + PIN])
 
     def remove(self, key: str) -> None:
         """Removes an entry, if it is there, pinned or not.
@@ -135,7 +154,7 @@ class InFiles:
         Raises:
             OSError: it cannot be removed.
         """
-        self._folder.remove([file_name_of(key), key + PIN, key + USED])
+        self._remove([file_name_of(key), key + PIN, key + USED])
 
     def prune(self, max_bytes: int | str | None = None) -> None:
         """Removes the least recently used entries until the rest fits; pinned ones stay.
@@ -144,11 +163,14 @@ class InFiles:
             max_bytes: into so many; default, the store's own budget.
 
         Raises:
-            OSError: they cannot be removed.
+            OSError: those that can be removed are, and they are not enough.
         """
         budget = self.max_bytes if max_bytes is None else num_bytes_of(max_bytes)
         if budget is not None:
-            self._remove_until(budget, self._kept())
+            self._full_until = 0.0
+            held, refused = self._remove_until(budget, self._kept())
+            if held > budget and refused:
+                raise refused[0]
 
     def clear(self) -> None:
         """Removes every entry.
@@ -156,7 +178,7 @@ class InFiles:
         Raises:
             OSError: they cannot be removed.
         """
-        self._folder.remove([name for one in self._kept() for name in one.names])
+        self._remove([name for one in self._kept() for name in one.names])
 
     @property
     def num_bytes(self) -> int:
@@ -166,41 +188,133 @@ class InFiles:
     def __len__(self) -> int:
         return len(self._kept())
 
+    def _remove(self, names: Iterable[str]) -> None:
+        self._full_until = 0.0
+        for error in self._folder.remove(names).values():
+            raise error
+
+    # --- room -----------------------------------------------------------------------------------------------------
+
     def _make_room(self, needed: int, key: str) -> bool:
         """Lets the least recently used entries go, but not that of `key`, until so many bytes fit; whether they do.
 
-        The folder is not listed again before half of what was free is written: others write too.
+        A put costs the same however many entries there are: most list nothing (`_FREED`, `_UNSEEN`).
         """
         if self.max_bytes is None:
             return True
-        if needed > self.max_bytes:
+        if needed > self._room and needed <= self.max_bytes and time.monotonic() >= self._full_until:
+            self._look_for_room(needed, key, self.max_bytes)
+        if needed > min(self._room, self.max_bytes):
             return False
-        if needed <= self._surely_free:
-            self._surely_free -= needed
-            return True
+        self._room -= needed
+        return True
+
+    def _look_for_room(self, needed: int, key: str, budget: int) -> None:
+        began = time.monotonic()
         others = [one for one in self._kept() if one.key != key]
         held = sum(one.num_bytes for one in others)
-        if held + needed > self.max_bytes:
-            held = self._remove_until(self.max_bytes - needed - int(self._slack * self.max_bytes), others)
-        free = self.max_bytes - held - needed
-        self._surely_free = max(0, free) // 2
-        return free >= 0
+        if held + needed > budget:
+            held, _ = self._remove_until(budget - needed, others, int(_FREED * budget))
+        free = budget - held
+        self._room = min(free, needed + max(0, free - needed) // 8 + int(_UNSEEN * budget))
+        if free < needed:
+            now = time.monotonic()
+            self._full_until = now + _RESTS * (now - began)
 
-    def _say_no_room(self, num_bytes: int, where: str) -> None:
-        why = "the entry does not fit" if num_bytes > (self.max_bytes or 0) else "pinned entries leave no room"
-        logger.warning("A chunk's KV of %d bytes is not kept in %s of %d: %s.", num_bytes, where, self.max_bytes, why)
+    def _say_no_room(self, num_bytes: int) -> None:
+        fits = num_bytes <= (self.max_bytes or 0)
+        why = "pinned entries leave no room, or some that cannot be removed" if fits else "the entry does not fit"
+        logger.warning(
+            "A chunk's KV of %d bytes is not kept in %s of %d: %s.", num_bytes, self.where, self.max_bytes, why
+        )
 
-    def _remove_until(self, budget: int, kept: list[_Kept]) -> int:
-        """Removes the least recently used entries until the others fit, or are pinned; the bytes of those that stay."""
-        held, names = sum(one.num_bytes for one in kept), []
-        for one in sorted((one for one in kept if not one.is_pinned), key=lambda one: one.last_used):
-            if held <= budget:
-                break
-            names += one.names
-            held -= one.num_bytes
-            self.counts.add(evicted=1)
-        self._folder.remove(names)
-        return held
+    def _remove_until(self, budget: int, kept: list[_Kept], more: int = 0) -> tuple[int, list[OSError]]:
+        """Removes the least recently used entries until the others fit, or are pinned, or cannot be removed.
+
+        Args:
+            more: bytes that may go beyond that.
+
+        Returns:
+            The bytes of those that stay, and why some could not be removed.
+        """
+        held, errors = sum(one.num_bytes for one in kept), list[OSError]()
+        waiting = deque(sorted((one for one in kept if not one.is_pinned), key=lambda one: one.last_used))
+        while held > budget and waiting:
+            going, left = [], held
+            while waiting and (left > budget or left - waiting[0].num_bytes >= budget - more > 0):
+                going.append(waiting.popleft())
+                left -= going[-1].num_bytes
+            refused = self._folder.remove([name for one in going for name in one.names])
+            gone = [one for one in going if file_name_of(one.key) not in refused]
+            held -= sum(one.num_bytes for one in gone)
+            errors += refused.values()
+            self.counts.add(evicted=len(gone))
+        if errors and not self._refusal_said:
+            self._refusal_said = True
+            logger.warning("Some entries of %s cannot be removed, others go in their place: %s", self.where, errors[0])
+        return held, errors
+
+    # --- damage ---------------------------------------------------------------------------------------------------
+
+    def _damaged(self, key: str, error: CorruptEntry, opened: Contents | None = None, places: Places = ()) -> None:
+        """Says that an entry is damaged, and removes it if a second reading says so too.
+
+        Args:
+            opened: by its header, where that was whole; `places` of it were not.
+        """
+        self.counts.add(damaged=1)
+        outcome = "is damaged, removed"
+        try:
+            if not self._in_time(lambda: self._removed_if_damaged(key, opened, places)):
+                outcome = "came damaged, is not damaged by a second reading or was replaced, stays"
+        except OSError as second:
+            outcome = f"came damaged, cannot be read again or removed ({second}), stays"
+        logger.warning("%s of %s %s and prefilled again: %s", file_name_of(key), self.where, outcome, error)
+
+    def _removed_if_damaged(self, key: str, opened: Contents | None, places: Places) -> bool:
+        name = file_name_of(key)
+        try:
+            state = self._folder.state(name)
+            if self._is_whole(key, state[0], opened, places) or self._folder.state(name) != state:
+                return False
+        except FileNotFoundError:
+            return True
+        for refusal in self._folder.remove([name]).values():
+            raise refusal
+        return True
+
+    def _is_whole(self, key: str, num_bytes: int, opened: Contents | None, places: Places) -> bool:
+        """Whether a second reading finds nothing wrong where the first one did.
+
+        Raises:
+            OSError: something else than the file of so many bytes answers.
+        """
+
+        def read(start: int, stop: int) -> bytes:
+            data, stop = self._folder.read(file_name_of(key), start, stop), min(stop, num_bytes)
+            data = data[start:stop] if len(data) == num_bytes else data  # some filesystems read no parts
+            if len(data) != stop - start:
+                raise OSError(f"{len(data)} bytes came where {stop - start} were asked for")
+            return data
+
+        try:
+            head = read(0, HEAD_BYTES)
+            if len(head) < min(num_bytes, header_bytes(head[:8])):
+                head += read(len(head), header_bytes(head[:8]))
+            contents = contents_of(key, head, num_bytes)
+            for place in places if contents == opened else ():
+                place.require_whole(memoryview(read(place.start, place.stop)))
+        except OtherVersion:
+            pass
+        except CorruptEntry:
+            return False
+        return True
+
+    def _in_time(self, call: Callable[[], T]) -> T:
+        """A call's answer, as soon as this store waits for one."""
+        return call()
+
+    # --- lists ----------------------------------------------------------------------------------------------------
 
     def _kept(self) -> list[_Kept]:
         """Every entry's files."""
@@ -237,7 +351,7 @@ class InFiles:
             )
         except FileNotFoundError:
             return None
-        except (OSError, CorruptEntry, LookupError, TypeError) as error:
+        except (OSError, CorruptEntry, LookupError, TypeError, AttributeError) as error:
             return replace(entry, damaged=str(error) or type(error).__name__)
 
     def _head(self, name: str) -> bytes:
