@@ -217,9 +217,10 @@ def _before_splitting(
         return Fallback.DISABLED
     if nested:
         return Fallback.NESTED
-    if host.is_training:
+    is_training, refusal = host.look()
+    if is_training:
         return Fallback.TRAINING_MODE
-    if host.refusal():
+    if refusal:
         return Fallback.MODEL_CHANGED
     if generate_option(model, kwargs, "cache_implementation") == "paged":
         return Fallback.CONTINUOUS_BATCHING
@@ -356,7 +357,7 @@ def _found(
     ids, mask, cache = _input_ids(args, kwargs), kwargs.get("attention_mask"), cache_given(kwargs)
     match planned.fallback:
         case Fallback.MODEL_CHANGED:
-            return f"It says: {host.refusal()}"
+            return f"It says: {host.refusal}"
         case Fallback.AUTOCAST:
             return f"Got autocast to {torch.get_autocast_dtype(host.device.type)}, the model's dtype is {host.dtype}."
         case Fallback.NO_INPUT_IDS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import operator
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ _CONFIG_NOISE = ("_name_or_path", "_model_name_or_path", "transformers_version",
 _NUMBERS = ("is_causal", "sliding_window")  # of modules, besides all floats: scaling, epsilon, softcap
 
 State = tuple[Any, ...]
+_IS_META = operator.attrgetter("is_meta")
+_PARTS = (operator.methodcaller("data_ptr"), operator.attrgetter("_version"), operator.attrgetter("shape"),
+          operator.methodcaller("stride"), operator.attrgetter("dtype"))  # fmt: skip
 
 
 class Fingerprint:
@@ -96,7 +100,7 @@ class Fingerprint:
         """Sample first: what is written while the weights are read differs from it, and is read at the next call."""
         inside, before = self._inside, self._taken
         samples = Samples(inside.tensors())
-        seen = dict(zip(inside.keys, zip(state[0], samples.of_each())))
+        seen = dict(zip(inside.keys, zip(map(_state_of, inside.tensors()), samples.of_each())))
         known = {key: digest for key, digest in before.digests.items() if seen.get(key) == before.seen[key]}
         silent = [key for key in seen if key in before.seen and _changed_silently(before.seen[key], seen[key])]
         if silent:
@@ -125,11 +129,11 @@ class _Taken:
     generation: int = 0
     state: State | None = None
     samples: Samples = field(default_factory=lambda: Samples([]))
-    seen: dict[str, tuple[State, bytes]] = field(default_factory=dict)
+    seen: dict[str, tuple[State | None, bytes]] = field(default_factory=dict)
     digests: dict[str, bytes | None] = field(default_factory=dict)
 
 
-def _changed_silently(before: tuple[State, bytes], now: tuple[State, bytes]) -> bool:
+def _changed_silently(before: tuple[State | None, bytes], now: tuple[State | None, bytes]) -> bool:
     return before[0] == now[0] and before[1] != now[1]
 
 
@@ -173,6 +177,7 @@ class _Inside:
         self._names_and_ids = self._look()
         self._weights = {weight.key: weight for weight in _weights(model)}
         self.keys = list(self._weights)
+        self._tensors: list[Any] = [weight.tensor for weight in self._weights.values()]
         self.adapters = adapters.Adapters(model)
         self._offloaded = OffloadedWeights(model)
         self._numbers = [
@@ -199,6 +204,8 @@ class _Inside:
 
     def tensors(self) -> list[torch.Tensor | None]:
         """Of each weight, the memory that holds it; `None` if it is in a file, or unknown."""
+        if not any(map(_IS_META, self._tensors)):
+            return self._tensors
         weights = self._weights.values()
         return [self._offloaded.in_ram(w.name) if w.tensor.is_meta else w.tensor for w in weights]
 
@@ -206,7 +213,7 @@ class _Inside:
         """Changes when a weight is written in place, moved or cast, an adapter switched, a number or the config set."""
         numbers = [owner.get(name) for _, owner, name in self._numbers]
         of_adapters = self.adapters.merged(), self.adapters.state()
-        return list(map(_state_of, self.tensors())), of_adapters, numbers, _settings(config)
+        return _states_of(self.tensors()), of_adapters, numbers, _settings(config)
 
     def acting(self) -> list[str]:
         """The keys of the weights that forwards read."""
@@ -240,6 +247,14 @@ class _Inside:
             self.adapters.state(),
             self.adapters.configs(),
         ]
+
+
+def _states_of(tensors: list[Any]) -> Any:
+    """`_state_of` all of them, a list for each part of it: a few calls of C."""
+    try:
+        return [list(map(part, tensors)) for part in _PARTS]
+    except (AttributeError, RuntimeError):  # `None`, or a tensor of inference mode
+        return list(map(_state_of, tensors))
 
 
 def _state_of(tensor: torch.Tensor | None) -> State | None:

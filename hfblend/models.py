@@ -53,23 +53,20 @@ class BlendableModel(Host):
         self._small_steps: tuple[Norms, list[Namespace]] | None = None
         prove_rows(self, stock)
         self._structure = Structure(model, (model, self.decoder))
-        self._refusal: str | None = None  # by the self-test, of the structure as it is now
+        self.refusal: str | None = None  # by the self-test, of the structure that was looked at last
 
-    @property
-    def is_training(self) -> bool:
-        """Whether the model, or a module inside it that then computes otherwise, is in training mode."""
-        as_it_was = self._structure.is_as_it_was()
-        modules = self._structure.with_mode if as_it_was else with_mode(self.model.modules())
-        return self.model.training or any_training(modules)
-
-    def refusal(self) -> str | None:
-        """Why the model, put together as it is now, cannot be blended; `None`: it can.
+    def look(self) -> tuple[bool, str | None]:
+        """Returns whether the model, or a module inside it that then computes otherwise, is in training mode, and why
+        the model cannot be blended as it is put together now, `None` if it can.
 
         Where modules, the code they run, their settings or their configs have changed, the self-test runs again.
         """
-        if not self._structure.is_as_it_was():
+        as_it_was = self._structure.is_as_it_was()
+        modules = self._structure.with_mode if as_it_was else with_mode(self.model.modules())
+        is_training = self.model.training or any_training(modules)
+        if not (as_it_was or is_training):
             _making.exclusive(self._prove_again)
-        return self._refusal
+        return is_training, self.refusal
 
     def _prove_again(self) -> None:
         if self._structure.is_as_it_was():  # another thread was quicker
@@ -80,7 +77,7 @@ class BlendableModel(Host):
             if forward is not None and fresh.decoder is not self.decoder:
                 raise UnsupportedModel("its decoder was replaced; call remove() on its blender, and patch it again.")
         except FORWARD_ERRORS as error:
-            self._structure, self._refusal = Structure(model, (model, self.decoder)), str(error)
+            self._structure, self.refusal = Structure(model, (model, self.decoder)), str(error)
             logger.warning("%s was changed, and cannot be blended as it is now: %s", type(model).__name__, error)
         else:
             fresh.unwrapped_forward = forward
@@ -148,12 +145,13 @@ def host_of(model: nn.Module) -> BlendableModel:
         raise UnsupportedModel(f"model must be a causal LM of Transformers, got {described(model)}, without a config.")
     base = base_of(model)
     known = _known.get(base)
-    if model.training or (any_training(with_mode(base.modules())) if known is None else known.is_training):
+    is_training, refusal = (any_training(with_mode(base.modules())), None) if known is None else known.look()
+    if model.training or is_training:
         raise ValueError(
             "The model, or a module inside it, is in training mode, where dropout would enter the cache; call "
             "model.eval()."
         )
-    if reason := adapters.reason_against(model) or (known and known.refusal()):
+    if reason := adapters.reason_against(model) or refusal:
         raise UnsupportedModel(reason)
     return known or _making.exclusive(_make, base)
 

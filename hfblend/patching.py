@@ -30,7 +30,7 @@ from .controller import Controller, Profile
 from .fallbacks import Fallback, generate_option, plan, require_token_ids
 from .filler import filler_ids, require_filler
 from .host import UnsupportedModel, cache_given, is_paged
-from .locks import Running, innermost
+from .locks import Running, innermost, put_back
 from .models import forget, host_of
 from .one_prompt import require_prompts
 from .precomputing import Precomputed, precompute
@@ -118,7 +118,15 @@ class Blender:
         self.config = as_config(config)
         self._traces = threading.local()
         self._has_noted_batching = False
-        self._wrap()
+        self._before: list[tuple[nn.Module, str, Any]] = []
+        self._wrappers: list[MethodType] = []
+        self._taken: list[nn.Module] = []
+        try:
+            self._wrap()
+        except BaseException:  # an interrupt: the user gets no handle
+            self._unwrap()
+            self.host.unwrapped_forward = None
+            raise
 
     # --- settings and results -------------------------------------------------------------------------------------
 
@@ -258,7 +266,9 @@ class Blender:
 
     def _require_unpatched(self) -> None:
         if self.host.unwrapped_forward is not None:
-            raise ValueError("This model is already patched. Use its blender, or call blender.remove() first.")
+            raise ValueError(
+                "This model is already patched. Use its blender, or call remove() on model.generate.blender first."
+            )
         if any(module in _patched for module in self._shared_modules()):
             raise ValueError(
                 f"This {type(self.host.model).__name__} has decoder layers of another model that is patched already. "
@@ -279,45 +289,49 @@ class Blender:
             _stock(*one) for one in self._before
         )
         self._stock_batching = rest
-        self.host.unwrapped_forward, self._written_model_forward = (
+        unwrapped_forward, self._written_model_forward = (
             _stock(module, name, own and as_written(own)) for module, name, own in self._before[1:3]
         )
+        self._taken = self._shared_modules()
         # Bound methods, so that a deep copy of the model is not this instance, and functools.wraps of the class's
         # function, because `generate` reads the signature of `forward`.
-        self._wrappers = [self._bind(*run) for run in runs]
-        self._taken = self._shared_modules()
+        for run in runs:
+            self._wrappers.append(self._wrapper(*run))
+            setattr(*run[:2], self._wrappers[-1])
         _patched.update(self._taken)
+        self.host.unwrapped_forward = unwrapped_forward  # last: before, the wrappers do nothing
 
     @staticmethod
-    def _bind(module: nn.Module, name: str, run: Any) -> MethodType:
+    def _wrapper(module: nn.Module, name: str, run: Any) -> MethodType:
         own = getattr(type(module), name)
 
         @functools.wraps(own)
         def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return run(*args, **kwargs) if self is module else own(self, *args, **kwargs)
 
-        method = MethodType(wrapper, module)
-        setattr(module, name, method)
-        return method
+        wrapper.blender = run.__self__  # type: ignore[attr-defined]
+        return MethodType(wrapper, module)
 
     def remove(self) -> None:
         """Takes hfblend off the model again, and waits until its chunk KV is stored. Twice does nothing."""
         if self._is_removed:
             return
-        for (module, name, before), wrapper in zip(self._before, self._wrappers):
-            if module.__dict__.get(name) is not wrapper:
-                logger.warning("%s.%s was wrapped again after patch; hfblend stays inside, inactive.", module, name)
-            elif before is None:
-                del module.__dict__[name]
-            else:
-                setattr(module, name, before)
-        _patched.difference_update(self._taken)
+        self._unwrap()
         self.host.graphs = None  # and their memory
         self._tidy()
         forget(self.model)
         self.host.unwrapped_forward = None  # last: a removal that was interrupted can be repeated
         if isinstance(self.store, TieredStore):
             self.store.flush()
+
+    def _unwrap(self) -> None:
+        for (module, name, before), wrapper in zip(self._before, self._wrappers):
+            now = vars(module).get(name)
+            if now is wrapper:
+                put_back(vars(module), name, wrapper, *(() if before is None else (before,)))
+            elif now is not before:
+                logger.warning("%s.%s was wrapped again after patch; hfblend stays inside, inactive.", module, name)
+        _patched.difference_update(self._taken)
 
     def __enter__(self) -> Blender:
         if self._is_removed:

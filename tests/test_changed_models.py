@@ -192,7 +192,7 @@ def test_what_passes_do_to_a_model_is_no_change(monkeypatch):
         monkeypatch.setattr(hfblend.models, "_proved", lambda model: tests.append(1))
         host = blender.host
         seen = []
-        handle = model.model.layers[3].register_forward_pre_hook(lambda m, a: seen.append(host.refusal()))
+        handle = model.model.layers[3].register_forward_pre_hook(lambda m, a: seen.append(host.look()[1]))
         for _ in range(2):
             generate(model, PROMPT.inputs())
         handle.remove()

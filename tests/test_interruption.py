@@ -20,6 +20,7 @@ from helpers import config, entry, generate, largest_difference, make_llama, mak
 
 import hfblend
 from hfblend.locks import Condition, ForwardLock, Mutex, Running
+from hfblend.models import host_of
 from hfblend.store import TieredStore
 from hfblend.streams import on_stream, switch_back
 
@@ -194,6 +195,28 @@ def sampled(events, count):
     last = {where: number for number, where in enumerate(events)}
     numbers = sorted({*first.values(), *last.values()})
     return [numbers[int((i + 0.5) * len(numbers) / count)] for i in range(count)]
+
+
+def test_patch_that_is_interrupted_is_undone():
+    """As its last lines run, the user may be left without a handle; `model.generate` then has one."""
+    model = make_llama()
+    stock, before = tokens_and_logits(model), state_of(model)
+    host_of(model)
+    with Interrupter("line") as seen:
+        hfblend.patch(model, config(0.3))
+    model.generate.blender.remove()
+    for at in range(0, len(seen.events), 3):
+        host_of(model)  # the self-test is not part of this
+        with contextlib.suppress(KeyboardInterrupt), Interrupter("line", KeyboardInterrupt, at):
+            hfblend.patch(model, config(0.3))
+        if hasattr(model.generate, "blender"):
+            assert len(seen.events) - at < 5
+            model.generate.blender.remove()
+        assert state_of(model) == before
+        assert all(torch.equal(a, b) for a, b in zip(tokens_and_logits(model), stock))
+        with hfblend.patch(model, config(0.3)) as blender:
+            tokens(model)
+            assert blender.trace.blended
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
