@@ -93,6 +93,8 @@ class _Line:
     def _enter(self, claim: Any) -> None:
         """Returns once no claim of another thread that came before keeps this one out."""
         self._claims.append(claim)
+        if self._claims[0] is claim:
+            return
         while (other := self._before(claim)) is not None:
             if other.over.acquire(timeout=_LOOK_S):
                 other.over.release()
@@ -108,9 +110,11 @@ class _Line:
         return None
 
     def _leave(self, claim: Any) -> None:
-        with contextlib.suppress(ValueError, RuntimeError):  # another thread has found it dead
+        try:
             self._claims.remove(claim)
             claim.over.release()
+        except (ValueError, RuntimeError):  # another thread has found it dead
+            pass
 
     def _own(self) -> list[Any]:
         """Returns the claims of this thread."""
@@ -257,7 +261,8 @@ class Mutex(_Line):
     """As `threading.Lock`, in `with`; one that an interrupted thread has left is given to the next that comes."""
 
     def __enter__(self) -> None:
-        self._drop_own()  # it cannot be inside: an exception has left this
+        if self._claims:
+            self._drop_own()  # it cannot be inside: an exception has left this
         self._enter(_Held(sys._getframe(1)))
 
     def __exit__(self, *error: object) -> None:

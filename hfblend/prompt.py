@@ -103,6 +103,8 @@ def _listed(values: Any) -> list[Any]:
 
 
 def _as_span(span: Any) -> Span:
+    if type(span) is tuple and len(span) == 2 and type(span[0]) is type(span[1]) is int:
+        return span  # of every chunk of every prompt
     ends = _listed(span)
     if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int) for end in ends):
         raise ValueError(f"A chunk span is (start, stop) in whole token indices, got {span!r}.")

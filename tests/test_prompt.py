@@ -230,7 +230,7 @@ SPANS = [(2, 5), (6, 9)]
         (span for span in SPANS),
         ChunkSpans(SPANS),
     ],
-    ids=str,
+    ids=lambda spans: type(spans).__name__,
 )
 def test_spans_may_come_in_any_array(given_spans):
     rows = torch.arange(20)[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
 from typing import Any
@@ -58,10 +59,9 @@ class MemoryStore:
 
     def open(self, key: str) -> ChunkKV | None:
         """The entry, now the most recently used; `None` if there is none."""
-        with self._lock:
-            found = self._entries.get(key)
-            if found is not None:
-                self._entries.move_to_end(key)
+        found = self._entries.get(key)
+        with contextlib.suppress(KeyError):  # there is none, or another thread has removed it
+            self._entries.move_to_end(key)
         self.counts.add(**{"misses" if found is None else "hits": 1})
         return found
 
