@@ -71,11 +71,6 @@ class Fingerprint:
         """Counts the changes."""
         return self._taken.generation
 
-    @property
-    def modules(self) -> list[nn.Module]:
-        """All modules of the model, as `current` last saw them."""
-        return self._inside.modules
-
     def current(self, model: nn.Module) -> str:
         """The fingerprint as a hex digest. Costs a look at every weight; only what has changed is read whole."""
         with self._lock:
@@ -170,11 +165,12 @@ class _Inside:
     """What a model consists of. Asked before every blended prompt, where a millisecond is one of the first token's."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
-        self._dicts = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
-        self._dicts += [d for m in self.modules for d in quantised_weights.holders(m)]
+        modules = list(model.modules())
+        self._dicts: list[dict[str, Any]] = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
+        self._dicts += [d for m in modules for d in quantised_weights.holders(m)]
         self._members = list(chain.from_iterable(d.values() for d in self._dicts))  # held, so that no id is given twice
-        self._names_and_ids = self._look()
+        self._filled = [d for d in self._dicts if d]
+        self._seen = self._look()
         self._weights = {weight.key: weight for weight in _weights(model)}
         self.keys = list(self._weights)
         self._tensors: list[Any] = [weight.tensor for weight in self._weights.values()]
@@ -190,13 +186,12 @@ class _Inside:
 
     def is_as_it_was(self) -> bool:
         """Whether every module still holds the same modules, parameters and buffers."""
-        return self._look() == self._names_and_ids
+        return self._look() == self._seen
 
     def _look(self) -> tuple[list[int], list[str], list[int]]:
         """How many members each module has, their names and identities."""
-        filled = [d for d in self._dicts if d]
-        members = chain.from_iterable(d.values() for d in filled)
-        return list(map(len, self._dicts)), list(chain.from_iterable(filled)), list(map(id, members))
+        members = chain.from_iterable(map(dict.values, self._filled))
+        return list(map(len, self._dicts)), list(chain.from_iterable(self._filled)), list(map(id, members))
 
     def devices(self) -> frozenset[torch.device]:
         """Where the weights are."""

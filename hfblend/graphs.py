@@ -25,7 +25,6 @@ import torch
 
 from .attention import HALF, LARGEST_HEAD_DIM, AttentionRecord, kernels, mask_of
 from .caches import KV, RowsCache, StopForward, sent
-from .layers import has_foreign_hooks
 from .models import BlendableModel
 from .passes import Forward, Pass
 from .streams import on_stream
@@ -309,7 +308,7 @@ def can_record(host: BlendableModel) -> bool:
         and host.attends_by_position
         and not host.length_dependent
         and all(max(layout.key_dim, layout.value_dim) <= LARGEST_HEAD_DIM for layout in host.layouts.values())
-        and not has_foreign_hooks(host.fingerprint.modules)
+        and not host.has_hooks
     )
 
 

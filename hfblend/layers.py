@@ -17,7 +17,7 @@ Shapes: S rows of a pass, C hidden size, L layers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,11 +137,6 @@ def hook_before(lock: ForwardLock, module: nn.Module, before: Callable[..., Any]
 
     lock.undo_later(remove)
     module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def has_foreign_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody watches or steers these modules from outside: hooks, offloading."""
-    return any(m._forward_hooks or m._forward_pre_hooks or "_hf_hook" in m.__dict__ for m in modules)
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

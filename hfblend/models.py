@@ -68,6 +68,11 @@ class BlendableModel(Host):
             _making.exclusive(self._prove_again)
         return is_training, self.refusal
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether somebody watches or steers the model's modules from outside, as they were looked at last."""
+        return self._structure.has_hooks()
+
     def _prove_again(self) -> None:
         if self._structure.is_as_it_was():  # another thread was quicker
             return

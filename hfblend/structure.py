@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import operator
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 from torch import nn
@@ -42,8 +43,13 @@ class Structure:
         self._held = modules[1:]  # so that no id is given twice; not the model, which lives as long as its user wants
         self.with_mode = with_mode(modules[1:])
         self._children = [m._modules for m in modules]
+        self._filled = [children for children in self._children if children]
         self._own = [vars(m) for m in modules if m not in wrapped]
         self._types = list({type(m) for m in modules})
+        self._attributes = [vars(m) for m in modules]
+        self._hooks = [
+            hooks for own in self._attributes for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"])
+        ]
         self._places = [(vars(m), name) for m in modules[1:] for name in _settings_of(m)]
         self._with_config = [vars(m) for m in modules if hasattr(vars(m).get("config"), "to_dict")]
         self._configs = list({id(one["config"]): vars(one["config"]) for one in self._with_config}.values())
@@ -54,12 +60,15 @@ class Structure:
         configs, rest = self._seen
         return self._look() == rest and all(map(_still_has, self._configs, configs))
 
+    def has_hooks(self) -> bool:
+        """Whether somebody watches or steers these modules from outside: hooks, offloading."""
+        return any(self._hooks) or any(map(operator.contains, self._attributes, repeat("_hf_hook")))
+
     def _look(self) -> tuple[list[Any], ...]:
-        filled = [children for children in self._children if children]
         return (
             list(map(len, self._children)),
-            list(chain.from_iterable(filled)),
-            list(map(id, chain.from_iterable(children.values() for children in filled))),
+            list(chain.from_iterable(self._filled)),
+            list(map(id, chain.from_iterable(map(dict.values, self._filled)))),
             [own["forward"] for own in self._own if "forward" in own and not _is_of(own["forward"], _OURS)],
             [kind.forward for kind in self._types],
             [_plain(own.get(name, _GONE)) for own, name in self._places],

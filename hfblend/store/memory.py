@@ -62,7 +62,10 @@ class MemoryStore:
         found = self._entries.get(key)
         with contextlib.suppress(KeyError):  # there is none, or another thread has removed it
             self._entries.move_to_end(key)
-        self.counts.add(**{"misses" if found is None else "hits": 1})
+        if found is None:  # counted in one step, in which threads do not switch
+            self.counts.misses += 1
+        else:
+            self.counts.hits += 1
         return found
 
     def pin(self, key: str) -> None:
