@@ -22,6 +22,7 @@ from .attention import QueryRows, attend_in_pass
 from .locks import ForwardLock, only_inside
 
 _EAGER = "eager_attention_forward"
+_LEFT_OUT = {"sdpa": ("softcap", "s_aux")}  # given to Transformers' attention of this name, and not used by it
 
 Predicate = Callable[..., torch.Tensor]  # (batch, head, query, key) indices -> whether the query sees the key
 
@@ -171,7 +172,8 @@ def _attention_forward(implementation: str, module: nn.Module, *args: Any, **kwa
     scope = _current()
     if scope is None:
         return _own_attention(implementation, module)(module, *args, **kwargs)
-    return _attend_in_scope(scope, module, *args, **kwargs)
+    used = {name: value for name, value in kwargs.items() if name not in _LEFT_OUT.get(implementation, ())}
+    return _attend_in_scope(scope, module, *args, **used)
 
 
 def _attend_in_scope(

@@ -299,8 +299,7 @@ def sharing_a_layer(one):
 
 
 def with_peft(one):
-    import peft
-
+    peft = pytest.importorskip("peft")
     return peft.get_peft_model(sharing(one), peft.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")).eval()
 
 
@@ -334,8 +333,7 @@ def test_models_around_the_same_layers_are_refused(make, order):
 
 
 def test_a_model_and_what_peft_makes_of_it_are_one():
-    import peft
-
+    peft = pytest.importorskip("peft")
     model = make_llama()
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
     for one, two in ((model, wrapped), (wrapped, model)):

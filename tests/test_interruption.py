@@ -34,6 +34,11 @@ SAMPLES = {"line": 13, "opcode": 8}  # of each case
 ANSWER_S = 20  # in which another thread has to answer; it needs milliseconds
 
 
+# Of Python 3.12 on; a trace function is told there of the bytecodes of some calls only.
+MONITORING = getattr(sys, "monitoring", None)
+TOOL = 4
+
+
 class Interrupter:
     """Counts events in hfblend's frames of this thread, and raises at one of them.
 
@@ -45,14 +50,32 @@ class Interrupter:
 
     def __init__(self, kind, error=KeyboardInterrupt, at=None):
         self.kind, self.error, self.at = kind, error, at
-        self.events = []
+        self.monitors = MONITORING is not None and kind == "opcode"
+        self.thread, self.events = threading.get_ident(), []
 
     def __enter__(self):
-        sys.settrace(self._called)
+        if self.monitors:
+            instruction = MONITORING.events.INSTRUCTION
+            MONITORING.use_tool_id(TOOL, "interrupter")
+            MONITORING.register_callback(TOOL, instruction, self._reached)
+            MONITORING.set_events(TOOL, instruction)
+        else:
+            sys.settrace(self._called)
         return self
 
     def __exit__(self, *_):
-        sys.settrace(None)
+        if not self.monitors:
+            sys.settrace(None)
+        elif MONITORING.get_tool(TOOL) is not None:
+            MONITORING.set_events(TOOL, 0)
+            MONITORING.free_tool_id(TOOL)
+
+    def _reached(self, code, offset):
+        if not code.co_filename.startswith(HOME):
+            return MONITORING.DISABLE
+        if threading.get_ident() == self.thread:
+            self._count(sys._getframe(1), "opcode")
+        return None
 
     def _called(self, frame, event, arg):
         if not frame.f_code.co_filename.startswith(HOME):
@@ -63,11 +86,14 @@ class Interrupter:
 
     def _stepped(self, frame, event, arg):
         if event == self.kind or (event == "return" and self.kind == "line"):
-            self.events.append((frame.f_code.co_filename, frame.f_lineno, event))
-            if len(self.events) - 1 == self.at:
-                sys.settrace(None)
-                raise self.error
+            self._count(frame, event)
         return self._stepped
+
+    def _count(self, frame, event):
+        self.events.append((frame.f_code.co_filename, frame.f_lineno, event))
+        if len(self.events) - 1 == self.at:
+            self.__exit__()
+            raise self.error
 
 
 # --- what is interrupted ----------------------------------------------------------------------------------------------
