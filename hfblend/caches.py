@@ -185,12 +185,14 @@ class _SpareRows:
         self._batch_size, self._capacity = keys.shape[0], keys.shape[2]
         self._kind = _kind_of(kv)
         self._views = [(t, t.shape[1], t.shape[3], t.stride(), t.storage_offset()) for t in kv]
+        # Written through aliases that count versions apart: a graph of gradients may keep the rows before, as they are.
+        self._written = [(t.data, *rest) for t, *rest in self._views]
         self._needs_inference_mode = keys.is_inference()  # made under inference_mode, where alone it may be written
         layout = RowLayout.of(kv)
         adjacent = values.data_ptr() - keys.data_ptr() == layout.value_offset * keys.element_size()
         alike = layout.key_dim == layout.value_dim == keys.stride(1) and keys.stride() == values.stride()
         heads = layout.key_heads + layout.value_heads
-        self._both = (keys, heads, *self._views[0][2:]) if adjacent and alike else None
+        self._both = (self._written[0][0], heads, *self._views[0][2:]) if adjacent and alike else None
 
     def may_continue(self, keys: torch.Tensor | None, values: torch.Tensor | None, added: KV) -> bool:
         """Whether `added` may be written after the K/V of a layer."""
@@ -206,7 +208,7 @@ class _SpareRows:
         if self._both is not None:
             torch.cat(added, 1, out=self._rows(self._both, start, count))
         else:
-            for view, states in zip(self._views, added):
+            for view, states in zip(self._written, added):
                 self._rows(view, start, count).copy_(states)
 
     def show(self, length: int) -> KV:
@@ -341,6 +343,25 @@ def rows_behind(kv: KV) -> torch.Tensor | None:
     if not (adjacent and strided and same and keys.shape[0] == 1 and keys.dtype == values.dtype):
         return None
     return keys.as_strided((keys.shape[2], layout.width), (layout.width, 1))
+
+
+def is_foreign(cache: Any) -> bool:
+    """Whether a cache, or a layer of it, runs other code than Transformers', which may return other K/V than it keeps.
+
+    Args:
+        cache: `None`: Transformers will make one.
+    """
+    if cache is None:
+        return False
+    parts = [cache, *getattr(cache, "layers", ())]
+    kinds = {*map(type, parts), getattr(cache, "layer_class_to_replicate", None) or DynamicLayer}
+    homes = (
+        home for kind in kinds for home in (kind.__module__, getattr(getattr(kind, "update", None), "__module__", ""))
+    )
+    return any("update" in vars(one) for one in parts) or not all(home.startswith(_KNOWN_HOMES) for home in homes)
+
+
+_KNOWN_HOMES = ("transformers.", f"{__package__}.")
 
 
 def full_length_cache(kv: Iterable[KV]) -> DynamicCache:

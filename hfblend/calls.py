@@ -146,7 +146,7 @@ class Call(Running):
             return False
         asked = Asked(self.plan, self.host, ids, kwargs, self._asked, self._by_stock)
         if reason := asked.reason_against():
-            self._fall_back(reason)
+            self._fall_back(reason, "It changed inside this call." if reason is Fallback.MODEL_CHANGED else "")
             self.give_up_ahead()
         return self._waiting
 

@@ -9,14 +9,17 @@ import enum
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.cache_utils import Cache
 
 from . import adapters
 from .arguments import described
+from .caches import is_foreign
 from .config import BlendConfig
 from .host import CACHE_NAMES, cache_given
 from .models import BlendableModel
@@ -30,8 +33,8 @@ class Fallback(enum.Enum):
     DISABLED = ("the config has enabled=False; set enabled=True, or pass blend_config= for this call.", logging.INFO)
     TRAINING_MODE = ("the model, or a module inside it, is in training mode; call model.eval().", logging.WARNING)
     MODEL_CHANGED = (
-        "the model was changed since patch, and is refused by the self-test as it is now; undo the change, or remove() "
-        "and patch again.",
+        "the model was changed inside the call, or since patch, and is refused by the self-test as it is now; undo the "
+        "change, or remove() and patch again.",
         logging.WARNING,
     )
     CONTINUOUS_BATCHING = (
@@ -65,6 +68,11 @@ class Fallback(enum.Enum):
     FILLED_CACHE = (
         "past_key_values is not empty: a second turn continues it; leave it out for a new prompt.",
         logging.INFO,
+    )
+    FOREIGN_CACHE = (
+        "the cache, or a layer of it, has code that is not Transformers', and attention may read other K/V than it "
+        "keeps; pass a cache of transformers, or none.",
+        logging.WARNING,
     )
     NO_CACHE = ("use_cache=False leaves nothing to put KV into; leave use_cache on.", logging.WARNING)
     ALL_ROWS_WANTED = (
@@ -198,7 +206,7 @@ def _plan(
             planned.prompts.append(Prompt(row, own))
     reasons = [_nothing_reused(prompt.chunk_spans, config) for prompt in planned.prompts]
     planned.prefilled = {place: reason for place, reason in enumerate(reasons) if reason}
-    planned.fallback = reasons[0] if all(reasons) else _after_splitting(model, ids, kwargs)
+    planned.fallback = reasons[0] if all(reasons) else _after_splitting(model, ids, kwargs, host)
     longest = ids.shape[1] - min(padding)
     if not planned.fallback and not all(host.same_regime(len(prompt), longest) for prompt in planned.prompts):
         planned.fallback = Fallback.ROPE_REGIMES
@@ -239,13 +247,17 @@ def _nothing_reused(spans: ChunkSpans, config: BlendConfig) -> Fallback | None:
     return Fallback.TOO_FEW_TOKENS if too_few else None
 
 
-def _after_splitting(model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any]) -> Fallback | None:
+def _after_splitting(
+    model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any], host: BlendableModel
+) -> Fallback | None:
     cache = cache_given(kwargs)
     if isinstance(cache, Cache) and int(cache.get_seq_length()) > 0:
         return Fallback.FILLED_CACHE
+    if is_foreign(cache):
+        return Fallback.FOREIGN_CACHE
     if generate_option(model, kwargs, "use_cache") is False:
         return Fallback.NO_CACHE
-    if any(generate_option(model, kwargs, name) for name in _ALL_ROWS):
+    if not host.reads_last_row_only or any(generate_option(model, kwargs, name) for name in _ALL_ROWS):
         return Fallback.ALL_ROWS_WANTED
     if any(_is_input(value, ids) for name, value in kwargs.items() if name not in _TOKEN_INPUTS):
         return Fallback.EXTRA_INPUTS
@@ -278,16 +290,33 @@ class Asked:
 
     def reason_against(self) -> Fallback | None:
         """Why the forward, and with it the call, is not blended."""
+        if changed := self._changed_meanwhile():
+            return changed
         if self.model is None or self._wants_more(self.model) or has_output_hooks(self.host.model, self.host.decoder):
             return Fallback.ALL_ROWS_WANTED
         if not self._setting("use_cache"):
             return Fallback.NO_CACHE
+        if is_foreign(cache_given(self.decoder)):
+            return Fallback.FOREIGN_CACHE
         if not self._masks_padding_only(self.decoder.get("attention_mask")):
             return Fallback.PADDING
         others = (value for name, value in self.decoder.items() if name not in _READ_HERE)
         if any(_is_input(value, self.ids) for value in others):
             return Fallback.EXTRA_INPUTS
         return None if self._counts_from_0(self.decoder.get("position_ids")) else Fallback.POSITIONS
+
+    def _changed_meanwhile(self) -> Fallback | None:
+        """What of the model is no longer as it was when `generate` began: other code than Transformers' ran since."""
+        if self.host.is_cast:
+            return Fallback.AUTOCAST
+        if self.by_stock:
+            return None
+        is_training, as_it_was = self.host.state()
+        if is_training:
+            return Fallback.TRAINING_MODE
+        if not as_it_was:
+            return Fallback.MODEL_CHANGED
+        return Fallback.ADAPTERS if adapters.reason_against(self.host.model, self.model) else None
 
     def _wants_more(self, model: dict[str, Any]) -> bool:
         drafted = self.ids.shape[1] - self.plan.num_tokens
@@ -336,8 +365,23 @@ class Asked:
 
 def has_output_hooks(*modules: nn.Module) -> bool:
     """Whether hooks meet what these modules return. Those of Transformers act only where outputs are asked for."""
-    hooks = (hook for module in modules for hook in module._forward_hooks.values())
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    own = (hook for module in modules for hook in module._forward_hooks.values())
+    return any(map(_reads, chain(_global_forward_hooks.values(), own)))
+
+
+def has_inner_hooks(host: BlendableModel) -> bool:
+    """Whether hooks of the user meet the modules inside the model, or all there are: they see the passes of a blend."""
+    if not (host.has_hooks or _global_forward_pre_hooks):
+        return False
+    inside = (module for module in host.decoder.modules() if module is not host.decoder)
+    places = (hooks for module in inside for hooks in (module._forward_hooks, module._forward_pre_hooks))
+    return any(_reads(hook) for hooks in chain(places, [_global_forward_pre_hooks]) for hook in hooks.values())
+
+
+def _reads(hook: Any) -> bool:
+    """Whether a hook is the user's. Those of these packages do a module's work, or act where outputs are asked for."""
+    home = str(getattr(getattr(hook, "func", hook), "__module__", ""))
+    return not home.startswith(("accelerate.", "peft.", "torch.", "transformers.", f"{__package__}."))
 
 
 _READ_HERE = ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES)
@@ -358,6 +402,10 @@ def _found(
     match planned.fallback:
         case Fallback.MODEL_CHANGED:
             return f"It says: {host.refusal}"
+        case Fallback.ALL_ROWS_WANTED if not host.reads_last_row_only:
+            return (
+                f"The forward of {type(host.model).__name__} reads more of its decoder's output, whatever is asked for."
+            )
         case Fallback.AUTOCAST:
             return f"Got autocast to {torch.get_autocast_dtype(host.device.type)}, the model's dtype is {host.dtype}."
         case Fallback.NO_INPUT_IDS:

@@ -149,7 +149,10 @@ class Host:
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder's layers, in order."""
-        return next(child for child in self.layer_owner.children() if _is_list_of(child, self.num_layers))  # type: ignore[return-value]
+        for child in self.layer_owner.children():
+            if isinstance(child, nn.ModuleList) and len(child) == self.num_layers:
+                return child
+        raise UnsupportedModel(f"{type(self.model).__name__} no longer has a list of {self.num_layers} decoder layers.")
 
     @property
     def layers_run_as_written(self) -> bool:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from . import adapters
 from .arguments import described
 from .attention import HALF, has_kernels
 from .caches import RowLayout
+from .compiled import as_written, run_as_written
 from .fingerprint import Fingerprint
-from .host import FORWARD_ERRORS, Host, UnsupportedModel, base_of
-from .layerwise import stock_steps
+from .host import CACHE, FORWARD_ERRORS, Host, UnsupportedModel, base_of
+from .layers import wrap_forward
+from .layerwise import LENGTH, apart, stock_steps
 from .locks import ForwardLock
 from .norms import Norms, find_norms, norms_in_one_kernel
 from .offloading import device_of
@@ -36,6 +40,7 @@ class BlendableModel(Host):
         rotations: per layer, how cached state turns with position.
         layouts: per layer, the shape of one token's cached state.
         fingerprint: of weights and configuration, for store keys.
+        reads_last_row_only: whether the last token's logits come from the last row of the decoder's output alone.
     """
 
     rotations: list[KeyRotation | None]
@@ -52,6 +57,8 @@ class BlendableModel(Host):
         self.prefills_in_batches: bool | None = None  # found by batched_prefill.py; None: not yet
         self._small_steps: tuple[Norms, list[Namespace]] | None = None
         prove_rows(self, stock)
+        self._forward = _forward_of(model)
+        self.reads_last_row_only = _reads_last_row_only(self)
         self._structure = Structure(model, (model, self.decoder))
         self.refusal: str | None = None  # by the self-test, of the structure that was looked at last
 
@@ -61,12 +68,22 @@ class BlendableModel(Host):
 
         Where modules, the code they run, their settings or their configs have changed, the self-test runs again.
         """
-        as_it_was = self._structure.is_as_it_was()
-        modules = self._structure.with_mode if as_it_was else with_mode(self.model.modules())
-        is_training = self.model.training or any_training(modules)
+        is_training, as_it_was = self.state()
         if not (as_it_was or is_training):
             _making.exclusive(self._prove_again)
         return is_training, self.refusal
+
+    def state(self) -> tuple[bool, bool]:
+        """Returns whether the model, or a module inside it that then computes otherwise, is in training mode, and
+        whether the rest is as it was when it was looked at last."""
+        as_it_was = self._is_as_it_was()
+        modules = self._structure.with_mode if as_it_was else with_mode(self.model.modules())
+        return self.model.training or any_training(modules), as_it_was
+
+    def _is_as_it_was(self) -> bool:
+        kind, own = _forward_of(self.model)
+        has_forward = kind is self._forward[0] and (self.unwrapped_forward is not None or own == self._forward[1])
+        return has_forward and self._structure.is_as_it_was()
 
     @property
     def has_hooks(self) -> bool:
@@ -74,7 +91,7 @@ class BlendableModel(Host):
         return self._structure.has_hooks()
 
     def _prove_again(self) -> None:
-        if self._structure.is_as_it_was():  # another thread was quicker
+        if self._is_as_it_was():  # another thread was quicker
             return
         model, forward = self.model, self.unwrapped_forward
         try:
@@ -127,6 +144,50 @@ class BlendableModel(Host):
         norms, namespaces = self._small_steps
         norms_in_one_kernel(self.lock, norms)
         rotary_in_one_kernel(self.lock, namespaces)
+
+
+def _forward_of(model: nn.Module) -> tuple[type, tuple[Any, ...]]:
+    """The model's class, and what names a forward that stands in place of the class's, without keeping it alive.
+
+    While the model is patched, that is hfblend's.
+    """
+    own = vars(model).get("forward")
+    own = None if own is None else as_written(own)
+    return type(model), (id(own), getattr(own, "__code__", None))
+
+
+def _reads_last_row_only(host: BlendableModel) -> bool:
+    """Compares what the whole model makes of the decoder's output, and of its last row, as blending gives it."""
+    outputs: list[Any] = []
+
+    def keep(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        outputs.append(own(*args, **kwargs))
+        return outputs[0]
+
+    def cut(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = outputs.pop()
+        output.last_hidden_state = output.last_hidden_state[:, -1:]
+        return output
+
+    try:
+        tries = (functools.partial(host.lock.exclusive, _try_whole, host, around) for around in (keep, cut))
+        whole, last = (run_as_written((host.model, host.decoder), one) for one in tries)
+    except FORWARD_ERRORS as error:
+        logger.info("%s has no forward over a prompt's last row: %s", type(host.model).__name__, error)
+        return False
+    rounds_little = host.dtype in (torch.float32, torch.float64) and not host.is_quantised
+    return not outputs and last.shape == whole.shape and apart(last, whole) <= (1e-3 if rounds_little else 5e-2)
+
+
+@torch.no_grad()
+def _try_whole(host: BlendableModel, around: Callable[..., Any]) -> torch.Tensor:
+    """Logits (1, 1, V) of the last of a few fixed ids, in exclusive work, where `around` has the decoder's forward."""
+    host._keep_rotary_state()
+    ids = host.self_test_ids(LENGTH)[None]
+    wrap_forward(host.lock, host.decoder, around)
+    cache = DynamicCache(config=host.config)
+    output = host.last_logits(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{CACHE: cache})
+    return output.logits if "logits_to_keep" in host.model_parameters else output.logits[:, -1:]
 
 
 _making = ForwardLock()  # a second host would not know that the first one is patched

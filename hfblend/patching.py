@@ -27,7 +27,7 @@ from .calls import Call
 from .compiled import as_written, give_back, set_aside, tidy
 from .config import BlendConfig, as_config
 from .controller import Controller, Profile
-from .fallbacks import Fallback, generate_option, plan, require_token_ids
+from .fallbacks import Fallback, generate_option, has_inner_hooks, plan, require_token_ids
 from .filler import filler_ids, require_filler
 from .host import UnsupportedModel, cache_given, is_paged
 from .locks import Running, innermost, put_back
@@ -46,6 +46,10 @@ logger = logging.getLogger(__name__)
 
 
 _patched: WeakSet[nn.Module] = WeakSet()  # decoders, what holds their layers, and the layers
+_HOOKS = (
+    "Forward hooks inside the model see passes over some of a prompt's rows; blend_config=BlendConfig(enabled=False) "
+    "gives them the whole prompt."
+)
 _BATCHING = "init_continuous_batching"  # the one that `generate_batch` and the manager's context call, too
 
 
@@ -117,7 +121,7 @@ class Blender:
         self._controllers: dict[tuple[Any, ...], Controller] = {}
         self.config = as_config(config)
         self._traces = threading.local()
-        self._has_noted_batching = False
+        self._has_noted_batching = self._has_noted_hooks = False
         self._before: list[tuple[nn.Module, str, Any]] = []
         self._wrappers: list[MethodType] = []
         self._taken: list[nn.Module] = []
@@ -443,6 +447,14 @@ class Blender:
             self._has_noted_batching = True
             logger.log(fallback.level, "Not blended, stock runs: %s", fallback.reason)
 
+    def _note_hooks(self, call: Call) -> None:
+        """Says in the trace, and once in the log, that hooks do not see the prompt as stock shows it to them."""
+        if not self._has_noted_hooks:
+            self._has_noted_hooks = True
+            logger.warning(_HOOKS)
+        for trace in call.traces_of_prompts:
+            trace.notes.append(_HOOKS)
+
     # --- the decoder's forward ------------------------------------------------------------------------------------
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -473,9 +485,12 @@ class Blender:
     @torch.compiler.disable
     def _blended_forward(self, call: Call, kwargs: dict[str, Any]) -> Any:
         try:
-            return Running().do(call.blended_forward, kwargs)  # the passes' own forwards are none of the call's
+            output = Running().do(call.blended_forward, kwargs)  # the passes' own forwards are none of the call's
         finally:
             give_back(call)
+        if has_inner_hooks(self.host):
+            self._note_hooks(call)
+        return output
 
 
 def _stock(module: nn.Module, name: str, own: Any) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
@@ -330,3 +331,196 @@ def test_generate_inside_a_forward_does_not_wait_for_itself():
         with pytest.raises(RuntimeError, match="inside a forward"):
             blender.host.lock.shared(hfblend.blend, model, PROMPT)
     assert torch.equal(found[1], stock)
+
+
+def attention_of(model):
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def set_all(modules, name, value):
+    for module in modules:
+        setattr(module, name, value)
+
+
+def shorten(model):
+    model.model.layers = model.model.layers[:-1]
+    model.config.num_hidden_layers = len(model.model.layers)
+
+
+# name -> (what the loop does to the model before its forward, the fallback)
+CHANGES = {
+    "attention to all": (lambda model: set_all(attention_of(model), "is_causal", False), "model_changed"),
+    "training mode": (lambda model: model.train(), "training_mode"),
+    "a layer in training mode": (lambda model: model.model.layers[1].self_attn.train(), "training_mode"),
+    "fewer layers": (shorten, "model_changed"),
+    "a layer that does nothing": (
+        lambda model: setattr(model.model.layers[1], "forward", lambda hidden, *args, **kwargs: hidden),
+        "model_changed"),
+    "another module": (lambda model: setattr(model.model.layers[1], "mlp", torch.nn.Identity()), "model_changed"),
+    "a setting of the config": (lambda model: setattr(model.config, "rms_norm_eps", 0.5), "model_changed"),
+    "another scaling": (lambda model: set_all(attention_of(model), "scaling", 0.01), "model_changed"),
+    "weights": (lambda model: model.model.layers[1].mlp.up_proj.weight.data.mul_(2), None),
+}  # fmt: skip
+
+
+def answer_of_changed(change, patched, by="custom_generate"):
+    model = make_llama(attn_implementation="eager", attention_dropout=0.3)
+
+    def loop(model, ids, kwargs):
+        change(model)
+        torch.manual_seed(0)
+        return [model(ids, use_cache=True, **{CACHE: DynamicCache()}, **ONE).logits]
+
+    if not patched:
+        return answers(model, {"input_ids": PROMPT.input_ids}, loop, by)[0], None
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        model.generate(**PROMPT.inputs(), max_new_tokens=2)
+        return answers(model, PROMPT.inputs(), loop, by)[0], blender.trace.fallback
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_loop_that_changes_the_model_before_its_forward(name):
+    change, fallback = CHANGES[name]
+    (stock, _), (found, why) = (answer_of_changed(change, patched) for patched in (False, True))
+    assert why == fallback
+    assert torch.allclose(found, stock, atol=2e-4)
+
+
+def test_autocast_in_the_loop():
+    model = make_llama()
+
+    def loop(model, ids, kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return [model(ids, use_cache=True, **{CACHE: DynamicCache()}, **ONE).logits]
+
+    stock = answers(model, {"input_ids": PROMPT.input_ids}, loop, "custom_generate")[0]
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        found = answers(model, PROMPT.inputs(), loop, "custom_generate")[0]
+        assert blender.trace.fallback == "autocast"
+    assert torch.equal(found, stock)
+
+
+def test_autocast_in_a_forward_around_the_models_own():
+    """As accelerate prepares a model for mixed precision."""
+    model = make_llama()
+    own = model.forward
+
+    def forward(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return own(*args, **kwargs)
+
+    model.forward = functools.wraps(own)(forward)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    stock = model.generate(PROMPT.input_ids, **options)
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        found = model.generate(**PROMPT.inputs(), **options)
+        assert not blender.trace.blended
+    assert torch.equal(found, stock)
+
+
+def pooling(model):
+    """A class whose head reads the mean of all rows."""
+    own = type(model)
+
+    class Pooling(own):
+        def forward(self, input_ids=None, attention_mask=None, logits_to_keep=0, **kwargs):
+            kwargs.pop("position_ids", None)
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            hidden = output.last_hidden_state
+            output["logits"] = self.lm_head(hidden[:, -1:] + hidden.mean(1, keepdim=True))
+            return output
+
+    model.__class__ = Pooling
+
+
+def adding_the_mean(model):
+    """A forward around the model's own that asks for all logits."""
+    own = model.forward
+
+    def forward(*args, logits_to_keep=0, **kwargs):
+        output = own(*args, **kwargs)
+        output.logits = output.logits + output.logits.mean(1, keepdim=True)
+        return output
+
+    model.forward = functools.wraps(own)(forward)
+
+
+def untouched(model):
+    own = model.forward
+    model.forward = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))
+
+
+def as_of_pytorch(work):
+    work.__module__ = "torch.somewhere"
+    return work
+
+
+@pytest.mark.parametrize("when", ["before patch", "between two patches", "between two prompts"])
+@pytest.mark.parametrize(("change", "fallback"), [(pooling, WANTS), (adding_the_mean, WANTS), (untouched, None)])
+def test_a_model_that_reads_all_rows_of_its_decoder(change, fallback, when):
+    model = make_llama()
+    arguments = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    if when == "between two patches":
+        hfblend.patch(model, config=config(1.0)).remove()
+    if when != "between two prompts":
+        change(model)
+    with hfblend.patch(model, config=config(1.0)) as blender:
+        if when == "between two prompts":
+            model.generate(**PROMPT.inputs(), **arguments)
+            assert blender.trace.blended
+            change(model)
+        found = torch.stack(model.generate(**PROMPT.inputs(), **arguments).logits)
+        assert blender.trace.fallback == fallback
+        stock = torch.stack(model.generate(PROMPT.input_ids, **arguments).logits)
+    assert torch.allclose(found, stock, atol=2e-4)
+
+
+def hook_all(run):
+    """A global hook that reads what the decoder returns."""
+
+    def hooked(model, ids, kwargs):
+        seen = []
+
+        def read(module, args, output):
+            if module is model.model:
+                seen.append(output[0].clone())
+
+        handle = torch.nn.modules.module.register_module_forward_hook(read)
+        try:
+            return [*run(model, ids, kwargs), seen[0]]
+        finally:
+            handle.remove()
+
+    return hooked
+
+
+def test_a_hook_on_all_modules_gets_all_rows(monkeypatch):
+    monkeypatch.setitem(LOOPS, "a hook on all modules", (hook_all(outputs_of(**ONE)), WANTS))
+    test_a_loop_gets_what_its_forward_asked_for(make_llama, "a hook on all modules")
+
+
+READERS = {
+    "after a layer": lambda model, read: model.model.layers[1].register_forward_hook(read),
+    "before a layer": lambda model, read: model.model.layers[1].register_forward_pre_hook(read),
+    "on the norm": lambda model, read: model.model.norm.register_forward_hook(read),
+    "on embeddings": lambda model, read: model.model.embed_tokens.register_forward_hook(read),
+    "before all": lambda model, read: torch.nn.modules.module.register_module_forward_pre_hook(read),
+    "of PyTorch": lambda model, read: model.model.norm.register_forward_pre_hook(as_of_pytorch(lambda *args: None)),
+    "on the head": lambda model, read: model.lm_head.register_forward_hook(read),
+}
+
+
+@pytest.mark.parametrize("where", READERS)
+def test_hooks_inside_the_decoder_are_noted(where, caplog):
+    model = make_llama()
+    handle = READERS[where](model, functools.partial(lambda *args: None))
+    try:
+        with hfblend.patch(model, config=config(1.0)) as blender:
+            for _ in range(2):
+                model.generate(**PROMPT.inputs(), max_new_tokens=2, do_sample=False)
+                noted = [note for note in blender.trace.notes if "Forward hooks" in note]
+                assert blender.trace.blended
+                assert len(noted) == (where not in ("of PyTorch", "on the head"))
+    finally:
+        handle.remove()
+    assert sum("Forward hooks" in r.getMessage() for r in caplog.records) == len(noted)

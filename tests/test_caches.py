@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from helpers import config, generate, make_llama, make_mistral, make_prompt
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import hfblend
 from hfblend.caches import GrowingLayer
@@ -125,9 +126,20 @@ def kept(model, cache):
     return found
 
 
+def kept_for_gradients(model, cache):
+    """A loss over what a caller took out goes backward after decoding went on."""
+    weight = torch.ones(1, requires_grad=True)
+    with torch.enable_grad():
+        loss = sum((layer.keys * weight).pow(2).sum() for layer in cache.layers)
+    with torch.no_grad():
+        found = [step(model, cache, 9), step(model, cache, 10)]
+    loss.backward()
+    return [*found, weight.grad / weight.grad.abs().max(), loss.detach() / weight.grad]
+
+
 WAYS = {
     **{f"forks by {copied.__name__}": lambda m, c, copied=copied: forks(m, c, copied) for copied in COPIES},
-    **{one.__name__: one for one in (cropped, reordered, edited, reset, kept)},
+    **{one.__name__: one for one in (cropped, reordered, edited, reset, kept, kept_for_gradients)},
 }
 
 
@@ -265,3 +277,72 @@ def test_decoding_writes_in_place_until_a_copy_is_made():
         address = layer.keys.data_ptr()
         step(MODEL, cache, 9)
         assert layer.keys.data_ptr() == address
+
+
+class Halved(DynamicCache):
+    """Attention reads other keys than it keeps."""
+
+    def update(self, *args, **kwargs):
+        keys, values = super().update(*args, **kwargs)
+        return keys * 0.5, values
+
+
+class Rounded(DynamicLayer):
+    def update(self, key_states, *args, **kwargs):
+        return super().update(key_states.round(), *args, **kwargs)
+
+
+class Counted(DynamicLayer):
+    """Its update is Transformers'; what else it does is not known."""
+
+    def get_seq_length(self):
+        return super().get_seq_length()
+
+
+def of_layers(kind):
+    cache = DynamicCache()
+    cache.layers = [kind() for _ in MODEL.model.layers]
+    return cache
+
+
+def made_lazily(kind):
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = kind
+    return cache
+
+
+def with_its_own_update(place):
+    cache = of_layers(DynamicLayer)
+    one = place(cache)
+    own = one.update
+    one.update = lambda keys, values, *args, **kwargs: own(keys, values * 2, *args, **kwargs)
+    return cache
+
+
+FOREIGN = {
+    "a cache": Halved,
+    "layers": lambda: of_layers(Rounded),
+    "layers that inherit update": lambda: of_layers(Counted),
+    "layers to come": lambda: made_lazily(Rounded),
+    "an instance": lambda: with_its_own_update(lambda cache: cache),
+    "an instance of a layer": lambda: with_its_own_update(lambda cache: cache.layers[1]),
+}
+
+
+@pytest.mark.parametrize("by", ["generate", "custom_generate"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_cache_of_other_code_than_transformers_is_filled_by_stock(name, by):
+    def custom(model, input_ids, **kwargs):
+        return model(input_ids, logits_to_keep=1, **{CACHE: FOREIGN[name]()}).logits
+
+    def answer(inputs):
+        if by == "generate":
+            return torch.stack(generate(MODEL, inputs, past_key_values=FOREIGN[name]()).logits)
+        return MODEL.generate(**inputs, custom_generate=custom)
+
+    with torch.no_grad():
+        stock = answer({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)})
+        with hfblend.patch(MODEL, config=config(1.0)) as blender:
+            found = answer(PROMPT.inputs())
+            assert blender.trace.fallback == "foreign_cache"
+    assert torch.allclose(found, stock, atol=2e-4)
