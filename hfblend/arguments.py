@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import functools
 import numbers
+import re
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -118,7 +119,24 @@ def require_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def token_ids(name: str, ids: Any, vocab_size: int | None = None) -> list[int]:
+def require_text(name: str, text: Any, expected: str = "a text") -> str:
+    """A text that can be encoded.
+
+    Raises:
+        TypeError: no text.
+        ValueError: half of a surrogate pair in it.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be {expected}, got {described(text)}.")
+    if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
+        raise ValueError(
+            f"{name} must be valid Unicode, got half of a surrogate pair, {half[0]!r}, at character {half.start()}; "
+            "take it out, or decode the text with errors='replace'."
+        )
+    return text
+
+
+def token_ids(name: str, ids: Any, vocab_size: int | None = None, expected: str = "a list of token ids") -> list[int]:
     """Token ids of a list, an array or a tensor (n,).
 
     Raises:
@@ -126,12 +144,13 @@ def token_ids(name: str, ids: Any, vocab_size: int | None = None) -> list[int]:
         ValueError: ids that the vocabulary does not have.
     """
     plain = ids.tolist() if hasattr(ids, "tolist") else ids
-    is_list = isinstance(plain, Collection) and not isinstance(plain, str | bytes | Mapping | set)
-    if not is_list or any(isinstance(i, bool) or not isinstance(i, int) for i in plain):
-        raise TypeError(f"{name} must be a text or a list of token ids, got {described(ids)}.")
+    is_list = isinstance(plain, Collection) and not isinstance(plain, str | bytes | Mapping | Set)
+    if not is_list or any(isinstance(i, bool) or not isinstance(i, numbers.Integral) for i in plain):
+        raise TypeError(f"{name} must be {expected}, got {described(ids)}.")
     if plain and not 0 <= min(plain) <= max(plain) < (vocab_size or max(plain) + 1):
-        raise ValueError(f"{name} has ids from {min(plain)} to {max(plain)}; the model's are 0 … {vocab_size} − 1.")
-    return list(plain)
+        known = f"the model's are 0 … {vocab_size} − 1" if vocab_size else "they must be 0 or more"
+        raise ValueError(f"{name} has ids from {min(plain)} to {max(plain)}; {known}.")
+    return list(map(int, plain))
 
 
 def known_fields(aliases: Mapping[str, str]) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from .arguments import described, is_function, is_tokenizer, require_tokenizer, token_ids, whole
+from .arguments import described, is_function, is_tokenizer, require_text, require_tokenizer, token_ids, whole
 from .batched_prefill import Ids, chunks_at_once, in_batches, prefill_together
 from .chunks import ChunkKV, ChunkLost, Reader, in_memory, prefill
 from .config import BlendConfig, as_config
@@ -29,6 +29,7 @@ from .store import DiskStore, RemoteStore, Store, TieredStore, store_at
 
 logger = logging.getLogger(__name__)
 
+_TEXT_OR_IDS = "a text or a list of token ids"
 _BATCHES_IN_WINDOW = 16
 
 
@@ -155,7 +156,10 @@ class _ToIds:
         """
         name = f"Chunk {number}"
         text = text_in(chunk)
-        ids = token_ids(name, chunk, self.vocab_size) if text is None else self._encoder().plain(text)
+        if text is None:
+            ids = token_ids(name, chunk, self.vocab_size, _TEXT_OR_IDS)
+        else:
+            ids = self._encoder().plain(require_text(name, text))
         if not ids:
             raise ValueError(f"{name} has no tokens; leave empty chunks out.")
         return ids
@@ -163,7 +167,7 @@ class _ToIds:
     def prefix(self, prefix: str | Sequence[int], separator: Any, add_special_tokens: bool) -> Ids:
         """The ids before the first chunk of a prompt with this prefix."""
         if not isinstance(prefix, str):
-            return token_ids("The prefix", prefix, self.vocab_size)
+            return token_ids("The prefix", prefix, self.vocab_size, _TEXT_OR_IDS)
         if not (prefix or separator or add_special_tokens):
             return []
         self._encoder()

@@ -7,14 +7,16 @@ stands; after this module a prompt is ids and spans.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from .chat import Chat, as_messages, cut, parting, woven
+from .arguments import described, require, require_text, require_tokenizer, token_ids, whole
+from .chat import Chat, as_messages, cut, parting, texts_within, woven
 from .encoding import Encoder, texts_in
 from .separator import Separator, Span
 
@@ -34,7 +36,7 @@ class ChunkSpans(tuple[Span, ...]):
     note: str
 
     def __new__(cls, spans: Iterable[Any], differs_from_joined_text: bool | None = None, note: str = "") -> ChunkSpans:
-        self = super().__new__(cls, map(_as_span, _listed(spans)))
+        self = super().__new__(cls, [_as_span(span, spans) for span in _listed(spans)])
         self.differs_from_joined_text, self.note = differs_from_joined_text, note
         return self
 
@@ -45,7 +47,7 @@ class ChunkSpans(tuple[Span, ...]):
             if start == stop:
                 raise ValueError(f"Chunk span ({start}, {stop}) is empty; leave empty chunks out.")
             if not 0 <= start < stop <= length:
-                raise ValueError(f"Chunk span ({start}, {stop}) does not lie in a prompt of {length} tokens.")
+                raise ValueError(f"Chunk spans must lie in the prompt of {length} tokens, got ({start}, {stop}).")
             if start < stop_before:
                 raise ValueError(f"Chunk spans must ascend and not overlap, got {tuple(self)}.")
             stop_before = stop
@@ -73,8 +75,11 @@ def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSp
     """
     if isinstance(chunk_spans, ChunkSpans):
         return [_of_equal_rows(chunk_spans, rows)] * len(rows)
-    given = [one if isinstance(one, ChunkSpans) else _listed(one) for one in _listed(chunk_spans)]
-    if not given or (given[0] and isinstance(given[0][0], (int, float))):
+    listed = _listed(chunk_spans)
+    if any(isinstance(one, int | float) for one in listed):
+        raise _no_spans(chunk_spans)
+    given = [one if isinstance(one, ChunkSpans) else _listed(one, chunk_spans) for one in listed]
+    if not given or (given[0] and isinstance(given[0][0], numbers.Number)):
         return [_of_equal_rows(ChunkSpans(given), rows)] * len(rows)
     if len(given) != len(rows):
         raise ValueError(f"Got chunk_spans of {len(given)} prompts for a batch of {len(rows)}; pass one list a row.")
@@ -91,23 +96,33 @@ def _of_equal_rows(spans: ChunkSpans, rows: torch.Tensor) -> ChunkSpans:
     return spans
 
 
-def _listed(values: Any) -> list[Any]:
-    """Spans, lists of them, or one span's ends, as a list: from arrays and tensors too."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise ValueError(
-            "chunk_spans are a list of (start, stop) in whole token indices, or such a list for each row, "
-            f"got {values!r}."
-        )
-    return [value.tolist() if hasattr(value, "tolist") else value for value in values]
+def _listed(values: Any, given: Any = None) -> list[Any]:
+    """Spans, lists of them, or one span's ends, as a list: from arrays and tensors too.
+
+    Args:
+        given: what the values are a part of, for the error.
+    """
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(plain, str | bytes | Mapping) or not isinstance(plain, Iterable):
+        raise _no_spans(values if given is None else given)
+    return [value.tolist() if hasattr(value, "tolist") else value for value in plain]
 
 
-def _as_span(span: Any) -> Span:
+def _no_spans(given: Any) -> ValueError:
+    """The error for what is neither spans nor a list of spans for each row."""
+    hint = ": write prompt.chunk_spans" if isinstance(given, Prompt) else ""
+    return ValueError(
+        "chunk_spans must be a list of (start, stop) in whole token indices, or such a list for each row, "
+        f"got {described(given)}{hint}."
+    )
+
+
+def _as_span(span: Any, given: Any) -> Span:
     if type(span) is tuple and len(span) == 2 and type(span[0]) is type(span[1]) is int:
         return span  # of every chunk of every prompt
-    ends = _listed(span)
+    ends = _listed(span, given)
     if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int) for end in ends):
-        raise ValueError(f"A chunk span is (start, stop) in whole token indices, got {span!r}.")
+        raise ValueError(f"A chunk span is (start, stop) in whole token indices, got {described(span)}.")
     return ends[0], ends[1]
 
 
@@ -125,8 +140,7 @@ class Prompt:
     chunk_spans: ChunkSpans
 
     def __post_init__(self) -> None:
-        if self.input_ids.ndim != 2 or self.input_ids.shape[0] != 1:
-            raise ValueError(f"A prompt's input_ids must be (1, T), got shape {tuple(self.input_ids.shape)}.")
+        _require_prompt_ids(self.input_ids)
         if not isinstance(self.chunk_spans, ChunkSpans):
             object.__setattr__(self, "chunk_spans", ChunkSpans(self.chunk_spans))
         self.chunk_spans.check(self.input_ids.shape[1])
@@ -169,7 +183,7 @@ class Prompt:
 
     @staticmethod
     def batch(
-        prompts: Sequence[Prompt], *, pad_token_id: int | None, device: torch.device | str | None = None
+        prompts: Iterable[Prompt], *, pad_token_id: int | None, device: torch.device | str | None = None
     ) -> dict[str, Any]:
         """Arguments for `model.generate(**...)` of several prompts at once, each padded on its left.
 
@@ -182,13 +196,19 @@ class Prompt:
             `input_ids` (B, T), `attention_mask` (B, T), `chunk_spans`, those of each row.
 
         Raises:
+            TypeError: something else than prompts, or than an id.
             ValueError: no prompt, or no id.
         """
+        if isinstance(prompts, Prompt | Mapping | str) or not isinstance(prompts, Iterable):
+            hint = "; write [prompt]" if isinstance(prompts, Prompt) else ""
+            raise TypeError(f"prompts must be a list of prompts, got {described(prompts)}{hint}.")
+        prompts = [require(f"prompts[{i}]", one, Prompt, "a hfblend.Prompt") for i, one in enumerate(prompts)]
         if not prompts or pad_token_id is None:
             raise ValueError(
                 f"A batch needs at least one prompt and a pad_token_id, got {len(prompts)} prompts and {pad_token_id}. "
                 "Where the tokenizer has no padding token, pass its eos_token_id."
             )
+        pad_token_id = whole("pad_token_id", pad_token_id)
         longest = max(map(len, prompts))
         input_ids = torch.full((len(prompts), longest), pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -214,10 +234,14 @@ class Prompt:
         """Joins pieces of token ids: `prefix chunk … chunk suffix`, with `separator_ids` between them if given.
 
         Raises:
+            TypeError: something else than ids; text.
             ValueError: an empty chunk, or nothing at all.
         """
-        gaps = _gaps(list(prefix_ids), len(chunks), list(suffix_ids), list(separator_ids))
-        return cls._of_ids(gaps, [list(chunk) for chunk in chunks])
+        if isinstance(chunks, str | bytes | Mapping | Set) or not isinstance(chunks, Iterable):
+            raise TypeError(f"chunks must be a list of lists of token ids, got {described(chunks)}.")
+        listed = [token_ids(f"chunks[{i}]", chunk) for i, chunk in enumerate(chunks)]
+        prefix, suffix = token_ids("prefix_ids", prefix_ids), token_ids("suffix_ids", suffix_ids)
+        return cls._of_ids(_gaps(prefix, len(listed), suffix, token_ids("separator_ids", separator_ids)), listed)
 
     @classmethod
     def _of_ids(cls, gaps: list[list[int]], chunks: list[list[int]]) -> Prompt:
@@ -248,14 +272,22 @@ class Prompt:
             add_special_tokens: put the tokenizer's own leading special tokens (BOS) first, unless `prefix` has them.
 
         Raises:
-            TypeError: chunks that are no texts.
+            TypeError: an argument of another type, such as chunks that are no texts.
             ValueError: a chunk, or the separator, that tokenises to nothing.
         """
-        texts, encode = texts_in(chunks, "chunks"), Encoder(tokenizer)
+        texts, encode = texts_in(chunks, "chunks"), Encoder(require_tokenizer(tokenizer))
+        prefix, suffix = require_text("prefix", prefix), require_text("suffix", suffix)
+        require("add_special_tokens", add_special_tokens, bool, "True or False")
         between = "" if separator is None else separator
-        separator_ids = encode.after(between) if isinstance(between, str) else list(between)
+        separator_ids = (
+            encode.after(require_text("separator", between))
+            if isinstance(between, str)
+            else token_ids("separator", between, expected="a text, a list of token ids or None")
+        )
         if separator is not None and not separator_ids:
-            raise ValueError(f"The separator {separator!r} tokenises to nothing; choose another, or None.")
+            raise ValueError(
+                f"separator must have a token, got {separator!r}, which tokenises to nothing; choose another."
+            )
         begin = _begin(encode, prefix, add_special_tokens)
         gaps = _gaps(begin + encode(prefix), len(texts), encode.after(suffix), separator_ids)
         if not isinstance(between, str):
@@ -289,21 +321,24 @@ class Prompt:
             template_kwargs: for `apply_chat_template`.
 
         Raises:
-            TypeError: messages or documents of another form.
+            TypeError: messages or documents of another form, or an argument that `from_chat` itself sets.
             ValueError: no user message, several placeholders, or a template that drops, repeats or moves documents.
         """
-        texts, encode = texts_in(documents, "documents"), Encoder(tokenizer)
+        texts = texts_in(documents, "documents")
+        _check_template_arguments(placeholder, add_generation_prompt, template_kwargs)
+        encode = Encoder(require_tokenizer(tokenizer), marked=True, template=template_kwargs.get("chat_template"))
         options = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
         chat = Chat(
-            tokenizer,
+            encode,
             as_messages(messages),
             documents if isinstance(documents, Sequence) else texts,
             placeholder,
             **options,
         )
-        gaps, chunks = cut(chat.render, texts)
+        gaps, chunks = cut(chat.render, texts, encode.readable, _DOCUMENTS_OF_TEMPLATE if placeholder is None else "")
         _begin(encode, gaps[0], False)
         gap_ids = [encode(gaps[0]), *map(encode.after, gaps[1:])]
+        encode.count_as_control([i for ids in gap_ids for i in ids], "\n".join(texts_within(chat.messages)))
         return cls._of_texts(encode, gap_ids, chunks, woven(gaps, chunks), chat.ids(texts))
 
     @classmethod
@@ -320,8 +355,47 @@ class Prompt:
         """Splits ids (1, T) at a separator: prefix before the first, suffix after the last, chunks between.
 
         Fewer than two separators leave no chunk. Adjacent separators are one gap.
+
+        Raises:
+            TypeError: no tensor of ids, or no `Separator`.
+            ValueError: ids of another shape.
         """
+        _require_prompt_ids(input_ids)
+        how = "a Separator: write Separator(text, tokenizer) or Separator(ids)"
+        require("separator", separator, Separator, how)
         return cls(input_ids, ChunkSpans(separator.chunk_spans(input_ids[0].tolist())))
+
+
+def _require_prompt_ids(input_ids: Any) -> None:
+    """Raises `TypeError` or `ValueError` unless these are the ids of one prompt."""
+    how = "a tensor (1, T) of token ids, as of tokenizer(text, return_tensors='pt').input_ids"
+    require("input_ids", input_ids, torch.Tensor, how)
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids must be whole numbers, got {described(input_ids)}.")
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise ValueError(f"A prompt's input_ids must be (1, T), got shape {tuple(input_ids.shape)}.")
+    if input_ids.device.type == "cpu" and bool((input_ids < 0).any()):  # on a GPU, looking would wait for it
+        raise ValueError(f"input_ids must be 0 or more, got {int(input_ids.min())}.")
+
+
+_DOCUMENTS_OF_TEMPLATE = (
+    "placeholder=None needs a template that has `documents`, and this one writes none of them: leave placeholder out, "
+    "so that they stand in a message. "
+)
+_OURS = {"tokenize", "return_dict", "return_tensors", "truncation", "padding", "max_length", "tokenizer_kwargs",
+         "return_assistant_tokens_mask", "conversation"}  # fmt: skip
+
+
+def _check_template_arguments(placeholder: Any, add_generation_prompt: Any, more: Mapping[str, Any]) -> None:
+    """Raises `TypeError` or `ValueError` unless `apply_chat_template` may be called with these."""
+    if placeholder is not None:
+        require_text("placeholder", placeholder, "a text or None")
+    require("add_generation_prompt", add_generation_prompt, bool, "True or False")
+    require("chat_template", more.get("chat_template"), (str, type(None)), "a template or the name of one")
+    if placeholder == "":
+        raise ValueError("placeholder must be a text of a letter or more, or None, got ''.")
+    if ours := sorted(_OURS & more.keys()):
+        raise TypeError(f"from_chat sets tokenize, truncation and the like itself, got {ours[0]}=; leave it out.")
 
 
 def _gaps(prefix: list[int], num_chunks: int, suffix: list[int], separator: list[int]) -> list[list[int]]:
@@ -364,5 +438,5 @@ def _note(encode: Encoder, ids: list[int], joined: str, joined_ids: list[int]) -
     ours = encode.decode(ids)
     if ours == joined or ours == (theirs := encode.decode(joined_ids)):
         return ""
-    place = parting(ours, theirs, ("the prompt", "the joined text"))
+    place = parting(encode.readable(ours), encode.readable(theirs), ("the prompt", "the joined text"))
     return f"The pieces make another text than the joined text: {place}."

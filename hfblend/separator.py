@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from .arguments import require_text, require_tokenizer, token_ids
 from .encoding import Encoder
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class Separator:
         separator: text (needs `tokenizer`) or token ids.
 
     Raises:
+        TypeError: neither, or a tokenizer that is none.
         ValueError: text without a tokenizer, or text that tokenises to nothing.
     """
 
@@ -33,13 +35,18 @@ class Separator:
         self.tokenizer = tokenizer
         if isinstance(separator, str):
             if tokenizer is None:
-                raise ValueError(f"The separator {separator!r} is text: pass a tokenizer, or give its token ids.")
-            encode = Encoder(tokenizer)
+                raise ValueError(
+                    f"separator must be token ids, got the text {separator!r}: pass a tokenizer, or give its ids."
+                )
+            encode = Encoder(require_tokenizer(tokenizer))
+            separator = require_text("separator", separator)
             variants = {tuple(encode.after(separator)), tuple(encode.after(separator.rstrip()))} - {()}
         else:
-            variants = {tuple(separator)} - {()}
+            variants = {tuple(token_ids("separator", separator, expected="a text or a list of token ids"))} - {()}
         if not variants:
-            raise ValueError(f"The separator {separator!r} tokenises to nothing; choose another.")
+            raise ValueError(
+                f"separator must have a token, got {separator!r}, which tokenises to nothing; choose another."
+            )
         self.variants = sorted(variants, key=len, reverse=True)
         self._firsts = {ids[0] for ids in self.variants}
         self._warned = False

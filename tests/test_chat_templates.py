@@ -158,6 +158,69 @@ def test_control_tokens_are_found_wherever_they_are_named(where):
     assert tokenizer.decode(ids) == "a<ask>b"
 
 
+LOOP = "{% for m in messages %}OPEN{{ m.content }}{% endfor %}"
+COMPOSED = {
+    "literal": ("<ask>{{ messages[-1].content }}", "<ask>", {}),
+    "a role": (LOOP.replace("OPEN", "{{ '<' + m.role + '>' }}"), "<critics>", {"message": {"role": "critics"}}),
+    "a kwarg": (LOOP.replace("OPEN", "{{ '<' ~ mode ~ '>' }}"), "<deep>", {"kwargs": {"mode": "deep"}}),
+    "an index": (LOOP.replace("OPEN", "{{ '<step' ~ loop.index ~ '>' }}"), "<step1>", {}),
+    "a call": (
+        LOOP.replace("OPEN", "{% for c in m.tool_calls or [] %}{{ '<' ~ c.type ~ '_call>' }}{% endfor %}"),
+        "<function_call>",
+        {"message": {"tool_calls": [{"type": "function", "function": {"name": "a", "arguments": {}}}]}},
+    ),
+    "a call of another sort": (
+        LOOP.replace("OPEN", "{% for c in m.tool_calls or [] %}{{ '<' ~ c.type ~ '_call>' }}{% endfor %}"),
+        "<custom_call>",
+        {"message": {"tool_calls": [{"type": "custom"}]}},
+    ),
+    "cases": (LOOP.replace("OPEN", "{{ '[' ~ m.role | upper ~ ']:' }}"), "[USER]:", {}),
+}
+
+
+@pytest.mark.parametrize("per_call", [False, True])
+@pytest.mark.parametrize("how", COMPOSED)
+def test_what_the_template_writes_here_is_a_control_token_here(how, per_call):
+    template, token, more = COMPOSED[how]
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken(t, special=False) for t in (token, "<table>")])
+    kwargs = dict(more.get("kwargs", {}))
+    if per_call:
+        tokenizer.chat_template, kwargs["chat_template"] = "{{ messages[0].content }}", template
+    else:
+        tokenizer.chat_template = template
+    messages = [{"role": "user", "content": "{documents}Who? <table>", **more.get("message", {})}]
+    marker, table = tokenizer.convert_tokens_to_ids([token, "<table>"])
+    for document in (token, f"a{token}b <table>", token * 2):
+        prompt = Prompt.from_chat(tokenizer, messages, [document, "."], **kwargs)
+        assert marker not in prompt.chunk_ids[0]
+        assert marker in prompt.prefix_ids
+        assert tokenizer.decode(prompt.chunk_ids[0]) == document
+        assert (table in prompt.chunk_ids[0]) is ("<table>" in document)  # the user wrote it, not the template
+    if how in ("an index", "a call", "cases") and not per_call:
+        assert marker not in Prompt.from_texts(tokenizer, prefix="P", chunks=[token], suffix="S").ids
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "llama-3.1", "gpt-oss", "granite", "smollm3", "alpaca"])
+def test_words_that_stand_in_a_templates_source_stay_ordinary(name):
+    tokenizer = tokenizer_of(FORMS[name])
+    words = ["content", "role", "user", "message", "if", "tool", "system", "function", "for", "assistant", "messages",
+             "endif", "is defined", "enable_thinking", "reasoning_content", "e.g.", "C++", "2024"]  # fmt: skip
+    tokenizer.add_tokens([AddedToken(word, special=False) for word in words])
+    for word in words:
+        prompt = Prompt.from_chat(tokenizer, f"What is {word}? {{documents}}", [f"a {word} b"])
+        assert tokenizer.convert_tokens_to_ids(word) in prompt.chunk_ids[0], word
+        assert prompt.chunk_ids[0] == Encoder(tokenizer).after(f"a {word} b")
+
+
+def test_a_word_that_a_template_writes_as_a_marker_is_a_control_token():
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken(word, special=False) for word in ("ENDTURN", "USER:", "### Question")])
+    tokenizer.chat_template = "{% for m in messages %}USER: {{ m.content + 'ENDTURN' }}\n### Question\n{% endfor %}"
+    for word in ("ENDTURN", "USER:", "### Question"):
+        assert tokenizer.convert_tokens_to_ids(word) not in Encoder(tokenizer).plain(f"a {word} b")
+
+
 def in_vocabulary(token):
     """A tokenizer whose vocabulary has a token that merges give, without its being an added token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -240,7 +303,7 @@ def test_documents_may_be_objects_with_text():
     texts = Prompt.from_texts(tokenizer, prefix="P", chunks=given, suffix="S")
     assert texts.chunk_ids == right.chunk_ids
     for wrong in ("Doc.", given[0], given[2], None, 5):
-        with pytest.raises(TypeError, match="must be a list of texts, got one"):
+        with pytest.raises(TypeError, match="must be a list of texts, got"):
             Prompt.from_chat(tokenizer, "Who?", wrong)
     for wrong in (None, 5, {"body": "Doc."}, {"text": None}, b"Doc."):
         with pytest.raises(TypeError, match=r"documents\[1\] must be a text, or hold one as page_content"):
@@ -303,6 +366,33 @@ def test_the_place_where_texts_part_is_told():
         Prompt.from_chat(tokenizer, "{documents}Who?", ["Document one.", "Document two."])
 
 
+@pytest.mark.parametrize("field", ["page_content", "text", "content"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_title_that_says_the_same_as_the_text_stays(field, order):
+    tokenizer = byte_level()
+    tokenizer.chat_template = f"{{% for d in documents %}}{{{{ d.title }}}}: {{{{ d.{field} }}}};{{% endfor %}}W"
+    given = [dict([("title", "Rome"), (field, "Rome"), ("note", "Rome")][::order]), {field: "Oslo", "title": "Rome"}]
+    prompt = Prompt.from_chat(tokenizer, "Who?", given, placeholder=None)
+    assert tokenizer.decode(prompt.ids) == "Rome: Rome;Rome: Oslo;W"
+    assert prompt.chunk_spans == ((6, 10), (17, 21))
+
+
+@pytest.mark.parametrize("limit", [1, 4, 12, 13, 20, 33, 39, 40, 41, 100])
+@pytest.mark.parametrize("size", [1, 3, 11, 12, 30, 39, 60])
+def test_a_template_that_looks_at_lengths(limit, size):
+    tokenizer, documents = byte_level(), ["ab" * 60, "c d"]
+    documents = [document[:size] for document in documents]
+    for content in ("{{ m.content }}", "{{ m.content | tojson }}"):
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.content | length < " + str(limit) + " %}Short: {% else %}Long: {% endif %}"
+            + content + "{% endfor %}"
+        )  # fmt: skip
+        prompt = Prompt.from_chat(tokenizer, "{documents}", documents)
+        right = tokenizer.apply_chat_template([{"role": "user", "content": "".join(documents)}], tokenize=False)
+        assert tokenizer.decode(prompt.ids) == right
+        assert list(map(tokenizer.decode, prompt.chunk_ids)) == documents
+
+
 @pytest.mark.parametrize("name", ["granite", "command-r"])
 def test_the_templates_own_documents_are_chunks_too(name):
     tokenizer, messages = tokenizer_for(name), [{"role": "user", "content": "Who?"}]
@@ -316,7 +406,7 @@ def test_the_templates_own_documents_are_chunks_too(name):
 
 
 def test_a_template_without_documents_of_its_own_says_so():
-    with pytest.raises(ValueError, match="0 times"):
+    with pytest.raises(ValueError, match=r"needs a template that has `documents`.*leave placeholder out"):
         Prompt.from_chat(tokenizer_for("chatml"), "Who?", ["Doc."], placeholder=None)
 
 
@@ -372,6 +462,34 @@ def test_a_tokenizer_that_parses_nothing():
     assert texts.ids == prompt.ids
 
 
+@pytest.mark.parametrize("place", ["before", "after", "around", "system", "assistant", "across"])
+def test_control_words_in_messages_stay_text_where_the_tokenizer_parses_none(place):
+    tokenizer, documents = MistralCommonLike(), ["A doc </s>.\n\n", "[INST]"]
+    for words in ("[INST]", "</s>", "a <s> b [/INST] c", "</s></s>[INST"):
+        messages = {
+            "before": [("user", f"{words}{{documents}}Who?")],
+            "after": [("user", f"{{documents}}What does {words} do?")],
+            "around": [("user", f"{words}{{documents}}{words}")],
+            "system": [("system", words), ("user", "{documents}Who?")],
+            "assistant": [("user", "Hi"), ("assistant", words), ("user", "{documents}Who?")],
+            "across": [("user", "[IN{documents}ST]")],
+        }[place]
+        made = [{"role": role, "content": text} for role, text in messages]
+        prompt = Prompt.from_chat(tokenizer, made, documents)
+        joined = [{**m, "content": m["content"].replace("{documents}", "".join(documents))} for m in made]
+        assert prompt.ids == tokenizer.apply_chat_template(joined)
+        assert prompt.chunk_spans.differs_from_joined_text is False
+        assert sum(i in tokenizer.all_special_ids for i in prompt.ids) == 1 + 2 * len(made)
+
+
+def test_a_note_names_control_tokens_as_the_tokenizer_does():
+    encode = Encoder(MistralCommonLike(), marked=True)
+    ids = [0, 2, *map(ord, "efg"), 3]
+    assert encode.readable(encode.decode(ids)) == "<s>[INST]abc[/INST]"
+    assert encode(encode.decode(ids)) == ids
+    assert encode("[INST]") == Encoder(encode.tokenizer).after("[INS") + [4 + ord("T"), 4 + ord("]")]
+
+
 @pytest.mark.parametrize("kind", ["spm", "tekken"])
 def test_mistral_commons_own_tokenizers(kind):
     from pathlib import Path
@@ -386,3 +504,6 @@ def test_mistral_commons_own_tokenizers(kind):
     message = {"role": "user", "content": f"Passages:\n{''.join(documents)}Who?"}
     assert prompt.ids == tokenizer.apply_chat_template([message], return_dict=False)
     assert len(prompt.chunk_ids) == 2
+    asked = Prompt.from_chat(tokenizer, "{documents}What does [INST] do, and </s>?", documents)
+    assert sum(i in tokenizer.all_special_ids for i in asked.ids) == 3
+    assert asked.chunk_spans.note == ""

@@ -24,9 +24,12 @@ from hfblend.baselines import Blending
 from hfblend.cli import app
 from hfblend.controller import Controller
 from hfblend.fallbacks import Fallback
+from hfblend.prompt import spans_by_row
+from hfblend.separator import Separator
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore, store_at
 
 PROMPT = make_prompt()
+CHAT = "{% for m in messages %}<s> w6 {{ m.content }} </s> {% endfor %}"
 PACKAGE = str(Path(hfblend.__file__).parent)
 
 
@@ -130,6 +133,85 @@ FIELDS = {
 }
 
 
+PROMPTS = {  # constructor -> how it is called where it is right, argument -> the inputs that mean something there
+    "Prompt": ({"input_ids": torch.arange(20)[None], "chunk_spans": [(1, 3)]}, {"input_ids": "", "chunk_spans": "[]"}),
+    "from_ids": (
+        {"prefix_ids": [1], "chunks": [[3, 4]], "suffix_ids": [5], "separator_ids": ()},
+        {
+            "prefix_ids": "[] array tensor NumPy",
+            "chunks": "[] [[1]] ids",
+            "suffix_ids": "[] array tensor NumPy",
+            "separator_ids": "[] array tensor NumPy",
+        },
+    ),
+    "from_texts": (
+        {"prefix": "w8", "chunks": ["w9"], "suffix": "w10"},
+        {
+            "tokenizer": "tokenizer",
+            "prefix": "text name",
+            "chunks": "[] texts digits generator",
+            "suffix": "text name",
+            "separator": "None text name array tensor NumPy",
+            "add_special_tokens": "True",
+        },
+    ),
+    "from_chat": (
+        {"messages": "w8", "documents": ["w9 "]},
+        {
+            "tokenizer": "tokenizer",
+            "messages": "text name",
+            "documents": "[] texts digits generator",
+            "placeholder": "text name",  # and None, of a template with documents of its own
+            "add_generation_prompt": "True",
+            "chat_template": "None",
+        }
+        | dict.fromkeys(("tokenize", "return_dict", "truncation", "return_tensors", "padding", "max_length"), ""),
+    ),
+    "from_separated_ids": (
+        {"input_ids": torch.arange(4)[None], "separator": Separator([1])},
+        {"input_ids": "", "separator": ""},
+    ),
+    "batch": ({"prompts": [PROMPT], "pad_token_id": 0}, {"prompts": "prompts", "pad_token_id": "3"}),
+    "Separator": (
+        {"separator": "##"},
+        {"separator": "text name array tensor NumPy", "tokenizer": "tokenizer"},
+    ),
+}
+PROMPTS["Prompt"][1]["input_ids"] = PROMPTS["from_separated_ids"][1]["input_ids"] = "ids"
+
+
+def made(how, arguments, tokenizer):
+    """Calls a constructor; tokenizers are given where they are not what is swept."""
+    if how in ("from_texts", "from_chat", "Separator"):
+        arguments = {"tokenizer": tokenizer, **arguments}
+    make = {"Prompt": hfblend.Prompt, "Separator": Separator}.get(how) or getattr(hfblend.Prompt, how)
+    return make(**arguments)
+
+
+def more_inputs() -> dict:
+    """What may be passed to a constructor of prompts by mistake, besides."""
+    return {
+        "texts": ["w9", "w10"],
+        "floats in a list": [1.5, 2.0],
+        "negative": [-1, 2],
+        "bools": [True, False],
+        "nested": [[1, 2, 3], "text"],
+        "digits": ["1", "2"],
+        "set": {"w9"},
+        "dict of texts": {"a": "b"},
+        "bool tensor": torch.ones(1, 3, dtype=torch.bool),
+        "negative tensor": torch.tensor([[-1, 2]]),
+        "surrogate": "a \ud800 b",
+        "surrogates": ["a", "b \udfff"],
+        "NumPy": [np.int64(3), np.int32(4)],
+        "prompts": [PROMPT, PROMPT],
+        "inputs": [PROMPT.inputs()],
+        "generator": (text for text in ("w9", "w10")),
+        "none inside": [None],
+        "messages": [{"role": "user", "content": 5}],
+    }
+
+
 def entry_points() -> dict:
     """Name -> (function of the input, model and blender; names of the inputs that mean something)."""
     found = {}
@@ -148,6 +230,12 @@ def entry_points() -> dict:
         )
     for name, meant in FIELDS.items():
         found[f"BlendConfig({name})"] = (lambda v, m, b, n=name: hfblend.BlendConfig(**{n: v}), meant)
+    for how, (given, meanings) in PROMPTS.items():
+        for name, meant in meanings.items():
+            found[f"{'' if how in ('Prompt', 'Separator') else 'Prompt.'}{how}({name})"] = (
+                lambda v, m, b, how=how, n=name, given=given: made(how, {**given, n: v}, m.tokenizer),
+                meant,
+            )
     for name, meant in {"every": "3", "max_kl": "3 2.5", "num_tokens": "3"}.items():
         found[f"Verify({name})"] = (lambda v, m, b, n=name: hfblend.Verify(**{n: v}), meant)
     return found | {
@@ -220,9 +308,12 @@ def test_each_wrong_input_is_answered_with_what_was_got_and_what_is_expected(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
     run, meaningful = entry_points()[name]
+    word_tokenizer.chat_template = CHAT
+    monkeypatch.setattr(model, "tokenizer", word_tokenizer, raising=False)
+    of_prompts = more_inputs() if re.match(r"Prompt|Separator", name) else {}
     settings, store = blender.config, blender.store
     found = {}
-    for label, value in inputs_of(word_tokenizer).items():
+    for label, value in {**inputs_of(word_tokenizer), **of_prompts}.items():
         found[label] = slip(run, value, model, blender)
         blender.config, blender.store = settings, store
     expected = {label: "accepted" if label in meaningful.split() else "" for label in found}
@@ -232,15 +323,21 @@ def test_each_wrong_input_is_answered_with_what_was_got_and_what_is_expected(
 
 
 def test_the_sweep_knows_every_public_name():
-    """Results, which users read and do not make, are left out; `Prompt` has a sweep of its own in test_prompt.py."""
+    """Results, which users read and do not make, are left out."""
     swept = {re.split(r"\W", name)[0] for name in entry_points()}
-    results = {"BlendResult", "BlendTrace", "Calibration", "Prompt", "UnsupportedModel", "Verification"}
+    results = {"BlendResult", "BlendTrace", "Calibration", "UnsupportedModel", "Verification"}
     assert set(hfblend.__all__) <= swept | results
     methods = {name for name, _ in inspect.getmembers(hfblend.Blender, inspect.isfunction) if name[0] != "_"}
     assert methods == {"verify", "calibrate", "precompute"} | {"remove", "profile", "refresh"}  # these take nothing
     assert set(FIELDS) == {field.name for field in dataclasses.fields(hfblend.BlendConfig)}
     assert set(PATCH) == set(inspect.signature(hfblend.patch).parameters)
     assert set(BLEND) == set(inspect.signature(hfblend.blend).parameters) - {"model"}
+    ways = {name for name in vars(hfblend.Prompt) if name.startswith("from_")}
+    assert {"Prompt", "Separator", "batch"} | ways == set(PROMPTS)
+    for how in ways:
+        assert set(PROMPTS[how][1]) >= set(inspect.signature(getattr(hfblend.Prompt, how)).parameters) - {
+            "template_kwargs"
+        }
     assert set(STEPS) == set(inspect.signature(hfblend.steps).parameters) - {"model"}
 
 
@@ -268,6 +365,22 @@ def test_the_sweep_knows_every_public_name():
         (lambda m, t: store_at("s3:/bucket/chunks"), "write s3://"),
         (lambda m, t: store_at("memry://chunks"), "Did you mean memory://"),
         (lambda m, t: RemoteStore("chunks"), r"DiskStore\(path\)"),
+        (lambda m, t: hfblend.prefill_chunk(m, "abc"), "ids must be a list of token ids, got 'abc'"),
+        (lambda m, t: hfblend.Prompt(torch.arange(9)[None], (1, 5)), r"got \(1, 5\)"),
+        (lambda m, t: hfblend.Prompt(torch.arange(9)[None], np.array([1, 5])), r"got a ndarray of shape \(2,\)"),
+        (lambda m, t: hfblend.Prompt(torch.arange(9)[None], PROMPT), "got .*Prompt: write prompt.chunk_spans"),
+        (lambda m, t: spans_by_row((1, 5), torch.arange(9)[None]), r"got \(1, 5\)"),
+        (lambda m, t: spans_by_row(np.array([1, 5]), torch.arange(9)[None]), r"got a ndarray of shape \(2,\)"),
+        (lambda m, t: spans_by_row(PROMPT, torch.arange(9)[None]), "got .*Prompt: write prompt.chunk_spans"),
+        (lambda m, t: hfblend.Prompt([[1, 2, 3]], []), r"input_ids must be a tensor \(1, T\).* got \[\[1, 2, 3\]\]"),
+        (lambda m, t: hfblend.Prompt.from_ids([1], [3, 4], [5]), r"chunks\[0\] must be a list of token ids, got 3"),
+        (lambda m, t: hfblend.Prompt.from_ids([1], [[3]], [5], " # # "), "separator_ids must be a list of token ids"),
+        (lambda m, t: hfblend.Prompt.from_ids([-1], [[3]], [5]), "prefix_ids has ids from -1"),
+        (lambda m, t: hfblend.Prompt.from_separated_ids(torch.arange(9)[None], "##"), r"write Separator\(text, token"),
+        (lambda m, t: hfblend.Prompt.batch(PROMPT, pad_token_id=0), r"write \[prompt\]"),
+        (lambda m, t: Separator("##", "org/m"), r"AutoTokenizer.from_pretrained\('org/m'\)"),
+        (lambda m, t: hfblend.Prompt.from_chat(t, "w8 \ud800", ["w9"]), "half of a surrogate pair.*character 3"),
+        (lambda m, t: hfblend.Prompt.from_chat(t, "w8", ["w9"], return_dict=True), "got return_dict=; leave it out"),
         (lambda m, t: hfblend.BlendConfig(selection="kv_devation"), "Did you mean 'kv_deviation'"),
     ],
 )  # fmt: skip

@@ -79,6 +79,8 @@ def test_bad_prompts_are_refused(word_tokenizer):
 
 
 class _NothingTokenizer:
+    decode = convert_ids_to_tokens = None
+
     def __call__(self, text, **kwargs):
         return {"input_ids": []}
 
@@ -189,7 +191,7 @@ def test_from_chat_says_what_is_wrong(word_tokenizer):
     with pytest.raises(ValueError, match="once"):
         Prompt.from_chat(word_tokenizer, [{"role": "user", "content": "{documents} {documents}"}], ["w10"])
     word_tokenizer.chat_template = "w7"
-    with pytest.raises(ValueError, match="rendered"):
+    with pytest.raises(ValueError, match="each document once"):
         Prompt.from_chat(word_tokenizer, [{"role": "user", "content": "w8"}], ["w10"])
 
 
