@@ -51,9 +51,9 @@ def is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, type | nn.Module) and not is_tokenizer(value)
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """The known name that is spelt most like this one; empty where none is close."""
-    return next(iter(difflib.get_close_matches(name.lower(), list(known), 1)), "")
+def closest(name: str, known: Iterable[str], least: float = 0.6) -> str:
+    """The known name that is spelt most like this one; empty where none is close (difflib's ratio below `least`)."""
+    return next(iter(difflib.get_close_matches(name.lower(), list(known), 1, least)), "")
 
 
 def one_of(name: str, value: Any, choices: Collection[str], also: str = "") -> None:

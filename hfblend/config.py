@@ -211,16 +211,23 @@ class BlendConfig:
             environ: variables to read; default `os.environ`.
 
         Raises:
+            TypeError: a name or a value that is no text.
             ValueError: a variable that cannot be read, named with its value; one that looks misspelt.
         """
         environ = os.environ if environ is None else environ
         require("environ", environ, Mapping, "a mapping of texts")
+        for name, text in environ.items():
+            require("Each name in environ", name, str, "text")
+            require(f"environ[{name!r}]", text, str, "text")
         values: dict[str, Any] = {}
         read_from: dict[str, str] = {}
         for field, (lmcache_name, read) in _ENVIRONMENT.items():
             for name in (f"HFBLEND_{field.upper()}", lmcache_name):
                 if name in environ:
-                    values[field], read_from[field] = _read(name, environ[name], read), f"{name}={environ[name]!r}"
+                    values[field], read_from[field] = (
+                        _read(name, environ[name], read),
+                        f"{name}={described(environ[name])}",
+                    )
                     break
         ratios = values.get("recompute_ratios", (0.15,))
         if "check_layers" in values and ratios != "auto" and len(ratios) == 1:
@@ -273,6 +280,10 @@ def _flag(text: str) -> bool:
     return words[text.strip().lower()]
 
 
+def _separator(text: str) -> str | None:
+    return None if text.strip().lower() == "none" or not text else text
+
+
 def _list_of(kind: type) -> Any:
     return lambda text: tuple(kind(part) for part in text.strip().strip("[]()").split(",") if part.strip())
 
@@ -283,7 +294,7 @@ def _ratios(text: str) -> Any:
 
 _ENVIRONMENT: dict[str, tuple[str, Any]] = {
     "enabled": ("LMCACHE_ENABLE_BLENDING", _flag),
-    "separator": ("LMCACHE_BLEND_SPECIAL_STR", str),
+    "separator": ("LMCACHE_BLEND_SPECIAL_STR", _separator),
     "selection": ("", str),
     "check_layers": ("LMCACHE_BLEND_CHECK_LAYERS", _list_of(int)),
     "score_layers": ("", _list_of(int)),
@@ -307,8 +318,8 @@ _OTHER_VARIABLES = ("HFBLEND_CACHE", "HFBLEND_SHORT", "HFBLEND_CHROMIUM", "LMCAC
 def _read(name: str, text: str, read: Any) -> Any:
     try:
         return read(text)
-    except ValueError as error:
-        raise ValueError(f"Environment variable {name}={text!r} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:  # the second, of JSON that is nested without end
+        raise ValueError(f"Environment variable {name}={described(text)} cannot be read: {error}.") from error
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:

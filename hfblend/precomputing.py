@@ -107,6 +107,8 @@ def precompute(
             texts without a tokenizer. What came before the chunk is stored.
     """
     _require_several(chunks)
+    if store is None:
+        raise TypeError("store must be a store, a folder or a URL, got None: its entries would end with this call.")
     host, config, store = host_of(model), as_config(config), store_at(store)
     batch_size = whole("batch_size", chunks_at_once(host) if batch_size is None else batch_size, 1)
     if progress is not None and not is_function(progress):

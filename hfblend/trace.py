@@ -255,6 +255,9 @@ class BlendTrace:
 
         >>> trace.save("call.trace")  # doctest: +SKIP
         >>> hfblend.show(hfblend.BlendTrace.load("call.trace"))  # doctest: +SKIP
+
+        Raises:
+            OSError: the file cannot be written.
         """
         from .trace_file import save_trace
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .controller import Decision
@@ -88,7 +88,11 @@ _DECISION: dict[str, Check] = {
 
 
 def save_trace(trace: BlendTrace, path: str | os.PathLike[str]) -> None:
-    """Writes a trace."""
+    """Writes a trace.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     tensors = {name: value for name in TENSORS if (value := getattr(trace, name)) is not None}
     if trace.maps is not None:
         tensors |= {f"maps.{name}": values for name, values in trace.maps.items().items()}
@@ -100,7 +104,10 @@ def save_trace(trace: BlendTrace, path: str | os.PathLike[str]) -> None:
         "texts": trace.token_texts(),
     }
     on_cpu = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    save_file(on_cpu, path, {"format": FORMAT, "trace": json.dumps(described)})
+    try:
+        save_file(on_cpu, path, {"format": FORMAT, "trace": json.dumps(described)})
+    except SafetensorError as error:  # the library's own, of no folder and of a full disk too
+        raise OSError(f"The trace cannot be written to {os.fspath(path)}: {error}") from error
 
 
 def load_trace(path: str | os.PathLike[str]) -> BlendTrace:

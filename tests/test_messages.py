@@ -109,7 +109,7 @@ OF_BLENDER = {
     ("precompute", "prefix"): "[] array tensor",
     ("precompute", "batch_size"): "None 3",
     ("precompute", "progress"): "None",
-    ("precompute", "store"): "None text name store",
+    ("precompute", "store"): "text name store",
     ("precompute", "config"): "None config",
     ("precompute", "tokenizer"): "None tokenizer",
 }
@@ -444,6 +444,46 @@ def test_every_misspelling_of_a_field_by_one_letter_is_understood():
         for i in range(len(field)):
             with pytest.raises(TypeError, match=f"Did you mean '{field}'"):
                 hfblend.BlendConfig(**{f"{field[:i]}{field[i + 1 :]}": 1})
+
+
+@pytest.mark.parametrize("name", ["max_bytes", "timeout_s", "pause_s", "max_failures", "kv_dtype"])
+def test_every_misspelling_of_a_stores_option_by_one_letter_is_understood(name):
+    """fsspec takes any option: a budget that is misspelt would be none."""
+    pytest.importorskip("fsspec")
+    slips = {name[:i] + name[i + 1 :] for i in range(len(name))} | {name[:i] + "x" + name[i:] for i in range(len(name))}
+    for slip in slips | {name.upper(), name.removesuffix("_s"), name.replace("_", "")} - {name}:
+        with pytest.raises(TypeError, match=f"has no option '{slip}'. Did you mean '{name}'?"):
+            RemoteStore("memory://x", **{slip: "5GB"})
+
+
+def test_options_of_filesystems_are_passed_on(monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    options = dict.fromkeys(
+        ["anon", "endpoint_url", "key", "secret", "token", "profile", "client_kwargs", "config_kwargs", "use_ssl",
+         "read_timeout", "connect_timeout", "max_concurrency", "max_paths", "retries", "skip_instance_cache", "host",
+         "port", "username", "password", "account_name", "connection_string", "auto_mkdir", "use_listings_cache"]
+    )  # fmt: skip
+    found, opened = {}, fsspec.core.url_to_fs
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **given: found.update(given) or opened(url))
+    RemoteStore("memory://x", **options)
+    assert found == options
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///", "gs://", "file://", "file:///", "memory://", "sftp:// "])
+def test_a_url_without_a_place_is_refused(url):
+    pytest.importorskip("fsspec")
+    for run in (lambda: RemoteStore(url), lambda: store_at(url)):
+        with pytest.raises(ValueError, match="must name a folder"):
+            run()
+
+
+@pytest.mark.parametrize(
+    ("limit", "kind"), [(1.5, TypeError), ("3", TypeError), (True, TypeError), (0, ValueError), (-1, ValueError)]
+)
+def test_failures_are_counted_in_whole_numbers(limit, kind):
+    pytest.importorskip("fsspec")
+    with pytest.raises(kind, match="max_failures must be"):
+        RemoteStore("memory://x", max_failures=limit)
 
 
 def test_variables_that_are_misspelt_are_refused_and_others_logged(caplog):

@@ -7,12 +7,15 @@ more memory than its chunks do. What is whole is never removed, nor what is not 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -303,6 +306,61 @@ def test_what_came_damaged_once_stays(kind, answer, at, tmp_path, monkeypatch, c
     MemoryFileSystem.store.clear()
 
 
+def with_a_flipped_bit(data, number):
+    """The data with another bit flipped for each number."""
+    place = number * 7919 % (8 * len(data)) if data else 0
+    return data and data[: place // 8] + bytes([data[place // 8] ^ 1 << place % 8]) + data[place // 8 + 1 :]
+
+
+@pytest.mark.parametrize("kind", ["disk", "remote"])
+@pytest.mark.parametrize("start", range(0, 120, 5))
+def test_what_comes_damaged_differently_each_time_stays(kind, start, tmp_path, monkeypatch, caplog):
+    """A second reading that is damaged, too, says nothing of the entry unless it brings the same bytes."""
+    MemoryFileSystem.store.clear()
+    monkeypatch.setattr("hfblend.store.remote.HEAD_BYTES", 2**12)
+    store = DiskStore(tmp_path) if kind == "disk" else RemoteStore("memory://faults/chunks")
+    written = entry(layers=12, tokens=40)
+    store.put(KEY, written)
+    numbers = iter(range(start, 10**6))
+    with monkeypatch.context() as patched:
+        folder, preadv = LocalFolder if kind == "disk" else RemoteFolder, os.preadv
+        read = folder.read
+        patched.setattr(folder, "read", lambda self, *place: with_a_flipped_bit(read(self, *place), next(numbers)))
+
+        def read_into(number, buffers, place, *flags):
+            count = preadv(number, buffers, place, *flags)
+            buffers[0][:count] = with_a_flipped_bit(bytes(buffers[0][:count]), next(numbers))
+            return count
+
+        patched.setattr(os, "preadv", read_into)
+        for _ in range(3):
+            with contextlib.suppress(ChunkLost):
+                if found := store.open(KEY):
+                    _ = [found.layer(i) for i in range(12)]
+    assert KEY in store
+    assert same(store.open(KEY), written)
+    assert "stays" in caplog.text
+    MemoryFileSystem.store.clear()
+
+
+@pytest.mark.parametrize("kind", ["disk", "remote"])
+@pytest.mark.parametrize("place", [3, 9, 40, 300, -1, -2000, "short", "long"])
+def test_what_is_damaged_for_good_is_removed(kind, place, tmp_path):
+    MemoryFileSystem.store.clear()
+    store = DiskStore(tmp_path) if kind == "disk" else RemoteStore("memory://faults/chunks")
+    store.put(KEY, entry(layers=12, tokens=400))
+    file, name = bytearray(store._folder.read(f"{KEY}.safetensors")), f"{KEY}.safetensors"
+    if isinstance(place, int):
+        file[place] ^= 1
+    store._folder.write(name, {"short": file[:-1], "long": file + b"x"}.get(place, file))
+    with contextlib.suppress(ChunkLost):
+        if found := store.open(KEY):
+            _ = [found.layer(i) for i in range(12)]
+    assert KEY not in store
+    assert store.counts.damaged == 1
+    MemoryFileSystem.store.clear()
+
+
 def test_a_page_that_a_proxy_answers_for_good_removes_nothing(monkeypatch, caplog):
     MemoryFileSystem.store.clear()
     store = RemoteStore("memory://faults/chunks")
@@ -312,6 +370,68 @@ def test_a_page_that_a_proxy_answers_for_good_removes_nothing(monkeypatch, caplo
         assert store.open(KEY) is None
     assert "cannot be read again" in caplog.text
     assert same(store.open(KEY), entry())
+    MemoryFileSystem.store.clear()
+
+
+# --- folders that are gone ----------------------------------------------------------------------------------------
+
+
+def tiers_over(folder, count):
+    """A store over a folder: alone, with memory before it, and with a remote after it."""
+    stores = [MemoryStore(max_bytes=1), DiskStore(folder), RemoteStore("memory://faults/gone")]
+    return stores[1] if count == 1 else TieredStore(stores[:count])
+
+
+def break_folder(how, folder, monkeypatch):
+    """Makes a folder useless in one of the ways that happen."""
+    if isinstance(how, int):  # what the system answers for whatever is in it
+
+        def refuse(path, real, *args, **kwargs):
+            if str(path).startswith(str(folder)):
+                raise OSError(how, os.strerror(how))
+            return real(path, *args, **kwargs)
+
+        for name in ("lstat", "stat", "open", "scandir", "mkdir", "unlink", "utime", "replace"):
+            real = getattr(os, name)
+            monkeypatch.setattr(os, name, lambda path, *args, _real=real, **kw: refuse(path, _real, *args, **kw))
+        return
+    if how == "unreadable":
+        if os.geteuid() == 0:
+            pytest.skip("everything is readable for root; the errors of the system are tried above")
+        folder.chmod(0)
+        return
+    shutil.rmtree(folder)
+    if how == "a file":
+        folder.write_text("mine")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("how", [errno.EACCES, errno.EIO, errno.ESTALE, "a file", "deleted", "unreadable"])
+def test_a_folder_that_is_gone_costs_reuse_only(how, count, tmp_path, monkeypatch, caplog):
+    """A prompt answers as without it, and nothing that stands where it stood is changed."""
+    MemoryFileSystem.store.clear()
+    model, folder = make_llama(), tmp_path / "chunks"
+    with hfblend.patch(model, config=config(0.3), store=MemoryStore()) as blender:
+        expected = [generate(model, PROMPT.inputs()).sequences for _ in range(2)]
+    store = tiers_over(folder, count)
+    with hfblend.patch(model, config=config(0.3), store=store) as blender:
+        generate(model, PROMPT.inputs())
+        if count > 1:
+            store.flush()
+        with monkeypatch.context() as patched:
+            break_folder(how, folder, patched)
+            assert KEY not in store
+            assert store.open(KEY) is None
+            for sequences in expected:
+                assert torch.equal(generate(model, PROMPT.inputs()).sequences, sequences)
+                assert blender.trace.blended
+            store.put(KEY, entry())
+            if count > 1:
+                store.flush()
+            if how == "a file":
+                assert folder.read_text() == "mine"
+            if how == "unreadable":
+                folder.chmod(0o700)
     MemoryFileSystem.store.clear()
 
 
@@ -483,6 +603,59 @@ assert (store.counts.stored, store.counts.failed) == (200, 0)
     assert store.num_bytes <= budget
     assert len(store) > entries // 2
     assert same(store.open(KEY), entry())
+
+
+@pytest.mark.parametrize("where", ["disk", "remote"])
+@pytest.mark.parametrize("stores", [1, 2, 8, 32])
+@pytest.mark.parametrize("begin", ["empty", "full"])
+def test_stores_that_write_in_turn_pass_a_budget_by_their_share_at_most(begin, stores, where, tmp_path):
+    """By a 32nd of it or one entry for each store but the first, whatever each of them last saw of the folder."""
+    MemoryFileSystem.store.clear()
+    budget = 48 * SIZE
+    for key in KEYS[100:148] if begin == "full" else ():
+        a_store(where, tmp_path).put(key, entry())
+    many = [a_store(where, tmp_path, budget) for _ in range(stores)]
+    most = 0
+    for i in range(192):
+        name = hashlib.sha256(str(i).encode()).hexdigest()
+        many[i % stores].put(name, entry())
+        most = max(most, many[0].num_bytes)
+    assert most <= budget + (stores - 1) * max(SIZE, budget // 32)
+    assert sum(one.counts.stored for one in many) == 192
+    MemoryFileSystem.store.clear()
+
+
+@pytest.mark.parametrize("where", ["disk", "remote"])
+@pytest.mark.parametrize("entries", [3, 12, 100])
+def test_threads_of_one_store_never_pass_its_budget(where, entries, tmp_path, monkeypatch):
+    """Also while others are inside of a write: what has room and is not yet in the list counts."""
+    MemoryFileSystem.store.clear()
+    budget, sizes = entries * SIZE, []
+    kind = LocalFolder if where == "disk" else RemoteFolder
+    write = kind.write
+
+    def slow_write(self, name, data):
+        time.sleep(0.001)
+        write(self, name, data)
+        sizes.append(sum(one.num_bytes for one in self.files()))
+
+    monkeypatch.setattr(kind, "write", slow_write)
+    store = a_store(where, tmp_path, budget)
+
+    def work(thread):
+        for i in range(25):
+            store.put(hashlib.sha256(f"{thread} {i}".encode()).hexdigest(), entry())
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(sizes) <= budget
+    assert store._given == store._settled == store.counts.stored * SIZE
+    assert store.counts.stored == 200 or entries < 8
+    assert store.counts.failed == 0
+    MemoryFileSystem.store.clear()
 
 
 @pytest.mark.parametrize("kind", ["ids", "origin", "layers", "view", "positions"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -59,6 +60,11 @@ def store_at(where: str, max_bytes: str | None = None, kv_dtype: str | None = No
     if "://" in where:
         return RemoteStore(where, max_bytes, kv_dtype=kv_dtype)
     return DiskStore(where, *([] if max_bytes is None else [max_bytes]), kv_dtype=kv_dtype)
+
+
+def print_json(values: Any) -> None:
+    """Prints JSON in ASCII: names in files may hold half of a surrogate pair, which no terminal takes."""
+    console.print_json(json.dumps(values), ensure_ascii=True)
 
 
 def names(text: str) -> list[str]:

@@ -33,6 +33,7 @@ from .common import (
     console,
     dtype_of,
     in_words,
+    print_json,
     store_at,
 )
 from .prompts import read_prompts
@@ -77,7 +78,7 @@ def explain(
         if html is not None:
             explained.display().save(html)
     if as_json:
-        console.print_json(data=explained.to_dict())
+        print_json(explained.to_dict())
     else:
         console.print(explained.display())
         for label, answer in explained.display().answers.items():
@@ -118,7 +119,7 @@ def run(
                 if trace:
                     console.print(Display(done))
     if as_json:
-        console.print_json(data=found)
+        print_json(found)
 
 
 def config_of(ratio: float, selection: str | None) -> BlendConfig:

@@ -16,7 +16,7 @@ from .. import demo_model, precomputing
 from ..config import BlendConfig
 from ..filler import filler_ids
 from ..precomputing import Precomputed
-from .common import Device, DType, KVDType, Model, console, dtype_of, in_words, store_at
+from .common import Device, DType, KVDType, Model, console, dtype_of, in_words, print_json, store_at
 
 
 def count_texts(corpus: Path, field: str) -> int:
@@ -70,7 +70,7 @@ def _without_halves(text: str, where: str) -> str:
 
 
 def prefix_of(prefix: str | None, prefix_file: Path | None) -> str:
-    """The prefix, from either option; a file is taken as it is, with its last newline.
+    """The prefix, from either option; a file is taken as it is, with its last newline, but without a byte order mark.
 
     Raises:
         ValueError: both are given, or one that is not UTF-8.
@@ -78,7 +78,7 @@ def prefix_of(prefix: str | None, prefix_file: Path | None) -> str:
     if prefix is not None and prefix_file is not None:
         raise ValueError("--prefix and --prefix-file are two ways to give the prefix; use one.")
     if prefix_file is not None:
-        return prefix_file.read_bytes().decode("utf-8")
+        return prefix_file.read_bytes().decode("utf-8-sig")
     return _without_halves(prefix or "", "--prefix")
 
 
@@ -93,10 +93,6 @@ def precompute_corpus(
     with _bar(console) as bar:
         progress = _advance(bar, total)
         return precomputing.precompute(model, texts_of(corpus, field), progress=progress, **options)
-
-
-def _json_of(report: Precomputed) -> str:
-    return json.dumps(asdict(report) | {"tokens_per_s": report.tokens_per_s})
 
 
 def _bar(console: Console) -> Progress:
@@ -165,7 +161,7 @@ def precompute(
         stderr.print("Stopped. What is stored stays; the same command goes on from there.")
         raise typer.Exit(130) from error
     if as_json:
-        console.print_json(_json_of(report))
+        print_json(asdict(report) | {"tokens_per_s": report.tokens_per_s})
     else:
         console.print(str(report), highlight=False, soft_wrap=True)
     if report.failed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ from ..controller import TIERS, BlendShape, Controller, Load, Profile
 from ..models import host_of
 from ..profiling import profile_of
 from ..store import MemoryStore
-from .common import Device, DType, Model, console, dtype_of, in_words, numbers, store_at
+from .common import Device, DType, Model, console, dtype_of, in_words, numbers, print_json, store_at
 
 CHUNK, SUFFIX = 512, 32  # tokens, of the prompts that are looked at
 
@@ -38,10 +37,6 @@ def forecasts(controller: Controller, tokens: Sequence[int], bytes_per_token: in
             decision = asdict(controller.decide(shape, {tier: load}))
             rows.append({"tokens": length, "tier": tier, "cheapest_that_hides": tier == cheapest, **decision})
     return rows
-
-
-def _json_of(profile: Profile, rows: list[dict[str, Any]]) -> str:
-    return json.dumps({"profile": asdict(profile), "forecasts": rows})
 
 
 def show(profile: Profile, rows: list[dict[str, Any]], console: Console) -> None:
@@ -90,6 +85,6 @@ def profile(
         bytes_per_token = host_of(loaded).kv_bytes_per_token
         rows = forecasts(Controller(found, least_ratio), lengths, bytes_per_token)
     if as_json:
-        console.print_json(_json_of(found, rows))
+        print_json({"profile": asdict(found), "forecasts": rows})
     else:
         show(found, rows, console)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..arguments import described, require
 from ..evaluation.data import Example, prompt_of, titled
 from ..prompt import Prompt
 
@@ -23,7 +24,7 @@ def read_prompts(source: str, tokenizer: Any) -> list[Prompt]:
     name = "standard input" if source == "-" else source
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-        rows = json.loads(text)
+        rows = json.loads(text.removeprefix("\ufeff"))
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -48,15 +49,16 @@ def _prompt_of_row(row: Any, where: str, tokenizer: Any) -> Prompt:
         if {"prefix", "chunks", "suffix"} <= names:
             return _of_pieces(tokenizer, row["prefix"], _texts(row["chunks"]), row["suffix"])
         if {"question", "ctxs"} <= names:
-            return prompt_of(tokenizer, Example(row["question"], (), tuple(_texts(row["ctxs"]))))
+            question = require("question", row["question"], str, "a text")
+            return prompt_of(tokenizer, Example(question, (), tuple(_texts(row["ctxs"]))))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from error
     raise ValueError(f'{where} needs "prefix", "chunks" and "suffix", or "question" and "ctxs"; got {sorted(names)}.')
 
 
 def _of_pieces(tokenizer: Any, prefix: str, chunks: list[str], suffix: str) -> Prompt:
-    if not (isinstance(prefix, str) and isinstance(suffix, str)):
-        raise TypeError("prefix and suffix must be texts.")
+    require("prefix", prefix, str, "a text")
+    require("suffix", suffix, str, "a text")
     return Prompt.from_texts(tokenizer, prefix=prefix, chunks=chunks, suffix=suffix, add_special_tokens=True)
 
 
@@ -67,6 +69,8 @@ def _texts(passages: Any) -> list[str]:
         if isinstance(passage, dict) and isinstance(passage.get("text"), str):
             passage = titled(passage)
         if not isinstance(passages, list) or not isinstance(passage, str):
-            raise TypeError(f'chunks and ctxs must be lists of texts, or of {{"title", "text"}}, got {passage!r}.')
+            raise TypeError(
+                f'chunks and ctxs must be lists of texts, or of {{"title", "text"}}, got {described(passage)}.'
+            )
         texts.append(passage)
     return texts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from datetime import datetime
@@ -18,7 +17,7 @@ from rich.table import Column, Table
 from ..display.text import visible
 from ..store import DiskStore, RemoteStore
 from ..store.upkeep import StoredEntry
-from .common import EXIT_CODES, console, in_words, store_at
+from .common import EXIT_CODES, console, in_words, print_json, store_at
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +41,7 @@ def list_entries(where: Where, model: OfModel = "", as_json: AsJson = False) -> 
     with in_words():
         entries = sorted(_of_model(_store_at(where).entries(), model), key=lambda entry: -entry.last_used)
     if as_json:
-        console.print_json(json.dumps([asdict(entry) for entry in entries]))
+        print_json([asdict(entry) for entry in entries])
         return
     table = Table(Column("key", no_wrap=True), "model", box=box.SIMPLE_HEAD)
     for name in ("tokens", "dtype", "bytes", "last used", ""):
@@ -75,7 +74,7 @@ def stat(where: Where, model: OfModel = "", as_json: AsJson = False) -> None:
     unreadable = sum(bool(entry.damaged) for entry in entries)
     found = {"store": where, **_sums(entries), "unreadable_headers": unreadable, "models": models}
     if as_json:
-        console.print_json(json.dumps(found))
+        print_json(found)
         return
     table = Table(Column("model", "all"), "fingerprint", box=box.SIMPLE_HEAD, show_footer=True)
     for name, total in _sums(entries).items():
@@ -107,7 +106,7 @@ def verify(where: Where, as_json: AsJson = False) -> None:
     shown = track(keys, "Checking", console=console, transient=True, disable=hidden)
     damaged = {key: reason for key in shown if (reason := store.fault_of(key))}
     if as_json:
-        console.print_json(json.dumps({"entries": len(keys), "damaged": damaged}))
+        print_json({"entries": len(keys), "damaged": damaged})
     else:
         for key, reason in damaged.items():
             console.print(f"[red]damaged[/red] {key}: {escape(reason)}", highlight=False)

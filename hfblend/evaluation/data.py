@@ -109,7 +109,7 @@ def digest(examples: Sequence[Example]) -> str:
 
 def _rows(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("{"):
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text)

@@ -71,6 +71,11 @@ class Background:
         """The newest entry of that key which is waiting."""
         return self._entries.get(key)
 
+    def keys(self) -> list[str]:
+        """The keys that wait."""
+        with self._changed:
+            return list(self._entries)
+
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..arguments import described
-from ..chunks import ChunkKV, Reader
+from ..arguments import described, require
+from ..chunks import ChunkKV, Reader, in_memory
 
 
 class Store(Protocol):
@@ -42,6 +42,17 @@ def require_store(store: Any, expected: str = "a store (an object with put and o
     if isinstance(store, type) or not all(callable(getattr(store, name, None)) for name in ("put", "open")):
         raise TypeError(f"store must be {expected}, got {described(store)}.")
     return store
+
+
+def require_chunk_kv(chunk_kv: Any) -> ChunkKV:
+    """The same; what another store has opened, read whole.
+
+    Raises:
+        TypeError: no chunk's KV.
+        ChunkLost: what was opened cannot be read.
+    """
+    is_reader = hasattr(chunk_kv, "layer") and hasattr(chunk_kv, "tier_beside") and not isinstance(chunk_kv, type)
+    return require("chunk_kv", in_memory(chunk_kv) if is_reader else chunk_kv, ChunkKV, "a hfblend.ChunkKV")
 
 
 def require_folder(where: Any) -> Path:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ..chunks import ChunkKV, ChunkLost
-from .base import require_folder
+from .base import require_chunk_kv, require_folder
 from .folders import LocalFolder
 from .format import HEAD_BYTES, Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes
 from .keys import file_name_of
@@ -32,8 +32,8 @@ class DiskStore(InFiles):
 
     Args:
         path: a folder of its own; made if it is not there.
-        max_bytes: of all files together; a number or `"8GB"`, `"512MiB"`. Processes that write at the same time may
-            pass it, by a 32nd of it for each.
+        max_bytes: of all files together; a number or `"8GB"`, `"512MiB"`. One store never passes it; several that
+            write into a folder at the same time may, by a 32nd of it or by one entry for each.
         kv_dtype: `"int8"` or `"fp8"` keeps KV in 8 bits, near what was computed; `None`, as computed. An entry in
             8 bits that is not of that kind is a miss.
 
@@ -55,6 +55,7 @@ class DiskStore(InFiles):
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
         """Keeps an entry; what the disk refuses is logged and not kept, nor is KV in 8 bits of another kind."""
         name = file_name_of(key)
+        chunk_kv = require_chunk_kv(chunk_kv)
         if not takes(self.kv_dtype, chunk_kv.quantised):
             logger.info("A chunk's KV that was in %s is not kept in %s.", chunk_kv.quantised, self.path)
             return
@@ -63,7 +64,10 @@ class DiskStore(InFiles):
             if not self._make_room(len(file), key):
                 self._say_no_room(len(file))
                 return
-            self._folder.write(name, file)
+            try:
+                self._folder.write(name, file)
+            finally:
+                self._settle(len(file))
             self.counts.add(stored=1, bytes_written=len(file))
         except OSError as error:
             self.counts.add(failed=1)
@@ -73,7 +77,7 @@ class DiskStore(InFiles):
         """The entry, its header checked, its layers read and checked as they are asked for; `None` if there is none.
 
         A layer that cannot be read, or turns out to be damaged, raises `ChunkLost` then; a damaged entry is removed
-        once a second reading finds it damaged, too.
+        once a second reading brings the same bytes.
         """
         name, chunk = file_name_of(key), None
         try:
@@ -113,7 +117,10 @@ class DiskStore(InFiles):
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def __contains__(self, key: str) -> bool:
-        return self._folder.has(file_name_of(key))
+        """Whether there is a file of that key; none where the folder cannot be looked into."""
+        with contextlib.suppress(OSError):
+            return self._folder.has(file_name_of(key))
+        return False
 
     def _path(self, key: str) -> Path:
         return self.path / file_name_of(key)

@@ -139,8 +139,14 @@ class LocalFolder:
             try:
                 (self.path / name).unlink(missing_ok=True)
             except OSError as error:
-                refused[name] = error
+                if not self._is_folder(name):  # which is no file, and not of ours
+                    refused[name] = error
         return refused
+
+    def _is_folder(self, name: str) -> bool:
+        with contextlib.suppress(OSError):
+            return stat.S_ISDIR(os.lstat(self.path / name).st_mode)
+        return False
 
     def state(self, name: str) -> tuple[int, Any]:
         state = os.lstat(self.path / name)

@@ -43,7 +43,13 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class CorruptEntry(ValueError):
-    """A stored chunk is not what was written; the message says what does not fit."""
+    """A stored chunk is not what was written; the message says what does not fit.
+
+    Attributes:
+        came: a digest of the bytes that were read where it does not fit; empty where fewer came than were asked for.
+    """
+
+    came = ""
 
 
 class OtherVersion(ValueError):
@@ -114,8 +120,11 @@ class Place(NamedTuple):
 
     def require_whole(self, memory: memoryview) -> None:
         """Raises `CorruptEntry` where these bytes (stop − start) are not what was written."""
-        if _checksum(self.dtype, self.shape, memory) != self.checksum:
-            raise CorruptEntry(f"a checksum does not fit (bytes {self.start} to {self.stop})")
+        came = _checksum(self.dtype, self.shape, memory)
+        if came != self.checksum:
+            error = CorruptEntry(f"a checksum does not fit (bytes {self.start} to {self.stop})")
+            error.came = f"{self.start} {came}"
+            raise error
 
     def tensor(self, data: torch.Tensor) -> torch.Tensor:
         """The tensor in these bytes (stop − start,), which have been checked."""
@@ -240,9 +249,13 @@ def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
         CorruptEntry: the header is not what `dump` wrote under this key, or does not fit the file's length.
         OtherVersion: it is whole, but of another version.
     """
-    header = bytes(start[: _header_stop(start)])
-    read = _contents_of if len(header) > HEAD_BYTES else _known_contents
-    return read(key, header, num_bytes)
+    try:
+        header = bytes(start[: _header_stop(start)])
+        read = _contents_of if len(header) > HEAD_BYTES else _known_contents
+        return read(key, header, num_bytes)
+    except CorruptEntry as error:
+        error.came = xxhash.xxh3_128_hexdigest(start[: max(HEAD_BYTES, header_bytes(start[:8]))])
+        raise
 
 
 def _contents_of(key: str, start: bytes, num_bytes: int) -> Contents:

@@ -12,6 +12,7 @@ import torch
 from ..arguments import described
 from ..chunks import ChunkKV
 from ..locks import Mutex
+from .base import require_chunk_kv
 from .counts import StoreCounts
 from .sizes import num_bytes_of
 
@@ -41,6 +42,7 @@ class MemoryStore:
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
         """Keeps an entry; one that does not fit, whole or beside what is pinned, is not kept, and logged."""
+        chunk_kv = require_chunk_kv(chunk_kv)
         if self.device is not None and chunk_kv.num_bytes <= self.max_bytes:
             chunk_kv = chunk_kv.to(self.device)
         if chunk_kv.held_bytes > self.max_bytes:
@@ -90,6 +92,11 @@ class MemoryStore:
             self._entries.clear()
             self._pinned.clear()
             self.num_bytes = 0
+
+    def keys(self) -> list[str]:
+        """The key of every entry."""
+        with self._lock:
+            return list(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)

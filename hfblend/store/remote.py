@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,9 +13,10 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-from ..arguments import number_in
+from ..arguments import closest, number_in, whole
 from ..chunks import ChunkKV, ChunkLost
 from ..locks import Mutex
+from .base import require_chunk_kv
 from .format import (
     HEAD_BYTES,
     MOST_UNASKED,
@@ -72,7 +74,8 @@ class RemoteStore(InFiles):
     Args:
         url: of the folder, as fsspec has it: `"s3://bucket/prefix"`, `"gs://…"`, `"memory://…"`.
         max_bytes: of all objects together; a number or `"1TB"`. Default, as many as there are: let the remote's own
-            rules remove them, or `prune`. Processes that write at the same time may pass it, by a 32nd of it for each.
+            rules remove them, or `prune`. Several stores that write at the same time may pass it, by a 32nd of it or
+            by one entry for each.
         timeout_s: for one write, and for one read from when it is waited for.
         pause_s: for how long a remote that fails is left alone.
         max_failures: errors in a row after which it is.
@@ -81,8 +84,9 @@ class RemoteStore(InFiles):
 
     Raises:
         ImportError: fsspec or the package of the URL's protocol is missing (the message says what to install).
-        ValueError: a protocol that fsspec does not know; limits that are not above 0; a budget that is no size; no such
-            `kv_dtype`.
+        TypeError: a limit that is no number; an option that is spelt almost like one of these.
+        ValueError: a protocol that fsspec does not know; a URL without a bucket or a path; limits that are not above 0;
+            a budget that is no size; no such `kv_dtype`.
     """
 
     _folder: RemoteFolder
@@ -98,9 +102,11 @@ class RemoteStore(InFiles):
         kv_dtype: str | None = None,
         **storage_options: Any,
     ) -> None:
-        for name, limit in (("timeout_s", timeout_s), ("pause_s", pause_s), ("max_failures", max_failures)):
+        _refuse_misspelt(storage_options)
+        for name, limit in (("timeout_s", timeout_s), ("pause_s", pause_s)):
             if not number_in(name, limit, 0, float("inf")):
                 raise ValueError(f"{name} must be above 0, got {limit}.")
+        max_failures = whole("max_failures", max_failures, 1)
         self.timeout_s, self.kv_dtype = timeout_s, require_kv_dtype(kv_dtype)
         super().__init__(RemoteFolder(url, timeout_s, storage_options), max_bytes)
         self.url = self.where = self._folder.url
@@ -112,6 +118,7 @@ class RemoteStore(InFiles):
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
         """Keeps an entry; what the remote refuses, or does not take in time, is logged and not kept."""
         name = file_name_of(key)
+        chunk_kv = require_chunk_kv(chunk_kv)
         if self._writing.is_open:
             return
         if not takes(self.kv_dtype, chunk_kv.quantised):
@@ -119,9 +126,10 @@ class RemoteStore(InFiles):
             return
         file = dump(key, chunk_kv, self.kv_dtype)
         self._forget(key)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as over:
             if self.max_bytes is not None:
                 made_room = self._writing.begin(partial(self._make_room, len(file), key))
+                over.callback(made_room.add_done_callback, partial(self._settle_if_given, len(file)))  # even if late
                 if not self._answer(self._writing, "given room in", made_room, _MAKING_ROOM_S):
                     self._say_no_room(len(file))
                     return
@@ -130,11 +138,15 @@ class RemoteStore(InFiles):
             self._marked[key] = time.monotonic()
             self.counts.add(stored=1, bytes_written=len(file))
 
+    def _settle_if_given(self, num_bytes: int, made_room: Future[bool]) -> None:
+        if not made_room.cancelled() and made_room.exception() is None and made_room.result():
+            self._settle(num_bytes)
+
     def open(self, key: str) -> LayerwiseChunk | None:
         """The entry, its header checked, its layers read and checked as they are asked for.
 
         `None` if there is none that can be trusted, or none in time. A layer of which that turns out later raises
-        `ChunkLost` then; a damaged entry is removed once a second reading finds it damaged, too.
+        `ChunkLost` then; a damaged entry is removed once a second reading brings the same bytes.
         """
         chunk = None
         try:
@@ -243,6 +255,14 @@ class RemoteStore(InFiles):
             del begun  # or a frame of what it raised would hold it, and so the whole pass
         breaker.worked()
         return answer
+
+
+def _refuse_misspelt(storage_options: Iterable[str]) -> None:
+    """Raises `TypeError` for an option that is spelt like one of the store's own: a filesystem would ignore it."""
+    own = inspect.signature(RemoteStore).parameters.keys() - {"storage_options"}
+    for name in storage_options:
+        if guess := closest(name, own, 0.75):
+            raise TypeError(f"RemoteStore has no option {name!r}. Did you mean {guess!r}?")
 
 
 class _Missing(OSError):

@@ -36,7 +36,7 @@ class RemoteFolder:
 
     Raises:
         ImportError: fsspec or the package of the URL's protocol is missing (the message says what to install).
-        ValueError: a protocol that fsspec does not know.
+        ValueError: a protocol that fsspec does not know; no bucket or path after it.
     """
 
     def __init__(self, url: str, timeout_s: float, storage_options: dict[str, Any]) -> None:
@@ -136,6 +136,8 @@ def _filesystem_at(url: str, name: str, storage_options: dict[str, Any]) -> tupl
             f"url must be of a folder, such as 's3://bucket/prefix', got {described(url)}; a folder of this machine is "
             "hfblend.store.DiskStore(path)."
         )
+    if not url.rpartition("://")[2].strip("/ "):
+        raise ValueError(f"url must name a folder after ://, such as 's3://bucket/prefix', got {name!r}.")
     core = require("fsspec.core", "fsspec", "remote", "A store behind a URL needs")
     try:
         return core.url_to_fs(url, **storage_options)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from ..arguments import described
 from ..chunks import ChunkKV, Reader
 from .background import Background, keeps_as_it_is
-from .base import ReadsAhead, Store, require_store
+from .base import ReadsAhead, Store, require_chunk_kv, require_store
 from .disk import DiskStore
 from .loader import LayerwiseChunk
 from .memory import MemoryStore
@@ -52,6 +54,7 @@ class TieredStore:
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
         """Keeps an entry in the first store now, and in the others soon. Its tensors must not change any more."""
+        chunk_kv = require_chunk_kv(chunk_kv)
         first, *slower = self.stores
         first.put(key, chunk_kv)
         if slower:
@@ -97,6 +100,72 @@ class TieredStore:
         return key in self._background or any(
             key in store if isinstance(store, Container) else store.open(key) is not None for store in self.stores
         )
+
+    # --- what tiers of hfblend's own can do ---------------------------------------------------------------------------
+
+    def pin(self, key: str) -> None:
+        """An entry stays, in each store that has it now, when others must go, until `unpin`. Flushes first.
+
+        Raises:
+            KeyError: no store that pins has one of that key.
+            OSError: a folder cannot be written.
+        """
+        self.flush()
+        pinned = 0
+        for store in self._that_can("pin"):
+            with contextlib.suppress(KeyError):
+                store.pin(key)
+                pinned += 1
+        if not pinned:
+            raise KeyError(f"There is no entry {key[:12]}… to pin; store it first.")
+
+    def unpin(self, key: str) -> None:
+        """An entry may go again.
+
+        Raises:
+            OSError: a folder cannot be written.
+        """
+        for store in self._that_can("unpin"):
+            store.unpin(key)
+
+    def clear(self) -> None:
+        """Removes every entry of every store, those that wait too.
+
+        Raises:
+            TypeError: a store has no `clear`; nothing is removed.
+            OSError: they cannot be removed.
+        """
+        able = self._that_can("clear")
+        for store in self.stores:
+            if store not in able:
+                raise TypeError(
+                    f"A {type(store).__name__} has no clear(); clear the others by tiers.stores[i].clear()."
+                )
+        self.flush()
+        for store in able:
+            store.clear()
+
+    def keys(self) -> list[str]:
+        """The key of every entry in some store, or waiting; of stores that list none, those are missing.
+
+        Raises:
+            OSError: a folder cannot be listed.
+        """
+        known = dict.fromkeys(key for store in self._that_can("keys") for key in store.keys())  # noqa: SIM118
+        return list(known | dict.fromkeys(self._background.keys()))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in all stores together, an entry counted in each that has it."""
+        return sum(getattr(store, "num_bytes", 0) for store in self.stores)
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def _that_can(self, name: str) -> list[Any]:
+        return [store for store in self.stores if callable(getattr(store, name, None))]
+
+    # --- up -----------------------------------------------------------------------------------------------------------
 
     def _promote(self, key: str, found_in: int, chunk_kv: ChunkKV) -> None:
         """Keeps an entry in the stores before the one that had it."""

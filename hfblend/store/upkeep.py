@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from ..locks import Mutex
 from .counts import StoreCounts
 from .folders import Folder
 from .format import (
@@ -37,8 +38,8 @@ R = TypeVar("R")
 
 PIN, USED = ".pin", ".used"
 
-# Shares of a budget: freed beyond what is needed, where entries must go; and written before the folder is listed again,
-# beside an eighth of what is free: others write, too.
+# Shares of a budget: freed beyond what is needed, where entries must go; and written before the folder is listed again.
+# Others write, too: the second is what each store may add to what they do not know of each other.
 _FREED, _UNSEEN = 1 / 16, 1 / 32
 _RESTS = 16  # times as long as a list took that found no room
 
@@ -100,6 +101,8 @@ class InFiles:
         self.counts = StoreCounts()
         self._folder = folder
         self._room, self._full_until = 0, 0.0  # bytes that may be written before the folder is listed; when it may be
+        self._given, self._settled = 0, 0  # bytes that had room since the store was made; those of puts that are over
+        self._room_lock, self._looking = Mutex(), Mutex()
         self._refusal_said = False
 
     def entries(self) -> Iterator[StoredEntry]:
@@ -198,32 +201,53 @@ class InFiles:
     def _make_room(self, needed: int, key: str) -> bool:
         """Lets the least recently used entries go, but not that of `key`, until so many bytes fit; whether they do.
 
-        A put costs the same however many entries there are: most list nothing (`_FREED`, `_UNSEEN`).
+        A put costs the same however many entries there are: most list nothing (`_FREED`, `_UNSEEN`). One that had room
+        is followed by `_settle`, whatever comes of it.
         """
-        if self.max_bytes is None:
+        if self.max_bytes is None or self._take(needed):
             return True
-        if needed > self._room and needed <= self.max_bytes and time.monotonic() >= self._full_until:
-            self._look_for_room(needed, key, self.max_bytes)
-        if needed > min(self._room, self.max_bytes):
+        if needed > self.max_bytes or time.monotonic() < self._full_until:
             return False
-        self._room -= needed
-        return True
+        with self._looking:  # one thread of a store; those that waited may find what it has found
+            return self._take(needed) or self._look_for_room(needed, key, self.max_bytes)
 
-    def _look_for_room(self, needed: int, key: str, budget: int) -> None:
+    def _take(self, needed: int) -> bool:
+        with self._room_lock:
+            has_room = needed <= self._room
+            if has_room:
+                self._room -= needed
+                self._given += needed
+        return has_room
+
+    def _settle(self, num_bytes: int) -> None:
+        """A put that had room for so many bytes is over: a list that begins from now on shows what it has written."""
+        with self._room_lock:
+            self._settled += num_bytes
+
+    def _look_for_room(self, needed: int, key: str, budget: int) -> bool:
         began = time.monotonic()
+        with self._room_lock:
+            self._room, under_way = 0, self._given - self._settled  # by other threads, and perhaps not in the list
         others = [one for one in self._kept() if one.key != key]
         held = sum(one.num_bytes for one in others)
+        if held + under_way + needed > budget:
+            held, _ = self._remove_until(max(0, budget - needed - under_way), others, int(_FREED * budget))
         if held + needed > budget:
-            held, _ = self._remove_until(budget - needed, others, int(_FREED * budget))
-        free = budget - held
-        self._room = min(free, needed + max(0, free - needed) // 8 + int(_UNSEEN * budget))
-        if free < needed:
             now = time.monotonic()
             self._full_until = now + _RESTS * (now - began)
+        free = budget - held - under_way
+        if free < needed:
+            return False
+        with self._room_lock:
+            self._room = max(0, min(free, int(_UNSEEN * budget)) - needed)
+            self._given += needed
+        return True
 
     def _say_no_room(self, num_bytes: int) -> None:
         fits = num_bytes <= (self.max_bytes or 0)
-        why = "pinned entries leave no room, or some that cannot be removed" if fits else "the entry does not fit"
+        why = (
+            "what is pinned, cannot be removed or is being written leaves no room" if fits else "the entry does not fit"
+        )
         logger.warning(
             "A chunk's KV of %d bytes is not kept in %s of %d: %s.", num_bytes, self.where, self.max_bytes, why
         )
@@ -257,7 +281,7 @@ class InFiles:
     # --- damage ---------------------------------------------------------------------------------------------------
 
     def _damaged(self, key: str, error: CorruptEntry, opened: Contents | None = None, places: Places = ()) -> None:
-        """Says that an entry is damaged, and removes it if a second reading says so too.
+        """Says that an entry is damaged, and removes it if a second reading brings the same bytes.
 
         Args:
             opened: by its header, where that was whole; `places` of it were not.
@@ -265,17 +289,18 @@ class InFiles:
         self.counts.add(damaged=1)
         outcome = "is damaged, removed"
         try:
-            if not self._in_time(lambda: self._removed_if_damaged(key, opened, places)):
-                outcome = "came damaged, is not damaged by a second reading or was replaced, stays"
+            if not self._in_time(lambda: self._removed_if_damaged(key, error, opened, places)):
+                outcome = "came damaged, a second reading does not agree or it was replaced, stays"
         except OSError as second:
             outcome = f"came damaged, cannot be read again or removed ({second}), stays"
         logger.warning("%s of %s %s and prefilled again: %s", file_name_of(key), self.where, outcome, error)
 
-    def _removed_if_damaged(self, key: str, opened: Contents | None, places: Places) -> bool:
+    def _removed_if_damaged(self, key: str, error: CorruptEntry, opened: Contents | None, places: Places) -> bool:
         name = file_name_of(key)
         try:
             state = self._folder.state(name)
-            if self._is_whole(key, state[0], opened, places) or self._folder.state(name) != state:
+            is_damaged = self._comes_alike(key, state[0], error, opened, places)
+            if not is_damaged or self._folder.state(name) != state:
                 return False
         except FileNotFoundError:
             return True
@@ -283,8 +308,10 @@ class InFiles:
             raise refusal
         return True
 
-    def _is_whole(self, key: str, num_bytes: int, opened: Contents | None, places: Places) -> bool:
-        """Whether a second reading finds nothing wrong where the first one did.
+    def _comes_alike(
+        self, key: str, num_bytes: int, error: CorruptEntry, opened: Contents | None, places: Places
+    ) -> bool:
+        """Whether a second reading brings the bytes that were damaged, and not only some that are.
 
         Raises:
             OSError: something else than the file of so many bytes answers.
@@ -297,18 +324,20 @@ class InFiles:
                 raise OSError(f"{len(data)} bytes came where {stop - start} were asked for")
             return data
 
+        head = read(0, HEAD_BYTES)
+        if len(head) < min(num_bytes, header_bytes(head[:8])):
+            head += read(len(head), header_bytes(head[:8]))
         try:
-            head = read(0, HEAD_BYTES)
-            if len(head) < min(num_bytes, header_bytes(head[:8])):
-                head += read(len(head), header_bytes(head[:8]))
+            if opened is not None and num_bytes != opened.layers[-1].stop:  # as the system itself says
+                return contents_of(key, head, opened.layers[-1].stop) == opened
             contents = contents_of(key, head, num_bytes)
             for place in places if contents == opened else ():
                 place.require_whole(memoryview(read(place.start, place.stop)))
         except OtherVersion:
-            pass
-        except CorruptEntry:
             return False
-        return True
+        except CorruptEntry as second:
+            return second.came == error.came != ""
+        return False
 
     def _in_time(self, call: Callable[[], T]) -> T:
         """A call's answer, as soon as this store waits for one."""
