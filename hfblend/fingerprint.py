@@ -1,9 +1,8 @@
-"""What makes a model's KV its own: a digest of every weight, of buffers and numbers in modules, and of the config."""
+"""What makes a model's KV its own: a digest of every weight and buffer, and of what the modules are, and of configs."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import operator
 import uuid
@@ -17,6 +16,7 @@ from torch import nn
 
 from . import adapters, quantised_weights
 from .contents import Samples, digests
+from .description import CONFIG_NOISE, config_text, described, hooks_described, is_foreign, plain_tensors
 from .host import find_rotary_sources
 from .locks import Mutex
 from .offloading import OffloadedWeights
@@ -24,9 +24,6 @@ from .streams import synchronize
 
 logger = logging.getLogger(__name__)
 
-_CONFIG_NOISE = ("_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache",
-                 "architectures", "_attn_implementation", "attn_implementation", "output_attentions",
-                 "output_hidden_states", "return_dict")  # fmt: skip
 _NUMBERS = ("is_causal", "sliding_window")  # of modules, besides all floats: scaling, epsilon, softcap
 
 State = tuple[Any, ...]
@@ -43,12 +40,10 @@ class Fingerprint:
     a sample of every tensor's elements, which is compared at each call; what misses all of them is not found
     (`contents.Samples`), so call `refresh()` after such a write.
 
-    Args:
-        code: what names code that was put in the place of the model's own (`hfblend.structure.replaced_code`).
+    What else it covers, `hfblend.description.described`, is read once; `hfblend.structure` finds when that changes.
     """
 
-    def __init__(self, model: nn.Module, code: str = "") -> None:
-        self._code = code
+    def __init__(self, model: nn.Module) -> None:
         self._lock = Mutex()  # while weights are read, the old digest must not be taken for theirs
         self._inside = _Inside(model)
         self._taken = _Taken()
@@ -105,8 +100,7 @@ class Fingerprint:
         if None in known.values() and not self._warned:
             self._warned = True
             logger.warning("Some weights are offloaded and cannot be read: chunk KV is valid for this process only.")
-        all_of_it = [*inside.described(config, known, self._unreadable), self._code]
-        digest = hashlib.sha256(repr(all_of_it).encode()).hexdigest()
+        digest = hashlib.sha256(repr(inside.described(config, known, self._unreadable)).encode()).hexdigest()
         return _Taken(digest, inside.devices(), before.generation + 1, state, samples, seen, known)
 
 
@@ -155,6 +149,11 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
             if tensor is not None:
                 for note, part in quantised_weights.plain_parts(tensor):
                     yield _Weight(f"{path}.{name}", f"{note} {tuple(part.shape)} {part.dtype}", part)
+        yield from (
+            _Weight(f"{path}.{name}", f"{note} {tuple(part.shape)} {part.dtype}", part)
+            for name, tensor in plain_tensors(module)
+            for note, part in quantised_weights.plain_parts(tensor)
+        )
         for name, value in quantised_weights.beside(module):
             is_tensor = torch.is_tensor(value)
             note = f"{tuple(value.shape)} {value.dtype}" if is_tensor else str(value)
@@ -171,6 +170,13 @@ class _Inside:
         self._members = list(chain.from_iterable(d.values() for d in self._dicts))  # held, so that no id is given twice
         self._filled = [d for d in self._dicts if d]
         self._seen = self._look()
+        self._hooks = [
+            (path, hooks)
+            for path, module in model.named_modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._hook_dicts = [hooks for _, hooks in self._hooks]
+        self._described = described(model)
         self._weights = {weight.key: weight for weight in _weights(model)}
         self.keys = list(self._weights)
         self._tensors: list[Any] = [weight.tensor for weight in self._weights.values()]
@@ -208,7 +214,12 @@ class _Inside:
         """Changes when a weight is written in place, moved or cast, an adapter switched, a number or the config set."""
         numbers = [owner.get(name) for _, owner, name in self._numbers]
         of_adapters = self.adapters.merged(), self.adapters.state()
-        return _states_of(self.tensors()), of_adapters, numbers, _settings(config)
+        hooks = [hook for _, hook in self._foreign_hooks()] if any(self._hook_dicts) else []
+        return _states_of(self.tensors()), of_adapters, numbers, _settings(config), hooks
+
+    def _foreign_hooks(self) -> list[tuple[str, Any]]:
+        held = ((path, hook) for path, hooks in self._hooks if hooks for hook in tuple(hooks.values()))
+        return [(path, hook) for path, hook in held if is_foreign(hook)]
 
     def acting(self) -> list[str]:
         """The keys of the weights that forwards read."""
@@ -236,7 +247,9 @@ class _Inside:
         weights = [(self._weights[key], digests[key] or unreadable) for key in self.acting()]
         numbers = [(name, owner.get(key)) for name, owner, key in self._numbers if not name.startswith(unread)]
         return [
-            _config_text(config),
+            config_text(config),
+            self._described,
+            hooks_described(self._foreign_hooks()),
             [(adapters.plain_name(weight.name), weight.note, content) for weight, content in weights],
             [(adapters.plain_name(name), value) for name, value in numbers],
             self.adapters.state(),
@@ -261,10 +274,5 @@ def _state_of(tensor: torch.Tensor | None) -> State | None:
 
 def _settings(config: Any) -> list[Any]:
     """The config as it stands, without the time that `to_dict` takes."""
-    named = ((name, value) for name, value in vars(config).items() if name[0] != "_" and name not in _CONFIG_NOISE)
+    named = ((name, value) for name, value in vars(config).items() if name[0] != "_" and name not in CONFIG_NOISE)
     return [(name, _settings(value) if hasattr(value, "to_dict") else repr(value)) for name, value in named]
-
-
-def _config_text(config: Any) -> str:
-    values = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_NOISE}
-    return json.dumps(values, sort_keys=True, default=str)

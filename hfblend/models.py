@@ -28,7 +28,7 @@ from .origin import Origin, digest_of
 from .proof import prove_rows
 from .rope import KeyRotation, find_rotations
 from .rotary import Namespace, find_rotary, rotary_in_one_kernel
-from .structure import Structure, any_training, replaced_code, with_mode
+from .structure import Structure, any_training, with_mode
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class BlendableModel(Host):
         stock = stock_steps(self)
         self.rotations, self.layouts, dtype = find_rotations(self, stock)
         self._kv_dtypes = {super().dtype: dtype}
-        self.fingerprint = Fingerprint(model, replaced_code(model))
+        self.fingerprint = Fingerprint(model)
         self.graphs: Any = None  # of its passes, kept by graphs.py
         self.prefills_in_batches: bool | None = None  # found by batched_prefill.py; None: not yet
         self._small_steps: tuple[Norms, list[Namespace]] | None = None

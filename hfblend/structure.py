@@ -6,25 +6,23 @@ Asked before every prompt, so everything is compared in lists that are made once
 from __future__ import annotations
 
 import copy
-import hashlib
 import operator
 from collections.abc import Iterable
 from itertools import chain, repeat
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedConfig
+
+from .description import ATTENTION, OURS, PLAIN, attention_of, is_of, settings_of
 
 _GONE = object()
-_PLAIN = (bool, int, float, str, type(None))
-_CONFIG_VALUES = (*_PLAIN, list, tuple, dict)
+_CONFIG_VALUES = (*PLAIN, list, tuple, dict)
 _CONFIG_NOISE = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "name_or_path")
-_NOISE = ("training", "name_or_path", "gradient_checkpointing", "loss_type", "kernel_config", "attention_dropout",
-          "rope_deltas")  # fmt: skip
 # What peft adds to a model in eval mode is in training mode.
 _ALWAYS_ALIKE = {nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
-_OURS = (f"{__package__}.",)
-_WRAPPERS = (*_OURS, "accelerate.", "torch.", "transformers.")  # they run the module's own code
-_ATTENTION = "_attn_implementation_internal"  # of a config; a pass puts "hfblend_" before it while it runs
+_CONTAINERS = (list, tuple, dict, set)
 
 
 class Structure:
@@ -50,15 +48,29 @@ class Structure:
         self._hooks = [
             hooks for own in self._attributes for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"])
         ]
-        self._places = [(vars(m), name) for m in modules[1:] for name in _settings_of(m)]
-        self._with_config = [vars(m) for m in modules if hasattr(vars(m).get("config"), "to_dict")]
-        self._configs = list({id(one["config"]): vars(one["config"]) for one in self._with_config}.values())
+        self._owners, self._names = _places(modules[1:])
+        self._values = self._settings()
+        self._plain_values = list(map(_plain, self._values))
+        self._containers = [(one, _plain(one)) for one in self._values if isinstance(one, _CONTAINERS)]
+        named = [(vars(m), name) for m in modules for name, one in vars(m).items() if isinstance(one, PreTrainedConfig)]
+        self._with_config = named
+        self._configs = list({id(own[name]): vars(own[name]) for own, name in named}.values())
         self._seen = copy.deepcopy([_config_values(config) for config in self._configs]), self._look()
 
     def is_as_it_was(self) -> bool:
         """Whether all of it is unchanged."""
         configs, rest = self._seen
-        return self._look() == rest and all(map(_still_has, self._configs, configs))
+        return self._look() == rest and self._has_settings() and all(map(_still_has, self._configs, configs))
+
+    def _has_settings(self) -> bool:
+        """Whether all settings are the same objects, or at least equal, and so is what lists and dicts hold."""
+        if any(_plain(one) != then for one, then in self._containers):
+            return False
+        now = self._settings()
+        return all(map(operator.is_, now, self._values)) or list(map(_plain, now)) == self._plain_values
+
+    def _settings(self) -> list[Any]:
+        return list(map(dict.get, self._owners, self._names))
 
     def has_hooks(self) -> bool:
         """Whether somebody watches or steers these modules from outside: hooks, offloading."""
@@ -69,35 +81,13 @@ class Structure:
             list(map(len, self._children)),
             list(chain.from_iterable(self._filled)),
             list(map(id, chain.from_iterable(map(dict.values, self._filled)))),
-            [own["forward"] for own in self._own if "forward" in own and not _is_of(own["forward"], _OURS)],
+            [own["forward"] for own in self._own if "forward" in own and not is_of(own["forward"], OURS)],
             [kind.forward for kind in self._types],
-            [_plain(own.get(name, _GONE)) for own, name in self._places],
-            [id(one.get("config")) for one in self._with_config],
-            [str(config.get(_ATTENTION)).removeprefix("hfblend_") for config in self._configs],
+            list(map(type, self._held)),
+            [id(own.get(name)) for own, name in self._with_config],
+            [str(config.get(ATTENTION)).removeprefix("hfblend_") for config in self._configs],
+            list(chain.from_iterable(map(attention_of, self._configs))),
         )
-
-
-def replaced_code(model: nn.Module) -> str:
-    """What names the code that was put in the place of the modules' own: K/V depend on it, and no weight says so."""
-    forwards = ((path, vars(module).get("forward")) for path, module in model.named_modules())
-    found = [f"{path}: {_code(own)}" for path, own in forwards if own is not None and not _is_of(own, _WRAPPERS)]
-    kinds: set[Any] = {type(module) for module in model.modules()}
-    found += sorted(f"{kind.__qualname__}: {_code(kind.forward)}" for kind in kinds if _is_replaced(kind))
-    return "\n".join(found)
-
-
-def _is_replaced(kind: Any) -> bool:
-    """Whether a class has another `forward` than it was written with."""
-    names = {f"{one.__qualname__}.forward" for one in kind.__mro__} | {"_forward_unimplemented"}
-    homes = (*_WRAPPERS, *(one.__module__ for one in kind.__mro__))
-    return getattr(kind.forward, "__qualname__", "") not in names or not _is_of(kind.forward, homes)
-
-
-def _code(function: Any) -> str:
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    content = "" if code is None else hashlib.sha256(code.co_code + str(code.co_names).encode()).hexdigest()
-    return f"{_home(function)}.{getattr(function, '__qualname__', type(function))} {content}"
 
 
 def with_mode(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -110,33 +100,21 @@ def any_training(modules: Iterable[nn.Module]) -> bool:
     return any(module.training for module in modules)
 
 
-def _settings_of(module: nn.Module) -> list[str]:
-    """The attributes that say how it computes; those of PyTorch's own modules cannot change, or do not matter."""
-    if type(module).__module__.startswith("torch.nn."):
-        return []
-    values = vars(module).items()
-    return [name for name, value in values if isinstance(value, _PLAIN) and not _is_noise(name)]
+def _places(modules: list[nn.Module]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Where settings stand, as two lists; those of PyTorch's plainest modules cannot change, or do not matter."""
+    telling = [(vars(m), name) for m in modules if type(m) not in _ALWAYS_ALIKE for name in settings_of(m)]
+    return [own for own, _ in telling], [name for _, name in telling]
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be compared: tensors cannot."""
-    return value if isinstance(value, _PLAIN) else id(value)
-
-
-def _is_noise(name: str) -> bool:
-    return name[0] == "_" or name in _NOISE or name.endswith("_cached")  # by a rotary module, of the longest prompt
-
-
-def _is_of(forward: Any, packages: tuple[str, ...]) -> bool:
-    """Whether code of one of these packages stands there: hfblend's, say, while a pass of another thread runs."""
-    return _home(forward).startswith(packages)
-
-
-def _home(function: Any) -> str:
-    """The module in which a function was written, whatever it says of itself."""
-    function = getattr(function, "func", function)
-    function = getattr(function, "__func__", function)
-    return str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
+    """A value that can be compared: of tensors and functions, who they are."""
+    if isinstance(value, (list, tuple)):
+        return list(map(_plain, value))
+    if isinstance(value, dict):
+        return {key: _plain(member) for key, member in value.items()}
+    if isinstance(value, set):
+        return set(value)
+    return value if isinstance(value, (*PLAIN, torch.dtype)) else id(value)
 
 
 def _config_values(config: dict[str, Any]) -> dict[str, Any]:

@@ -129,6 +129,39 @@ def test_a_peculiar_model_is_refused(peculiarity, precision):
         self_tested(made_up(peculiarity), precision)
 
 
+class Mixing(torch.nn.Module):
+    """An MLP in which rows leak into each other, a little of their mean."""
+
+    def __init__(self, inner, share):
+        super().__init__()
+        self.inner, self.share = inner, share
+
+    def forward(self, x):
+        return self.inner(x) + self.share * x.mean(1, keepdim=True)
+
+
+def mixing_rows(share):
+    model = make_llama()
+    model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp, share).eval()
+    return model
+
+
+def attention_of_an_eager_model():
+    """In a model of SDPA, it gets no mask."""
+    model, other = make_llama(), make_llama(attn_implementation="eager")
+    model.model.layers[0].self_attn = other.model.layers[0].self_attn
+    return model
+
+
+LEAKING = {"eager": attention_of_an_eager_model, **{f"mean {a}": functools.partial(mixing_rows, a) for a in (0.3, 2.0)}}
+
+
+@pytest.mark.parametrize("name", LEAKING)
+def test_a_layer_in_which_a_token_sees_those_after_it_is_refused(name):
+    with pytest.raises(hfblend.UnsupportedModel, match="forwards over 13 and 16 tokens differ"):
+        self_tested(LEAKING[name](), "fp32")
+
+
 def other_base(own):
     def tables(self, source, positions, regime):
         return own(self, source, (positions.float() * 1.1), regime)

@@ -239,6 +239,98 @@ def test_kv_of_before_a_change_is_not_served(way, device):
     assert largest_difference(blended, after) <= (1e-4 if device == "cpu" else 1e-3)
 
 
+# --- equal weights in modules that compute otherwise ---------------------------------------------------------------
+
+
+class Around(torch.nn.Module):
+    """Scales what comes out of a module, by values of every kind that a module may hold."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self._factor, self.factors, self.by_name = inner, 1, [1, 2], {"a": 1}
+        self.function, self.vector = torch.tanh, torch.full((64,), 0.5)
+
+    def forward(self, x):
+        factor = self._factor * self.factors[0] * self.by_name["a"]
+        return self.function(self.inner(x)) * factor * self.vector
+
+
+class Negated(Around):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+class OtherNorm(torch.nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x):
+        return self.weight * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + self.variance_epsilon)
+
+
+def scaled_by(factor):
+    """Two of these have the same code and differ in what it captured."""
+    return lambda module, args, output: output * factor
+
+
+def with_own_forward(block, factor):
+    inner = block.inner
+    block.forward = lambda x: inner(x) * factor
+
+
+def in_each_layer(change):
+    def changed(model):
+        for layer in model.model.layers:
+            change(layer)
+
+    return changed
+
+
+OTHERWISE = {
+    "activation": lambda layer: setattr(layer.mlp.inner, "act_fn", torch.nn.GELU().eval()),
+    "private number": lambda layer: setattr(layer.mlp, "_factor", 5),
+    "list": lambda layer: layer.mlp.factors.__setitem__(0, 5),
+    "dict": lambda layer: layer.mlp.by_name.update(a=5),
+    "function": lambda layer: setattr(layer.mlp, "function", torch.relu),
+    "tensor": lambda layer: setattr(layer.mlp, "vector", torch.full((64,), 2.5)),
+    "tensor in place": lambda layer: layer.mlp.vector.mul_(3),
+    "class": lambda layer: setattr(layer.mlp, "__class__", Negated),
+    "norm": lambda layer: setattr(layer, "input_layernorm", OtherNorm(layer.input_layernorm).eval()),
+    "captured value": lambda layer: with_own_forward(layer.mlp, 2.5),
+    "hook": lambda layer: layer.mlp.register_forward_hook(scaled_by(2.0)),
+}
+
+
+def made_of_blocks():
+    model = make_llama()
+    for layer in model.model.layers:
+        layer.mlp = Around(layer.mlp).eval()
+        with_own_forward(layer.mlp, 0.5)
+        del layer.mlp.forward
+    return model
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_equal_weights_in_modules_that_compute_otherwise_have_other_kv(kind):
+    model, change, store = made_of_blocks(), in_each_layer(OTHERWISE[kind]), hfblend.MemoryStore()
+    if kind == "captured value":
+        in_each_layer(lambda layer: with_own_forward(layer.mlp, 0.5))(model)
+    with hfblend.patch(model, config=config(0.0), store=store) as blender:
+        generate(model, PROMPT.inputs())
+        generate(model, PROMPT.inputs())
+        assert blender.trace.hits == 1
+        change(model)
+        blended = generate(model, PROMPT.inputs())
+        assert blender.trace.hits == 0
+    assert largest_difference(blended, generate(model, STOCK)) <= 1e-4
+    other = made_of_blocks()
+    change(other)
+    with hfblend.patch(other, config=config(0.0), store=store) as blender:
+        generate(other, PROMPT.inputs())
+        assert blender.trace.hits == 1  # of the changed model's, not of the first one's
+
+
 def test_a_write_that_the_sample_misses_is_seen_after_refresh():
     model = make_llama(vocab_size=300)
     with hfblend.patch(model, config=config(0.0)) as blender:
