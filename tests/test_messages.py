@@ -270,7 +270,7 @@ def entry_points() -> dict:
         "TieredStore(stores)": (lambda v, m, b: TieredStore(v), ""),
         "TieredStore(max_waiting_bytes)": (lambda v, m, b: TieredStore([MemoryStore()], v), "3"),
         "store_at": (lambda v, m, b: store_at(v), "None text name store"),
-        "from_env": (lambda v, m, b: hfblend.BlendConfig.from_env(v), "None {} dict"),
+        "from_env": (lambda v, m, b: hfblend.BlendConfig.from_env(v), "None {}"),
     }
 
 
