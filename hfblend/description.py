@@ -64,7 +64,7 @@ def hooks_described(hooks: list[tuple[str, Any]]) -> list[tuple[str, str]]:
 def settings_of(module: nn.Module) -> list[str]:
     """The attributes that say how it computes, and those of its class that an attribute may come to hide."""
     own = [name for name, value in vars(module).items() if isinstance(value, _SETTINGS) and not is_noise(name)]
-    return [*own, *(name for name in _members_of(type(module)) if name not in own)]
+    return [*own, *(name for name in _members_of(type(module)) if name not in own)]  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1024)
