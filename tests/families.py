@@ -141,13 +141,15 @@ _REASONS = {
         recurrent_gemma zamba zaya
     """,
     "differ from a forward over all tokens": """
-        bart bigbird_pegasus blenderbot blenderbot-small bloom cpmant marian mbart mvp paligemma pegasus
-        plbart prophetnet roformer trocr
+        bart bigbird_pegasus blenderbot blenderbot-small bloom marian mbart mvp pegasus plbart roformer trocr
     """,
     "keys and values both change": """
         bert bert-generation big_bird biogpt camembert ctrl data2vec-text electra ernie git gpt-sw3 gpt2
         gpt_bigcode gpt_neo megatron-bert opt rembert roberta roberta-prelayernorm roc_bert whisper xglm xlm
         xlm-roberta xlm-roberta-xl
+    """,
+    "what a token gives depends on those after it": """
+        paligemma
     """,
     "what comes out of it changes": """
         dory
@@ -156,7 +158,7 @@ _REASONS = {
         hunyuan_v1_dense hunyuan_v1_moe
     """,
     "cannot run with explicit position_ids and a cache": """
-        gemma4_unified_assistant xlstm xmod
+        cpmant gemma4_unified_assistant prophetnet xlstm xmod
     """,
     "decoder layers, as many as its config says": """
         hrm_text longcat_flash

@@ -605,7 +605,7 @@ def test_a_folder_with_room_is_not_looked_through_at_every_put(tmp_path, monkeyp
     monkeypatch.setattr(LocalFolder, "files", lambda self: looks.append(1) or files(self))
     for key in KEYS[:40]:
         store.put(key, entry())
-    assert len(looks) <= 3
+    assert len(looks) <= 1 + 40 // 3  # a 32nd of the budget holds three entries
 
 
 def test_a_file_that_was_replaced_is_not_removed_for_the_damage_of_the_one_before(tmp_path):

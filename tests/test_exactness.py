@@ -174,9 +174,10 @@ def test_computed_pairs_are_counted(layers, ratios):
 
     store = MemoryStore()
     settings = config(selection="kv_deviation", check_layers=layers, recompute_ratios=ratios)
-    hfblend.blend(model, PROMPT, store=store, config=settings)
     # an MLP runs exactly when a token goes through a whole layer; the last one is spared all rows but the one read
     handles = [layer.mlp.register_forward_pre_hook(count, with_kwargs=True) for layer in model.model.layers]
+    hfblend.blend(model, PROMPT, store=store, config=settings)  # hooks are part of the keys
+    seen.clear()
     trace = hfblend.blend(model, PROMPT, store=store, config=settings).trace
     for handle in handles:
         handle.remove()

@@ -478,4 +478,5 @@ def test_every_fallback_has_a_test():
     tested |= {"adapters"}  # tests/test_adapters.py
     tested |= {"rope_regimes", "positions"}  # tests/test_batches.py
     tested |= {"model_changed", "continuous_batching"}  # tests/test_changed_models.py
+    tested |= {"foreign_cache"}  # tests/test_caches.py
     assert tested == {fallback.name.lower() for fallback in Fallback}

@@ -219,7 +219,8 @@ def test_what_a_store_does_not_keep_is_counted_and_one_too_small_is_said(model, 
 @pytest.mark.parametrize("behind", [(), tuple(PROMPT.prefix_ids)], ids=["alone", "behind a prefix"])
 @pytest.mark.parametrize("make", [make_llama, make_mistral], ids=["llama", "mistral with a window"])
 def test_a_batch_is_as_one_by_one(make, behind):
-    host, chunks = host_of(make()), ids_of(5, 17, 29, 41)
+    model, chunks = make(), ids_of(5, 17, 29, 41)
+    host = host_of(model)
     continues = prefill(host, behind, (), None) if behind else None
     batch = prefill_batch(host, chunks, behind, continues)
     for ids, chunk_kv in zip(chunks, batch):

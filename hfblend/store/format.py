@@ -49,7 +49,9 @@ class CorruptEntry(ValueError):
         came: a digest of the bytes that were read where it does not fit; empty where fewer came than were asked for.
     """
 
-    came = ""
+    def __init__(self, reason: str, came: str = "") -> None:
+        super().__init__(reason)
+        self.came = came
 
 
 class OtherVersion(ValueError):
@@ -122,9 +124,8 @@ class Place(NamedTuple):
         """Raises `CorruptEntry` where these bytes (stop − start) are not what was written."""
         came = _checksum(self.dtype, self.shape, memory)
         if came != self.checksum:
-            error = CorruptEntry(f"a checksum does not fit (bytes {self.start} to {self.stop})")
-            error.came = f"{self.start} {came}"
-            raise error
+            reason = f"a checksum does not fit (bytes {self.start} to {self.stop})"
+            raise CorruptEntry(reason, f"{self.start} {came}")
 
     def tensor(self, data: torch.Tensor) -> torch.Tensor:
         """The tensor in these bytes (stop − start,), which have been checked."""
@@ -254,7 +255,7 @@ def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
         read = _contents_of if len(header) > HEAD_BYTES else _known_contents
         return read(key, header, num_bytes)
     except CorruptEntry as error:
-        error.came = xxhash.xxh3_128_hexdigest(start[: max(HEAD_BYTES, header_bytes(start[:8]))])
+        error.came = xxhash.xxh3_128_hexdigest(start[: header_bytes(start[:8])])
         raise
 
 
