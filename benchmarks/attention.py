@@ -19,8 +19,8 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from hfblend.attention import QueryRows, attend, reference_attention, sdpa_attention
-from hfblend.measures import describe_machine
+from hfblend.attention.by_position import QueryRows, attend, reference_attention, sdpa_attention
+from hfblend.measure.divergence import describe_machine
 
 CHECKED_ROWS = 64
 REPEATS = 10

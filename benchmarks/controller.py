@@ -22,17 +22,17 @@ from typing import Any
 import torch
 
 import hfblend
-from hfblend import demo_model
-from hfblend.benchmarks.device import timed
-from hfblend.benchmarks.prompts import Layout, PromptMaker
-from hfblend.benchmarks.shapes import SHAPES, random_model
 from hfblend.config import BlendConfig
 from hfblend.controller import BlendShape, Controller, Load
-from hfblend.measures import describe_machine
-from hfblend.models import host_of
+from hfblend.demo import model as demo_model
+from hfblend.lab.bench.device import timed
+from hfblend.lab.bench.prompts import Layout, PromptMaker
+from hfblend.lab.bench.shapes import SHAPES, random_model
+from hfblend.measure.divergence import describe_machine
+from hfblend.measure.profile import measure
 from hfblend.optional import figure_class
-from hfblend.profiling import measure
 from hfblend.store import DiskStore, MemoryStore, Store
+from hfblend.support.registry import host_of
 
 RULES = ("kv_deviation", "suffix_attention")
 COLOURS = {"memory": "#0072B2", "ram": "#009E73", "page_cache": "#E69F00", "disk": "#D55E00", "full prefill": "#000000"}

@@ -14,8 +14,8 @@ import argparse
 import torch
 
 import hfblend
-from hfblend.demo import demo_data
-from hfblend.demo_model import load
+from hfblend.demo.demo import demo_data
+from hfblend.demo.model import load
 
 parser = argparse.ArgumentParser(description="Blend three prompts that share chunks.")
 parser.add_argument("--model", help="hub id or folder; default SmolLM2-135M-Instruct")

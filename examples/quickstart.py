@@ -4,8 +4,8 @@ python examples/quickstart.py
 """
 
 import hfblend
-from hfblend.demo import demo_data
-from hfblend.demo_model import load
+from hfblend.demo.demo import demo_data
+from hfblend.demo.model import load
 
 model, tokenizer = load()  # SmolLM2-135M-Instruct; any decoder-only model of yours will do
 data = demo_data()

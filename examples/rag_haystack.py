@@ -12,8 +12,8 @@ from haystack.document_stores.in_memory import InMemoryDocumentStore
 from haystack_integrations.components.generators.transformers import TransformersChatGenerator
 
 import hfblend
-from hfblend.demo import demo_data
-from hfblend.demo_model import load
+from hfblend.demo.demo import demo_data
+from hfblend.demo.model import load
 
 SEPARATOR = " # # "  # BlendConfig's default
 QUESTIONS = ("Where was the builder of Gannet Light born?", "Who was the first keeper of Gannet Light?")

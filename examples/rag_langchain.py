@@ -10,8 +10,8 @@ from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 from transformers import pipeline
 
 import hfblend
-from hfblend.demo import demo_data
-from hfblend.demo_model import load
+from hfblend.demo.demo import demo_data
+from hfblend.demo.model import load
 
 SEPARATOR = " # # "  # BlendConfig's default
 QUESTIONS = ("Where was the builder of Gannet Light born?", "Who was the first keeper of Gannet Light?")

@@ -12,8 +12,8 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.llms.huggingface import HuggingFaceLLM
 
 import hfblend
-from hfblend.demo import demo_data
-from hfblend.demo_model import load
+from hfblend.demo.demo import demo_data
+from hfblend.demo.model import load
 
 SEPARATOR = " # # "  # BlendConfig's default
 QUESTIONS = ("Where was the builder of Gannet Light born?", "Who was the first keeper of Gannet Light?")

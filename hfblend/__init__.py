@@ -8,19 +8,19 @@
 Importing has no effect; `patch` touches one model instance, never a class.
 """
 
-from .calibration import Calibration
-from .chunks import ChunkKV, prefill_chunk
 from .config import BlendConfig
 from .display import plot_quality, plot_scores, plot_timeline, plot_ttft, show
-from .filler import filler_ids
-from .host import UnsupportedModel
-from .one_prompt import BlendResult, blend
+from .generate.blend_one import BlendResult, blend
+from .generate.steps import steps
+from .kv.chunk import ChunkKV, prefill_chunk
+from .measure.calibrate import Calibration
+from .measure.verify import Verification, Verify
+from .model.hf_model import UnsupportedModel
 from .patching import Blender, patch
-from .prompt import Prompt
-from .stepper import steps
+from .prompts.filler import filler_ids
+from .prompts.prompt import Prompt
 from .store import MemoryStore
-from .trace import BlendTrace
-from .verification import Verification, Verify
+from .trace.trace import BlendTrace
 
 __version__ = "0.1.0"
 

@@ -55,7 +55,7 @@ class BlendConfig:
             `None` splits nothing: only prompts that bring their `chunk_spans` are blended.
         selection: the rule that scores reused tokens; the highest are recomputed. `"suffix_attention"`: what the
             suffix attends to. `"kv_deviation"`: CacheBlend's. `"chunk_start"`, `"mixed"`, `"random"`, `"last"`, or a
-            function of your own: see `hfblend.selection`.
+            function of your own: see `hfblend.blend.selection`.
         recompute_ratios: the share in [0, 1] of reused tokens that is recomputed, `ceil(ratio * reused tokens)` of
             them; 1.0 recomputes every token of the prompt. With several check layers one each, never rising. `"auto"`:
             as many as loading chunk KV hides, `least_ratio` or more, and a full prefill where that is quicker: see
@@ -165,7 +165,9 @@ class BlendConfig:
 
     def _check_selection(self) -> None:
         if not is_function(self.selection):
-            one_of("selection", self.selection, get_args(Selection), ", or a function of hfblend.selection.Evidence")
+            one_of(
+                "selection", self.selection, get_args(Selection), ", or a function of hfblend.blend.selection.Evidence"
+            )
         if self.score_layers is not None:
             self._set("score_layers", _numbers("score_layers", self.score_layers, whole))
             if not self.score_layers:

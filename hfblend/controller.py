@@ -11,7 +11,7 @@ late layers first (the suffix's attention) has to wait for all of them, and it i
     TTFT(r) = max(T_compute(r), T_load)        or        T_compute(r) + T_load
 
 `Controller.decide` takes the largest ratio that loading hides, but never less than r*; and none, a full prefill, where
-that is quicker. All numbers come from a `Profile`, measured once (`hfblend.profiling`).
+that is quicker. All numbers come from a `Profile`, measured once (`hfblend.measure.profile`).
 
 Source: CacheBlend (arXiv 2405.16444) section 5.1, whose T_recompute is r · T_prefill.
 
@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from .selection import budget
+from .blend.selection import budget
 
 PROFILE_FORMAT = "hfblend-profile-1"
 TIERS = ("remote", "disk", "page_cache", "ram", "memory")  # the cheapest first; "memory" is the model's own device

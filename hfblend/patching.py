@@ -22,25 +22,25 @@ import torch
 from torch import nn
 
 from .arguments import described, is_tokenizer, require_tokenizer
-from .calibration import Calibration, calibrate
-from .calls import Call
-from .compiled import as_written, give_back, set_aside, tidy
 from .config import BlendConfig, as_config
 from .controller import Controller, Profile
-from .fallbacks import Fallback, generate_option, has_inner_hooks, plan, require_token_ids
-from .filler import filler_ids, require_filler
-from .host import UnsupportedModel, cache_given, is_paged
+from .generate.blend_one import require_prompts
+from .generate.call import Call
+from .generate.fallbacks import Fallback, generate_option, has_inner_hooks, plan, require_token_ids
+from .generate.precompute import Precomputed, precompute
+from .gpu.streams import switch_back
 from .locks import Running, innermost, put_back
-from .models import forget, host_of
-from .one_prompt import require_prompts
-from .precomputing import Precomputed, precompute
-from .profiling import profile_of
-from .prompt import Prompt
-from .separator import Separator
+from .measure.calibrate import Calibration, calibrate
+from .measure.profile import profile_of
+from .measure.verify import Verification, Verifier, Verify, verify_prompt
+from .model.compiled import as_written, give_back, set_aside, tidy
+from .model.hf_model import UnsupportedModel, cache_given, is_paged
+from .prompts.filler import filler_ids, require_filler
+from .prompts.prompt import Prompt
+from .prompts.separator import Separator
 from .store import Store, TieredStore, store_at
-from .streams import switch_back
-from .trace import BlendTrace, Level, as_level
-from .verification import Verification, Verifier, Verify, verify_prompt
+from .support.registry import forget, host_of
+from .trace.trace import BlendTrace, Level, as_level
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class Blender:
 
         Args:
             prompts: one, or several.
-            options: of `hfblend.verification.verify_prompt`.
+            options: of `hfblend.measure.verify.verify_prompt`.
 
         Returns:
             A `hfblend.Verification`; a list of them for several prompts.
@@ -213,7 +213,7 @@ class Blender:
         >>> blender.config = blender.calibrate(prompts, max_kl=0.05).config  # doctest: +SKIP
 
         Args:
-            options: of `hfblend.calibration.calibrate`.
+            options: of `hfblend.measure.calibrate.calibrate`.
         """
         options = {"store": self.store, "config": self.config, **options}
         return calibrate(self.model, prompts, max_kl=max_kl, **options)
@@ -258,10 +258,10 @@ class Blender:
         Args:
             chunks: texts or token ids; a generator is never held whole.
             prefix: text or ids of all that will stand before the first chunk: `prompt.prefix_ids`.
-            options: of `hfblend.precomputing.precompute`: `batch_size`, `progress`, `separator`, ….
+            options: of `hfblend.generate.precompute.precompute`: `batch_size`, `progress`, `separator`, ….
 
         Returns:
-            A `hfblend.precomputing.Precomputed`: how many chunks, tokens, bytes, seconds.
+            A `hfblend.generate.precompute.Precomputed`: how many chunks, tokens, bytes, seconds.
         """
         options = {"store": self.store, "config": self.config, "tokenizer": self.tokenizer, **options}
         return precompute(self.model, chunks, prefix=prefix, **options)

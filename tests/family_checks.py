@@ -13,10 +13,11 @@ from families import Family
 from helpers import config, generate, largest_difference, make_prompt, store_of_true_kv
 
 import hfblend
-from hfblend.blending import Blending
-from hfblend.caches import full_length_cache
-from hfblend.models import host_of
-from hfblend.rope import Realigner
+from hfblend.blend.algorithm import Blending
+from hfblend.blend.caches import full_length_cache
+from hfblend.blend.rotation import Realigner
+from hfblend.blend.selection import budget
+from hfblend.support.registry import host_of
 
 PROMPT = make_prompt()
 SHIFT, NEW_TOKENS = 100, 3
@@ -43,7 +44,7 @@ def true_kv(family: Family, ratio: float, rule: str = "suffix_attention") -> tup
         assert trace.blended
         assert trace.hits == len(PROMPT.chunk_spans)
         assert not any(chunk.exact for chunk in trace.chunks)
-        assert trace.selected_tokens == hfblend.selection.budget(ratio, len(trace.candidate_idx))
+        assert trace.selected_tokens == budget(ratio, len(trace.candidate_idx))
     by_deviation = rule == "kv_deviation" or any("cannot be recorded" in note for note in trace.notes)
     return _difference(blended, stock), "deviation" if by_deviation else "attention"
 

@@ -9,12 +9,12 @@ import xxhash
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import hfblend
-from hfblend.caches import RecordingCache, full_length_cache
-from hfblend.host import CACHE
-from hfblend.models import host_of
-from hfblend.rope import Realigner
+from hfblend.blend.caches import RecordingCache, full_length_cache
+from hfblend.blend.rotation import Realigner
+from hfblend.model.hf_model import CACHE
 from hfblend.store import chunk_key
 from hfblend.store.format import contents_of
+from hfblend.support.registry import host_of
 
 VOCABULARY = 97
 

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hfblend.host import CACHE, cache_given
+from hfblend.model.hf_model import CACHE, cache_given
 
 
 class MadeUpConfig(PreTrainedConfig):

@@ -27,8 +27,8 @@ from family_checks import (
     window,
 )
 
-from hfblend.host import UnsupportedModel
-from hfblend.models import host_of
+from hfblend.model.hf_model import UnsupportedModel
+from hfblend.support.registry import host_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 COLUMNS = (

@@ -16,8 +16,8 @@ from helpers import config, generate, largest_difference, make_prompt, store_of_
 from transformers import AutoModelForCausalLM
 
 import hfblend
-from hfblend.models import host_of
 from hfblend.store import DiskStore
+from hfblend.support.registry import host_of
 
 PROMPT = make_prompt()
 RULES = ("kv_deviation", "suffix_attention", "mixed")

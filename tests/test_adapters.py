@@ -7,7 +7,7 @@ import torch
 from helpers import config, generate, largest_difference, make_llama, make_prompt, store_of_true_kv
 
 import hfblend
-from hfblend.models import host_of
+from hfblend.support.registry import host_of
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

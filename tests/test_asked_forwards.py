@@ -12,7 +12,7 @@ from transformers import DynamicCache, LogitsProcessorList
 
 import hfblend
 from hfblend import Prompt
-from hfblend.host import CACHE
+from hfblend.model.hf_model import CACHE
 
 PROMPT = make_prompt()
 LENGTH = len(PROMPT)
@@ -299,7 +299,7 @@ def test_a_model_that_cannot_be_asked_for_some_logits(fallback):
 def test_what_was_blended_ahead_is_given_up(monkeypatch):
     """As on a GPU, where a loop of a subclass is seen only when its forward comes."""
     monkeypatch.setattr(hfblend.patching.Blender, "_runs_beside_python", lambda self: True)
-    monkeypatch.setattr(hfblend.calls, "_WAIT_FOR", set())
+    monkeypatch.setattr(hfblend.generate.call, "_WAIT_FOR", set())
     test_a_loop_gets_what_its_forward_asked_for(make_llama, "hidden states")
     test_a_loop_gets_what_its_forward_asked_for(make_llama, "logits_to_keep=1")
 
@@ -309,7 +309,7 @@ def test_the_log_has_one_line(caplog):
     with hfblend.patch(model, config=config(1.0)), caplog.at_level(logging.INFO, "hfblend"):
         answers(model, PROMPT.inputs(), LOOPS["all logits"][0], "custom_generate")
     assert [r.getMessage() for r in caplog.records if "Not blended" in r.getMessage()] == [
-        f"Not blended, stock generate runs: {hfblend.fallbacks.Fallback.ALL_ROWS_WANTED.reason}"
+        f"Not blended, stock generate runs: {hfblend.generate.fallbacks.Fallback.ALL_ROWS_WANTED.reason}"
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hfblend.attention import QueryRows, attend, reference_attention, visible
+from hfblend.attention.by_position import QueryRows, attend, reference_attention, visible
 
 
 def test_visible_is_the_drawn_mask():

@@ -9,10 +9,10 @@ import torch
 from helpers import config, full_prefill_kv, generate, make_llama, make_mistral, make_prompt
 
 import hfblend
-from hfblend import baselines
-from hfblend.baselines import METHODS
-from hfblend.measures import kl_divergence
-from hfblend.models import host_of
+from hfblend.lab import baselines
+from hfblend.lab.baselines import METHODS
+from hfblend.measure.divergence import kl_divergence
+from hfblend.support.registry import host_of
 
 PROMPT = make_prompt(sizes=(20, 31, 13, 25))
 ELSEWHERE = list(range(10, 40))

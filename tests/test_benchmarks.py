@@ -13,15 +13,15 @@ from helpers import make_llama, make_mistral
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend.baselines import METHODS
-from hfblend.benchmarks import Settings, markdown, pair, report, run, runner, ttft
-from hfblend.benchmarks.device import Peaks, if_memory_lasts
-from hfblend.benchmarks.flops import Shape, causal_keys, flops, full_prefill_flops, kv_bytes, least_bytes
-from hfblend.benchmarks.pair import Arrivals, Pair, empty_stores
-from hfblend.benchmarks.prompts import Layout, PromptMaker
-from hfblend.benchmarks.settings import GPU_LENGTHS, Case
-from hfblend.benchmarks.shapes import SHAPES, random_model, twin_of
 from hfblend.cli import app
+from hfblend.lab.baselines import METHODS
+from hfblend.lab.bench import Settings, markdown, pair, report, run, runner, ttft
+from hfblend.lab.bench.device import Peaks, if_memory_lasts
+from hfblend.lab.bench.flops import Shape, causal_keys, flops, full_prefill_flops, kv_bytes, least_bytes
+from hfblend.lab.bench.pair import Arrivals, Pair, empty_stores
+from hfblend.lab.bench.prompts import Layout, PromptMaker
+from hfblend.lab.bench.settings import GPU_LENGTHS, Case
+from hfblend.lab.bench.shapes import SHAPES, random_model, twin_of
 
 PEAKS = Peaks(flops_per_s=1e12, bytes_per_s=1e11, load_bytes_per_s=1e10)
 LAYOUT = Layout(prefix=8, chunk=100, suffix=8)

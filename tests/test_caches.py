@@ -12,8 +12,8 @@ from helpers import config, generate, make_llama, make_mistral, make_prompt
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import hfblend
-from hfblend.caches import GrowingLayer
-from hfblend.host import CACHE
+from hfblend.blend.caches import GrowingLayer
+from hfblend.model.hf_model import CACHE
 
 PROMPT = make_prompt()
 IDS = PROMPT.input_ids

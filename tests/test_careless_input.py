@@ -13,9 +13,9 @@ from helpers import config, entry, generate, header_of, make_llama, make_prompt,
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend import demo_model
 from hfblend.cli import app
 from hfblend.cli.prompts import read_prompts
+from hfblend.demo import model as demo_model
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore, store_at
 
 KEYS = [hashlib.sha256(bytes([i])).hexdigest() for i in range(12)]
@@ -183,7 +183,7 @@ def test_prompts_of_files_are_texts(row, tmp_path, word_tokenizer):
 
 def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, word_tokenizer):
     from hfblend.cli.precompute import prefix_of, texts_of
-    from hfblend.evaluation.data import load_json
+    from hfblend.lab.eval.data import load_json
 
     def written(text):
         (tmp_path / "file").write_bytes(b"\xef\xbb\xbf" + text.encode())

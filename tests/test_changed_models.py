@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 
 import hfblend
-from hfblend.models import host_of
+from hfblend.support.registry import host_of
 
 PROMPT = make_prompt()
 STOCK = {"input_ids": PROMPT.input_ids, "attention_mask": torch.ones_like(PROMPT.input_ids)}
@@ -189,7 +189,7 @@ def test_what_passes_do_to_a_model_is_no_change(monkeypatch):
     """Other threads' passes switch attention and replace forwards for a moment: the self-test does not run again."""
     model, tests = make_llama(), []
     with hfblend.patch(model, config=config(0.2, selection="kv_deviation")) as blender:
-        monkeypatch.setattr(hfblend.models, "_proved", lambda model: tests.append(1))
+        monkeypatch.setattr(hfblend.support.registry, "_proved", lambda model: tests.append(1))
         host = blender.host
         seen = []
         handle = model.model.layers[3].register_forward_pre_hook(lambda m, a: seen.append(host.look()[1]))
@@ -210,7 +210,7 @@ def test_what_generate_leaves_in_a_model_is_no_change(monkeypatch, family):
     """Some models keep numbers of a prompt in their modules; the self-test does not run again for those."""
     model, tests = FAMILIES[family].make(), []
     with hfblend.patch(model, config=config(0.3)) as blender:
-        monkeypatch.setattr(hfblend.models, "_proved", lambda model: tests.append(1))
+        monkeypatch.setattr(hfblend.support.registry, "_proved", lambda model: tests.append(1))
         for _ in range(2):
             generate(model, PROMPT.inputs(), max_new_tokens=2)
             assert blender.trace.blended
@@ -386,7 +386,7 @@ def test_a_manager_from_before_patch_is_noticed(caplog):
     with hfblend.patch(model, config=config(0.2)) as blender, caplog.at_level(logging.WARNING, "hfblend"):
         for _ in range(2):
             with torch.no_grad(), pytest.raises(AttributeError):  # a cache that holds nothing
-                model(PROMPT.input_ids, **{hfblend.host.CACHE: cache})
+                model(PROMPT.input_ids, **{hfblend.model.hf_model.CACHE: cache})
         assert blender.trace.fallback == "continuous_batching"
     assert caplog.text.count("continuous batching") == 1
 

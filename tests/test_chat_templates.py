@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AddedToken
 
 from hfblend import Prompt
-from hfblend.encoding import Encoder
+from hfblend.prompts.tokenize import Encoder
 
 tokenizer_for = cache(lambda name: tokenizer_of(FORMS[name]))
 

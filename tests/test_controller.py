@@ -16,9 +16,9 @@ from helpers import entry, generate, make_llama, make_prompt
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend import profiling
 from hfblend.config import BlendConfig
 from hfblend.controller import BlendCost, BlendShape, Controller, Cost, Decision, Load, LoadCost, Profile, Work
+from hfblend.measure import profile as profiling
 from hfblend.store import DiskStore, MemoryStore
 
 LAYERS = 10
@@ -341,8 +341,8 @@ def test_what_a_rule_waits_for():
 
 def test_the_command_shows_what_would_be_decided(tmp_path, cache, monkeypatch):
     """Every tier at every length; what was measured is measured once; nothing stays in the store."""
-    from hfblend import demo_model
     from hfblend.cli import app
+    from hfblend.demo import model as demo_model
 
     monkeypatch.setattr(demo_model, "load", lambda model, device, dtype: (make_llama(), None))
     arguments = ["profile", "--store", str(tmp_path / "chunks"), "--tokens", "600,1200"]

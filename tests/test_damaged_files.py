@@ -22,8 +22,8 @@ from hfblend.cli import app
 from hfblend.cli.prompts import read_prompts
 from hfblend.controller import BlendCost, Cost, LoadCost, Profile
 from hfblend.display import Display
-from hfblend.evaluation.data import load
-from hfblend.evaluation.records import Record, RecordFile
+from hfblend.lab.eval.data import load
+from hfblend.lab.eval.records import Record, RecordFile
 from hfblend.store import DiskStore
 from hfblend.store.format import dump
 
@@ -236,7 +236,7 @@ def test_a_prompt_with_another_value_anywhere_is_read_or_refused(tmp_path, word_
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(number=st.integers(0, 10**6), value=VALUES, used=st.sampled_from([-(2**40), 0, 1e9, 2**40]))
 def test_a_folder_with_any_header_is_listed(tmp_path, number, value, used):
-    file = dump("ab" * 32, entry(origin=hfblend.origin.Origin("m", "f", "{}", "i", "b")))
+    file = dump("ab" * 32, entry(origin=hfblend.kv.origin.Origin("m", "f", "{}", "i", "b")))
     header = with_another_value(header_of(file), number, value)
     store = DiskStore(tmp_path)
     store._path("ab" * 32).write_bytes(signed(header if isinstance(header.get("__metadata__"), dict) else "{}", b""))

@@ -12,10 +12,11 @@ from helpers import make_llama, make_prompt
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend import demo, demo_model
 from hfblend.cli import app
-from hfblend.demo import METHODS, demo_data, demo_prompt
-from hfblend.measures import kl_divergence, teacher_forced_logits, top1_agreement
+from hfblend.demo import demo
+from hfblend.demo import model as demo_model
+from hfblend.demo.demo import METHODS, demo_data, demo_prompt
+from hfblend.measure.divergence import kl_divergence, teacher_forced_logits, top1_agreement
 
 needs_packaged_model = pytest.mark.skipif(
     demo_model.packaged_gguf() is None or importlib.util.find_spec("gguf") is None,

@@ -17,8 +17,8 @@ from rich.console import Console
 import hfblend
 from hfblend.display import Display, view
 from hfblend.display.text import clipped, escaped, visible
-from hfblend.timeline import Interval, SavedTimeline
-from hfblend.trace import BlendTrace, ChunkTrace, LayerMaps
+from hfblend.trace.timeline import Interval, SavedTimeline
+from hfblend.trace.trace import BlendTrace, ChunkTrace, LayerMaps
 
 PROMPT = make_prompt()
 HOSTILE = [

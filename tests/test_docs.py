@@ -12,7 +12,7 @@ import pytest
 
 import hfblend
 import hfblend.config
-import hfblend.fallbacks
+import hfblend.generate.fallbacks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,13 +40,15 @@ def python_blocks(text: str) -> list[str]:
 
 def test_every_fallback_has_its_row_in_order():
     section = text_of("docs/fallbacks.md").split("## Reasons for a fallback")[1].split("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [f.name.lower() for f in hfblend.fallbacks.Fallback]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [
+        f.name.lower() for f in hfblend.generate.fallbacks.Fallback
+    ]
 
 
 def test_every_fallbacks_log_level_is_the_documented_one():
     section = text_of("docs/fallbacks.md").split("## Reasons for a fallback")[1].split("\n## ")[0]
     levels = re.findall(r"^\| `\w+` \|.*\| (info|warning) \|", section, re.MULTILINE)
-    assert levels == [{20: "info", 30: "warning"}[fallback.level] for fallback in hfblend.fallbacks.Fallback]
+    assert levels == [{20: "info", 30: "warning"}[fallback.level] for fallback in hfblend.generate.fallbacks.Fallback]
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(hfblend.BlendConfig), ids=lambda field: field.name)

@@ -15,8 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hfblend
-from hfblend import demo_model
-from hfblend.demo import demo_data
+from hfblend.demo import model as demo_model
+from hfblend.demo.demo import demo_data
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)

@@ -13,14 +13,14 @@ from helpers import make_llama, make_mistral
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend import demo_model
-from hfblend.baselines import METHODS
 from hfblend.cli import app
-from hfblend.evaluation import data, metrics, report, runner
-from hfblend.evaluation.records import Record, RecordFile
-from hfblend.evaluation.runner import Runner, Settings, methods_named, rows_of
-from hfblend.evaluation.summary import summarize
-from hfblend.measures import kl_divergence, teacher_forced_logits, top1_agreement
+from hfblend.demo import model as demo_model
+from hfblend.lab.baselines import METHODS
+from hfblend.lab.eval import data, metrics, report, runner
+from hfblend.lab.eval.records import Record, RecordFile
+from hfblend.lab.eval.runner import Runner, Settings, methods_named, rows_of
+from hfblend.lab.eval.summary import summarize
+from hfblend.measure.divergence import kl_divergence, teacher_forced_logits, top1_agreement
 
 FIRST_KEYS = ["method", "ratio", "n", "kl", "kl_ci95", "top1_agreement", "f1", "ttft_ms", "recomputed_pairs_share"]
 

@@ -17,11 +17,12 @@ from helpers import (
 )
 
 import hfblend
-from hfblend.blending import Blending
-from hfblend.caches import full_length_cache
-from hfblend.models import host_of
-from hfblend.selection import by_kv_deviation, by_suffix_attention, mixed
+from hfblend.blend import look_up
+from hfblend.blend.algorithm import Blending
+from hfblend.blend.caches import full_length_cache
+from hfblend.blend.selection import budget, by_kv_deviation, by_suffix_attention, mixed
 from hfblend.store import MemoryStore
+from hfblend.support.registry import host_of
 
 PROMPT = make_prompt()
 
@@ -64,7 +65,7 @@ def test_true_kv_moved_and_blended_is_exact(name, ratio):
         assert trace.hits == 3
         assert not any(chunk.exact for chunk in trace.chunks)
         assert trace.prefix.status == "hit"
-        assert trace.selected_tokens == hfblend.selection.budget(ratio, len(trace.candidate_idx))
+        assert trace.selected_tokens == budget(ratio, len(trace.candidate_idx))
         assert torch.equal(blended.sequences, stock.sequences)
         assert largest_difference(blended, stock) <= 3e-4
 
@@ -187,7 +188,7 @@ def test_computed_pairs_are_counted(layers, ratios):
     assert trace.computed_pairs == sum(seen) - 1 + trace.selected_tokens + fresh
     expected = len(PROMPT) * layers[0] if layers else 0
     for before, layer, ratio in zip(layers, layers[1:], ratios):
-        expected += (hfblend.selection.budget(ratio, n) + fresh) * (layer - before)
+        expected += (budget(ratio, n) + fresh) * (layer - before)
     expected += (trace.selected_tokens + fresh) * (4 - (layers[-1] if layers else 0))
     assert trace.computed_pairs == expected
     assert trace.recomputed_pairs_share == pytest.approx(expected / (4 * len(PROMPT)))
@@ -251,12 +252,12 @@ def test_missing_chunks_are_prefilled_together_where_that_is_quicker(monkeypatch
     again[:, slice(*prompt.chunk_spans[3])] = again[:, start:stop]
     prompt = hfblend.Prompt(again, prompt.chunk_spans)
     sizes = []
-    prefill_batch = hfblend.batched_prefill.prefill_batch
+    prefill_batch = hfblend.model.prefill.prefill_batch
     for at_once in (1, 8):
-        monkeypatch.setattr(hfblend.lookup, "chunks_at_once", lambda host, n=at_once: n)
+        monkeypatch.setattr(look_up, "chunks_at_once", lambda host, n=at_once: n)
         with monkeypatch.context() as patched, hfblend.patch(model, config=config(0.2)) as blender:
             patched.setattr(
-                hfblend.batched_prefill,
+                hfblend.model.prefill,
                 "prefill_batch",
                 lambda host, chunks, *rest: sizes.append(len(chunks)) or prefill_batch(host, chunks, *rest),
             )

@@ -10,9 +10,9 @@ import pytest
 from helpers import make_llama
 from typer.testing import CliRunner
 
-from hfblend import demo_model
 from hfblend.cli import app
 from hfblend.cli.prompts import read_prompts
+from hfblend.demo import model as demo_model
 
 PIECES = {
     "prefix": "w10 w11 w12 ",

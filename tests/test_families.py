@@ -22,8 +22,8 @@ from made_up_families import MadeUpConfig, MadeUpForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hfblend
-from hfblend.models import host_of
-from hfblend.switching import AttentionNotReplaceable, window_of
+from hfblend.attention.switch import AttentionNotReplaceable, window_of
+from hfblend.support.registry import host_of
 
 LOGITS, KEYS, LEAK = 5e-4, 2e-5, 2e-6
 # beam scales queries by their position, so all that comes after a first layer depends on it a little, beside rotation.

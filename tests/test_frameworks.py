@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import hfblend
-from hfblend import demo_model
-from hfblend.trace import BlendTrace
+from hfblend.demo import model as demo_model
+from hfblend.trace.trace import BlendTrace
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [

@@ -14,9 +14,9 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import hfblend
-from hfblend.caches import GrowingLayer
-from hfblend.compiled import run_as_written
-from hfblend.fallbacks import Fallback
+from hfblend.blend.caches import GrowingLayer
+from hfblend.generate.fallbacks import Fallback
+from hfblend.model.compiled import run_as_written
 
 PROMPT = make_prompt()
 IDS = PROMPT.input_ids
@@ -124,7 +124,7 @@ def test_what_was_blended_ahead_is_dropped_where_it_does_not_fit(monkeypatch):
         expected, _ = run(model, PROMPT.inputs(), MODES["draft_model"])
         trace = blender.trace
         monkeypatch.setattr(hfblend.patching.Blender, "_runs_beside_python", lambda self: True)
-        monkeypatch.setattr(hfblend.calls, "_WAIT_FOR", set())
+        monkeypatch.setattr(hfblend.generate.call, "_WAIT_FOR", set())
         output, _ = run(model, PROMPT.inputs(), MODES["draft_model"])
         assert torch.equal(output.sequences, expected.sequences)
         assert blender.trace.num_tokens == trace.num_tokens > len(PROMPT)
@@ -445,7 +445,7 @@ def test_compiled_code_is_put_back_by_the_last_and_after_an_error():
         with pytest.raises(ZeroDivisionError):
             run_as_written((model, model.model), lambda: 1 / 0)
         assert model._compiled_call_impl is None
-        assert model.model.forward == hfblend.compiled.as_written(forward)
+        assert model.model.forward == hfblend.model.compiled.as_written(forward)
 
     run_as_written((model, model.model), outer)
     assert is_compiled()

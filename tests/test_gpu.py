@@ -21,11 +21,11 @@ from test_real_models import load_smollm
 from test_self_test import PECULIAR, SOUND, WRONG_ROTATIONS, made_up
 
 import hfblend
-from hfblend.attention import QueryRows, attend, reference_attention
-from hfblend.caches import RowLayout, full_length_cache, rows_behind
-from hfblend.graphs import graphs_of
-from hfblend.models import BlendableModel, host_of
+from hfblend.attention.by_position import QueryRows, attend, reference_attention
+from hfblend.blend.caches import RowLayout, full_length_cache, rows_behind
+from hfblend.gpu.graphs import graphs_of
 from hfblend.store import DiskStore, loader
+from hfblend.support.registry import BlendableModel, host_of
 
 pytestmark = pytest.mark.gpu
 

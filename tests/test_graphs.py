@@ -9,13 +9,13 @@ import torch
 from helpers import MODELS, config, make_prompt
 
 import hfblend
-from hfblend.attention import AttentionRecord, mask_of
-from hfblend.blending import Blending
-from hfblend.caches import RowLayout, StopForward, rows_behind
-from hfblend.graphs import GraphCache, PassGraphs, _rounded
+from hfblend.attention.by_position import AttentionRecord, mask_of
+from hfblend.blend.algorithm import Blending
+from hfblend.blend.caches import RowLayout, StopForward, rows_behind
+from hfblend.gpu.graphs import GraphCache, PassGraphs, _rounded
 from hfblend.locks import ForwardLock
-from hfblend.models import host_of
-from hfblend.passes import Pass
+from hfblend.model.passes import Pass
+from hfblend.support.registry import host_of
 
 kernels = pytest.importorskip("hfblend.kernels", reason="needs triton")
 PROMPT = make_prompt(sizes=(20, 31, 13), prefix=9, suffix=11)

@@ -7,8 +7,8 @@ import torch
 from helpers import config, full_prefill_kv, make_llama, make_mistral, make_prompt, store_of_true_kv
 
 import hfblend
-from hfblend import insights
-from hfblend.models import host_of
+from hfblend.lab import insights
+from hfblend.support.registry import host_of
 
 PROMPT = make_prompt()
 

@@ -19,10 +19,10 @@ import torch
 from helpers import config, entry, generate, largest_difference, make_llama, make_prompt
 
 import hfblend
+from hfblend.gpu.streams import on_stream, switch_back
 from hfblend.locks import Condition, ForwardLock, Mutex, Running
-from hfblend.models import host_of
 from hfblend.store import TieredStore
-from hfblend.streams import on_stream, switch_back
+from hfblend.support.registry import host_of
 
 # Python reports an exception that comes as a generator is dropped, and goes on.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -282,7 +282,7 @@ def test_a_model_that_is_not_patched_answers_at_once(rule, tests_itself):
 
     def blend():
         if tests_itself:
-            hfblend.models.forget(model)
+            hfblend.support.registry.forget(model)
         return hfblend.blend(model, PROMPT, store=store, config=settings).logits
 
     blend()

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hfblend.attention import QueryRows, attention_weights, reference_attention, sdpa_attention, visible
-from hfblend.caches import RowLayout, empty_kv, rows_behind
-from hfblend.rope import rotate
+from hfblend.attention.by_position import QueryRows, attention_weights, reference_attention, sdpa_attention, visible
+from hfblend.blend.caches import RowLayout, empty_kv, rows_behind
+from hfblend.blend.rotation import rotate
 
 kernels = pytest.importorskip("hfblend.kernels", reason="needs triton")
 ON_GPU = torch.cuda.is_available()

@@ -14,8 +14,8 @@ import torch
 from helpers import config, generate, largest_difference, make_llama, make_mistral, make_prompt, store_of_true_kv
 
 import hfblend
-from hfblend.models import host_of
-from hfblend.offloading import OffloadedWeights, device_of
+from hfblend.model.weights.offloading import OffloadedWeights, device_of
+from hfblend.support.registry import host_of
 
 PROMPT = make_prompt()
 STOCK = {"input_ids": PROMPT.input_ids}
@@ -138,7 +138,7 @@ def test_an_offloaded_weight_that_changes_is_seen(tmp_path):
 
 def test_weights_on_meta_that_no_hook_knows_are_never_taken_for_equal(caplog):
     model = make_llama()
-    taken = [hfblend.fingerprint.Fingerprint(model.to("meta")).digest for _ in range(2)]
+    taken = [hfblend.model.weights.fingerprint.Fingerprint(model.to("meta")).digest for _ in range(2)]
     assert taken[0] != taken[1]
     assert "cannot be read" in caplog.text
 

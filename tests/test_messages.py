@@ -18,14 +18,14 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend import demo_model
 from hfblend.arguments import described
-from hfblend.baselines import Blending
 from hfblend.cli import app
 from hfblend.controller import Controller
-from hfblend.fallbacks import Fallback
-from hfblend.prompt import spans_by_row
-from hfblend.separator import Separator
+from hfblend.demo import model as demo_model
+from hfblend.generate.fallbacks import Fallback
+from hfblend.lab.baselines import Blending
+from hfblend.prompts.prompt import spans_by_row
+from hfblend.prompts.separator import Separator
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore, store_at
 
 PROMPT = make_prompt()

@@ -7,8 +7,8 @@ import torch
 from helpers import config, generate, make_llama, make_prompt
 
 import hfblend
-from hfblend.metrics import export_to_prometheus
 from hfblend.store import DiskStore, MemoryStore, TieredStore
+from hfblend.store.prometheus import export_to_prometheus
 
 prometheus_client = pytest.importorskip("prometheus_client")
 PROMPT = make_prompt()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hfblend import demo_model
+from hfblend.demo import model as demo_model
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.py"))

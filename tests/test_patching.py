@@ -15,12 +15,13 @@ import torch
 from helpers import config, generate, largest_difference, make_llama, make_mistral, make_prompt
 
 import hfblend
-from hfblend import models
-from hfblend.attention import QueryRows
-from hfblend.layers import cut, resume, watch
+from hfblend.attention.by_position import QueryRows
+from hfblend.attention.switch import attend_by_position
+from hfblend.blend.caches import full_length_cache
 from hfblend.locks import ForwardLock
-from hfblend.models import host_of
-from hfblend.switching import attend_by_position
+from hfblend.model.layers import cut, resume, watch
+from hfblend.support import registry as models
+from hfblend.support.registry import host_of
 
 PROMPT = make_prompt()
 
@@ -208,7 +209,7 @@ def test_an_entry_that_is_not_this_models_is_computed_again(caplog, change):
         for key in list(blender.store._entries)[1:3]:
             entry = blender.store.open(key)
             kv = [tuple(map(change, entry.layer(i))) for i in range(4)]
-            cache = hfblend.caches.full_length_cache(kv)
+            cache = full_length_cache(kv)
             blender.store.put(key, hfblend.ChunkKV(cache, entry.cached_positions, entry.behind_ids))
         with caplog.at_level(logging.WARNING, "hfblend"):
             output = generate(model, PROMPT.inputs())
@@ -249,7 +250,7 @@ def test_weights_given_other_memory_at_the_old_address_are_seen():
         return weight.data_ptr(), weight._version
 
     before = assign()
-    taken = hfblend.fingerprint.Fingerprint(model)
+    taken = hfblend.model.weights.fingerprint.Fingerprint(model)
     first = taken.current(model)
     memory[:4] = bytes([1, 2, 3, 4])
     assert assign() == before
@@ -260,11 +261,11 @@ def test_weights_given_other_memory_at_the_old_address_are_seen():
 
 
 def test_fingerprint_tells_models_apart_and_casts():
-    fingerprint = {hfblend.models.host_of(m).fingerprint.current(m) for m in (make_llama(), make_llama())}
+    fingerprint = {hfblend.support.registry.host_of(m).fingerprint.current(m) for m in (make_llama(), make_llama())}
     assert len(fingerprint) == 1
     model = make_llama()
     weight = model.model.layers[0].mlp.up_proj.weight
-    taken = hfblend.fingerprint.Fingerprint(model)
+    taken = hfblend.model.weights.fingerprint.Fingerprint(model)
     seen = {taken.current(model)}
     with torch.no_grad():
         weight[:2] = weight[:2].flip(0)  # swapped rows: every plain sum stays

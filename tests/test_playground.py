@@ -19,11 +19,10 @@ from helpers import make_llama
 from typer.testing import CliRunner
 
 from hfblend import BlendConfig
-from hfblend import playground as logic
 from hfblend.cli import app
 from hfblend.config import Selection
-from hfblend.display.view import RULE_WORDS
-from hfblend.playground import (
+from hfblend.demo import playground as logic
+from hfblend.demo.playground import (
     MAX_CHARACTERS,
     MAX_CHUNKS,
     Playground,
@@ -33,8 +32,9 @@ from hfblend.playground import (
     prompt_of,
     store_line,
 )
-from hfblend.playground import page as playground_page
-from hfblend.playground.presets import presets
+from hfblend.demo.playground import page as playground_page
+from hfblend.demo.playground.presets import presets
+from hfblend.display.view import RULE_WORDS
 
 HOSTILE = "<script>window.ran=1</script><img src=x onerror=window.ran=2> </i></div><svg onload=alert(3)>"
 

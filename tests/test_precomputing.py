@@ -16,11 +16,12 @@ from helpers import VOCABULARY, config, generate, make_llama, make_mistral, make
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend import batched_prefill, precomputing
-from hfblend.chunks import prefill, prefill_batch, prefill_chunk
 from hfblend.cli import app
-from hfblend.models import host_of
+from hfblend.generate import precompute as precomputing
+from hfblend.kv.chunk import prefill, prefill_batch, prefill_chunk
+from hfblend.model import prefill as batched_prefill
 from hfblend.store import DiskStore, MemoryStore, TieredStore
+from hfblend.support.registry import host_of
 
 PROMPT = make_prompt()
 FILLER = tuple(range(20, 60))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import hfblend
 from hfblend import Prompt
-from hfblend.prompt import ChunkSpans, spans_by_row
-from hfblend.separator import Separator
+from hfblend.prompts.prompt import ChunkSpans, spans_by_row
+from hfblend.prompts.separator import Separator
 
 IDS = st.lists(st.integers(10, 90), min_size=1, max_size=6)
 

@@ -11,7 +11,7 @@ from helpers import config, generate, largest_difference, make_llama, make_promp
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hfblend
-from hfblend.models import host_of
+from hfblend.support.registry import host_of
 
 PROMPT = make_prompt()
 STOCK = {"input_ids": PROMPT.input_ids}

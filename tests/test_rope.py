@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hfblend
-from hfblend.caches import RecordingCache
-from hfblend.models import host_of
-from hfblend.rope import Realigner, pair_tables, rotate, rotation_between
+from hfblend.blend.caches import RecordingCache
+from hfblend.blend.rotation import Realigner, pair_tables, rotate, rotation_between
+from hfblend.support.registry import host_of
 
 PROMPT = make_prompt()
 

@@ -11,9 +11,9 @@ from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
 
 pytest.importorskip("hfblend.kernels", reason="needs triton")
+from hfblend.gpu.fused_rotary import NAME, find_rotary, rotary_in_one_kernel
 from hfblend.kernels import rotary
 from hfblend.locks import ForwardLock
-from hfblend.rotary import NAME, find_rotary, rotary_in_one_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LLAMA = vars(modeling_llama)
@@ -47,7 +47,7 @@ def test_only_functions_of_the_usual_form_are_found():
 
 
 def _finds(module):
-    from hfblend.rotary import _is_usual
+    from hfblend.gpu.fused_rotary import _is_usual
 
     return _is_usual(getattr(module, NAME), torch.device(DEVICE), torch.bfloat16)
 

@@ -12,11 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hfblend
-from hfblend.attention import AttentionRecord
-from hfblend.blending import Blending
-from hfblend.models import host_of
-from hfblend.prompt import ChunkSpans
-from hfblend.selection import (
+from hfblend.attention.by_position import AttentionRecord
+from hfblend.blend.algorithm import Blending
+from hfblend.blend.selection import (
     Evidence,
     at_random,
     budget,
@@ -29,6 +27,8 @@ from hfblend.selection import (
     kv_deviation,
     mixed,
 )
+from hfblend.prompts.prompt import ChunkSpans
+from hfblend.support.registry import host_of
 
 
 def kv(*values):

@@ -18,9 +18,13 @@ from test_real_models import load_smollm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hfblend
-from hfblend import batched_prefill, layerwise, proof, rope, switching
-from hfblend.host import Host
-from hfblend.models import BlendableModel
+from hfblend.attention import switch as switching
+from hfblend.blend import rotation as rope
+from hfblend.model import prefill as batched_prefill
+from hfblend.model.hf_model import Host
+from hfblend.support import layerwise
+from hfblend.support import self_test as proof
+from hfblend.support.registry import BlendableModel
 
 
 def make(kind, **kwargs):
@@ -284,7 +288,7 @@ def test_layers_stand_alone_also_where_rounding_sends_a_row_to_other_experts(
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("by", [1, 40])
 def test_rows_at_other_positions_are_refused(by, precision, monkeypatch):
-    from hfblend import passes
+    from hfblend.model import passes
 
     own = passes.until_stopped
     monkeypatch.setattr(passes, "until_stopped", lambda forward, ids, rows, *rest: own(forward, ids, rows + by, *rest))

@@ -9,8 +9,8 @@ import torch
 from helpers import config, make_llama, make_mistral, make_prompt, store_of_true_kv
 
 import hfblend
-from hfblend import selection
-from hfblend.stepper import Step
+from hfblend.blend import selection
+from hfblend.generate.steps import Step
 
 NAMES = ["looked_up", "realigned", "scored", "selected", "recomputed", "generated"]
 

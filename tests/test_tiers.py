@@ -15,7 +15,8 @@ import torch
 from helpers import config, entry, generate, make_llama, make_prompt, same
 
 import hfblend
-from hfblend import precomputing
+from hfblend.blend.caches import full_length_cache, packed
+from hfblend.generate import precompute as precomputing
 from hfblend.store import DiskStore, MemoryStore, TieredStore
 
 KEYS = [f"{i:064x}" for i in range(40)]
@@ -419,7 +420,7 @@ def large_entry(seed, tokens=512, layers=8):
     kv = [
         [torch.full((1, 8, tokens, 128), seed + i / 16, device="cuda").half() for _ in range(2)] for i in range(layers)
     ]
-    cache = hfblend.caches.full_length_cache(hfblend.caches.packed(one) for one in kv)
+    cache = full_length_cache(packed(one) for one in kv)
     return hfblend.ChunkKV(cache, torch.arange(tokens))
 
 

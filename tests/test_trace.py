@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import hfblend
 from hfblend.optional import require
-from hfblend.recorder import relative_deviation
-from hfblend.timeline import Interval, PhaseClock, ms_per_phase
-from hfblend.trace_tokens import texts_of
+from hfblend.trace.recorder import relative_deviation
+from hfblend.trace.timeline import Interval, PhaseClock, ms_per_phase
+from hfblend.trace.tokens import texts_of
 
 PROMPT = make_prompt()
 LEVELS = ("summary", "tokens", "full")

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 import hfblend
 from hfblend.cli import app
-from hfblend.models import host_of
-from hfblend.origin import Origin, digest_of
+from hfblend.kv.origin import Origin, digest_of
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore
 from hfblend.store.format import CorruptEntry, contents_of, dump, parse
 from hfblend.store.remote_folder import RemoteFolder
+from hfblend.support.registry import host_of
 
 fsspec = pytest.importorskip("fsspec")
 from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402

@@ -14,11 +14,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend import calibration, demo_model, patching, verification
-from hfblend.calibration import calibrate
+from hfblend import patching
+from hfblend.blend.caches import full_length_cache
 from hfblend.cli import app
-from hfblend.measures import kl_divergence, teacher_forced_logits
-from hfblend.verification import Verifier, verify_prompt
+from hfblend.demo import model as demo_model
+from hfblend.measure import calibrate as calibration
+from hfblend.measure import verify as verification
+from hfblend.measure.calibrate import calibrate
+from hfblend.measure.divergence import kl_divergence, teacher_forced_logits
+from hfblend.measure.verify import Verifier, verify_prompt
 
 PROMPT, OTHER = make_prompt(), make_prompt(seed=2)
 
@@ -32,7 +36,7 @@ def filled_store(model, prompt=PROMPT, poison: float = 0.0) -> hfblend.MemorySto
         entry = store.open(key)
         noise = torch.Generator().manual_seed(0)
         kv = [(k, v + poison * torch.randn(v.shape, generator=noise)) for k, v in (entry.layer(i) for i in range(4))]
-        cache = hfblend.caches.full_length_cache(kv)
+        cache = full_length_cache(kv)
         store.put(key, hfblend.ChunkKV(cache, entry.cached_positions, entry.behind_ids, regime=entry.regime))
     return store
 
@@ -146,7 +150,7 @@ def test_a_poisoned_entry_warns(caplog):
     settings = hfblend.Verify(every=1, max_kl=0.5)
     with (
         hfblend.patch(model, config=config(0.1), store=filled_store(model, poison=5.0), verify=settings) as blender,
-        caplog.at_level(logging.WARNING, "hfblend.verification"),
+        caplog.at_level(logging.WARNING, "hfblend.measure.verify"),
     ):
         generate(model, PROMPT.inputs())
         assert "above the bound of 0.5" in caplog.text
@@ -160,7 +164,7 @@ def test_a_call_within_the_bound_does_not_warn(caplog):
     model = make_llama()
     with (
         hfblend.patch(model, config=config(1.0), verify=1) as blender,
-        caplog.at_level(logging.WARNING, "hfblend.verification"),
+        caplog.at_level(logging.WARNING, "hfblend.measure.verify"),
     ):
         generate(model, PROMPT.inputs())
         assert blender.trace.verification["within_bound"] is True

@@ -17,10 +17,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import Trainer, TrainingArguments
 
 import hfblend
-from hfblend.contents import Samples, digest, digests, reference_views
-from hfblend.fingerprint import Fingerprint
-from hfblend.norms import find_norms
-from hfblend.offloading import OffloadedWeights
+from hfblend.gpu.fused_norms import find_norms
+from hfblend.model.weights.contents import Samples, digest, digests, reference_views
+from hfblend.model.weights.fingerprint import Fingerprint
+from hfblend.model.weights.offloading import OffloadedWeights
 
 # A chunk right after its prefix is exact: at ratio 0 its stored K/V are used as they are.
 PROMPT = hfblend.Prompt.from_ids(list(range(7, 13)), [list(range(20, 60))], list(range(70, 77)))
@@ -419,7 +419,7 @@ def read(monkeypatch):
         counted.append(len(sources))
         return found
 
-    monkeypatch.setattr(hfblend.fingerprint, "digests", counting)
+    monkeypatch.setattr(hfblend.model.weights.fingerprint, "digests", counting)
     return counted
 
 
@@ -451,7 +451,7 @@ def test_a_fingerprint_that_was_interrupted_is_taken_at_the_next_call(monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(hfblend.fingerprint, "digests", stopped)
+        patched.setattr(hfblend.model.weights.fingerprint, "digests", stopped)
         with pytest.raises(KeyboardInterrupt):
             taken.current(model)
     assert taken.current(model) == Fingerprint(model).digest != before

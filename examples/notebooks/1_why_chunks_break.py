@@ -26,9 +26,9 @@ import warnings
 import torch
 
 import hfblend
-from hfblend import insights
-from hfblend.demo import demo_data
-from hfblend.demo_model import load
+from hfblend.demo.demo import demo_data
+from hfblend.demo.model import load
+from hfblend.lab import insights
 
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
 

@@ -28,8 +28,8 @@ import torch
 from transformers import DynamicCache
 
 import hfblend
-from hfblend.demo import demo_data, demo_prompt
-from hfblend.demo_model import load
+from hfblend.demo.demo import demo_data, demo_prompt
+from hfblend.demo.model import load
 
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
 

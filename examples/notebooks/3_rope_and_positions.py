@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from transformers import DynamicCache
 
 import hfblend
-from hfblend.demo_model import load
-from hfblend.rope import rotate, rotation_between
+from hfblend.blend.rotation import rotate, rotation_between
+from hfblend.demo.model import load
 
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
 

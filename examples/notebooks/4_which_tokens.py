@@ -26,9 +26,9 @@ import os
 import torch
 
 import hfblend
-from hfblend import insights
-from hfblend.demo import demo_data, demo_prompt
-from hfblend.demo_model import load
+from hfblend.demo.demo import demo_data, demo_prompt
+from hfblend.demo.model import load
+from hfblend.lab import insights
 
 SHORT = os.environ.get("HFBLEND_SHORT") == "1"
 model, tokenizer = load(device="cpu")

@@ -26,8 +26,8 @@ from pathlib import Path
 from rank_bm25 import BM25Okapi
 
 import hfblend
-from hfblend.demo import demo_data
-from hfblend.demo_model import load
+from hfblend.demo.demo import demo_data
+from hfblend.demo.model import load
 from hfblend.store import DiskStore
 
 model, tokenizer = load(device="cpu")

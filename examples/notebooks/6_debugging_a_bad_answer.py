@@ -27,9 +27,9 @@ import torch
 from transformers import DynamicCache
 
 import hfblend
-from hfblend.demo import demo_data
-from hfblend.demo_model import load
-from hfblend.verification import verify_prompt
+from hfblend.demo.demo import demo_data
+from hfblend.demo.model import load
+from hfblend.measure.verify import verify_prompt
 
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..benchmarks import command
-from ..benchmarks.prompts import Layout
-from ..benchmarks.settings import Settings
+from ..lab.bench import command
+from ..lab.bench.prompts import Layout
+from ..lab.bench.settings import Settings
 from .common import Device, DType, JsonFile, Markdown, Model, console, dtype_of, in_words, names, numbers
 
 

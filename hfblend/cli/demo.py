@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .. import demo_model
-from ..demo import run_demo
+from ..demo import model as demo_model
+from ..demo.demo import run_demo
+from ..demo.playground.page import serve
 from ..outputs import require_folders_of
-from ..playground.page import serve
 from .common import Device, JsonFile, Model, console, in_words
 
 

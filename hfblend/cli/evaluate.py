@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .. import demo_model
-from ..baselines import METHODS
-from ..evaluation import command
-from ..evaluation.runner import Settings
+from ..demo import model as demo_model
+from ..lab.baselines import METHODS
+from ..lab.eval import command
+from ..lab.eval.runner import Settings
 from .common import Device, DType, JsonFile, KVDType, Markdown, Model, console, dtype_of, in_words, names, numbers
 
 _EVALUATED = "full_prefill,full_reuse,kv_deviation,hfblend"

@@ -11,16 +11,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .. import demo_model
 from ..config import BlendConfig
+from ..demo import model as demo_model
 from ..display import Display
 from ..display.text import visible
+from ..measure.verify import Verification
 from ..outputs import require_folders_of
 from ..patching import Blender, patch
-from ..prompt import Prompt
+from ..prompts.prompt import Prompt
 from ..store import Store
-from ..trace import BlendTrace, Level
-from ..verification import Verification
+from ..trace.trace import BlendTrace, Level
 from .common import (
     Device,
     DType,

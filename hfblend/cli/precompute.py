@@ -12,10 +12,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .. import demo_model, precomputing
 from ..config import BlendConfig
-from ..filler import filler_ids
-from ..precomputing import Precomputed
+from ..demo import model as demo_model
+from ..generate import precompute as precomputing
+from ..generate.precompute import Precomputed
+from ..prompts.filler import filler_ids
 from .common import Device, DType, KVDType, Model, console, dtype_of, in_words, print_json, store_at
 
 
@@ -88,7 +89,7 @@ def precompute_corpus(
     """Stores the corpus' `total` texts, with a progress bar where `console` is a terminal.
 
     Args:
-        options: of `hfblend.precomputing.precompute`.
+        options: of `hfblend.generate.precompute.precompute`.
     """
     with _bar(console) as bar:
         progress = _advance(bar, total)

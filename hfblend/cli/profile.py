@@ -10,12 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .. import demo_model
 from ..config import BlendConfig
 from ..controller import TIERS, BlendShape, Controller, Load, Profile
-from ..models import host_of
-from ..profiling import profile_of
+from ..demo import model as demo_model
+from ..measure.profile import profile_of
 from ..store import MemoryStore
+from ..support.registry import host_of
 from .common import Device, DType, Model, console, dtype_of, in_words, numbers, print_json, store_at
 
 CHUNK, SUFFIX = 512, 32  # tokens, of the prompts that are looked at

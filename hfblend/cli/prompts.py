@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import described, require
-from ..evaluation.data import Example, prompt_of, titled
-from ..prompt import Prompt
+from ..lab.eval.data import Example, prompt_of, titled
+from ..prompts.prompt import Prompt
 
 
 def read_prompts(source: str, tokenizer: Any) -> list[Prompt]:

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .. import demo_model
 from ..config import BlendConfig
-from ..measures import describe_machine
-from ..models import host_of
+from ..demo import model as demo_model
+from ..measure.divergence import describe_machine
+from ..measure.verify import Verification, verify_prompt
 from ..outputs import require_folders_of
-from ..prompt import Prompt
+from ..prompts.prompt import Prompt
 from ..store import MemoryStore
-from ..verification import Verification, verify_prompt
+from ..support.registry import host_of
 from .common import Device, JsonFile, Model, console, in_words
 from .prompts import read_prompts
 

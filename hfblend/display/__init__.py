@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from ..arguments import require, require_tokenizer
-from ..trace import BlendTrace
+from ..trace.trace import BlendTrace
 from .plots import plot_quality, plot_scores, plot_timeline, plot_ttft
 
 __all__ = ["Display", "plot_quality", "plot_scores", "plot_timeline", "plot_ttft", "show"]

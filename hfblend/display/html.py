@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..timeline import Interval
-from ..trace import BlendTrace
+from ..trace.timeline import Interval
+from ..trace.trace import BlendTrace
 from . import view
 from .style import CSS
 from .text import clipped, escaped, visible

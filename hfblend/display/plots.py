@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .. import palette
 from ..arguments import described, require
 from ..optional import figure_class
-from ..trace import BlendTrace
+from ..trace.trace import BlendTrace
+from . import palette
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,8 +87,8 @@ def plot_timeline(trace: BlendTrace) -> Figure:
 
 
 def plot_quality(rows: Sequence[dict[str, Any]], title: str = "") -> Figure:
-    """Quality against cost, from the rows of `hfblend eval` (`hfblend.evaluation.summary.summarize(records)`)."""
-    from ..evaluation import report
+    """Quality against cost, from the rows of `hfblend eval` (`hfblend.lab.eval.summary.summarize(records)`)."""
+    from ..lab.eval import report
 
     if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
         raise TypeError(f"rows must be the list that hfblend eval --json wrote, got {described(rows)}.")
@@ -97,7 +97,7 @@ def plot_quality(rows: Sequence[dict[str, Any]], title: str = "") -> Figure:
 
 def plot_ttft(results: dict[str, Any]) -> Figure:
     """Time to first token and speed-up, from what `hfblend bench --json` wrote."""
-    from ..benchmarks import report
+    from ..lab.bench import report
 
     if not isinstance(results, Mapping) or "rows" not in results:
         raise TypeError(f"results must be what hfblend bench --json wrote, with its rows, got {described(results)}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import palette
+from . import palette
 
 _LIGHT = """
 --bg:#fff;--fg:#1b1f24;--dim:#59636e;--line:#d8dee4;--soft:#f4f6f8;--mark:#0072B2;--key1:#cfd6dd;--key2:#8796a5;

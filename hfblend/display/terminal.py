@@ -11,9 +11,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from .. import palette
-from ..trace import BlendTrace
-from . import view
+from ..trace.trace import BlendTrace
+from . import palette, view
 from .text import clipped, visible
 from .view import Grid, Part
 

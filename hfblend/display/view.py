@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from ..config import Selection
-from ..fallbacks import Fallback
-from ..timeline import Interval
-from ..trace import BlendTrace, ChunkTrace
+from ..generate.fallbacks import Fallback
+from ..trace.timeline import Interval
+from ..trace.trace import BlendTrace, ChunkTrace
 
 COLUMNS = 160  # of a map
 ROWS = 40

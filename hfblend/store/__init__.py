@@ -1,6 +1,6 @@
 """Where chunk KV is kept, and under which key."""
 
-from ..chunks import Reader
+from ..kv.chunk import Reader
 from .base import ReadsAhead, Store
 from .disk import DiskStore
 from .keys import chunk_key

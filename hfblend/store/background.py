@@ -18,10 +18,10 @@ from dataclasses import replace
 
 import torch
 
-from ..caches import KV, full_length_cache, packed, rows_behind
-from ..chunks import ChunkKV
+from ..blend.caches import KV, full_length_cache, packed, rows_behind
+from ..gpu.streams import on_stream
+from ..kv.chunk import ChunkKV
 from ..locks import Condition
-from ..streams import on_stream
 from .base import Store
 from .memory import MemoryStore
 from .sizes import num_bytes_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ..arguments import described, require
-from ..chunks import ChunkKV, Reader, in_memory
+from ..kv.chunk import ChunkKV, Reader, in_memory
 
 
 class Store(Protocol):

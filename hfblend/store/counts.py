@@ -9,7 +9,7 @@ from ..locks import Mutex
 
 @dataclass
 class StoreCounts:
-    """Counters, which only grow. `hfblend.metrics` shows them to Prometheus.
+    """Counters, which only grow. `hfblend.store.prometheus` shows them to Prometheus.
 
     Attributes:
         hits, misses: entries that were asked for, and found or not.

@@ -8,13 +8,13 @@ import os
 from functools import partial
 from pathlib import Path
 
-from ..chunks import ChunkKV, ChunkLost
+from ..kv.chunk import ChunkKV, ChunkLost
 from .base import require_chunk_kv, require_folder
 from .folders import LocalFolder
 from .format import HEAD_BYTES, Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes
 from .keys import file_name_of
 from .loader import FileSource, LayerwiseChunk, Places
-from .quantisation import require_kv_dtype, takes
+from .quantise import require_kv_dtype, takes
 from .upkeep import InFiles
 
 logger = logging.getLogger(__name__)

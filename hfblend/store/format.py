@@ -4,7 +4,7 @@
     header    JSON: tensors and their places; metadata, with checksums of the tensors and a digest of the header itself
     data      behind_ids, cached_positions, layer 0000, 0001, …: a layer's rows (n, W) are one contiguous block
 
-A layer in 8 bits (`hfblend/store/quantisation.py`) is one block too: key scales, value scales, rows.
+A layer in 8 bits (`hfblend/store/quantise.py`) is one block too: key scales, value scales, rows.
 The checksums find faults of disks and networks, not forgeries: whoever can write the file can write its checksums.
 
 Shapes: n tokens of the chunk, W width of a row, L layers.
@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
-from ..caches import KV, RowLayout, full_length_cache, packed, rows_behind
-from ..chunks import ChunkKV
-from ..ids import Ids
-from ..origin import Origin
-from .quantisation import KV_DTYPES, QuantisedRows, can_be_quantised, dequantise, quantise, takes
+from ..blend.caches import KV, RowLayout, full_length_cache, packed, rows_behind
+from ..kv.chunk import ChunkKV
+from ..kv.ids import Ids
+from ..kv.origin import Origin
+from .quantise import KV_DTYPES, QuantisedRows, can_be_quantised, dequantise, quantise, takes
 
 FORMAT = "hfblend-chunk-1"
 QUANTISED_FORMAT = "hfblend-chunk-2"  # another name, so that versions that cannot read it pass it by

@@ -28,11 +28,11 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from ..caches import KV, RowLayout, pins_memory
-from ..chunks import ChunkKV, ChunkLost, Provenance, in_memory
-from ..ids import Ids
+from ..blend.caches import KV, RowLayout, pins_memory
+from ..kv.chunk import ChunkKV, ChunkLost, Provenance, in_memory
+from ..kv.ids import Ids
+from ..kv.origin import Origin
 from ..locks import Mutex
-from ..origin import Origin
 from .counts import StoreCounts
 from .format import MOST_UNASKED, Contents, CorruptEntry, Place, QuantisedPlace, memory_of, views_of
 

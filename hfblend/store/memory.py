@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..arguments import described
-from ..chunks import ChunkKV
+from ..kv.chunk import ChunkKV
 from ..locks import Mutex
 from .base import require_chunk_kv
 from .counts import StoreCounts

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..arguments import closest, number_in, whole
-from ..chunks import ChunkKV, ChunkLost
+from ..kv.chunk import ChunkKV, ChunkLost
 from ..locks import Mutex
 from .base import require_chunk_kv
 from .format import (
@@ -30,7 +30,7 @@ from .format import (
 )
 from .keys import file_name_of
 from .loader import LayerwiseChunk, Places
-from .quantisation import require_kv_dtype, takes
+from .quantise import require_kv_dtype, takes
 from .remote_folder import LATE, RemoteFolder
 from .requests import REQUESTS, Breaker, at_once
 from .upkeep import USED, InFiles

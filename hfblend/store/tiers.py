@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..arguments import described
-from ..chunks import ChunkKV, Reader
+from ..kv.chunk import ChunkKV, Reader
 from .background import Background, keeps_as_it_is
 from .base import ReadsAhead, Store, require_chunk_kv, require_store
 from .disk import DiskStore

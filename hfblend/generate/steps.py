@@ -1,0 +1,430 @@
+"""Blending, stopped after every phase: what each one found may be read, and replaced, before the next goes on.
+
+    for step in hfblend.steps(model, prompt, store=store):
+        print(step)                                    # what the phase did, in one sentence
+        if step.name == "selected":
+            step.selected_idx = torch.tensor([41, 42, 97])    # other tokens, chosen by hand
+    step.result.logits                                 # the last step's; as `blend` gives them if nothing was replaced
+
+    looked_up → realigned → scored → selected → recomputed → generated
+
+The phases are `Blending`'s own; this file only stops between them. It is for teaching and debugging: all reused KV is
+held twice. What is replaced goes into this one result, never into the store.
+
+Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, S selected tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from ..arguments import require_tokenizer, whole
+from ..blend.algorithm import Blending
+from ..blend.caches import KV, ROOM, empty_kv, full_length_cache, hand_over
+from ..blend.reuse import Piece, Reuse, ReusedKV
+from ..blend.selection import Evidence
+from ..config import BlendConfig, as_config
+from ..kv.chunk import ChunkKV, ChunkLost, Reader
+from ..model.hf_model import CACHE
+from ..model.passes import Forward
+from ..prompts.prompt import Prompt
+from ..store import Store, store_at
+from ..support.registry import BlendableModel, host_of
+from ..trace.trace import BlendTrace, settings_of
+from .blend_one import BlendResult, require_prompt
+
+# --- what is seen at each stop ----------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, repr=False)
+class Step:
+    """One stop. `name` and `explanation` say which; the other attributes are the phase's tensors."""
+
+    name: ClassVar[str]
+    explanation: ClassVar[str]
+    trace: BlendTrace
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.explanation}"
+
+    def __repr__(self) -> str:
+        shown = (f"  {field.name}: {_form(getattr(self, field.name))}" for field in fields(self))
+        return "\n".join([str(self), *shown])
+
+
+@dataclass(eq=False, repr=False)
+class LookedUp(Step):
+    """After phase 1. `trace.chunks` says of each chunk whether it was found.
+
+    Attributes:
+        pieces: the prefix and each chunk: its span in the prompt, the KV that is reused there (`entry`, a copy, at the
+            positions where it was computed), and whether it is exact. A piece left out is computed with the prompt.
+    """
+
+    name = "looked_up"
+    explanation = "The KV of the prefix and of every chunk was found in the store, or prefilled alone and stored."
+    pieces: list[Piece]
+
+
+@dataclass(eq=False, repr=False)
+class Realigned(Step):
+    """After phase 2.
+
+    Attributes:
+        kv: layer -> keys and values (1, Hkv, T, D), keys turned to where they now stand; rows of tokens that are not
+            reused are 0 until they are computed.
+        moved_idx: tokens of the chunks that moved.
+        cached_positions: where those stood when their keys were computed.
+    """
+
+    name = "realigned"
+    explanation = "Every reused key was turned from the position where it was computed to the one where it now stands."
+    kv: dict[int, KV]
+    moved_idx: torch.Tensor
+    cached_positions: torch.Tensor
+
+
+@dataclass(eq=False, repr=False)
+class Scored(Step):
+    """Within phase 3; once for each check layer.
+
+    Attributes:
+        candidate_idx: (N,) tokens that may be recomputed, rising.
+        scores: (N,) what the rule gives each, the highest are selected; `None` where no rule runs (`check_layers=()`,
+            ratio 1, nothing that moved).
+        evidence: what rules look at, to make other scores from; what is asked of it is computed, and counted.
+    """
+
+    name = "scored"
+    explanation = "The rule gave every reused token a score: how much it seems to need recomputing."
+    candidate_idx: torch.Tensor
+    scores: torch.Tensor | None
+    evidence: Evidence | None
+
+
+@dataclass(eq=False, repr=False)
+class Selected(Step):
+    """After phase 3.
+
+    Attributes:
+        candidate_idx: (N,) tokens that may be selected, rising.
+        selected_idx: (S,) of these, those to recompute.
+        fresh_idx: tokens that are computed in any case: gaps, suffix, chunks that are not reused.
+    """
+
+    name = "selected"
+    explanation = "The tokens with the highest scores, as many as the ratio allows, are those to recompute."
+    candidate_idx: torch.Tensor
+    selected_idx: torch.Tensor
+    fresh_idx: torch.Tensor
+
+
+@dataclass(eq=False, repr=False)
+class Recomputed(Step):
+    """After phase 4.
+
+    Attributes:
+        kv: layer -> blended keys and values (1, Hkv, T, D).
+        logits: (1, vocabulary) of the first new token.
+    """
+
+    name = "recomputed"
+    explanation = "Selected tokens, gaps and suffix went through all layers, over the reused KV of the other tokens."
+    kv: dict[int, KV]
+    logits: torch.Tensor
+
+
+@dataclass(eq=False, repr=False)
+class Generated(Step):
+    """After phase 5: the end.
+
+    Attributes:
+        result: as `hfblend.blend` returns it.
+        answer_ids: greedy, the first by `logits`, the others decoded over the blended KV by stock `generate`.
+        text: of the answer; `None` without a tokenizer.
+    """
+
+    name = "generated"
+    explanation = "The blended KV went into an ordinary cache, and stock decoding answered from it."
+    result: BlendResult
+    answer_ids: list[int]
+    text: str | None
+
+
+# --- going from one to the next ---------------------------------------------------------------------------------------
+
+
+def steps(
+    model: nn.Module,
+    prompt: Prompt,
+    *,
+    store: Store | str | os.PathLike[str] | None = None,
+    config: BlendConfig | None = None,
+    tokenizer: Any = None,
+    max_new_tokens: int = 32,
+) -> Iterator[Step]:
+    """Blends one prompt and stops after every phase: a `Step` of `hfblend.generate.steps` each.
+
+    Tensors of a step may be changed in place or replaced; going on uses them. With nothing replaced, the last step's
+    `result` is that of `hfblend.blend`.
+
+    >>> *_, generated = hfblend.steps(model, prompt, store=store, tokenizer=tokenizer)  # doctest: +SKIP
+    >>> generated.text  # doctest: +SKIP
+
+    Args:
+        model, prompt, store, config: as in `hfblend.blend`.
+        tokenizer: to show the answer, and the trace, as text.
+        max_new_tokens: of the answer; an end token ends it sooner.
+
+    Raises:
+        ValueError, TypeError: as `hfblend.blend`; and, from going on, for a replacement that does not fit.
+    """
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    host, config, prompt, store = host_of(model), as_config(config), require_prompt(prompt), store_at(store)
+    if tokenizer is not None:
+        require_tokenizer(tokenizer)
+    trace = BlendTrace(level="summary" if tokenizer is None else "tokens", tokenizer=tokenizer)
+    state = Stepping(host, prompt.input_ids.to(host.device), prompt.chunk_spans, store, config, trace)
+    return state.steps(tokenizer, max_new_tokens)
+
+
+class Stepping(Blending):
+    """`Blending` with stops."""
+
+    @torch.no_grad()
+    def steps(self, tokenizer: Any, max_new_tokens: int) -> Generator[Step, None, None]:
+        """Phases 1 to 5, a stop after each."""
+        forward = self.host.last_logits
+
+        looked_up = LookedUp(self.trace, self._copied_pieces())
+        yield from self._stop(looked_up, "look_up")
+        reuse = self._use_pieces(looked_up.pieces)
+
+        self.trace.settings = settings_of(self.config)
+        reused = HeldKV(self.host, reuse, self.length)
+        realigned = Realigned(self.trace, reused.shown(), *_moves(reuse))
+        yield from self._stop(realigned, "look_up")
+        _use_kv(realigned.kv, reused.shown(), realigned.name)
+
+        selected_idx = yield from self._selecting(forward, reuse, reused)
+        selected = Selected(self.trace, reuse.candidate_idx, selected_idx, reuse.fresh_idx)
+        yield from self._stop(selected, "select")
+        chosen = _as_candidates(selected.selected_idx, reuse.candidate_idx)
+        if self.config.recomputes_all and not torch.equal(chosen, reuse.candidate_idx):
+            self.config = replace(self.config, check_layers=(), recompute_ratios=())  # no longer a full prefill
+        if self._entered is not None and not torch.isin(chosen, self._entered.rows).all():
+            self._entered = None  # gradual filtering did not take them as far: every layer computes all rows
+
+        output = self.recompute(forward, reuse, reused, chosen)
+        kv = {layer: _first_rows(buffers, self.length) for layer, buffers in sorted(self.buffers.items())}
+        recomputed = Recomputed(self.trace, dict(kv), output.logits[:, -1])
+        yield from self._stop(recomputed, "recompute")
+        _use_kv(recomputed.kv, kv, recomputed.name)
+
+        yield self._generated(_like("logits", recomputed.logits, output.logits[:, -1]), tokenizer, max_new_tokens)
+
+    def _stop(self, step: Step, phase: str) -> Generator[Step, None, None]:
+        """Time spent at a stop is no phase's."""
+        self.clock.end_of(phase)
+        yield step
+        self.clock.end_of("stopped")
+
+    # --- 1 look up ------------------------------------------------------------------------------------------------
+
+    def _copied_pieces(self) -> list[Piece]:
+        """What was found, as copies: the store's own are never changed."""
+        while True:
+            try:
+                reuse = self.look_up()
+                pieces = [replace(piece, entry=_copy(piece.entry)) for piece in reuse.exact + reuse.moved]
+                return sorted(pieces, key=lambda piece: piece.span)
+            except ChunkLost as error:
+                self._begin_again(error)
+
+    def _use_pieces(self, pieces: Sequence[Piece]) -> Reuse:
+        pieces = sorted(pieces, key=lambda piece: piece.span)
+        known = {chunk.span: chunk for chunk in [self.trace.prefix, *self.trace.chunks] if chunk}
+        spans = [piece.span for piece in pieces]
+        if len(set(spans)) < len(spans) or not set(spans) <= set(known):
+            raise ValueError(
+                f"pieces must have spans of the prefix and of chunks, {list(known)}, each once, got {spans}."
+            )
+        for piece in pieces:
+            (start, stop), tokens, layers = piece.span, len(piece.entry.cached_positions), piece.entry.num_layers
+            if tokens != stop - start or layers != self.host.num_kv_layers:
+                raise ValueError(
+                    f"The piece at {piece.span} needs KV of {stop - start} tokens and {self.host.num_kv_layers} "
+                    f"layers, got {tokens} tokens and {layers} layers."
+                )
+            known[piece.span].exact = piece.exact
+        for span in set(known) - set(spans):
+            if known[span].cached_start is not None:
+                known[span].status, known[span].cached_start, known[span].exact = "unused", None, False
+        return self._look_up.partition(pieces)
+
+    # --- 3 select -------------------------------------------------------------------------------------------------
+
+    def _selecting(self, forward: Forward, reuse: Reuse, reused: ReusedKV) -> Generator[Step, None, torch.Tensor]:
+        """Stops at every ranking; once, where there is none."""
+        if self.config.recomputes_all or not self.config.check_layers or reuse.candidate_idx.numel() == 0:
+            scored = Scored(self.trace, reuse.candidate_idx, None, None)
+            yield from self._stop(scored, "select")
+            if scored.scores is not None:
+                raise ValueError("No rule runs for this prompt, so scores are not used; replace selected_idx instead.")
+            return self.select(forward, reuse, reused)
+        rankings = self.rankings(forward, reuse, reused)
+        while True:
+            try:
+                ranking = next(rankings)
+            except StopIteration as end:
+                return end.value
+            scored = Scored(self.trace, ranking.evidence.candidate_idx, ranking.scores, _asked_later(ranking.evidence))
+            yield from self._stop(scored, "select")
+            ranking.scores = _like("scores", scored.scores, ranking.scores)
+
+    # --- 5 hand over ----------------------------------------------------------------------------------------------
+
+    def _generated(self, logits: torch.Tensor, tokenizer: Any, max_new_tokens: int) -> Generated:
+        answer_ids = self._answer(int(logits.argmax()), max_new_tokens)
+        cache = DynamicCache(config=self.host.config)
+        hand_over(self.buffers, self.length - 1, 1, cache)
+        text = None if tokenizer is None else tokenizer.decode(answer_ids, skip_special_tokens=True)
+        return Generated(self.trace, BlendResult(logits, cache, self.trace), answer_ids, text)
+
+    def _answer(self, first_id: int, max_new_tokens: int) -> list[int]:
+        """Greedy, by the class's own `generate`: on a patched model too it does not blend."""
+        model: Any = self.host.model
+        end = model.generation_config.eos_token_id
+        if max_new_tokens == 1 or first_id in (end if isinstance(end, list) else [end]):
+            return [first_id]
+        cache = DynamicCache(config=self.host.config)
+        hand_over(self.buffers, self.length, 1, cache)
+        input_ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[first_id]])], 1)
+        kind: Any = type(model)
+        output = kind.generate(
+            model,
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens - 1,
+            do_sample=False,
+            **dict.fromkeys(("temperature", "top_p", "top_k")),  # settings of sampling, which warn without it
+            num_beams=1,
+            **{CACHE: cache},
+        )
+        return output[0, self.length :].tolist()
+
+
+class HeldKV(ReusedKV):
+    """Every layer's reused KV, realigned once and held, so that it can be changed; each pass takes a copy."""
+
+    def __init__(self, host: BlendableModel, reuse: Reuse, length: int) -> None:
+        super().__init__(host, reuse, length)
+        self._held: dict[int, KV] = {}
+        for layer in range(host.num_kv_layers if reuse.exact or reuse.moved else 0):
+            self._held[layer] = super().layer(layer)
+            for states in self._held[layer]:
+                states.index_fill_(2, reuse.fresh_idx.to(states.device), 0)
+
+    @property
+    def by_kernel(self) -> bool:
+        return False  # no CUDA graph: it would load what the store holds
+
+    def shown(self) -> dict[int, KV]:
+        """Layer -> keys and values (1, Hkv, T, D), as views."""
+        return {layer: _first_rows(kv, self.length) for layer, kv in self._held.items()}
+
+    def layer(self, layer_idx: int, fresh: KV | None = None) -> KV:
+        if layer_idx not in self._held:
+            return super().layer(layer_idx, fresh)
+        held = _first_rows(self._held[layer_idx], self.length)
+        buffers = empty_kv(held, self.length + ROOM)
+        for buffer, states in zip(buffers, held):
+            buffer[:, :, : self.length] = states
+        return buffers
+
+
+# --- checks of what was replaced --------------------------------------------------------------------------------------
+
+
+def _use_kv(replaced: Mapping[int, KV], held: Mapping[int, KV], name: str) -> None:
+    """Writes replaced K/V to where the next phase finds them; what was changed in place is there already."""
+    if set(replaced) != set(held):
+        raise ValueError(f"{name}: kv must have the layers {sorted(held)}, got {sorted(replaced)}.")
+    for layer, kv in held.items():
+        for what, states, place in zip(("keys", "values"), replaced[layer], kv):
+            if states is not place:
+                place.copy_(_like(f"{name}: {what} of layer {layer}", states, place))
+
+
+def _like(name: str, tensor: Any, expected: torch.Tensor) -> torch.Tensor:
+    if not torch.is_tensor(tensor):
+        raise TypeError(f"{name} must be a tensor of shape {tuple(expected.shape)}, got {tensor!r}.")
+    if tensor.shape != expected.shape:
+        raise ValueError(f"{name} must have shape {tuple(expected.shape)}, got {tuple(tensor.shape)}.")
+    return tensor.to(expected.device)
+
+
+def _as_candidates(chosen: Any, candidate_idx: torch.Tensor) -> torch.Tensor:
+    """Chosen token indices, rising; `ValueError` for any that are no candidates."""
+    if not torch.is_tensor(chosen) or chosen.ndim != 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
+        raise TypeError(f"selected_idx must be a tensor (S,) of whole token indices, got {_form(chosen)}.")
+    chosen = chosen.to(candidate_idx)
+    others = chosen[~torch.isin(chosen, candidate_idx)].tolist()
+    if others:
+        raise ValueError(
+            f"selected_idx must hold candidates, and the tokens {others} are none: they are exact, computed in any "
+            "case, or not in the prompt. `step.candidate_idx` has those that may be selected."
+        )
+    return chosen.unique()
+
+
+def _asked_later(evidence: Evidence) -> Evidence:
+    """The same, for a caller who is not inside `no_grad`."""
+    no_grad = torch.no_grad()
+    return replace(evidence, kv=no_grad(evidence.kv), suffix_attention=no_grad(evidence.suffix_attention))
+
+
+def _copy(entry: Reader) -> ChunkKV:
+    def layer(i: int) -> KV:
+        keys, values = (states.clone() for states in entry.layer(i))
+        return keys, values
+
+    return ChunkKV(
+        full_length_cache(map(layer, range(entry.num_layers))),
+        entry.cached_positions.clone(),
+        entry.behind_ids,
+        entry.provenance,
+        entry.regime,
+        entry.quantised,
+    )
+
+
+def _moves(reuse: Reuse) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of the pieces that moved, and where they stood before."""
+    now = [torch.arange(*piece.span) for piece in reuse.moved]
+    before = [piece.entry.cached_positions for piece in reuse.moved]
+    nothing = torch.empty(0, dtype=torch.long)
+    return torch.cat([nothing, *now]), torch.cat([nothing, *before])
+
+
+def _first_rows(kv: KV, length: int) -> KV:
+    return kv[0][:, :, :length], kv[1][:, :, :length]
+
+
+def _form(value: Any) -> str:
+    """A value in few words: a tensor by its shape, a long list by its length."""
+    if torch.is_tensor(value):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return f"{len(value)} layers, each {', '.join(_form(v) for v in next(iter(value.values()), ()))}"
+    if isinstance(value, list) and len(value) > 4:
+        return f"{len(value)} of {type(value[0]).__name__}"
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"

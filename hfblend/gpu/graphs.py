@@ -1,0 +1,318 @@
+"""Passes without Python: recorded once as a CUDA graph, then replayed for other prompts.
+
+A pass over a few rows is over in a few milliseconds on a GPU, while Python needs several times as long to launch it.
+A graph fixes the number of rows (rounded up; the last row fills it) and nothing else: which rows they are, how long the
+prompt is and where its buffers lie is read from GPU memory when it runs (`kernels.State`). A size is recorded the
+second time it is asked for, so that a single call does not pay for what it never uses again.
+
+A pass is recorded in parts, a graph for some layers each, and before a part runs its layers are asked for: so it goes
+along while chunks arrive from RAM or disk, and Python is free for them.
+
+Shapes: S rows of the pass, T all tokens, H query heads, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..attention.by_position import HALF, LARGEST_HEAD_DIM, AttentionRecord, kernels, mask_of
+from ..blend.caches import KV, RowsCache, StopForward, sent
+from ..model.passes import Forward, Pass
+from ..support.registry import BlendableModel
+from .streams import on_stream
+
+logger = logging.getLogger(__name__)
+
+MAX_ROWS = 4096  # with more, the GPU is busy for longer than Python needs
+MAX_GRAPHS = 16
+# As many as a disk is asked for at once (`hfblend.store.loader`); the first parts have one each, to begin soon.
+LAYERS_A_PART = 4
+_SIMPLE = (type(None), bool, int, str)
+
+
+class GraphCache(RowsCache):
+    """A `BlendingCache` inside a graph: rows are written through the state, and attention reads them through it."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        rows: torch.Tensor,
+        state: Any,
+        stop_at: int | None,
+        reached: Callable[[int], None] = lambda layer_idx: None,
+    ) -> None:
+        super().__init__(num_layers, rows, stop_at)
+        self.state, self.reached = state, reached
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KV:
+        self.reached(layer_idx)
+        kernels.write_rows(key_states, value_states, self.rows, self.state, layer_idx)
+        if layer_idx == self.stop_at:
+            raise StopForward
+        return key_states, value_states  # attention takes shapes from them, and K/V from the state
+
+
+@dataclass
+class Part:
+    """The graph of some layers of a pass, from where the first one's K/V are written."""
+
+    graph: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
+    layers: list[int] = field(default_factory=list)
+
+
+class Recording:
+    """A pass that is recorded in parts.
+
+    Args:
+        pool: of CUDA graphs, whose memory they work in.
+    """
+
+    def __init__(self, device: torch.device, pool: Any) -> None:
+        self._stream, self._pool = torch.cuda.Stream(device), pool
+        self.parts: list[Part] = []
+        self._is_open = False
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Records a call that names each layer to `reached`, in order. Returns what it returns."""
+        torch.cuda.synchronize(self._stream.device)
+        torch.cuda.empty_cache()
+        return on_stream(self._stream, self._record, call)
+
+    def _record(self, call: Callable[[], Any]) -> Any:
+        self._begin()
+        try:
+            return call()
+        finally:
+            self._end()
+
+    def close(self) -> None:
+        """Ends a recording that was interrupted: while one is under way, this thread may allocate nothing."""
+        if self._is_open:
+            with contextlib.suppress(RuntimeError):  # it has ended, or cannot
+                on_stream(self._stream, self._end)
+            self._is_open = False
+
+    def reached(self, layer_idx: int) -> None:
+        """The call comes to where K/V of a layer are written."""
+        layers = self.parts[-1].layers
+        if layer_idx in layers:
+            return
+        if len(self.parts) <= LAYERS_A_PART or layer_idx % LAYERS_A_PART == 0:
+            self._end()
+            self._begin()
+        self.parts[-1].layers.append(layer_idx)
+
+    def _begin(self) -> None:
+        self.parts.append(Part())
+        self._is_open = True
+        self.parts[-1].graph.capture_begin(self._pool, capture_error_mode="thread_local")
+
+    def _end(self) -> None:
+        self.parts[-1].graph.capture_end()
+        self._is_open = False
+
+
+class PassGraph:
+    """One recorded pass.
+
+    Args:
+        like: a pass of the right number of rows; the first to be run.
+        numbers: of its state.
+        pool: of CUDA graphs, whose memory it works in.
+    """
+
+    def __init__(self, host: BlendableModel, forward: Forward, like: Pass, numbers: torch.Tensor, pool: Any) -> None:
+        record = None if like.record is None else AttentionRecord(like.record.layers)
+        inputs = {name: getattr(like, name).clone() for name in ("ids", "rows", "seen_from")}
+        inputs["seen_from"] = inputs["seen_from"].to(torch.int32)
+        if like.resume_with is not None:
+            inputs["resume_with"] = like.resume_with.clone()
+        self.state = kernels.State(numbers.clone(), host.layouts)
+        self._inputs, self._device = replace(like, **inputs, record=record), host.device
+        stop_at = None if like.record else like.stop_at
+
+        def run(reached: Callable[[int], None] = lambda layer_idx: None) -> Any:
+            if record is not None:
+                record.received.clear()
+            cache = GraphCache(host.num_layers, self._inputs.rows, self.state, stop_at, reached)
+            return self._inputs.run(host, forward, cache, self.state)[0]
+
+        side = torch.cuda.Stream(host.device)
+        side.wait_stream(torch.cuda.current_stream(host.device))
+        on_stream(side, run)  # kernels are compiled and tuned, libraries make their workspaces
+        torch.cuda.current_stream(host.device).wait_stream(side)
+        recording = Recording(host.device, pool)
+        host.lock.undo_later(recording.close)
+        self.output = recording.run(lambda: run(recording.reached))
+        self._parts = recording.parts
+        self._last_stream = torch.cuda.current_stream(host.device)
+
+    def replay(self, one: Pass, numbers: torch.Tensor, load: Callable[[Sequence[int]], None]) -> Any:
+        """Runs a pass of the same form. Returns the forward's output, in memory of its own."""
+        stream = torch.cuda.current_stream(self._device)
+        if stream != self._last_stream:
+            stream.wait_stream(self._last_stream)  # it may still be at it
+        self._last_stream = stream
+        for name in ("ids", "rows", "seen_from", "resume_with"):
+            if getattr(one, name) is not None:
+                getattr(self._inputs, name).copy_(getattr(one, name))
+        self.state.numbers.copy_(numbers)
+        for part in self._parts:
+            load(part.layers)
+            part.graph.replay()
+        if self.output is None:
+            return None
+        return type(self.output)(**{k: v.clone() for k, v in self.output.items() if torch.is_tensor(v)})
+
+
+class PassGraphs:
+    """The graphs of one model, the least recently used given up first."""
+
+    def __init__(self, host: BlendableModel) -> None:
+        self.host = host
+        self._graphs: OrderedDict[Any, PassGraph] = OrderedDict()
+        self._asked: OrderedDict[Any, None] = OrderedDict()
+        self._weights: Any = None
+        self._pool: Any = None  # one working memory for all: they never run at the same time
+        self._works = True
+
+    def run(
+        self, forward: Forward, one: Pass, buffers: dict[int, KV], load: Callable[[Sequence[int]], None]
+    ) -> tuple[bool, Any]:
+        """Runs a pass as a graph, if one is there or worth recording.
+
+        Args:
+            one: its `record`, if any, gets what is recorded.
+            buffers: of every layer.
+            load: called before a part, with the layers whose reused rows must be in place for what is launched then.
+
+        Returns:
+            Whether it ran, and the forward's output.
+        """
+        form = self._form(forward, one)
+        if form is None or not self._is_ready(form):
+            return False, None
+        padded, count = self._padded(one), len(one.rows)
+        received = self._received(one)
+        mask = None if one.hidden is None else mask_of(one.hidden, one.length)
+        rows = [buffers[i][0] if i in buffers else None for i in range(self.host.num_layers)]  # keys come first
+        numbers = [one.length, count, *(0 if t is None else t.data_ptr() for t in (received, mask, *rows))]
+        numbers_there = sent(torch.tensor(numbers), self.host.device)
+
+        def replay() -> tuple[bool, Any]:
+            if form not in self._graphs and not self._capture(form, forward, padded, numbers_there):
+                return False, None
+            self._graphs.move_to_end(form)
+            return True, self._graphs[form].replay(padded, numbers_there, load)
+
+        ran, output = self.host.lock.exclusive(replay)
+        if ran and one.record is not None and received is not None:
+            one.record.received.update(zip(one.record.layers, received))
+        return ran, output
+
+    def _form(self, forward: Forward, one: Pass) -> Any:
+        """What a graph fixes; `None` where this pass cannot be one."""
+        kind = self._kind(forward)
+        if not self._works or kind is None or not 0 < len(one.rows) <= MAX_ROWS:
+            return None
+        layers = None if one.record is None else one.record.layers
+        return kind, _rounded(len(one.rows)), one.stop_at, layers, one.hidden is None, one.resume_at, one.num_read
+
+    def _kind(self, forward: Forward) -> Any:
+        """Which of the model's forwards this is, with which options."""
+        if forward == self.host.last_logits:
+            return "model", ()
+        if not isinstance(forward, functools.partial) or forward.func != self.host.decoder_forward:
+            return None
+        options = forward.keywords
+        wanted = options.get("output_attentions") or options.get("output_hidden_states")
+        if wanted or forward.args or not all(isinstance(value, _SIMPLE) for value in options.values()):
+            return None
+        return "decoder", tuple(sorted(options.items()))
+
+    def _is_ready(self, form: Any) -> bool:
+        """Whether the form has been asked for before, the weights are those of the graphs, and nobody hooks in."""
+        if not can_record(self.host):
+            return False
+        weights = self.host.fingerprint.generation
+        if weights != self._weights:  # a graph holds their addresses
+            self._graphs.clear()
+            self._weights = weights
+        if form in self._graphs or form in self._asked:
+            return True
+        self._asked[form] = None
+        if len(self._asked) > 64 * MAX_GRAPHS:
+            self._asked.popitem(last=False)
+        return False
+
+    def _capture(self, form: Any, forward: Forward, padded: Pass, numbers: torch.Tensor) -> bool:
+        if not self._graphs:  # a pool ends with the last graph that was in it
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            self._graphs[form] = self._recorded(forward, padded, numbers)
+        except Exception as error:  # whatever a model does that a graph cannot hold
+            self._works = False
+            name = type(self.host.model).__name__
+            logger.warning("Passes of %s cannot be recorded as CUDA graphs and run as usual: %s", name, error)
+            return False
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        return True
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _recorded(self, forward: Forward, padded: Pass, numbers: torch.Tensor) -> PassGraph:
+        return PassGraph(self.host, forward, padded, numbers, self._pool)
+
+    def _padded(self, one: Pass) -> Pass:
+        """The pass with copies of its last row up to the rounded size."""
+        missing = _rounded(len(one.rows)) - len(one.rows)
+
+        def fill(states: torch.Tensor, dim: int) -> torch.Tensor:
+            last = states.narrow(dim, states.shape[dim] - 1, 1)
+            return torch.cat([states, last.expand(*(missing if i == dim else -1 for i in range(states.ndim)))], dim)
+
+        entered = None if one.resume_with is None else fill(one.resume_with, 1)
+        rows, seen_from = fill(one.rows, 0), fill(one.seen_from, 0)
+        return replace(one, ids=fill(one.ids, 1), rows=rows, seen_from=seen_from, resume_with=entered)
+
+    def _received(self, one: Pass) -> torch.Tensor | None:
+        if one.record is None:
+            return None
+        shape = (len(one.record.layers), self.host.config.num_attention_heads, one.length)
+        return torch.empty(shape, dtype=torch.float32, device=self.host.device)
+
+
+def graphs_of(host: BlendableModel) -> PassGraphs:
+    """The graphs of a model; none are recorded yet the first time."""
+    if host.graphs is None:
+        host.graphs = PassGraphs(host)
+    return host.graphs
+
+
+def can_record(host: BlendableModel) -> bool:
+    """Whether passes of this model can be CUDA graphs at all."""
+    return (
+        host.takes_kernels
+        and host.dtype in HALF
+        and host.attends_by_position
+        and not host.length_dependent
+        and all(max(layout.key_dim, layout.value_dim) <= LARGEST_HEAD_DIM for layout in host.layouts.values())
+        and not host.has_hooks
+    )
+
+
+def _rounded(rows: int) -> int:
+    """S rounded up so far that few different sizes are left, and little is computed in vain."""
+    step = 16 if rows <= 128 else 32 if rows <= 512 else 64 if rows <= 2048 else 128
+    return -(-rows // step) * step

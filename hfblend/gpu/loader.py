@@ -1,0 +1,249 @@
+"""Reused rows gathered on a GPU: from its own memory, from RAM, and as they come from a disk.
+
+    rows in this GPU's memory   ▨▨▨▨ ──────────────────────┐
+    rows elsewhere              ▨▨▨▨ ── over the bus ──┐   │ kernel: copies rows, turns keys
+    the layer's buffer      ▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨ · · ·
+
+What crosses the bus is copied straight to its place by the GPU's copy engines, ahead of the pass, and turned there. A
+kernel that reads RAM by itself would take processors from the pass.
+
+Shapes: Hkv KV heads, T all tokens, D head_dim, W width of a row, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..attention.by_position import HALF, has_kernels, kernels
+from ..blend.caches import KV, ROOM, packed, rows_behind, sent
+from ..blend.rotation import Realigner
+from ..kv.chunk import ChunkKV, Reader
+from ..prompts.separator import Span
+from ..support.registry import BlendableModel
+from .streams import bus_stream, on_stream
+
+if TYPE_CHECKING:
+    from ..blend.reuse import Reuse
+
+
+def loaders_of(host: BlendableModel, reuse: Reuse, realigner: Realigner, length: int) -> dict[int, GPULoader]:
+    """Layer -> what gathers its rows, one loader for each GPU that has layers; layers that no kernel may load are left
+    out. Arguments as in `GPULoader`."""
+    if not (reuse.exact or reuse.moved) or host.ranks.are_several or host.dtype not in (torch.float32, *HALF):
+        return {}
+    layers_on: dict[torch.device, list[int]] = {}
+    if host.takes_kernels:
+        layers_on[host.device] = list(host.layouts)
+    else:
+        for layer in host.layouts:
+            layers_on.setdefault(host.device_of_layer(layer), []).append(layer)
+    found: dict[int, GPULoader] = {}
+    for device, layers in layers_on.items():
+        if has_kernels(device):
+            found |= dict.fromkeys(layers, GPULoader(host, reuse, realigner, length, device, layers))
+    return found
+
+
+class GPULoader:
+    """Gathers reused rows of the layers on one GPU: a kernel for a layer, or for many, that reads them where they lie.
+
+    Args:
+        host, reuse, length: as in `ReusedKV`.
+        realigner: holds the rotations of the pieces that moved.
+        device: the GPU.
+        layers: that are there, rising.
+
+    Attributes:
+        buffers: layer -> (1, Hkv, T + room, D), until it is loaded.
+        is_near: whether all rows lie in this GPU's memory.
+    """
+
+    def __init__(
+        self,
+        host: BlendableModel,
+        reuse: Reuse,
+        realigner: Realigner,
+        length: int,
+        device: torch.device,
+        layers: Sequence[int],
+    ) -> None:
+        self.host, self.realigner, self.device = host, realigner, device
+        self._place_of = {layer: i for i, layer in enumerate(layers)}
+        pieces = [*reuse.exact, *reuse.moved]
+        near = [p.entry.addresses_in(device, layers) if isinstance(p.entry, ChunkKV) else None for p in pieces]
+        far = [(p.span, p.entry) for p, addresses in zip(pieces, near) if addresses is None]
+        rows = self._allocate(length + ROOM, bus_stream(self.device) if far else None)
+        self.buffers = {i: host.layouts[i].views(own[None]) for i, own in rows.items()}
+        self.is_near, self._bus = not far, OverTheBus(far, rows, self.device)
+
+        targets = [own.data_ptr() for own in rows.values()]
+        row_bytes = [own.stride(0) * own.element_size() for own in rows.values()]
+        starts, sizes = [p.span[0] for p in pieces], [p.span[1] - p.span[0] for p in pieces]
+        in_place = ([t + start * n for t, n in zip(targets, row_bytes)] for start in starts)  # what is copied there
+        sources = [own if there is None else there for own, there in zip(in_place, near)]  # (pieces, L)
+        turns = [-1] * len(reuse.exact) + _starts(sizes[len(reuse.exact) :])
+        tiles = kernels.tiles_of(list(zip(sizes, starts, turns)))
+        numbers = [torch.tensor(targets), torch.tensor(sources).T.flatten(), tiles.flatten()]
+        on_device = sent(torch.cat(numbers), device).split([len(part) for part in numbers])
+        self._targets, self._sources = on_device[0], on_device[1].view(-1, len(pieces))
+        self._tiles = on_device[2].view(-1, 5)
+
+    def has(self, layer_idx: int) -> bool:
+        """Whether the layer's buffers are still here; they are given away once."""
+        return layer_idx in self.buffers
+
+    def load(self, layers: Sequence[int]) -> dict[int, KV]:
+        """Layer -> buffers, every reused row in place. Layers of one kind, next to each other, take one kernel."""
+        for i in layers:
+            self._bus.arrive(i)
+        runs = _runs(layers, lambda i: (self.host.layouts[i], self.realigner.rotations[i]))
+        if torch.cuda.current_device() == self.device.index:
+            self._gather_all(runs)
+        else:  # Triton asks for the current device
+            on_stream(torch.cuda.current_stream(self.device), self._gather_all, runs)
+        loaded = {i: self.buffers.pop(i) for i in layers}
+        if layers:
+            self._bus.go_on(layers[-1] + 1)
+        return loaded
+
+    def read_ahead(self, layer_idx: int) -> None:
+        """Starts reading what does not lie on the GPU: this layer, and the next few."""
+        self._bus.begin(layer_idx)
+
+    def _gather_all(self, runs: Sequence[Sequence[int]]) -> None:
+        for run in runs:
+            self._gather(run)
+
+    def _gather(self, layers: Sequence[int]) -> None:
+        """One kernel for layers of one kind, next to each other."""
+        first, rotation = layers[0], self.realigner.rotations[layers[0]]
+        run = slice(self._place_of[first], self._place_of[layers[-1]] + 1)
+        tables = self.realigner.tables(first, self.device)
+        kernels.load_rows(
+            self._targets[run],
+            self._sources[run],
+            self._tiles,
+            self.host.layouts[first],
+            self.host.dtype,
+            tables,
+            rotates=-1 if rotation is None or tables is None else rotation.slot,
+            half=rotation is None or rotation.pairing == "half",
+        )
+
+    def _allocate(self, length: int, stream: torch.cuda.Stream | None) -> dict[int, torch.Tensor]:
+        """Layer -> rows (length, W), in one piece where all layers are alike.
+
+        Args:
+            stream: whose memory it is; what is first to write there need not wait for what others have queued.
+        """
+        current = torch.cuda.current_stream(self.device)
+        widths = [self.host.layouts[i].width for i in self._place_of]
+        made = functools.partial(on_stream, stream, torch.empty, dtype=self.host.dtype, device=self.device)
+        if len(set(widths)) > 1:
+            rows = [made((length, width)) for width in widths]
+        else:
+            rows = list(made((len(widths), length, widths[0])).unbind())
+        for own in rows if stream else ():
+            own.record_stream(current)
+        return dict(zip(self._place_of, rows))
+
+
+class OverTheBus:
+    """Pieces that do not lie in the GPU's memory, copied to their places in the buffers, layer after layer.
+
+    Args:
+        pieces: span and entry of each.
+        rows: layer -> the buffer's rows (T + room, W), of the bus stream's memory.
+    """
+
+    def __init__(
+        self, pieces: Sequence[tuple[Span, Reader]], rows: dict[int, torch.Tensor], device: torch.device
+    ) -> None:
+        pieces = sorted(pieces, key=lambda piece: piece[0])
+        self._entries, self._rows, self._device = [entry for _, entry in pieces], rows, device
+        edges = [0, *(edge for span, _ in pieces for edge in span)]
+        self._sizes = [after - before for before, after in pairwise(edges)]  # of gap, piece, gap, piece, …
+        in_memory = [entry for entry in self._entries if isinstance(entry, ChunkKV)]
+        self._is_all_in_memory = len(in_memory) == len(self._entries) > 0
+        self._copied: dict[int, torch.cuda.Event] = {}  # layer -> when it has come
+        self._reached: torch.cuda.Event | None = None  # by the pass
+        first = next(iter(rows))
+        if any(entry.layer(first)[0].is_cuda for entry in in_memory):  # what writes them may still be queued
+            bus_stream(device).wait_stream(torch.cuda.current_stream(device))
+
+    def begin(self, layer_idx: int) -> None:
+        """Reading begins: this layer, and those behind it."""
+        for entry in self._entries:
+            entry.prefetch(layer_idx)
+        if self._is_all_in_memory:
+            self._copy(layer_idx)
+
+    def arrive(self, layer_idx: int) -> None:
+        """What is queued behind this finds the layer's pieces in their places.
+
+        Raises:
+            ChunkLost: one cannot be read.
+        """
+        if not self._entries:
+            return
+        if not self._copied:
+            self.begin(layer_idx)
+        self._copy(layer_idx)
+        torch.cuda.current_stream(self._device).wait_event(self._copied[layer_idx])
+
+    def go_on(self, layer_idx: int) -> None:
+        """Copies a layer once the pass reaches what had been loaded when this was last called.
+
+        Python is far ahead of the GPU. Were all layers queued at once, small copies that the pass needs would have to
+        wait for all of them. What comes from files goes ahead by itself.
+        """
+        if not self._is_all_in_memory:
+            return
+        if self._reached is not None:
+            bus_stream(self._device).wait_event(self._reached)
+        self._copy(layer_idx)
+        self._reached = torch.cuda.current_stream(self._device).record_event()
+
+    def _copy(self, layer_idx: int) -> None:
+        if layer_idx in self._copied or layer_idx not in self._rows:
+            return
+        stream = bus_stream(self._device)
+        on_stream(stream, self._copy_on, stream, layer_idx)
+        self._copied[layer_idx] = stream.record_event()
+
+    def _copy_on(self, stream: torch.cuda.Stream, layer_idx: int) -> None:
+        states = [self._rows_of(entry, layer_idx) for entry in self._entries]
+        for own in states:
+            if own.is_cuda:
+                own.record_stream(stream)
+        places = self._rows[layer_idx][: sum(self._sizes)].split(self._sizes)[1::2]
+        torch._foreach_copy_(places, states, non_blocking=True)  # in one call: each hands Python to other threads
+
+    def _rows_of(self, entry: Reader, layer_idx: int) -> torch.Tensor:
+        """The rows (n, W) of a layer, wherever they lie."""
+        rows = entry.rows(layer_idx)
+        if rows is None:
+            rows = rows_behind(packed(entry.layer(layer_idx), self._device))
+        assert rows is not None
+        return rows
+
+
+def _runs(layers: Sequence[int], kind: Callable[[int], Any]) -> list[list[int]]:
+    """Layers that follow each other and are of one kind, together."""
+    runs: list[list[int]] = []
+    for i in layers:
+        if runs and runs[-1][-1] == i - 1 and kind(runs[-1][0]) == kind(i):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    """Where each of several pieces starts, one behind the other."""
+    return [0, *accumulate(sizes)][: len(sizes)]

@@ -1,0 +1,323 @@
+"""A chunk's KV cache, and how it is made: prefilled alone, behind the ids that it will find in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from ..arguments import described, require, token_ids
+from ..blend.caches import KV, RowLayout, full_length_cache, packed, rows_behind
+from ..model.hf_model import CACHE
+from ..support.registry import BlendableModel, host_of
+from .ids import Ids
+from .origin import Origin
+
+Provenance = Literal["isolated", "in_context"]
+
+_OBJECTS_BYTES = 3072  # of Python and torch around a layer's two tensors, measured; and around what stands beside them
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkKV:
+    """The K/V of one chunk, as computed, never moved: realigning always starts from this copy.
+
+    Args:
+        cache: full-length keys and values of every layer, each (B, Hkv, n, D), also for sliding models.
+        cached_positions: (n,) int64, where the tokens stood when this was computed.
+        behind_ids: the ids that stood before them then; kept as `Ids`, 8 bytes each, equal ones once.
+        provenance: `"isolated"` (chunk alone behind those ids) or `"in_context"` (inside some prompt).
+        regime: prompt length that set length-dependent RoPE frequencies then; default, last position + 1.
+        quantised: `"int8"` or `"fp8"`, where a store kept it in that; it is then near what was computed, never exact.
+        origin: which model computed it of what, for people and tools; `None` where that is not known.
+    """
+
+    cache: DynamicCache
+    cached_positions: torch.Tensor
+    behind_ids: Sequence[int] = ()
+    provenance: Provenance = "isolated"
+    regime: int = 0
+    quantised: str | None = None
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        layers: list[Any] = require("cache", self.cache, DynamicCache, "a transformers.DynamicCache").layers
+        require("cached_positions", self.cached_positions, torch.Tensor, "a tensor (n,) of positions")
+        if not layers or not all(getattr(layer, "is_initialized", False) for layer in layers):
+            raise ValueError("A ChunkKV needs keys and values of every layer; this cache holds none.")
+        lengths = {layer.keys.shape[2] for layer in layers}
+        if lengths != {len(self.cached_positions)}:
+            raise ValueError(
+                f"Every layer must hold K/V of the chunk's {len(self.cached_positions)} positions, got lengths "
+                f"{sorted(lengths)}. Sliding-window layers must be kept at full length."
+            )
+        object.__setattr__(self, "behind_ids", Ids(self.behind_ids))
+        object.__setattr__(self, "regime", max(self.regime, int(self.cached_positions.max()) + 1))
+
+    def __len__(self) -> int:
+        return len(self.cached_positions)
+
+    @property
+    def num_behind(self) -> int:
+        return len(self.behind_ids)
+
+    def layer(self, layer_idx: int) -> KV:
+        """Keys and values (B, Hkv, n, D) of one layer, as cached."""
+        layer: Any = self.cache.layers[layer_idx]
+        return layer.keys, layer.values
+
+    def prefetch(self, layer_idx: int) -> None:
+        """Nothing to do: every layer is in memory."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.cache.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer(0)[0].dtype
+
+    @cached_property
+    def layouts(self) -> tuple[RowLayout, ...]:
+        """How each layer's state of one token is made up."""
+        return tuple(RowLayout.of(self.layer(i)) for i in range(self.num_layers))
+
+    def tier_beside(self, device: torch.device) -> str:
+        """`"memory"` on that device, `"ram"` on another."""
+        return "memory" if self.layer(0)[0].device == device else "ram"
+
+    def addresses_in(self, device: torch.device, layers: Sequence[int]) -> list[int] | None:
+        """Where the rows of each of these layers lie in a device's memory; `None` if one does not, or is not packed."""
+        if not self._layers_packed_in.get(device, frozenset()).issuperset(layers):
+            return None
+        return self._addresses if len(layers) == self.num_layers else [self._addresses[i] for i in layers]
+
+    def rows(self, layer_idx: int) -> torch.Tensor | None:
+        """The rows (n, W) that a layer is views of; `None` if it is not packed."""
+        return self._rows[layer_idx]
+
+    @cached_property
+    def _rows(self) -> list[torch.Tensor | None]:
+        return [rows_behind(self.layer(i)) for i in range(self.num_layers)]
+
+    @cached_property
+    def _addresses(self) -> list[int]:
+        return [0 if rows is None else rows.data_ptr() for rows in self._rows]
+
+    @cached_property
+    def _layers_packed_in(self) -> dict[torch.device, frozenset[int]]:
+        found: dict[torch.device, set[int]] = {}
+        for i, rows in enumerate(self._rows):
+            if rows is not None:
+                found.setdefault(rows.device, set()).add(i)
+        return {device: frozenset(layers) for device, layers in found.items()}
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values, all layers."""
+        return sum(t.numel() * t.element_size() for i in range(self.num_layers) for t in self.layer(i))
+
+    @cached_property
+    def held_bytes(self) -> int:
+        """All bytes that it holds: tensors (whole, where they are views of larger ones), ids, origin, Python's objects.
+
+        Budgets count these. `behind_ids` are counted in full, though other chunks may share them.
+        """
+        tensors = [self.cached_positions, *(t for i in range(self.num_layers) for t in self.layer(i))]
+        storages = [t.untyped_storage() for t in tensors]
+        num_bytes = {(one.device, one.data_ptr()): one.nbytes() for one in storages}
+        said = 0 if self.origin is None else sum(map(len, vars(self.origin).values()))
+        return sum(num_bytes.values()) + 8 * self.num_behind + said + _OBJECTS_BYTES * (1 + self.num_layers)
+
+    def to(self, device: torch.device | str) -> ChunkKV:
+        """The same chunk with its tensors on another device; this one, if they are there already.
+
+        In RAM beside a GPU they are pinned, so that they can be copied while the GPU computes.
+        """
+        if all(t.device == torch.device(device) for i in range(self.num_layers) for t in self.layer(i)):
+            return self
+        cache = full_length_cache(packed(self.layer(i), device) for i in range(self.num_layers))
+        return replace(self, cache=cache)
+
+
+class ChunkLost(Exception):
+    """A chunk's KV that a store had offered cannot be read after all. It is treated as missing from then on."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"Chunk KV {key[:12]}… cannot be read: {reason}")
+        self.key = key
+
+
+class Reader(Protocol):
+    """One chunk's KV, read a layer at a time. `ChunkKV` is one.
+
+    `len`, `num_behind`, `layouts`, `dtype` and `num_bytes` read nothing, so that they can be compared with what was
+    asked for first. Reading the others may raise `ChunkLost`.
+    """
+
+    def __len__(self) -> int: ...  # n
+
+    @property
+    def num_behind(self) -> int: ...  # of `behind_ids`
+
+    @property
+    def cached_positions(self) -> torch.Tensor: ...  # (n,)
+
+    @property
+    def behind_ids(self) -> Sequence[int]: ...
+
+    @property
+    def provenance(self) -> Provenance: ...
+
+    @property
+    def regime(self) -> int: ...
+
+    @property
+    def quantised(self) -> str | None: ...
+
+    @property
+    def origin(self) -> Origin | None: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def layouts(self) -> tuple[RowLayout, ...]: ...  # of each layer
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def tier_beside(self, device: torch.device) -> str:
+        """Where it is loaded from, of `hfblend.controller.TIERS`."""
+        ...
+
+    def prefetch(self, layer_idx: int) -> None:
+        """This layer will be asked for soon."""
+        ...
+
+    def layer(self, layer_idx: int) -> KV:
+        """Keys and values (B, Hkv, n, D) of one layer, as cached, on any device.
+
+        Raises:
+            ChunkLost: they cannot be read.
+        """
+        ...
+
+    def rows(self, layer_idx: int) -> torch.Tensor | None:
+        """The rows (n, W) that `layer` is views of; `None` if it is not packed. Errors as there."""
+        ...
+
+
+def in_memory(entry: Reader) -> ChunkKV:
+    """An entry with all its layers read.
+
+    Raises:
+        ChunkLost: they cannot be.
+    """
+    if isinstance(entry, ChunkKV):
+        return entry
+    cache = full_length_cache(entry.layer(i) for i in range(entry.num_layers))
+    said = (entry.cached_positions, entry.behind_ids, entry.provenance, entry.regime, entry.quantised, entry.origin)
+    return ChunkKV(cache, *said)
+
+
+def prefill_chunk(
+    model: nn.Module, ids: Sequence[int], behind_ids: Sequence[int] = (), *, behind: Reader | None = None
+) -> ChunkKV:
+    """Computes a chunk's KV behind `behind_ids`, by one stock forward; the rows of `behind_ids` are dropped.
+
+    >>> chunk_kv = prefill_chunk(model, tokenizer(text).input_ids, behind_ids=system_ids)  # doctest: +SKIP
+
+    Args:
+        model: a causal LM, patched or not.
+        ids: the chunk's n token ids.
+        behind_ids: what it is computed behind (prefix, BOS, …).
+        behind: KV of the first of `behind_ids`, at positions 0 …, to continue from instead of computing them again;
+            quantised KV is not continued from.
+
+    Returns:
+        K/V at positions len(behind_ids) … len(behind_ids) + n − 1.
+
+    Raises:
+        ValueError: an empty chunk, a model in training mode, or `torch.autocast` in another dtype.
+        TypeError: text, or what else is no list of token ids.
+    """
+    host = host_of(model)
+    vocab_size = getattr(host.config, "vocab_size", None)
+    ids, behind_ids = token_ids("ids", ids, vocab_size), token_ids("behind_ids", behind_ids, vocab_size)
+    if behind is not None and not hasattr(behind, "cached_positions"):
+        raise TypeError(f"behind must be chunk KV, as prefill_chunk or a store gives it, got {described(behind)}.")
+    host.fingerprint.current(host.model)  # which the entry names as its origin
+    return prefill(host, ids, behind_ids, behind)
+
+
+def prefill(host: BlendableModel, ids: Sequence[int], behind_ids: Sequence[int], behind: Reader | None) -> ChunkKV:
+    """`prefill_chunk` for a host that is already at hand."""
+    return prefill_batch(host, [ids], behind_ids, behind)[0]
+
+
+@torch.no_grad()
+def prefill_batch(
+    host: BlendableModel, chunks: Sequence[Sequence[int]], behind_ids: Sequence[int], behind: Reader | None
+) -> list[ChunkKV]:
+    """`prefill` of B chunks in one forward, each alone behind the same ids.
+
+    Shorter ones are padded behind their end, where causal rows do not look. Frequencies that depend on the prompt's
+    length would be those of the longest: such a model takes chunks one by one (`host.length_dependent`).
+    """
+    if not all(chunks):
+        raise ValueError("A chunk needs at least one token id, got none.")
+    host.require_own_dtype()
+    start, longest = len(behind_ids), max(map(len, chunks))
+    stop, known = start + longest, 0
+    if behind is not None and _can_continue(host, behind, stop):
+        known = len(behind)
+        shape = (len(chunks), -1, -1, -1)
+        kv_behind = (_on_layers_device(host, i, behind.layer(i)) for i in range(behind.num_layers))
+        cache = full_length_cache((k.expand(shape), v.expand(shape)) for k, v in kv_behind)
+    else:
+        cache = DynamicCache()  # full-length layers, unlike DynamicCache(config=...) of a sliding model
+    # A chunk's own last id pads it: what a row does not see must still be finite.
+    rows = [[*behind_ids[known:], *ids, *[ids[-1]] * (longest - len(ids))] for ids in chunks]
+    new_ids = torch.tensor(rows, device=host.device)  # (B, stop − known)
+    positions = torch.arange(known, stop, device=host.device).expand(len(chunks), -1)
+
+    def run() -> list[ChunkKV]:
+        host.decoder_forward(input_ids=new_ids, position_ids=positions, use_cache=True, **{CACHE: cache})
+        return [_chunk_kv_of(host, cache, i, ids, tuple(behind_ids)) for i, ids in enumerate(chunks)]
+
+    return host.prefilling(run)
+
+
+def _on_layers_device(host: BlendableModel, layer_idx: int, kv: KV) -> KV:
+    device = host.device_of_layer(layer_idx)
+    return kv[0].to(device), kv[1].to(device)
+
+
+def _chunk_kv_of(
+    host: BlendableModel, cache: DynamicCache, row: int, ids: Sequence[int], behind_ids: tuple[int, ...]
+) -> ChunkKV:
+    """The chunk in one row of a batch's cache (B, Hkv, T, D), without what stands before and behind it."""
+    start, stop = len(behind_ids), len(behind_ids) + len(ids)
+    place = (slice(row, row + 1), slice(None), slice(start, stop))
+    layers: list[Any] = cache.layers
+    kv = full_length_cache(packed((layer.keys[place], layer.values[place])) for layer in layers)
+    origin = host.origin_of(ids, behind_ids)
+    return ChunkKV(kv, torch.arange(start, stop), behind_ids, "isolated", host.regime(stop), origin=origin)
+
+
+def _can_continue(host: BlendableModel, behind: Reader, stop: int) -> bool:
+    """Whether KV stands at positions 0 …, in the RoPE regime of a prompt of `stop` tokens, and holds as it is.
+
+    What is computed behind quantised KV would carry its error, and nothing would say so.
+    """
+    in_place = behind.cached_positions.tolist() == list(range(len(behind)))
+    return in_place and behind.quantised is None and host.same_regime(behind.regime, stop)

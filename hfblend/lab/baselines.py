@@ -1,0 +1,256 @@
+"""Other ways to prefill the same prompt, to compare with: baselines, CacheBlend's three forms, EPIC, and controls.
+
+CacheBlend is three different algorithms: the paper's, the research repository's, and LMCache v1's. Each is written here
+as what it does, so that a reader can see what each departure costs. What they do otherwise than hfblend, and no setting
+of `BlendConfig` says, is a small subclass of `Blending`; none of it is offered to users.
+
+`METHODS` names them all; `hfblend eval --methods a,b` takes these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..blend.algorithm import Blending, Forward
+from ..blend.caches import KV, full_length_cache
+from ..blend.reuse import Piece, Reuse, ReusedKV
+from ..config import BlendConfig
+from ..generate.blend_one import BlendResult, blend
+from ..kv.chunk import ChunkKV, prefill
+from ..prompts.filler import filler_ids
+from ..prompts.prompt import ChunkSpans, Prompt
+from ..store import Store, chunk_key
+from ..support.registry import host_of
+
+# --- what the references do otherwise -------------------------------------------------------------------------------
+
+
+class LeakyMask(Blending):
+    """The bottom-right causal triangle over the rows of a pass, as both references use: rows see keys after them.
+
+        keys 0 1 2 3 4 5
+    row 1    ■ ■ ■ ■ ⬚ ⬚      sees the keys of 2 and 3
+    row 3    ■ ■ ■ ■ ■ ⬚
+    row 5    ■ ■ ■ ■ ■ ■
+
+    Source: the causal flag of flash-attn and xformers with fewer queries than keys.
+    """
+
+    def seen_from(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.arange(self.length - len(rows), self.length, device=rows.device)
+
+
+class StaleRows(Blending):
+    """What the pass over all tokens computed is dropped: unselected rows stay reused up to the check layer, too.
+
+    Source: LMCache v1, `LMCBlender.process_qkv`: at the check layer only selected rows are written back, below it none.
+    """
+
+    def select(self, forward: Forward, reuse: Reuse, reused: ReusedKV) -> torch.Tensor:
+        selected_idx = super().select(forward, reuse, reused)
+        self.buffers.clear()
+        self._entered = None
+        return selected_idx
+
+
+class ResearchRepository(LeakyMask):
+    """The ratio counts all tokens before the suffix, rounded down; the suffix is added.
+
+    Source: the authors' fork of vLLM, `int((total_len - last_len) * recomp_ratio)`.
+    """
+
+    def budget(self, ratio: float, reuse: Reuse) -> int:
+        return int(self.spans[-1][1] * ratio)
+
+
+class LMCacheV1(StaleRows, LeakyMask):
+    """All tokens are ranked and none is forced in; what is not stored, separators and suffix, counts as KV of zeros.
+
+    So a separator keeps zeros unless it is selected. Only the last token is added, because its output is asked for.
+    That look-up ends at the first miss is not imitated.
+
+    Source: LMCache v1, `max(int(len(tokens) * ratio), 1)` in `LMCBlender.process_qkv`; its GPU connector zeroes gaps.
+    """
+
+    def look_up(self) -> Reuse:
+        reuse = super().look_up()
+        last = self.length - 1
+        like = (reuse.moved + reuse.exact)[0].entry
+        unknown = _runs([i for i in reuse.fresh_idx.tolist() if i != last])
+        reuse.moved += [Piece(span, _zero_kv(like, span), exact=False) for span in unknown]
+        reuse.moved.sort(key=lambda piece: piece.span)
+        reuse.candidate_idx = torch.cat([reuse.candidate_idx, reuse.fresh_idx[:-1]]).sort().values
+        reuse.fresh_idx = reuse.fresh_idx[-1:]
+        self.trace.candidate_idx, self.trace.fresh_idx = reuse.candidate_idx, reuse.fresh_idx
+        return reuse
+
+    def budget(self, ratio: float, reuse: Reuse) -> int:
+        return max(int(self.length * ratio), 1)
+
+
+class PrefixReuse(Blending):
+    """Reuses what stands before the first chunk, as a prefix cache does; chunks are computed, and not kept."""
+
+    def keep_fresh_chunks(self) -> None:
+        if self.trace.prefix and self.trace.prefix.status == "fresh":
+            self.keep(self.trace.prefix)
+
+    def is_nearly_all(self, reuse: Reuse) -> bool:
+        return False  # it is measured as it is
+
+
+def _runs(idx: Sequence[int]) -> list[tuple[int, int]]:
+    """Rising indices as [start, stop) of each unbroken run."""
+    among = set(idx)
+    starts = [i for i in idx if i - 1 not in among]
+    stops = [i + 1 for i in idx if i + 1 not in among]
+    return list(zip(starts, stops))
+
+
+def _zero_kv(like: Any, span: tuple[int, int]) -> ChunkKV:
+    """KV of zeros for the tokens of a span, in the form of another entry."""
+    start, stop = span
+
+    def zeros(layer: int) -> KV:
+        keys, values = (t.new_zeros(*t.shape[:2], stop - start, t.shape[3]) for t in like.layer(layer))
+        return keys, values
+
+    return ChunkKV(full_length_cache(map(zeros, range(like.num_layers))), torch.arange(start, stop), regime=like.regime)
+
+
+# --- methods by name ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to prefill a prompt.
+
+    Attributes:
+        name: as in `METHODS`.
+        config: ratio -> settings.
+        algorithm: what does the phases.
+        fixed_ratio: the ratio, where the method knows only one.
+        uses_filler: chunks are computed behind prefix and filler; needs a tokenizer.
+        in_context: chunk KV comes from another request that held the chunk, in its context there.
+        whole: no chunks: the prompt is prefilled in full.
+    """
+
+    name: str
+    config: Callable[[float], BlendConfig]
+    algorithm: type[Blending] = Blending
+    fixed_ratio: float | None = None
+    uses_filler: bool = False
+    in_context: bool = False
+    whole: bool = False
+
+    @property
+    def takes_ratio(self) -> bool:
+        """Whether the ratio makes a difference."""
+        return self.fixed_ratio is None
+
+    def blend(
+        self,
+        model: nn.Module,
+        prompt: Prompt,
+        ratio: float,
+        store: Store,
+        *,
+        tokenizer: Any = None,
+        elsewhere: Sequence[int] = (),
+    ) -> BlendResult:
+        """Blends one prompt in this method's way.
+
+        Args:
+            ratio: share in [0, 1] of tokens recomputed; not read where `takes_ratio` is false.
+            store: chunk KV; methods may share one, their entries do not mix.
+            tokenizer: for the filler's ids.
+            elsewhere: ids of a passage of another request, behind which in-context methods find their chunk KV.
+
+        Raises:
+            ValueError: no tokenizer, or nothing `elsewhere`, where one is needed.
+        """
+        if self.whole:
+            return blend(model, Prompt(prompt.input_ids, ChunkSpans(())), store=store)
+        config = self.config(ratio)
+        if self.uses_filler:
+            if tokenizer is None:
+                raise ValueError(f'Method "{self.name}" computes chunks behind a filler text and needs a tokenizer.')
+            config = replace(config, chunk_prefix="filler", filler_ids=filler_ids(tokenizer))
+        if self.in_context:
+            config = replace(config, on_miss="in_context", namespace="in_context")
+            self._capture(model, prompt, store, config, elsewhere)
+        return blend(model, prompt, store=store, config=config, algorithm=self.algorithm)
+
+    def _capture(
+        self, model: nn.Module, prompt: Prompt, store: Store, config: BlendConfig, elsewhere: Sequence[int]
+    ) -> None:
+        """Puts the chunk KV that an earlier request left: each chunk behind the prefix and that request's passage."""
+        if not elsewhere:
+            raise ValueError(f'Method "{self.name}" takes chunk KV from another request: pass ids of its passage.')
+        host = host_of(model)
+        for ids in prompt.chunk_ids:
+            key = chunk_key(host.fingerprint.current(host.model), host.dtype, ids, None, config.namespace)
+            if store.open(key) is None:
+                entry = prefill(host, ids, (*prompt.prefix_ids, *elsewhere), None)
+                store.put(key, replace(entry, provenance="in_context"))
+
+
+def _rule(selection: Any, **settings: Any) -> Callable[[float], BlendConfig]:
+    def config(ratio: float) -> BlendConfig:
+        return BlendConfig(selection=selection, recompute_ratios=(ratio,), min_reused_tokens=0, **settings)
+
+    return config
+
+
+def _full_reuse(ratio: float) -> BlendConfig:
+    return BlendConfig(check_layers=(), recompute_ratios=(), min_reused_tokens=0)
+
+
+def _prefix_reuse(ratio: float) -> BlendConfig:
+    return replace(_full_reuse(ratio), on_miss="in_context", namespace="prefix_reuse")
+
+
+def _gradual(ratio: float) -> BlendConfig:
+    """Filtering over three layers, "r1 slightly higher than r", then shrinking to it."""
+    ratios = tuple(min(1.0, ratio * more) for more in (1.2, 1.1, 1.0))
+    settings: dict[str, Any] = {"check_layers": (1, 2, 3), "recompute_ratios": ratios}
+    return BlendConfig(
+        selection="kv_deviation", deviation="key_value", chunk_prefix="none", min_reused_tokens=0, **settings
+    )
+
+
+_V = _rule("kv_deviation")
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        # hfblend's own recommendation: what the suffix attends to, over chunk KV computed behind a filler
+        Method("hfblend", _rule("suffix_attention"), uses_filler=True),
+        # baselines
+        Method("full_prefill", _full_reuse, fixed_ratio=1.0, whole=True),
+        Method("prefix_reuse", _prefix_reuse, PrefixReuse, fixed_ratio=1.0),
+        Method("full_reuse", _full_reuse, fixed_ratio=0.0),
+        Method("full_reuse_filler", _full_reuse, fixed_ratio=0.0, uses_filler=True),
+        # selection rules, over chunk KV computed behind the prompt's prefix
+        *(Method(name, _rule(name)) for name in ("suffix_attention", "chunk_start", "mixed", "random", "last")),
+        Method("kv_deviation", _V),
+        # the references
+        Method("cacheblend_paper", _gradual),
+        Method("research_repo", _rule("kv_deviation", chunk_prefix="bos"), ResearchRepository),
+        Method("lmcache_v1", _rule("kv_deviation", deviation="key"), LMCacheV1, in_context=True),
+        Method("epic", _rule("chunk_start", chunk_prefix="none")),
+        # CacheBlend's rule with one departure each
+        Method("kv_deviation_leaky", _V, LeakyMask),
+        Method("kv_deviation_stale", _V, StaleRows),
+        Method("kv_deviation_key", _rule("kv_deviation", deviation="key")),
+        Method("kv_deviation_bos", _rule("kv_deviation", chunk_prefix="bos")),
+        Method("kv_deviation_none", _rule("kv_deviation", chunk_prefix="none")),
+        Method("kv_deviation_in_context", _V, in_context=True),
+        Method("kv_deviation_filler", _V, uses_filler=True),
+    )
+}

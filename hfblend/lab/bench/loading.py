@@ -1,0 +1,95 @@
+"""Loading alone: how long chunk KV takes from where it is kept to where it is needed, with nothing computed beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+from ...blend.algorithm import Blending
+from ...blend.reuse import Reuse
+from ...config import BlendConfig
+from ...prompts.prompt import Prompt
+from ...store import DiskStore, Store
+from ...store.keys import file_name_of
+from ...support.registry import host_of
+from .device import timed
+from .pair import Pair, Stores
+
+_BUFFER_BYTES = 4 * 2**20  # of a plain read
+
+
+class Loading:
+    """The loads of one prompt from one place, whose chunks are all stored there.
+
+    Args:
+        pair: the patched model.
+        place: of `store`, from `settings.PLACES`.
+    """
+
+    def __init__(self, pair: Pair, prompt: Prompt, place: str, store: Store) -> None:
+        self._host, self._ids, self._spans = host_of(pair.model), prompt.input_ids.to(pair.device), prompt.chunk_spans
+        self._store, self._config = store, BlendConfig(layerwise=place != "disk_whole")
+        _, state = self._look_up()
+        chunks = [chunk for chunk in (state.trace.prefix, *state.trace.chunks) if chunk is not None]
+        self._keys = [chunk.key for chunk in chunks]
+        self.num_bytes = state.trace.bytes_reused
+        self.measures: dict[str, Callable[[], None]] = {"load_ms": self.load}
+        if isinstance(store, DiskStore):
+            self._files = [store.path / file_name_of(key) for key in self._keys]
+            self.measures |= {"read_ms": self.read, "plain_read_ms": self.read_plainly}
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """The look-up, and every layer at its new positions on the model's device."""
+        reuse, state = self._look_up()
+        reused = state.realign(reuse)
+        for i in range(self._host.num_layers):
+            reused.layers([i])
+
+    def read(self) -> None:
+        """Every layer through the store: in RAM, checked."""
+        entries = [entry for entry in map(self._store.open, self._keys) if entry is not None]
+        for i in range(self._host.num_layers):
+            for entry in entries:
+                entry.prefetch(i)
+            for entry in entries:
+                entry.layer(i)
+
+    def read_plainly(self) -> None:
+        """The same files from start to end, one after the other in one thread, as `dd` does; nothing is checked."""
+        buffer = bytearray(_BUFFER_BYTES)
+        for file in self._files:
+            with open(file, "rb", buffering=0) as stream:
+                while stream.readinto(buffer):
+                    pass
+
+    def _look_up(self) -> tuple[Reuse, Blending]:
+        state = Blending(self._host, self._ids, self._spans, self._store, self._config)
+        return state.look_up(), state
+
+
+def loading(
+    pair: Pair, prompt: Prompt, stores: Stores, repeats: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """A row per place but the GPU: bytes, and the medians of `Loading.measures` in ms.
+
+    Files were read just before, so that the system has them in RAM.
+    """
+    rows = []
+    for place, store in stores.items():
+        if place == "gpu":
+            continue
+        loads = Loading(pair, prompt, place, store)
+        times: dict[str, list[float]] = {name: [] for name in loads.measures}
+        for i in range(-1, repeats):
+            say(f"{len(prompt)} tokens, loading from {place}, turn {i + 1} of {repeats}")
+            for name, call in loads.measures.items():
+                ms, _, _ = timed(call, pair.device)
+                if i >= 0:
+                    times[name].append(ms)
+        found = {name: median(own) for name, own in times.items()}
+        rows.append({"tokens": len(prompt), "place": place, "bytes": loads.num_bytes, **found})
+    return rows

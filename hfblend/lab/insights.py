@@ -1,0 +1,319 @@
+"""CacheBlend's observations, measured on a model and prompts of your own, and their pictures.
+
+    deviation_by_layer     how far each reused token's KV is from full prefill's             paper, figure 7
+    rank_correlation       whether tokens that deviate at one layer do so at the next        paper, figure 8
+    attention_deviation    how far the suffix's attention is off, by recompute ratio         paper, figure 6
+
+Measuring needs a model; the rest is functions of tensors. The pictures need matplotlib (`pip install "hfblend[plots]"`)
+and are `Figure`s: `figure.savefig(...)`, or the last line of a notebook's cell.
+
+Shapes: H heads, Hkv KV heads, T all tokens, N moved reused tokens, S rows of the suffix, D head_dim, L layers.
+
+Source: CacheBlend (arXiv 2405.16444) section 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..attention.by_position import AttentionRecord, attention_weights
+from ..blend.algorithm import Blending
+from ..blend.caches import KV, BlendingCache, RecordingCache, StopForward
+from ..blend.selection import kv_deviation
+from ..config import BlendConfig
+from ..display import palette
+from ..measure.calibrate import with_ratio
+from ..model.hf_model import CACHE
+from ..model.passes import Pass
+from ..optional import figure_class
+from ..prompts.prompt import Prompt
+from ..store import MemoryStore, Store
+from ..support.registry import BlendableModel, host_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+# --- deviation of KV --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Deviations:
+    """Squared L2 distance of each moved token's reused from full prefill's K and V, summed over heads, in fp32.
+
+    Attributes:
+        token_idx: (N,) where the tokens stand in the prompt.
+        key, value: (L, N). At layer 0 neither depends on context, so there is rounding only.
+    """
+
+    token_idx: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@torch.no_grad()
+def deviation_by_layer(
+    model: nn.Module, prompt: Prompt, *, store: Store | None = None, config: BlendConfig | None = None
+) -> Deviations:
+    """How far isolated chunk KV, realigned, is from what a full prefill computes at every layer.
+
+    Nothing is recomputed here: this is what plain full reuse would leave in the cache.
+
+    >>> deviations = deviation_by_layer(model, prompt)  # doctest: +SKIP
+    >>> figure_of_deviation(deviations.value, layers=(1, 8, 16))  # doctest: +SKIP
+
+    Args:
+        model, prompt, store: as in `hfblend.blend`.
+        config: says what chunks are computed behind; they are computed alone whatever its `on_miss` is.
+
+    Raises:
+        ValueError: a prompt in which nothing was moved.
+    """
+    host, config = host_of(model), replace(config or BlendConfig(), on_miss="isolated")
+    state = _blending(host, prompt, store, config)
+    reuse = state.look_up()
+    reused = state.realign(reuse)
+    token_idx = reuse.candidate_idx
+    if token_idx.numel() == 0:
+        raise ValueError("No token of this prompt is reused from elsewhere; it needs chunks that do not stand first.")
+    key, value = [], []
+    for layer, full in sorted(_full_prefill_kv(host, prompt).items()):
+        moved = reused.moved_kv(layer, full)
+        fresh: KV = (full[0].index_select(2, token_idx), full[1].index_select(2, token_idx))  # (1, Hkv, N, D)
+        stored: KV = (moved[0][:, :, : len(token_idx)], moved[1][:, :, : len(token_idx)])
+        key.append(kv_deviation(fresh, stored, "key")[0].cpu())
+        value.append(kv_deviation(fresh, stored, "value")[0].cpu())
+    return Deviations(token_idx.cpu(), torch.stack(key), torch.stack(value))
+
+
+def share_of_deviation(deviation: torch.Tensor, token_share: float) -> torch.Tensor:
+    """The share of a layer's whole deviation that its most deviating tokens carry.
+
+    >>> share_of_deviation(torch.tensor([[6.0, 2.0, 1.0, 1.0]]), 0.25)
+    tensor([0.6000])
+
+    Args:
+        deviation: (L, N).
+        token_share: of the N tokens, in [0, 1]; rounded to whole tokens.
+
+    Returns:
+        (L,); NaN for a layer without any deviation.
+    """
+    count = round(token_share * deviation.shape[-1])
+    return deviation.topk(count, dim=-1).values.sum(-1) / deviation.sum(-1)
+
+
+# --- rank correlation -------------------------------------------------------------------------------------------------
+
+
+def ranks(scores: torch.Tensor) -> torch.Tensor:
+    """Ranks (N,) of scores (N,), 1 for the lowest; equal scores share the mean of their ranks.
+
+    >>> ranks(torch.tensor([5.0, 1.0, 5.0]))
+    tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
+    """
+    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[place]
+
+
+def rank_correlation_matrix(deviation: torch.Tensor) -> torch.Tensor:
+    """Spearman's ρ between any two layers' scores: Pearson's correlation of their ranks.
+
+    Args:
+        deviation: (L, N).
+
+    Returns:
+        (L, L) in [-1, 1]; NaN beside a layer whose scores are all equal.
+    """
+    centred = torch.stack([ranks(scores) for scores in deviation])
+    centred -= centred.mean(-1, keepdim=True)
+    unit = centred / centred.norm(dim=-1, keepdim=True)
+    return (unit @ unit.T).clamp(-1, 1).float()
+
+
+def rank_correlation(deviation: torch.Tensor) -> torch.Tensor:
+    """Spearman's ρ between each layer and the next: why tokens chosen at one layer serve the others.
+
+    >>> rank_correlation(torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0], [3.0, 2.0, 1.0]]))
+    tensor([ 1., -1.])
+
+    Args:
+        deviation: (L, N).
+
+    Returns:
+        (L − 1,)
+    """
+    return rank_correlation_matrix(deviation).diagonal(1)
+
+
+# --- deviation of attention -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def attention_deviation(
+    model: nn.Module,
+    prompt: Prompt,
+    ratios: Sequence[float],
+    *,
+    store: Store | None = None,
+    config: BlendConfig | None = None,
+) -> torch.Tensor:
+    r"""How far the suffix's attention over blended KV is from that over full prefill's KV, by recompute ratio.
+
+        Δ = ‖A_blended − A_full‖₂ of each row of the suffix,   A = softmax(QKᵀ · scaling)   (H, S, T)
+
+    averaged over rows and heads. Both matrices are those of the model's own forward of the suffix rows over the KV that
+    the blend, or the full prefill, left; the weights are recorded by the attention that blending's passes use, so a
+    fused kernel of the model need not be given up for one that shows them.
+
+    Args:
+        ratios: each in [0, 1].
+        store, config: as in `hfblend.blend`; the ratio of the config is not used.
+
+    Returns:
+        (len(ratios), L)
+
+    Raises:
+        ValueError: a prompt without chunks, or a model whose attention cannot be replaced by ours for a pass.
+    """
+    host, config = host_of(model), config or BlendConfig()
+    store = MemoryStore() if store is None else store
+    if not prompt.chunk_spans:
+        raise ValueError("attention_deviation needs a prompt with chunks, got none.")
+    if not host.attends_by_position:
+        raise ValueError(f"The attention of {type(model).__name__} cannot be recorded.")
+    full = _SuffixAttention(host.num_layers)
+    _attend_again(host, prompt, _full_prefill_kv(host, prompt), full)
+    deviations = []
+    for ratio in ratios:
+        state = _blending(host, prompt, store, with_ratio(config, ratio))
+        state.run(host.last_logits)
+        blended = _SuffixAttention(host.num_layers, full.weights)
+        _attend_again(host, prompt, state.buffers, blended)
+        deviations.append(torch.tensor([blended.distance[layer] for layer in range(host.num_layers)]))
+    return torch.stack(deviations)
+
+
+class _SuffixAttention(AttentionRecord):
+    """Keeps every layer's attention weights, or only their distance from others'.
+
+    Attributes:
+        weights: layer -> (H, S, T), on the CPU.
+        distance: layer -> mean L2 distance of a row.
+    """
+
+    def __init__(self, num_layers: int, reference: Mapping[int, torch.Tensor] | None = None) -> None:
+        super().__init__(range(num_layers))
+        self.reference = reference
+        self.weights, self.distance = dict[int, torch.Tensor](), dict[int, float]()
+
+    def add(self, layer: int, query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, *how: Any) -> None:
+        weights = attention_weights(query, key, seen, *how)[0]
+        if self.reference is None:
+            self.weights[layer] = weights.cpu()
+        else:
+            self.distance[layer] = (weights - self.reference[layer].to(weights.device)).norm(dim=-1).mean().item()
+        if layer == max(self.layers):
+            raise StopForward
+
+
+def _attend_again(host: BlendableModel, prompt: Prompt, buffers: dict[int, KV], record: AttentionRecord) -> None:
+    """One pass of the suffix's rows over a prompt's KV, which computes these rows' K/V again, as they are."""
+    length = len(prompt)
+    rows = torch.arange(min(prompt.chunk_spans[-1][1], length - 1), length, device=host.device)
+    cache = BlendingCache(host.num_layers, buffers, _nothing_to_load, rows, length)
+    one = Pass(prompt.input_ids.to(host.device)[:, rows], rows, rows, length, record=record)
+    one.run(host, host.decoder_forward, cache)
+
+
+def _nothing_to_load(layer_idx: int, fresh: KV) -> KV:
+    raise AssertionError(f"layer {layer_idx} has no KV")
+
+
+def _blending(host: BlendableModel, prompt: Prompt, store: Store | None, config: BlendConfig) -> Blending:
+    store = MemoryStore() if store is None else store
+    return Blending(host, prompt.input_ids.to(host.device), prompt.chunk_spans, store, config)
+
+
+def _full_prefill_kv(host: BlendableModel, prompt: Prompt) -> dict[int, KV]:
+    """K/V (1, Hkv, T, D) of every layer, from one stock forward."""
+    cache = RecordingCache(host.num_layers)
+    ids = prompt.input_ids.to(host.device)
+    host.lock.shared(host.decoder_forward, input_ids=ids, use_cache=True, **{CACHE: cache})
+    return cache.recorded
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def figure_of_deviation(deviation: torch.Tensor, layers: Sequence[int] | None = None) -> Figure:
+    """Left: each token's deviation over the layer's mean, from the highest down. Right: the share they carry together.
+
+    Args:
+        deviation: (L, N), say `Deviations.value`.
+        layers: which to draw; default, four of them spread over 1 … L − 1.
+    """
+    num_layers, num_tokens = deviation.shape
+    layers = sorted({round(i) for i in torch.linspace(1, num_layers - 1, 4).tolist()}) if layers is None else layers
+    figure, (left, right) = _figure(2)
+    percent = 100 * torch.arange(1, num_tokens + 1) / num_tokens
+    for layer, how in zip(layers, _line_styles()):
+        falling = deviation[layer].double().sort(descending=True).values
+        left.plot(percent, falling / falling.mean(), label=f"layer {layer}", **how)
+        right.plot(percent, 100 * falling.cumsum(0) / falling.sum(), label=f"layer {layer}", **how)
+    right.plot([0, 100], [0, 100], color="0.7", linewidth=1, zorder=0)
+    right.axvspan(10, 15, color="0.9", zorder=0)
+    right.annotate("10–15 % of tokens", (15.5, 3), color="0.35", fontsize=9)
+    left.set(xlabel="tokens, most deviating first (%)", ylabel="deviation ÷ mean of the layer", yscale="log")
+    right.set(xlabel="tokens, most deviating first (%)", ylabel="share of the layer's deviation (%)", ylim=(0, 102))
+    right.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def figure_of_rank_correlation(matrix: torch.Tensor) -> Figure:
+    """A heat map of `rank_correlation_matrix` (L, L), both axes layers."""
+    figure, (axes,) = _figure(1)
+    lowest = min(0.0, matrix.nan_to_num(nan=0.0).min().item())
+    image = axes.imshow(matrix, cmap="cividis", vmin=lowest, vmax=1, origin="lower")
+    axes.set(xlabel="layer", ylabel="layer")
+    axes.spines[["top", "right"]].set_visible(True)
+    figure.colorbar(image, label="Spearman's ρ of the tokens' deviation")
+    return figure
+
+
+def figure_of_attention_deviation(ratios: Sequence[float], deviations: Mapping[str, torch.Tensor]) -> Figure:
+    """Mean over layers of `attention_deviation` against the recompute ratio, a line for each of several settings.
+
+    >>> figure_of_attention_deviation(ratios, {"suffix attention": one, "KV deviation": other})  # doctest: +SKIP
+
+    Args:
+        ratios: R of them.
+        deviations: label -> (R, L).
+    """
+    figure, (axes,) = _figure(1)
+    for (label, deviation), how, marker in zip(deviations.items(), _line_styles(), "osD^vPX"):
+        axes.plot([100 * ratio for ratio in ratios], deviation.mean(-1), marker=marker, label=label, **how)
+    axes.set(xlabel="recomputed tokens (%)", ylabel="deviation of the suffix's attention, L2", ylim=(0, None))
+    axes.legend(frameon=False)
+    return figure
+
+
+def _line_styles() -> list[dict[str, str]]:
+    """Lines differ in stroke too."""
+    strokes = palette.STROKES
+    return [{"color": colour, "linestyle": strokes[i % len(strokes)]} for i, colour in enumerate(palette.LINES)]
+
+
+def _figure(columns: int) -> tuple[Figure, Any]:
+    """A figure apart from pyplot and its global state, and its axes."""
+    figure = figure_class("plots")(figsize=(4.8 * columns, 3.8), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,191 @@
+"""The settings with the smallest ratio that keeps blending within a bound of full prefill, for one's own prompts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+
+import torch
+from torch import nn
+
+from ..arguments import described, number_in
+from ..config import BlendConfig, as_config
+from ..generate.blend_one import blend, require_prompts
+from ..prompts.prompt import Prompt
+from ..store import Store, store_at
+from .divergence import kl_divergence, teacher_forced_logits, top1_agreement
+from .verify import FullAnswer, require_bound
+
+RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+
+Layers = int | Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    """One setting, over all prompts.
+
+    Attributes:
+        recompute_ratio: of each check layer.
+        layers: the check layers, or for `"suffix_attention"` the score layers (`None`: its own choice).
+        kl: in nats, mean over the prompts; `largest_kl`, of the worst prompt.
+        top1_agreement, recomputed_pairs_share: mean over the prompts.
+    """
+
+    recompute_ratio: float
+    layers: tuple[int, ...] | None
+    kl: float
+    largest_kl: float
+    top1_agreement: float
+    recomputed_pairs_share: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The settings with the smallest ratio that meets the bound, and what was measured on the way there."""
+
+    config: BlendConfig
+    max_kl: float
+    rows: list[CalibrationRow]
+
+    def __str__(self) -> str:
+        lines = [f"{'ratio':>6} {'layers':>12} {'KL, nats':>10} {'largest':>10} {'top-1':>6} {'pairs':>6}"]
+        for row in self.rows:
+            layers = "default" if row.layers is None else ",".join(map(str, row.layers))
+            lines.append(
+                f"{row.recompute_ratio:6.2f} {layers:>12} {row.kl:10.2e} {row.largest_kl:10.2e} "
+                f"{row.top1_agreement:6.0%} {row.recomputed_pairs_share:6.1%}"
+            )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    prompts: Iterable[Prompt],
+    *,
+    max_kl: float,
+    store: Store | str | os.PathLike[str] | None = None,
+    config: BlendConfig | None = None,
+    ratios: Sequence[float] = RATIOS,
+    layers: Sequence[Layers] | None = None,
+    num_tokens: int = 16,
+) -> Calibration:
+    """Finds the smallest ratio whose KL from full prefill, mean over the prompts, is at most `max_kl`.
+
+    Ratios are tried from the smallest up, and none above the first that fits. Each prompt is prefilled in full once;
+    its chunks are prefilled once, into the store.
+
+    >>> calibration = calibrate(model, prompts, max_kl=0.05)  # doctest: +SKIP
+    >>> blender.config = calibration.config  # doctest: +SKIP
+
+    Args:
+        model: a causal LM in eval mode, patched or not.
+        prompts: such as the model will get.
+        max_kl: in nats.
+        store: default, a new `MemoryStore` for all prompts.
+        config: whose ratio is sought. Of several check layers each gets the same ratio.
+        ratios: to choose from.
+        layers: to choose from too, at each ratio the one with the smallest KL. With `selection="kv_deviation"` they
+            are check layers, with `"suffix_attention"` score layers; each is a layer, several, or `None`.
+        num_tokens: of each answer that are compared.
+
+    Raises:
+        ValueError: no ratio meets the bound (1.0 does, up to the dtype's rounding), no prompts, no ratios, or layers
+            for another selection rule.
+        TypeError: an argument of another type.
+    """
+    require_bound(max_kl)
+    prompts, store = require_prompts(prompts, "calibrate"), store_at(store)
+    candidates, ratios = _candidates(as_config(config), layers), _ratios(ratios)
+    full = [FullAnswer.of(model, prompt, num_tokens) for prompt in prompts]
+    rows: list[CalibrationRow] = []
+    for ratio in ratios:
+        measured = [
+            (_measure(model, prompts, full, store, settings), settings)
+            for settings in (with_ratio(candidate, ratio) for candidate in candidates)
+        ]
+        rows += [row for row, _ in measured]
+        best, settings = min(measured, key=lambda pair: _no_nan(pair[0].kl))
+        if best.kl <= max_kl:
+            return Calibration(settings, max_kl, rows)
+    best = min(rows, key=lambda row: _no_nan(row.kl))
+    raise ValueError(
+        f"No ratio of {tuple(ratios)} meets max_kl={max_kl}: the smallest mean KL is {best.kl:.3g} nats, "
+        f"at ratio {best.recompute_ratio}. Ratio 1.0 is a full prefill up to the dtype's rounding; raise max_kl or add "
+        "higher ratios."
+    )
+
+
+def with_ratio(config: BlendConfig, ratio: float) -> BlendConfig:
+    """The same settings with another ratio, at each check layer if there are several.
+
+    Raises:
+        ValueError: settings that select nothing.
+    """
+    if not config.check_layers:
+        raise ValueError("These settings have check_layers=(), which selects nothing at any ratio; name a check layer.")
+    return replace(config, recompute_ratios=(ratio,) * len(config.check_layers))
+
+
+def _measure(
+    model: nn.Module, prompts: list[Prompt], full: list[FullAnswer], store: Store, config: BlendConfig
+) -> CalibrationRow:
+    kls, agreements, shares = [], [], []
+    for prompt, answer in zip(prompts, full):
+        result = blend(model, prompt, store=store, config=config)
+        logits = teacher_forced_logits(model, prompt.input_ids, answer.ids, result.cache)
+        kls.append(kl_divergence(answer.logits, logits).mean().item())
+        agreements.append(top1_agreement(answer.logits, logits))
+        shares.append(result.trace.recomputed_pairs_share)
+    layers = getattr(config, _layers_field(config) or "check_layers")
+    return CalibrationRow(config.fixed_ratios[0], layers, mean(kls), max(kls), mean(agreements), mean(shares))
+
+
+def _layers_field(config: BlendConfig) -> str | None:
+    """The field with the layers that a selection rule looks at, if it has just one."""
+    fields = {"kv_deviation": "check_layers", "suffix_attention": "score_layers"}
+    return None if callable(config.selection) else fields.get(config.selection)
+
+
+def _candidates(config: BlendConfig, layers: Sequence[Layers] | None) -> list[BlendConfig]:
+    """The settings with each of the given layers; only themselves if none are given."""
+    if layers is None:
+        return [config]
+    name = _layers_field(config)
+    if isinstance(layers, str | bytes | Mapping) or not isinstance(layers, Sequence):
+        raise TypeError(f"layers must be a list of candidates, got {described(layers)}; write [{described(layers)}].")
+    if name is None or not layers:
+        raise ValueError(
+            'layers needs one or more candidates, and selection "kv_deviation" or "suffix_attention", got '
+            f"layers={layers!r} with selection={config.selection!r}."
+        )
+    found = []
+    for wanted in layers:
+        chosen = (wanted,) if isinstance(wanted, int) else None if wanted is None else tuple(wanted)
+        if name == "check_layers":
+            if not chosen:
+                raise ValueError(f"Each of layers must name check layers for kv_deviation, got {wanted!r}.")
+            ratios = (config.fixed_ratios or (1.0,))[:1] * len(chosen)
+            found.append(replace(config, check_layers=chosen, recompute_ratios=ratios))
+        else:
+            found.append(replace(config, score_layers=chosen))
+    return found
+
+
+def _no_nan(kl: float) -> float:
+    """A KL to compare by: broken logits (NaN) are the farthest."""
+    return math.inf if math.isnan(kl) else kl
+
+
+def _ratios(ratios: Sequence[float]) -> list[float]:
+    """Those to try, the smallest first."""
+    if isinstance(ratios, str | bytes | Mapping) or not isinstance(ratios, Iterable):
+        raise TypeError(f"ratios must be a list of ratios to try, got {described(ratios)}.")
+    found = sorted({number_in("Each of ratios", ratio, 0, 1) for ratio in ratios})
+    if not found:
+        raise ValueError("ratios needs one or more ratios to try, got none.")
+    return found

@@ -1,0 +1,266 @@
+"""What the controller has to know of a machine, measured once: prefills, blends, and what chunk KV is loaded from.
+
+Shapes: T all tokens, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import BlendConfig, as_config
+from ..controller import BlendCost, BlendShape, Cost, Load, LoadCost, Profile, Work
+from ..generate.blend_one import blend
+from ..gpu.streams import synchronize
+from ..kv.chunk import ChunkKV, ChunkLost, Reader
+from ..outputs import cache_folder
+from ..prompts.prompt import Prompt
+from ..store import DiskStore, MemoryStore, RemoteStore, Store, TieredStore
+from ..store.folders import is_abandoned
+from ..support.registry import BlendableModel, host_of
+from .divergence import describe_machine
+
+logger = logging.getLogger(__name__)
+
+_SHORTEST, _LONGEST, _GROWTH = 64, 16384, 4  # tokens of the prompts that are prefilled, each so many times the last
+_LONG_ENOUGH_S = 0.5  # no prompt longer than one that takes so long
+_CHUNKS, _SUFFIX = 8, 32
+_RATIOS = (0.05, 0.3)
+_TURNS = 3  # the quickest counts
+_NAMESPACE = "hfblend profile"  # nobody's entries
+_FOLDER = "hfblend-profile"  # inside of a store's, while that is measured
+_ABANDONED = re.compile(rf"{_FOLDER}\.(\d{{1,10}})\.\w{{8}}")  # the process that made it
+
+
+def profile_of(
+    model: nn.Module,
+    store: Store,
+    config: BlendConfig | None = None,
+    *,
+    refresh: bool = False,
+    file: Path | None = None,
+) -> Profile:
+    """The profile of a model and its store on this machine: the one that was kept, or measured now, and kept.
+
+    Measuring takes some seconds, and puts a few chunks into a folder inside the store's, or behind its URL, and removes
+    them again.
+
+    >>> profile = profile_of(model, DiskStore("~/.cache/hfblend/chunks"))  # doctest: +SKIP
+
+    Args:
+        model: a causal LM in eval mode; patched or not.
+        config: its rule is profiled; default `BlendConfig()`.
+        refresh: measure again.
+        file: where it is kept; default, `$HFBLEND_CACHE/profiles/…` (`~/.cache/hfblend`), a file per machine, model,
+            dtype, rule and store.
+
+    Raises:
+        UnsupportedModel: the model cannot be blended.
+    """
+    config, host = as_config(config), host_of(model)
+    made_of = _made_of(host, store, config)
+    file = _file_of(made_of) if file is None else file
+    found = None if refresh else Profile.load(file)
+    if found is not None and found.made_of == made_of:
+        return found
+    logger.info("Measuring prefills, blends and the store once, for the controller; kept in %s.", file)
+    profile = measure(model, store, config)
+    try:
+        profile.save(file)
+    except OSError as error:
+        logger.warning("The profile could not be kept in %s: %s", file, error)
+    return profile
+
+
+def _made_of(host: BlendableModel, store: Store, config: BlendConfig) -> str:
+    """In words, everything that a profile holds for."""
+    of_model = [getattr(host.config, "_name_or_path", "") or type(host.model).__name__, str(host.dtype)]
+    shape = [f"{host.num_layers} layers", f"{sum(p.numel() for p in host.model.parameters()):,} weights"]
+    places = [
+        " ".join(filter(None, (getattr(one, "url", "") or str(getattr(one, "path", "")), getattr(one, "kv_dtype", ""))))
+        for one in _stores_of(store)
+    ]
+    rule = [str(config.selection), f"check layers {config.check_layers}", f"score layers {config.score_layers}"]
+    threads = [] if host.device.type == "cuda" else [f"{torch.get_num_threads()} threads"]
+    return ", ".join([describe_machine(host.device), *threads, *of_model, *shape, *rule, *filter(None, places)])
+
+
+def _file_of(made_of: str) -> Path:
+    return cache_folder() / "profiles" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(model: nn.Module, store: Store, config: BlendConfig) -> Profile:
+    """Measures now."""
+    host = host_of(model)
+    prefill_s = dict(_prefills(host))
+    layers, check_layer = host.num_layers, check_layer_of(config)
+    prefill = Cost.fit([Work.of_prefill(n, layers) for n in prefill_s], list(prefill_s.values()))
+    works, lengths, seconds, memory = [], [], [], MemoryStore(2**60)
+    chunks: dict[int, dict[str, ChunkKV]] = {}  # tokens of the prompt -> key -> entry
+    for tokens in [n for n in prefill_s if n >= 4 * _CHUNKS][-2:]:
+        prompt = _prompt(host, tokens)
+        shape = BlendShape(tokens, (tokens - _SUFFIX) // _CHUNKS, _SUFFIX)
+        for ratio in _RATIOS:
+            at_ratio = replace(
+                config, recompute_ratios=(ratio,), check_layers=config.check_layers[:1], namespace=_NAMESPACE,
+                min_reused_tokens=0, chunk_prefix="none",
+            )  # fmt: skip
+            seconds.append(_quickest(lambda: blend(model, prompt, store=memory, config=at_ratio), host.device))  # noqa: B023
+            works.append(Work.of_blend(shape, ratio, layers, check_layer))
+            lengths.append(tokens)
+        keys = [chunk.key for chunk in blend(model, prompt, store=memory, config=at_ratio).trace.chunks]
+        chunks[tokens] = {key: entry for key in keys if (entry := memory.open(key)) is not None}
+    blended = BlendCost.fit(prefill, works, lengths, seconds)
+    tiers = dict(_tiers(store, list(chunks.values()), host.device))
+    return Profile(_made_of(host, store, config), layers, check_layer, prefill, blended, tiers)
+
+
+def check_layer_of(config: BlendConfig) -> int | None:
+    """The layer at which a rule selects while later layers still load; `None`: it waits for late layers first."""
+    if config.selection in ("suffix_attention", "mixed") or callable(config.selection):
+        return None
+    return config.check_layers[0] if config.selection == "kv_deviation" and config.check_layers else 0
+
+
+def _prefills(host: BlendableModel) -> Iterator[tuple[int, float]]:
+    """Tokens and seconds of full prefills, longer and longer."""
+    most = min(_LONGEST, getattr(host.config, "max_position_embeddings", None) or _LONGEST)
+    tokens = _SHORTEST
+    while tokens <= most:
+        ids = _ids(host, tokens)
+        prefill = partial(torch.no_grad()(host.last_logits), input_ids=ids, use_cache=True)
+        seconds = _quickest(prefill, host.device)
+        yield tokens, seconds
+        if seconds > _LONG_ENOUGH_S:
+            return
+        tokens *= _GROWTH
+
+
+def _tiers(
+    store: Store, groups: Sequence[Mapping[str, ChunkKV]], device: torch.device
+) -> Iterator[tuple[str, LoadCost]]:
+    """Tier -> what loading from it takes, measured with every group: short chunks and longer ones."""
+    if device.type == "cuda":
+        in_ram = [[chunk_kv.to("cpu") for chunk_kv in group.values()] for group in groups]
+        yield "ram", LoadCost.fit(*zip(*((_total(g), _quickest(partial(_load, g, device), device)) for g in in_ram)))
+    for one in _stores_of(store):
+        if isinstance(one, DiskStore | RemoteStore):
+            found: dict[str, list[tuple[Load, float]]] = {}
+            try:
+                with _like(one) as like:
+                    for group in groups:
+                        for tier, load, seconds in _loads_from(like, group, device):
+                            found.setdefault(tier, []).append((load, seconds))
+            except OSError as error:  # a folder that may only be read
+                logger.warning("%s could not be measured: %s", type(one).__name__, error)
+            yield from ((tier, LoadCost.fit(*zip(*points))) for tier, points in found.items())
+
+
+@contextlib.contextmanager
+def _like(store: DiskStore | RemoteStore) -> Iterator[DiskStore | RemoteStore]:
+    """A store in the same place whose chunks push out none of its own."""
+    if isinstance(store, RemoteStore):
+        like = copy.copy(store)
+        like.max_bytes = None
+        yield like
+        return
+    for folder in store.path.iterdir():
+        name = _ABANDONED.fullmatch(folder.name)
+        with contextlib.suppress(OSError):
+            if name and not folder.is_symlink() and is_abandoned(int(name[1]), folder.lstat()):
+                DiskStore(folder).clear()
+                folder.rmdir()  # fails if something else is there
+    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}.{os.getpid()}.", dir=store.path) as made:
+        yield DiskStore(made, 2**60, kv_dtype=store.kv_dtype)
+
+
+def _loads_from(
+    store: DiskStore | RemoteStore, chunks: Mapping[str, ChunkKV], device: torch.device
+) -> Iterator[tuple[str, Load, float]]:
+    """Tier, load and seconds: from the disk, where the system lets go of its copies, then from those copies in RAM."""
+    try:
+        for key, chunk_kv in chunks.items():
+            store.put(key, chunk_kv)
+        if isinstance(store, DiskStore):
+            for key in chunks:
+                store.drop_from_ram(key)
+        found: dict[str, tuple[Load, float]] = {}
+        for _ in range(1 + _TURNS):
+            synchronize(device)
+            began = time.perf_counter()
+            entries = [entry for key in chunks if (entry := store.open(key)) is not None]
+            if len(entries) < len(chunks):
+                logger.warning("%s does not have what was just put into it; it is not measured.", type(store).__name__)
+                return
+            tier = entries[0].tier_beside(device)
+            _load(entries, device)
+            synchronize(device)
+            seconds = time.perf_counter() - began
+            found[tier] = _total(entries), min(seconds, found[tier][1] if tier in found else seconds)
+        yield from ((tier, *load) for tier, load in found.items())
+    except ChunkLost as error:
+        logger.warning("%s could not be measured: %s", type(store).__name__, error)
+    finally:
+        for key in chunks:
+            store.remove(key)
+
+
+def _total(entries: Sequence[Reader]) -> Load:
+    return Load(len(entries), sum(entry.num_bytes for entry in entries))
+
+
+def _load(entries: Sequence[Reader], device: torch.device) -> None:
+    """Every layer of some entries at once, to the device."""
+    for i in range(entries[0].num_layers):
+        for entry in entries:
+            entry.prefetch(i)
+        for entry in entries:
+            for states in entry.layer(i) if (rows := entry.rows(i)) is None else (rows,):
+                states.to(device, non_blocking=True)
+
+
+def _stores_of(store: Store) -> Sequence[Store]:
+    return store.stores if isinstance(store, TieredStore) else [store]
+
+
+def _prompt(host: BlendableModel, tokens: int) -> Prompt:
+    """Chunks of one length and a suffix, of random ids."""
+    ids = _ids(host, tokens)[0].tolist()
+    size = (tokens - _SUFFIX) // _CHUNKS
+    chunks = [ids[i * size : (i + 1) * size] for i in range(_CHUNKS)]
+    return Prompt.from_ids([], chunks, ids[_CHUNKS * size :])
+
+
+def _ids(host: BlendableModel, tokens: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(tokens)
+    vocabulary = host.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (1, tokens), generator=generator).to(host.device)
+
+
+def _quickest(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the quickest turn, after one that warms up."""
+    times = []
+    for _ in range(1 + _TURNS):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])

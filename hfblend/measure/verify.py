@@ -1,0 +1,229 @@
+"""How far blending is from full prefill on prompts of your own: asked for, or on every k-th prompt in use.
+
+Compared is full prefill's own greedy answer: the same tokens are given to both (teacher forcing), and the two
+distributions of each next token are held against each other.
+
+    full prefill    prompt ──► a b c d …        greedy; its logits are P(next)
+    blended         prompt ──► ? ? ? ?          shown a, b, c …: its logits are Q(next)       KL(P ‖ Q), nats
+
+The end token does not stop the answer: `min_new_tokens` forbids every end-of-sequence id, so that each prompt counts
+with the same number of tokens. Everything here is greedy and draws no random numbers.
+
+Shapes: P predicted tokens, T tokens of the prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..arguments import described, known_fields, number_in, whole
+from ..config import BlendConfig, as_config
+from ..generate.blend_one import blend, require_prompt
+from ..locks import Mutex
+from ..model.hf_model import CACHE
+from ..prompts.prompt import Prompt
+from ..store import Store
+from ..support.registry import host_of
+from ..trace.trace import BlendTrace
+from .divergence import kl_divergence, teacher_forced_logits, top1_agreement
+
+logger = logging.getLogger(__name__)
+
+# --- one prompt -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How close a blended prompt came to its full prefill, over the first tokens of full prefill's greedy answer.
+
+    Attributes:
+        kl: KL(full prefill ‖ blended) in nats, mean over the tokens.
+        largest_logit_difference: over all tokens and the whole vocabulary.
+        top1_agreement: share in [0, 1] of tokens whose most likely token is the same.
+        first_difference: index of the first token at which the two greedy answers part; `None` if they are equal.
+        full_answer_ids, blended_answer_ids: the greedy answers, each going its own way.
+        recomputed_pairs_share: computed (token, layer) pairs over those of a full prefill.
+        trace: of the blended prompt.
+    """
+
+    kl: float
+    largest_logit_difference: float
+    top1_agreement: float
+    first_difference: int | None
+    full_answer_ids: list[int]
+    blended_answer_ids: list[int]
+    recomputed_pairs_share: float
+    trace: BlendTrace = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and strings, for JSON; the trace too."""
+        return {**vars(self), "trace": self.trace.to_dict()}
+
+    def __str__(self) -> str:
+        count = len(self.full_answer_ids)
+        answers = "same answer" if self.first_difference is None else f"answers part at token {self.first_difference}"
+        return (
+            f"KL {self.kl:.2e} nats over {count} tokens, top-1 agreement {self.top1_agreement:.0%}, {answers}, largest "
+            f"logit difference {self.largest_logit_difference:.2e}, {self.recomputed_pairs_share:.1%} of a full "
+            "prefill's (token, layer) pairs"
+        )
+
+
+@torch.no_grad()
+def verify_prompt(
+    model: nn.Module,
+    prompt: Prompt,
+    *,
+    store: Store | str | os.PathLike[str] | None = None,
+    config: BlendConfig | None = None,
+    num_tokens: int = 16,
+) -> Verification:
+    """Prefills a prompt in full and blends it, and says how far the two are apart.
+
+    >>> print(verify_prompt(model, prompt, store=store))  # doctest: +SKIP
+
+    Args:
+        model: a causal LM in eval mode, patched or not; its full prefill is stock in either case.
+        prompt, store, config: as in `hfblend.blend`; `recompute_ratios="auto"` counts as `least_ratio`.
+        num_tokens: P.
+
+    Raises:
+        ValueError, TypeError: `num_tokens` below 1, or as `hfblend.blend`.
+    """
+    prompt, config = require_prompt(prompt), as_config(config).settled()
+    full = FullAnswer.of(model, prompt, num_tokens)
+    result = blend(model, prompt, store=store, config=config)
+    logits = teacher_forced_logits(model, prompt.input_ids, full.ids, copy.deepcopy(result.cache)).float()
+    blended_ids, _ = _greedy(model, prompt, num_tokens, **{CACHE: result.cache})
+    return Verification(
+        kl=kl_divergence(full.logits, logits).mean().item(),
+        largest_logit_difference=(full.logits - logits).abs().max().item(),
+        top1_agreement=top1_agreement(full.logits, logits),
+        first_difference=next((i for i, (a, b) in enumerate(zip(full.ids, blended_ids)) if a != b), None),
+        full_answer_ids=full.ids,
+        blended_answer_ids=blended_ids,
+        recomputed_pairs_share=result.trace.recomputed_pairs_share,
+        trace=result.trace,
+    )
+
+
+@dataclass(frozen=True)
+class FullAnswer:
+    """Full prefill's greedy answer to a prompt: P ids, and the logits (P, V) in fp32 that each was chosen by."""
+
+    ids: list[int]
+    logits: torch.Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, prompt: Prompt, num_tokens: int) -> FullAnswer:
+        """One full prefill; prefilling and decoding are the model's own."""
+        return cls(*_greedy(model, prompt, whole("num_tokens", num_tokens, 1)))
+
+
+def _greedy(model: nn.Module, prompt: Prompt, num_tokens: int, **kwargs: Any) -> tuple[list[int], torch.Tensor]:
+    """Greedy ids, and the logits (P, V) before any processor changed them, of stock `generate`.
+
+    The class's own `generate` is called, past a wrapper on the instance: it neither blends nor leaves a trace.
+    """
+    input_ids = prompt.input_ids.to(host_of(model).device)
+    kind: Any = type(model)
+    output = kind.generate(
+        model,
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        min_new_tokens=num_tokens,
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        **dict.fromkeys(("temperature", "top_p", "top_k")),  # settings of sampling, which warn without it
+        num_beams=1,
+        num_return_sequences=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **kwargs,
+    )
+    return output.sequences[0, input_ids.shape[1] :].tolist(), torch.cat(output.logits).float()
+
+
+# --- every k-th prompt ------------------------------------------------------------------------------------------------
+
+
+@known_fields({"k": "every", "bound": "max_kl", "kl": "max_kl", "tokens": "num_tokens"})
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Which blended calls of a patched model are checked against full prefill, once they are done.
+
+    >>> hfblend.patch(model, verify=hfblend.Verify(every=50, max_kl=0.1))  # doctest: +SKIP
+
+    Args:
+        every: the k-th, 2k-th, … prompt that the blender has blended is checked; a batch has several.
+        max_kl: in nats; a mean KL above it is logged as a warning.
+        num_tokens: answer tokens that are compared. A check costs a full prefill, a blended one, and these.
+
+    Raises:
+        ValueError, TypeError: `every` or `num_tokens` below 1, a negative bound, or no numbers.
+    """
+
+    every: int = 50
+    max_kl: float = 0.1
+    num_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_tokens"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        require_bound(self.max_kl)
+
+
+def require_bound(max_kl: Any) -> None:
+    """Raises `ValueError` or `TypeError` unless it is a number of nats, 0 or more."""
+    number_in("max_kl, in nats,", max_kl, 0, float("inf"))
+
+
+class Verifier:
+    """Counts the blended calls of one blender, in all threads together, and checks those that are due.
+
+    Args:
+        settings: or k, for `Verify(every=k)`.
+    """
+
+    def __init__(self, settings: Verify | int) -> None:
+        if isinstance(settings, bool) or not isinstance(settings, Verify | Integral):
+            raise TypeError(f"verify must be a hfblend.Verify, or every how many prompts, got {described(settings)}.")
+        self.settings = settings if isinstance(settings, Verify) else Verify(every=settings)
+        self._lock, self._calls = Mutex(), 0
+
+    def after(self, model: nn.Module, prompt: Prompt, store: Store, config: BlendConfig, trace: BlendTrace) -> None:
+        """Checks a finished call if its turn has come, and notes the outcome in its trace. Never raises."""
+        with self._lock:
+            self._calls += 1
+            due = self._calls % self.settings.every == 0
+        if not due:
+            return
+        try:
+            found = verify_prompt(model, prompt, store=store, config=config, num_tokens=self.settings.num_tokens)
+        except Exception as error:  # the user's call has its output already, and keeps it
+            self._note(trace, {"error": f"{type(error).__name__}: {error}"}, "Could not be verified", error)
+            return
+        outcome = {name: value for name, value in vars(found).items() if name != "trace"}
+        outcome |= {"max_kl": self.settings.max_kl, "within_bound": found.kl <= self.settings.max_kl}
+        if outcome["within_bound"]:
+            self._note(trace, outcome, f"Verified: {found}.")
+        else:
+            cure = "Raise the ratio (Blender.calibrate finds one), or look at what the store holds"
+            self._note(
+                trace, outcome, f"Verified, and above the bound of {self.settings.max_kl} nats: {found}. {cure}."
+            )
+
+    @staticmethod
+    def _note(trace: BlendTrace, outcome: dict[str, Any], note: str, error: Exception | None = None) -> None:
+        trace.verification = outcome
+        trace.notes.append(note if error is None else f"{note}: {outcome['error']}")
+        level = logging.INFO if outcome.get("within_bound") else logging.WARNING
+        logger.log(level, "%s", trace.notes[-1], exc_info=error)

@@ -1,0 +1,484 @@
+"""The host model: the only file that knows Transformers' module names, signatures and versions."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+from ..attention.by_position import QueryRows
+from ..attention.switch import attend_by_position
+from ..blend.caches import KV, RecordingCache, sent
+from ..locks import lock_of
+from .compiled import run_as_written
+from .tensor_parallel import Ranks
+from .weights.offloading import device_of
+from .weights.quantised import is_quantised
+
+T = TypeVar("T")
+
+_MOVABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+_SELF_TEST_SHIFT = 37
+# What an unfit model may raise.
+FORWARD_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+# What forwards, masks and outputs call the cache. Transformers renamed it in 5.24; users may still give the old name.
+CACHE = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
+CACHE_NAMES = dict.fromkeys((CACHE, "past_key_values"))
+
+
+def cache_given(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward or of `generate`, by either name; `None` if there is none."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether it is the cache of continuous batching, whose forwards hold tokens of many prompts in a row."""
+    return type(cache).__name__ == "PagedAttentionCache"
+
+
+class UnsupportedModel(ValueError):
+    """This model's cached KV cannot be moved and blended; the message says why."""
+
+
+@dataclass(frozen=True)
+class RotarySource:
+    """One table of rotary angles: a rotary module, and the layer type it is asked for (`None`: it has only one)."""
+
+    module: nn.Module
+    layer_type: str | None
+
+    @property
+    def rope_type(self) -> str:
+        """Transformers' name of this RoPE's scaling."""
+        rope_type = getattr(self.module, "rope_type", "default")
+        return rope_type.get(self.layer_type, "default") if isinstance(rope_type, dict) else rope_type
+
+    @property
+    def may_depend_on_length(self) -> bool:
+        """Whether its frequencies may change with the prompt's length."""
+        return self.rope_type not in ("default", "linear", "llama3", "yarn")
+
+    @property
+    def length_in_force(self) -> int:
+        """The prompt length that dynamic NTK scaling has grown its frequencies to; 0 for every other RoPE."""
+        if "dynamic" not in self.rope_type:
+            return 0
+        own = f"{self.layer_type}_max_seq_len_cached"
+        return int(getattr(self.module, own, getattr(self.module, "max_seq_len_cached", 0)))
+
+    def at_rest(self) -> dict[str, torch.Tensor]:
+        """By name, the buffers that forwards rewrite, as a model has them that has seen no long prompt."""
+        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
+        has_grown = self.length_in_force > getattr(self.module, "original_max_seq_len", self.length_in_force)
+        if not has_grown and self.rope_type != "longrope":  # the latter's are overwritten in every forward
+            return {}
+        return {f"{prefix}inv_freq": getattr(self.module, f"{prefix}original_inv_freq")}
+
+    @torch.no_grad()
+    def back_to_rest(self) -> None:
+        """Lets dynamic NTK forget what it has grown to, as it does itself for a short prompt."""
+        device = next((b.device for b in self.module.buffers()), torch.device("cpu"))
+        extra = () if self.layer_type is None else (self.layer_type,)
+        self.module(torch.zeros((), device=device), torch.zeros(1, 1, dtype=torch.long, device=device), *extra)
+
+
+class Host:
+    """A causal language model as blending sees it: its decoder's own forward, layers, rotary tables and masks.
+
+    Args:
+        model: a Transformers causal LM in eval mode. Nothing of it is changed.
+
+    Raises:
+        UnsupportedModel: encoder-decoders, recurrent or convolutional state, no decoder layers to be found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        config: Any = model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder; hfblend blends decoder-only models.")
+        self.config = config.get_text_config(decoder=True)
+        kinds = set(getattr(self.config, "layer_types", None) or ()) - _MOVABLE_LAYER_TYPES
+        if kinds:
+            raise UnsupportedModel(
+                f"{type(model).__name__} has layers of type {sorted(kinds)}, which keep more than keys and values: "
+                "recurrent or convolutional state depends on all tokens before it, and an index beside the keys is "
+                "not moved with them."
+            )
+        self.num_layers: int = self.config.num_hidden_layers
+        self._decoder = weakref.ref(_find_decoder(model, self.num_layers))
+        self._layer_owner = weakref.ref(_find_layer_owner(self.decoder, self.num_layers))
+        self.decoder_parameters = list(inspect.signature(type(self.decoder).forward).parameters)[1:]
+        self.model_parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.rotary_sources = find_rotary_sources(self.layer_owner)
+        # Whether attention is replaced by ours for a pass (else rows of the host's own masks are used), and the windows
+        # that it then has; the self-test has the last word on both.
+        self.attends_by_position = bool(getattr(type(model), "_supports_attention_backend", False))
+        self.windows: dict[int, int | None] = {}
+        self.layers_stand_alone = True  # it also finds whether layers hand each other more than hidden states
+        self.unwrapped_forward: Callable[..., Any] | None = None  # set while the decoder's forward is wrapped
+        self.lock = lock_of(getattr(self.layer_owner, "config", self.config))
+        self.ranks = Ranks(*_tensor_parallel(model))
+        self.is_quantised = is_quantised(model)
+
+    @property
+    def model(self) -> nn.Module:
+        return _alive(self._model)
+
+    @property
+    def decoder(self) -> nn.Module:
+        return _alive(self._decoder)
+
+    @property
+    def layer_owner(self) -> nn.Module:
+        """The module that holds the decoder layers: the decoder, or the text model inside it."""
+        return _alive(self._layer_owner)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers, in order."""
+        for child in self.layer_owner.children():
+            if isinstance(child, nn.ModuleList) and len(child) == self.num_layers:
+                return child
+        raise UnsupportedModel(f"{type(self.model).__name__} no longer has a list of {self.num_layers} decoder layers.")
+
+    @property
+    def layers_run_as_written(self) -> bool:
+        """Whether hooks and a layer's own forward count when it is called: compiled layers may not look at them."""
+        return not any(layer._compiled_call_impl is not None or "_orig_mod" in layer._modules for layer in self.layers)
+
+    @property
+    def may_skip_layers(self) -> bool:
+        """Whether a pass may start in the middle, or cut its last layer short."""
+        return self.layers_stand_alone and self.layers_run_as_written
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: to the first of the devices that the model may be spread over."""
+        return device_of(self.decoder)
+
+    def device_of_layer(self, layer_idx: int) -> torch.device:
+        """Where a layer computes, and its K/V are."""
+        return device_of(self.layers[layer_idx])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.decoder.parameters()).dtype
+
+    @property
+    def name(self) -> str:
+        """The hub's id, the name of its folder, or else its class: for people."""
+        name = str(getattr(self.model.config, "_name_or_path", "") or "")
+        return (os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name) or type(self.model).__name__
+
+    @property
+    def described_rope(self) -> str:
+        """Its RoPE, as the config has it, in JSON."""
+        return json.dumps(getattr(self.config, "rope_parameters", None) or {}, default=str)
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether `torch.autocast` has forwards compute in another dtype than the model's: K/V would be of that."""
+        kind = self.device.type
+        is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return is_on and torch.get_autocast_dtype(kind) != self.dtype
+
+    def require_own_dtype(self) -> None:
+        """Raises `ValueError` where `torch.autocast` is on in another dtype."""
+        if self.is_cast:
+            raise ValueError(
+                f"torch.autocast computes in {torch.get_autocast_dtype(self.device.type)}, and this model's K/V are "
+                f"{self.dtype}: leave it, or load the model in that dtype."
+            )
+
+    def decoder_forward(self, **kwargs: Any) -> Any:
+        """The decoder's own forward, past hfblend's wrapper if there is one."""
+        return run_as_written((self.decoder,), self.unwrapped_forward or self.decoder, **kwargs)
+
+    def last_logits(self, **kwargs: Any) -> Any:
+        """The whole model's forward, asked for the logits of the last row only."""
+        if "logits_to_keep" in self.model_parameters:
+            kwargs["logits_to_keep"] = 1
+        return run_as_written((self.model, self.decoder), self.model, **kwargs)
+
+    def named_behind_the_ids(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of `generate` with names for all but the first: settings count wherever a caller writes them."""
+        kind: Any = type(self.model)
+        parameters = list(inspect.signature(kind.generate).parameters.values())[2:]
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        named = dict(zip(names, args[1:]))
+        if len(named) < len(args) - 1 or named.keys() & kwargs.keys():
+            return args, kwargs  # stock `generate` says what is wrong
+        return args[:1], {**named, **kwargs}
+
+    # --- rotary tables --------------------------------------------------------------------------------------------
+
+    def regime(self, length: int) -> int:
+        """The prompt length that sets length-dependent frequencies for a forward whose last position is `length` − 1.
+
+        Dynamic NTK keeps the frequencies of the longest prompt so far, so its own state is asked.
+        """
+        trained = getattr(self.config, "max_position_embeddings", 0) or 0
+        grown = max((s.length_in_force for s in self.rotary_sources), default=0)
+        return max(length, grown) if grown > trained and length >= trained else length
+
+    def prefilling(self, work: Callable[..., T], *args: Any) -> T:
+        """Runs a forward of some ids alone: frequencies that grow with prompts are those of a model that has seen none.
+
+        Afterwards they are as before.
+        """
+        if not self.length_dependent:
+            return self.lock.shared(work, *args)
+        return self.lock.exclusive(self._from_rest, work, *args)
+
+    def _from_rest(self, work: Callable[..., T], *args: Any) -> T:
+        self._keep_rotary_state()
+        for source in self.rotary_sources:
+            if source.length_in_force:
+                source.back_to_rest()
+        return work(*args)
+
+    def _keep_rotary_state(self) -> None:
+        """Lets exclusive work end with rotary modules as they are now (dynamic NTK remembers the longest prompt)."""
+        modules = {source.module for source in self.rotary_sources}
+        attributes = [(m, {k: v for k, v in vars(m).items() if not k.startswith("_")}) for m in modules]
+        buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+        self.lock.undo_later(functools.partial(_put_rotary_back, attributes, buffers))
+
+    @torch.no_grad()
+    def rotary_tables(self, source: int, positions: torch.Tensor, regime: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (N, 2R or R) in fp32 of a rotary source at `positions` (N,), in a given regime.
+
+        A shallow replica answers, so that the model's own rotary state (dynamic, longrope) stays as it is.
+        """
+        module, layer_type = self.rotary_sources[source].module, self.rotary_sources[source].layer_type
+        replica = copy.copy(module)
+        replica._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+        device = next((b.device for b in replica._buffers.values() if b is not None), positions.device)
+        x = torch.zeros((), dtype=torch.float32, device=device)
+        extra = () if layer_type is None else (layer_type,)
+        last = torch.full((1,), max(regime - 1, 0), dtype=positions.dtype, device=positions.device)
+        forcing = sent(torch.cat([positions, last]), device)[None]
+        if self.rotary_sources[source].may_depend_on_length:
+            replica(x, torch.zeros_like(forcing[:, :1]), *extra)  # back to the short regime, then grow to `regime`
+        try:
+            tables = replica(x, forcing, *extra)
+        except IndexError:  # it wants a position in time, height and width; text has the same in all three
+            tables = replica(x, forcing.expand(3, 1, -1), *extra)
+        cos, sin = (tables.real, tables.imag) if torch.is_tensor(tables) else tables
+        return cos.flatten(0, -3)[0, :-1].float(), sin.flatten(0, -3)[0, :-1].float()
+
+    def rotary_tables_of_pieces(
+        self, source: int, pieces: list[tuple[torch.Tensor, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rotary_tables` of several (positions, regime), one behind the other."""
+        if not self.length_dependent:
+            pieces = [(torch.cat([positions for positions, _ in pieces]), 0)]
+        cos, sin = zip(*(self.rotary_tables(source, *piece) for piece in pieces))
+        return torch.cat(cos), torch.cat(sin)
+
+    @functools.cached_property
+    def length_dependent(self) -> bool:
+        """Whether frequencies depend on the prompt's length (dynamic, longrope), found by asking for two lengths."""
+        try:
+            return not self._same_tables(1, 2**20)
+        except IndexError:  # a table of as many positions as the model has
+            return not self._same_tables(1, self.config.max_position_embeddings)
+
+    def same_regime(self, one: int, other: int) -> bool:
+        """Whether two prompt lengths give every rotary source the same frequencies."""
+        return one == other or not self.length_dependent or self._same_tables(one, other)
+
+    def _same_tables(self, one: int, other: int) -> bool:
+        probe = torch.ones(1, dtype=torch.long)
+        return all(
+            torch.equal(a, b)
+            for i in range(len(self.rotary_sources))
+            for a, b in zip(self.rotary_tables(i, probe, one), self.rotary_tables(i, probe, other))
+        )
+
+    # --- the self-test's forwards -------------------------------------------------------------------------------
+
+    def self_test_positions(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two ranges of positions for `count` ids, both inside the shortest context the RoPE was made for."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        lengths = [getattr(self.config, "max_position_embeddings", None), rope.get("original_max_position_embeddings")]
+        limit = min((n for n in lengths if n), default=count + _SELF_TEST_SHIFT)
+        first = torch.arange(count, device=self.device)
+        return first, first + max(1, min(_SELF_TEST_SHIFT, limit - count))
+
+    def record(self, positions: torch.Tensor) -> dict[int, KV]:
+        """K/V of all layers for a few fixed ids at `positions` (N,), from a stock forward."""
+        return self.run_stock(positions)[0]
+
+    def self_test_ids(self, count: int) -> torch.Tensor:
+        """(count,) fixed ids."""
+        return (torch.arange(count, device=self.device) * 7 + 3) % self.config.vocab_size
+
+    def run_stock(self, positions: torch.Tensor) -> tuple[dict[int, KV], Any]:
+        """A stock forward over a few fixed ids at `positions` (N,): K/V of all layers, and its output."""
+        cache = RecordingCache(self.num_layers)
+        output = self.lock.exclusive(
+            self.try_forward,
+            input_ids=self.self_test_ids(len(positions))[None],
+            position_ids=positions[None],
+            use_cache=True,
+            **{CACHE: cache},
+        )
+        if not cache.recorded:
+            raise UnsupportedModel(f"{type(self.model).__name__} caches no keys and values.")
+        return cache.recorded, output
+
+    @torch.no_grad()
+    def try_forward(self, **kwargs: Any) -> Any:
+        """A forward of the decoder, in exclusive work, that leaves rotary modules as they were.
+
+        Raises:
+            UnsupportedModel: with the error that it ended in.
+        """
+        try:
+            self._keep_rotary_state()
+            return self.decoder_forward(**kwargs)
+        except FORWARD_ERRORS as error:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} cannot run with explicit position_ids and a cache: {error}"
+            ) from error
+
+    # --- attention of selected rows -------------------------------------------------------------------------------
+
+    def see_rows(self, rows: QueryRows, length: int) -> Any:
+        """Everything a forward over rows of a prompt of `length` tokens needs to see exactly its past.
+
+        Called in the exclusive work that the forward is part of. Rows that do not see some keys, or record their
+        attention, need `attends_by_position`.
+
+        Returns the `attention_mask` to pass. Where attention is replaced, no mask is made at all.
+        """
+        if not self.attends_by_position:
+            return self._mask_rows(rows.positions[0], length)
+        attend_by_position(self.lock, self.layer_owner.config, rows, self.windows)
+        return None
+
+    def _mask_rows(self, rows: torch.Tensor, length: int) -> Any:
+        """The selected rows of the host's own masks, (1, 1, S, T) or a dict of them by layer type."""
+        embeds = torch.zeros(1, length, 0, dtype=self.dtype, device=rows.device)
+        positions = torch.arange(length, device=rows.device)[None]
+        try:
+            masks = create_masks_for_generate(
+                config=self.config,
+                inputs_embeds=embeds,
+                attention_mask=torch.ones_like(positions),
+                position_ids=positions,
+                **{CACHE: None},
+            )
+        except TypeError as error:  # Transformers 5.17 cannot make the masks of chunked attention ahead
+            raise UnsupportedModel(f"its masks cannot be made outside its forward: {error}") from error
+        if isinstance(masks, dict):
+            return {kind: self._take_rows(mask, rows, length) for kind, mask in masks.items()}
+        return self._take_rows(masks, rows, length)
+
+    def _take_rows(self, mask: Any, rows: torch.Tensor, length: int) -> torch.Tensor:
+        if mask is None:  # the host would have used a causal kernel
+            return (torch.arange(length, device=rows.device) <= rows[:, None])[None, None]
+        if not torch.is_tensor(mask):
+            raise UnsupportedModel(
+                f"rows of a {type(mask).__name__} ({self.config._attn_implementation}) cannot be taken; load the model "
+                'with attn_implementation="sdpa" or "eager"'
+            )
+        return mask.index_select(2, rows.to(mask.device))
+
+
+def _alive(reference: weakref.ref[nn.Module]) -> nn.Module:
+    module = reference()
+    if module is None:
+        raise RuntimeError("The model that hfblend was given no longer exists.")
+    return module
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The Transformers model itself, out of what peft wraps around it."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    return next((one for one in model.modules() if isinstance(one, PreTrainedModel)), model)
+
+
+def _tensor_parallel(model: nn.Module) -> tuple[Any, torch.device | None]:
+    """The process group that holds the model in shards, and the device where it exchanges tensors; `None`: one process.
+
+    Raises:
+        UnsupportedModel: a mesh of more than tensor parallelism.
+    """
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or mesh.size() == 1:
+        return None, None
+    if mesh.ndim > 1 and mesh.size() != (getattr(model, "_tp_size", None) or 1):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is spread over a mesh of {tuple(mesh.shape)} {mesh.mesh_dim_names}; hfblend "
+            "blends tensor-parallel models, where every rank runs every layer."
+        )
+    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    local = torch.device("cpu") if mesh.device_type == "cpu" else next(model.parameters()).device
+    return mesh.get_group(), local
+
+
+def _find_decoder(model: nn.Module, num_layers: int) -> nn.Module:
+    """The outermost module below the LM head that takes token ids: the decoder, or a decoder with its vision tower."""
+    for module in model.modules():
+        takes_ids = "input_ids" in inspect.signature(type(module).forward).parameters
+        if takes_ids and not isinstance(module, GenerationMixin) and _lists_of(module, num_layers):
+            return module
+    raise UnsupportedModel(
+        f"{type(model).__name__} has no module below its LM head that takes input_ids and holds a list of {num_layers} "
+        "decoder layers, as many as its config says that its cache has."
+    )
+
+
+def _find_layer_owner(decoder: nn.Module, num_layers: int) -> nn.Module:
+    """The module that holds the decoder layers, not those of a vision tower beside it."""
+    inner = decoder.get_decoder() if isinstance(decoder, PreTrainedModel) else decoder
+    return (_lists_of(inner, num_layers) or _lists_of(decoder, num_layers))[0]
+
+
+def _lists_of(root: nn.Module, length: int) -> list[nn.Module]:
+    """The modules that have a list of that many modules."""
+    return [module for module in root.modules() if any(_is_list_of(child, length) for child in module.children())]
+
+
+def _is_list_of(module: nn.Module, num_layers: int) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == num_layers
+
+
+def find_rotary_sources(decoder: nn.Module) -> list[RotarySource]:
+    """The tables of all rotary modules in a decoder."""
+    sources: list[RotarySource] = []
+    for module in decoder.modules():
+        if "rotary" not in type(module).__name__.lower():
+            continue
+        rope_type = getattr(module, "rope_type", None)
+        takes_type = "layer_type" in inspect.signature(module.forward).parameters
+        kinds = sorted(rope_type) if takes_type and isinstance(rope_type, dict) else [None]
+        sources += [RotarySource(module, kind) for kind in kinds]
+    return sources
+
+
+def _put_rotary_back(attributes: list[tuple[nn.Module, dict[str, Any]]], buffers: list[Any]) -> None:
+    for module, values in attributes:
+        module.__dict__.update(values)
+    for module, name, buffer, content in buffers:
+        module._buffers[name] = buffer
+        if not torch.equal(buffer, content):
+            buffer.copy_(content)

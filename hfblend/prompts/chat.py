@@ -1,0 +1,204 @@
+"""Documents in a chat template's text, and where their borders are in it."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from ..arguments import described, require_text
+from .tokenize import FIELDS, Encoder, parses_nothing
+
+_CHANGES = (
+    "The chat template changes text around the documents, or documents as a whole: {}. "
+    "Move the documents to another place in the messages, or build the prompt with Prompt.from_texts."
+)
+Messages = Sequence[Mapping[str, Any]]
+Render = Callable[[Sequence[str]], str]  # the documents' texts -> the prompt's text
+
+
+def as_messages(messages: Any) -> Messages:
+    """Returns messages; one text is one user message.
+
+    Raises:
+        TypeError: neither.
+        ValueError: half of a surrogate pair.
+    """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        raise TypeError(
+            'messages must be a list of dicts such as {"role": "user", "content": "Who?"}, or one text, '
+            f"got {described(messages)}."
+        )
+    for text in texts_within(messages):
+        require_text("A message", text)
+    return messages
+
+
+class Chat:
+    """Messages with documents, as a tokenizer's chat template writes them.
+
+    Args:
+        encode: of that tokenizer, `marked`.
+        documents: as they were given.
+        placeholder: the text in the messages that the documents replace; `None` for the template's own `documents`.
+        options: other arguments of `apply_chat_template`.
+    """
+
+    def __init__(
+        self, encode: Encoder, messages: Messages, documents: Sequence[Any], placeholder: str | None, **options: Any
+    ) -> None:
+        self.encode, self.tokenizer = encode, encode.tokenizer
+        self.documents, self.placeholder, self.options = documents, placeholder, options
+        self.messages = messages if placeholder is None else with_placeholder(messages, placeholder)
+
+    def render(self, texts: Sequence[str]) -> str:
+        """Returns the prompt's text with these texts for documents."""
+        if parses_nothing(self.tokenizer):  # mistral-common's own text is not what it reads
+            return self.encode.decode(self.ids(texts))
+        return self._apply(texts, tokenize=False)
+
+    def ids(self, texts: Sequence[str]) -> list[int]:
+        """Returns the ids that the template gives to `render(texts)`."""
+        return self._apply(texts, tokenize=True, return_dict=False)
+
+    def _apply(self, texts: Sequence[str], **options: Any) -> Any:
+        if self.placeholder is None:
+            documents = [_with_text(document, text) for document, text in zip(self.documents, texts)]
+            return self.tokenizer.apply_chat_template(self.messages, documents=documents, **self.options, **options)
+        messages = _replaced(self.messages, self.placeholder, "".join(texts))
+        return self.tokenizer.apply_chat_template(messages, **self.options, **options)
+
+
+def with_placeholder(messages: Messages, placeholder: str) -> Messages:
+    """Returns messages that hold the placeholder once; where none did, it opens the last user message.
+
+    Raises:
+        ValueError: several placeholders, or none and no user message with text.
+    """
+    if count := sum(text.count(placeholder) for text in texts_within(messages)):
+        if count > 1:
+            raise ValueError(f"The placeholder {placeholder!r} must stand in the messages once, at most.")
+        return messages
+    last = max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=None)
+    content = None if last is None else messages[last].get("content")
+    if last is None or not isinstance(content, (str, Sequence)):
+        raise ValueError("from_chat needs a user message with text, or the placeholder in some message; got neither.")
+    return [
+        *messages[:last],
+        {**messages[last], "content": _opened(content, f"{placeholder}\n")},
+        *messages[last + 1 :],
+    ]
+
+
+def cut(
+    render: Render, documents: Sequence[str], readable: Callable[[str], str] = str, if_none: str = ""
+) -> tuple[list[str], list[str]]:
+    """Cuts the rendered prompt at the documents' borders: `gaps[0] + chunks[0] + gaps[1] + … + gaps[-1]` is its text.
+
+    Chunks are the documents as the template writes them: one that trims or escapes text does so to documents.
+
+    Args:
+        readable: makes text fit for a message.
+        if_none: what to say of a template that writes no document.
+
+    Raises:
+        ValueError: the template drops, repeats or moves documents, or changes the text around them.
+    """
+    text, letters = render(documents), _marks(documents)
+    # As long as the documents, for a template that looks at lengths; then in letters, for one that escapes others.
+    gaps = None
+    for marks in (_as_long(documents, letters), letters):
+        gaps = _split(render(marks), marks) or gaps
+        if gaps is not None and woven(gaps, documents) == text:
+            return gaps, list(documents)
+    if gaps is None:
+        raise ValueError(
+            f"{if_none}The chat template must write each document once and in order; got another text. "
+            "Build the prompt with Prompt.from_texts instead."
+        )
+    # Marks between the documents only: at the outer ends the template is to see their own first and last letters.
+    pieces = _split(render([f"{d}{m}" for d, m in zip(documents, letters[:-1])] + [*documents[-1:]]), letters[:-1])
+    if pieces is None:
+        raise ValueError(_CHANGES.format("it drops or moves documents when their neighbours change"))
+    pieces[-1] = pieces[-1].removesuffix(gaps[-1])
+    chunks = [piece.removeprefix(gap) for piece, gap in zip(pieces, gaps)]
+    if woven(gaps, chunks) != text:
+        raise ValueError(_CHANGES.format(parting(readable(woven(gaps, documents)), readable(text))))
+    return gaps, chunks
+
+
+def _marks(documents: Sequence[str]) -> list[str]:
+    """A mark for each document, of letters that stand in no text."""
+    return [uuid.uuid4().hex[: max(12, min(len(document), 32))] for document in documents]
+
+
+def _as_long(documents: Sequence[str], marks: Sequence[str]) -> list[str]:
+    """Marks as long as the documents: letters, and for a short document one private character, as often as needed."""
+    first = 0xE000
+    return [
+        mark.ljust(len(document), "x") if len(document) >= len(mark) else chr(first + i % 6400) * len(document)
+        for i, (document, mark) in enumerate(zip(documents, marks))
+    ]
+
+
+def woven(gaps: Sequence[str], chunks: Sequence[str]) -> str:
+    """Returns the text of gaps with chunks between them."""
+    return "".join(gap + chunk for gap, chunk in zip_longest(gaps, chunks, fillvalue=""))
+
+
+def parting(ours: str, theirs: str, names: tuple[str, str] = ("the documents as given", "the template")) -> str:
+    """Returns, as a message, the place where two texts part."""
+    at = next((i for i, (one, other) in enumerate(zip(ours, theirs)) if one != other), min(len(ours), len(theirs)))
+    return (
+        f"after {ours[max(at - 20, 0) : at]!r} (character {at}), {names[0]} read {ours[at : at + 20]!r}, "
+        f"{names[1]} {theirs[at : at + 20]!r}"
+    )
+
+
+def _split(text: str, marks: Sequence[str]) -> list[str] | None:
+    """The text cut at the marks; `None` unless they stand in it once each, in their order."""
+    if not marks:
+        return [text]
+    found = re.findall("|".join(marks), text)
+    return re.split("|".join(marks), text) if found == list(marks) else None
+
+
+def _opened(content: str | Sequence[Any], text: str) -> str | list[Any]:
+    """A message's content with `text` in front: of a list of parts, in front of its first text."""
+    if isinstance(content, str):
+        return text + content
+    parts = list(content)
+    for i, part in enumerate(parts):
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            parts[i] = {**part, "text": text + part["text"]}
+            return parts
+    return [{"type": "text", "text": text}, *parts]
+
+
+def texts_within(value: Any) -> Iterator[str]:
+    """Yields the texts in messages, at any depth."""
+    if isinstance(value, str):
+        yield value
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    for one in values:
+        yield from texts_within(one)
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, Mapping):
+        return {name: _replaced(one, old, new) for name, one in value.items()}
+    return [_replaced(one, old, new) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _with_text(document: Any, text: str) -> dict[str, Any]:
+    """A document for a template's `documents`: a dict keeps its other fields."""
+    if not isinstance(document, Mapping):
+        return {"title": "", "text": text}
+    name = next(name for name in FIELDS if isinstance(document.get(name), str))
+    return {**document, name: text}

@@ -1,0 +1,50 @@
+"""A fixed text that chunks may be computed behind: `BlendConfig(chunk_prefix="filler")`.
+
+A chunk that is computed right behind the prefix takes itself for the beginning of the text. Its first tokens draw the
+attention that beginnings draw, and all its keys and values carry that; in the prompt it stands in the middle. Behind a
+text, any text, it is computed as what it will be: one passage among others. The filler is the same for every chunk and
+every user, so nothing of one request reaches another, and its rows are dropped like the prefix's.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from ..arguments import require_tokenizer, whole
+from .tokenize import Encoder
+
+_known: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionary()  # tokenizer -> repeats -> ids
+
+
+def filler_text() -> str:
+    """The text: entries as of an encyclopaedia, on unrelated subjects, some of them invented; written for this."""
+    return (resources.files("hfblend") / "data" / "filler.txt").read_text(encoding="utf-8")
+
+
+def filler_ids(tokenizer: Any, repeats: int = 2) -> tuple[int, ...]:
+    """The filler's token ids, for `BlendConfig(chunk_prefix="filler", filler_ids=...)`.
+
+    Its length matters more than what it says: `docs/quality.md` has the numbers for other texts and lengths.
+
+    >>> config = BlendConfig(chunk_prefix="filler", filler_ids=filler_ids(tokenizer))  # doctest: +SKIP
+
+    Args:
+        tokenizer: the model's; no special tokens are added.
+        repeats: how often the text stands there; once is about 1,900 tokens.
+    """
+    known, repeats = _known.setdefault(require_tokenizer(tokenizer), {}), whole("repeats", repeats, 1)
+    if repeats not in known:
+        known[repeats] = tuple(Encoder(tokenizer)(filler_text() * repeats))
+    return known[repeats]
+
+
+def require_filler(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """`ids`, or a `ValueError` that says where they come from."""
+    if not ids:
+        raise ValueError(
+            'chunk_prefix="filler" needs the filler\'s token ids, got none. Give patch() a tokenizer, or write '
+            'BlendConfig(chunk_prefix="filler", filler_ids=hfblend.filler_ids(tokenizer)).'
+        )
+    return ids

@@ -1,0 +1,442 @@
+"""A prompt as token ids and the spans of its chunks: prefix | chunk | gap | chunk | … | suffix.
+
+Text exists only here. Each piece is tokenised alone and never decoded again, so a chunk has the same ids wherever it
+stands; after this module a prompt is ids and spans.
+"""
+
+from __future__ import annotations
+
+import logging
+import numbers
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..arguments import described, require, require_text, require_tokenizer, token_ids, whole
+from .chat import Chat, as_messages, cut, parting, texts_within, woven
+from .separator import Separator, Span
+from .tokenize import Encoder, texts_in
+
+logger = logging.getLogger(__name__)
+
+
+class ChunkSpans(tuple[Span, ...]):
+    """The `[start, stop)` spans of a prompt's chunks, as they travel through `generate(chunk_spans=...)`.
+
+    Attributes:
+        differs_from_joined_text: whether the joined text would tokenise to other ids (`None`: not known). It nearly
+            always would, as tokens merge across the chunks' borders; that is harmless.
+        note: where the prompt reads otherwise than the joined text; empty if it does not.
+    """
+
+    differs_from_joined_text: bool | None
+    note: str
+
+    def __new__(cls, spans: Iterable[Any], differs_from_joined_text: bool | None = None, note: str = "") -> ChunkSpans:
+        self = super().__new__(cls, [_as_span(span, spans) for span in _listed(spans)])
+        self.differs_from_joined_text, self.note = differs_from_joined_text, note
+        return self
+
+    def check(self, length: int) -> None:
+        """Raises `ValueError` unless the spans are non-empty, ascending, disjoint and inside `length` tokens."""
+        stop_before = 0
+        for start, stop in self:
+            if start == stop:
+                raise ValueError(f"Chunk span ({start}, {stop}) is empty; leave empty chunks out.")
+            if not 0 <= start < stop <= length:
+                raise ValueError(f"Chunk spans must lie in the prompt of {length} tokens, got ({start}, {stop}).")
+            if start < stop_before:
+                raise ValueError(f"Chunk spans must ascend and not overlap, got {tuple(self)}.")
+            stop_before = stop
+
+    def moved(self, by: int) -> ChunkSpans:
+        """The same spans `by` tokens later.
+
+        Raises:
+            ValueError: a span would begin before the prompt does.
+        """
+        if self and self[0][0] + by < 0:
+            raise ValueError(f"Chunk span {self[0]} begins in the padding, the first {-by} tokens of its row.")
+        return ChunkSpans(((start + by, stop + by) for start, stop in self), self.differs_from_joined_text, self.note)
+
+
+def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSpans]:
+    """The spans of each row of a batch.
+
+    Args:
+        chunk_spans: of one prompt, which all rows are; or a list of them, one a row.
+        rows: (B, T) ids.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(chunk_spans, ChunkSpans):
+        return [_of_equal_rows(chunk_spans, rows)] * len(rows)
+    listed = _listed(chunk_spans)
+    if any(isinstance(one, int | float) for one in listed):
+        raise _no_spans(chunk_spans)
+    given = [one if isinstance(one, ChunkSpans) else _listed(one, chunk_spans) for one in listed]
+    if not given or (given[0] and isinstance(given[0][0], numbers.Number)):
+        return [_of_equal_rows(ChunkSpans(given), rows)] * len(rows)
+    if len(given) != len(rows):
+        raise ValueError(f"Got chunk_spans of {len(given)} prompts for a batch of {len(rows)}; pass one list a row.")
+    return [one if isinstance(one, ChunkSpans) else ChunkSpans(one) for one in given]
+
+
+def _of_equal_rows(spans: ChunkSpans, rows: torch.Tensor) -> ChunkSpans:
+    """One prompt's spans, if all rows are that prompt."""
+    if spans and len(rows) > 1 and bool((rows != rows[:1]).any()):
+        raise ValueError(
+            f"Got chunk_spans of one prompt for a batch of {len(rows)} different ones. Pass a list with the spans "
+            "of each row, or make all inputs with hfblend.Prompt.batch."
+        )
+    return spans
+
+
+def _listed(values: Any, given: Any = None) -> list[Any]:
+    """Spans, lists of them, or one span's ends, as a list: from arrays and tensors too.
+
+    Args:
+        given: what the values are a part of, for the error.
+    """
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(plain, str | bytes | Mapping) or not isinstance(plain, Iterable):
+        raise _no_spans(values if given is None else given)
+    return [value.tolist() if hasattr(value, "tolist") else value for value in plain]
+
+
+def _no_spans(given: Any) -> ValueError:
+    """The error for what is neither spans nor a list of spans for each row."""
+    hint = ": write prompt.chunk_spans" if isinstance(given, Prompt) else ""
+    return ValueError(
+        "chunk_spans must be a list of (start, stop) in whole token indices, or such a list for each row, "
+        f"got {described(given)}{hint}."
+    )
+
+
+def _as_span(span: Any, given: Any) -> Span:
+    if type(span) is tuple and len(span) == 2 and type(span[0]) is type(span[1]) is int:
+        return span  # of every chunk of every prompt
+    ends = _listed(span, given)
+    if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int) for end in ends):
+        raise ValueError(f"A chunk span is (start, stop) in whole token indices, got {described(span)}.")
+    return ends[0], ends[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Token ids (1, T) with the spans of their chunks. What stands before the first chunk is the prefix, what stands
+    between chunks is a gap, what stands after the last one is the suffix.
+
+    >>> prompt = Prompt.from_ids([1, 2], [[3, 4, 5], [6, 7]], [8, 9])
+    >>> prompt.chunk_spans
+    ((2, 5), (5, 7))
+    """
+
+    input_ids: torch.Tensor  # (1, T), int64
+    chunk_spans: ChunkSpans
+
+    def __post_init__(self) -> None:
+        _require_prompt_ids(self.input_ids)
+        if not isinstance(self.chunk_spans, ChunkSpans):
+            object.__setattr__(self, "chunk_spans", ChunkSpans(self.chunk_spans))
+        self.chunk_spans.check(self.input_ids.shape[1])
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[1]
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """The ids as plain numbers."""
+        return self.input_ids[0].tolist()
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        """Ids of all that stands before the first chunk (all ids, if there is no chunk)."""
+        return self.ids[: self.chunk_spans[0][0]] if self.chunk_spans else self.ids
+
+    @property
+    def chunk_ids(self) -> list[list[int]]:
+        """Ids of each chunk."""
+        return [self.ids[start:stop] for start, stop in self.chunk_spans]
+
+    @property
+    def suffix_ids(self) -> list[int]:
+        """Ids of all that stands after the last chunk."""
+        return self.ids[self.chunk_spans[-1][1] :] if self.chunk_spans else []
+
+    def inputs(self, device: torch.device | str | None = None) -> dict[str, Any]:
+        """Arguments for `model.generate(**prompt.inputs())` on a patched model.
+
+        Returns:
+            `input_ids` (1, T), `attention_mask` (1, T) of ones, `chunk_spans`, which the wrapped `generate` takes off.
+        """
+        input_ids = self.input_ids.to(device)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "chunk_spans": self.chunk_spans,
+        }
+
+    @staticmethod
+    def batch(
+        prompts: Iterable[Prompt], *, pad_token_id: int | None, device: torch.device | str | None = None
+    ) -> dict[str, Any]:
+        """Arguments for `model.generate(**...)` of several prompts at once, each padded on its left.
+
+        >>> inputs = Prompt.batch([prompt, other], pad_token_id=tokenizer.pad_token_id)  # doctest: +SKIP
+
+        Args:
+            pad_token_id: any id will do where a tokenizer has none; the mask tells padding from text.
+
+        Returns:
+            `input_ids` (B, T), `attention_mask` (B, T), `chunk_spans`, those of each row.
+
+        Raises:
+            TypeError: something else than prompts, or than an id.
+            ValueError: no prompt, or no id.
+        """
+        if isinstance(prompts, Prompt | Mapping | str) or not isinstance(prompts, Iterable):
+            hint = "; write [prompt]" if isinstance(prompts, Prompt) else ""
+            raise TypeError(f"prompts must be a list of prompts, got {described(prompts)}{hint}.")
+        prompts = [require(f"prompts[{i}]", one, Prompt, "a hfblend.Prompt") for i, one in enumerate(prompts)]
+        if not prompts or pad_token_id is None:
+            raise ValueError(
+                f"A batch needs at least one prompt and a pad_token_id, got {len(prompts)} prompts and {pad_token_id}. "
+                "Where the tokenizer has no padding token, pass its eos_token_id."
+            )
+        pad_token_id = whole("pad_token_id", pad_token_id)
+        longest = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), longest), pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, longest - len(prompt) :] = prompt.input_ids[0]
+            attention_mask[row, longest - len(prompt) :] = 1
+        return {
+            "input_ids": input_ids.to(device),
+            "attention_mask": attention_mask.to(device),
+            "chunk_spans": [prompt.chunk_spans.moved(longest - len(prompt)) for prompt in prompts],
+        }
+
+    # --- ways to make one -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_ids(
+        cls,
+        prefix_ids: Sequence[int],
+        chunks: Sequence[Sequence[int]],
+        suffix_ids: Sequence[int],
+        separator_ids: Sequence[int] = (),
+    ) -> Prompt:
+        """Joins pieces of token ids: `prefix chunk … chunk suffix`, with `separator_ids` between them if given.
+
+        Raises:
+            TypeError: something else than ids; text.
+            ValueError: an empty chunk, or nothing at all.
+        """
+        if isinstance(chunks, str | bytes | Mapping | Set) or not isinstance(chunks, Iterable):
+            raise TypeError(f"chunks must be a list of lists of token ids, got {described(chunks)}.")
+        listed = [token_ids(f"chunks[{i}]", chunk) for i, chunk in enumerate(chunks)]
+        prefix, suffix = token_ids("prefix_ids", prefix_ids), token_ids("suffix_ids", suffix_ids)
+        return cls._of_ids(_gaps(prefix, len(listed), suffix, token_ids("separator_ids", separator_ids)), listed)
+
+    @classmethod
+    def _of_ids(cls, gaps: list[list[int]], chunks: list[list[int]]) -> Prompt:
+        ids, spans = _joined(gaps, chunks)
+        return cls(torch.tensor([ids], dtype=torch.long), ChunkSpans(spans))
+
+    @classmethod
+    def from_texts(
+        cls,
+        tokenizer: Any,
+        *,
+        prefix: str,
+        chunks: Sequence[Any],
+        suffix: str,
+        separator: str | Sequence[int] | None = None,
+        add_special_tokens: bool = False,
+    ) -> Prompt:
+        """Tokenises each piece alone and joins the ids. Nothing is inserted unless told.
+
+        >>> Prompt.from_texts(tok, prefix=system, chunks=[doc1, doc2], suffix=question)  # doctest: +SKIP
+
+        Control tokens written in `prefix` and `suffix` are parsed; those written in a chunk are plain text, so that a
+        document cannot close the user's turn.
+
+        Args:
+            chunks: texts, or documents with one as `page_content`, `text` or `content`; other fields are not read.
+            separator: text or ids put between prefix, chunks and suffix.
+            add_special_tokens: put the tokenizer's own leading special tokens (BOS) first, unless `prefix` has them.
+
+        Raises:
+            TypeError: an argument of another type, such as chunks that are no texts.
+            ValueError: a chunk, or the separator, that tokenises to nothing.
+        """
+        texts, encode = texts_in(chunks, "chunks"), Encoder(require_tokenizer(tokenizer))
+        prefix, suffix = require_text("prefix", prefix), require_text("suffix", suffix)
+        require("add_special_tokens", add_special_tokens, bool, "True or False")
+        between = "" if separator is None else separator
+        separator_ids = (
+            encode.after(require_text("separator", between))
+            if isinstance(between, str)
+            else token_ids("separator", between, expected="a text, a list of token ids or None")
+        )
+        if separator is not None and not separator_ids:
+            raise ValueError(
+                f"separator must have a token, got {separator!r}, which tokenises to nothing; choose another."
+            )
+        begin = _begin(encode, prefix, add_special_tokens)
+        gaps = _gaps(begin + encode(prefix), len(texts), encode.after(suffix), separator_ids)
+        if not isinstance(between, str):
+            return cls._of_ids(gaps, [encode.plain(text) for text in texts])
+        joined = between.join([prefix, *texts, suffix]) if texts else prefix + suffix
+        return cls._of_texts(encode, gaps, texts, joined, begin + encode(joined))
+
+    @classmethod
+    def from_chat(
+        cls,
+        tokenizer: Any,
+        messages: str | Sequence[Mapping[str, Any]],
+        documents: Sequence[Any],
+        *,
+        placeholder: str | None = "{documents}",
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> Prompt:
+        """Renders a chat template with `documents` as chunks.
+
+        The documents stand where the messages say `{documents}`; if they do not, the documents open the last user
+        message. The prompt's text is what the template writes for messages with the joined documents: where it trims
+        or escapes them, the chunks are trimmed or escaped.
+
+        >>> Prompt.from_chat(tok, [{"role": "user", "content": "{documents}\\nWho?"}], docs)  # doctest: +SKIP
+
+        Args:
+            messages: as for `apply_chat_template`; one text is one user message.
+            documents: texts, or documents with one as `page_content`, `text` or `content`.
+            placeholder: the text that the documents replace; `None` hands them to the template's own `documents`.
+            template_kwargs: for `apply_chat_template`.
+
+        Raises:
+            TypeError: messages or documents of another form, or an argument that `from_chat` itself sets.
+            ValueError: no user message, several placeholders, or a template that drops, repeats or moves documents.
+        """
+        texts = texts_in(documents, "documents")
+        _check_template_arguments(placeholder, add_generation_prompt, template_kwargs)
+        encode = Encoder(require_tokenizer(tokenizer), marked=True, template=template_kwargs.get("chat_template"))
+        options = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
+        chat = Chat(
+            encode,
+            as_messages(messages),
+            documents if isinstance(documents, Sequence) else texts,
+            placeholder,
+            **options,
+        )
+        gaps, chunks = cut(chat.render, texts, encode.readable, _DOCUMENTS_OF_TEMPLATE if placeholder is None else "")
+        _begin(encode, gaps[0], False)
+        gap_ids = [encode(gaps[0]), *map(encode.after, gaps[1:])]
+        encode.count_as_control([i for ids in gap_ids for i in ids], "\n".join(texts_within(chat.messages)))
+        return cls._of_texts(encode, gap_ids, chunks, woven(gaps, chunks), chat.ids(texts))
+
+    @classmethod
+    def _of_texts(
+        cls, encode: Encoder, gaps: list[list[int]], chunks: list[str], joined: str, joined_ids: list[int]
+    ) -> Prompt:
+        """A prompt of encoded gaps and the texts of chunks, compared with the joined text and its ids."""
+        ids, spans = _joined(gaps, [encode.plain(chunk) for chunk in chunks])
+        note = "" if ids == joined_ids else _note(encode, ids, joined, joined_ids)
+        return cls(torch.tensor([ids], dtype=torch.long), ChunkSpans(spans, ids != joined_ids, note))
+
+    @classmethod
+    def from_separated_ids(cls, input_ids: torch.Tensor, separator: Separator) -> Prompt:
+        """Splits ids (1, T) at a separator: prefix before the first, suffix after the last, chunks between.
+
+        Fewer than two separators leave no chunk. Adjacent separators are one gap.
+
+        Raises:
+            TypeError: no tensor of ids, or no `Separator`.
+            ValueError: ids of another shape.
+        """
+        _require_prompt_ids(input_ids)
+        how = "a Separator: write Separator(text, tokenizer) or Separator(ids)"
+        require("separator", separator, Separator, how)
+        return cls(input_ids, ChunkSpans(separator.chunk_spans(input_ids[0].tolist())))
+
+
+def _require_prompt_ids(input_ids: Any) -> None:
+    """Raises `TypeError` or `ValueError` unless these are the ids of one prompt."""
+    how = "a tensor (1, T) of token ids, as of tokenizer(text, return_tensors='pt').input_ids"
+    require("input_ids", input_ids, torch.Tensor, how)
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids must be whole numbers, got {described(input_ids)}.")
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise ValueError(f"A prompt's input_ids must be (1, T), got shape {tuple(input_ids.shape)}.")
+    if input_ids.device.type == "cpu" and bool((input_ids < 0).any()):  # on a GPU, looking would wait for it
+        raise ValueError(f"input_ids must be 0 or more, got {int(input_ids.min())}.")
+
+
+_DOCUMENTS_OF_TEMPLATE = (
+    "placeholder=None needs a template that has `documents`, and this one writes none of them: leave placeholder out, "
+    "so that they stand in a message. "
+)
+_OURS = {"tokenize", "return_dict", "return_tensors", "truncation", "padding", "max_length", "tokenizer_kwargs",
+         "return_assistant_tokens_mask", "conversation"}  # fmt: skip
+
+
+def _check_template_arguments(placeholder: Any, add_generation_prompt: Any, more: Mapping[str, Any]) -> None:
+    """Raises `TypeError` or `ValueError` unless `apply_chat_template` may be called with these."""
+    if placeholder is not None:
+        require_text("placeholder", placeholder, "a text or None")
+    require("add_generation_prompt", add_generation_prompt, bool, "True or False")
+    require("chat_template", more.get("chat_template"), (str, type(None)), "a template or the name of one")
+    if placeholder == "":
+        raise ValueError("placeholder must be a text of a letter or more, or None, got ''.")
+    if ours := sorted(_OURS & more.keys()):
+        raise TypeError(f"from_chat sets tokenize, truncation and the like itself, got {ours[0]}=; leave it out.")
+
+
+def _gaps(prefix: list[int], num_chunks: int, suffix: list[int], separator: list[int]) -> list[list[int]]:
+    """What stands before, between and after the chunks."""
+    if not num_chunks:
+        return [prefix + suffix]
+    return [prefix + separator, *[separator] * (num_chunks - 1), separator + suffix]
+
+
+def _joined(gaps: list[list[int]], chunks: list[list[int]]) -> tuple[list[int], list[Span]]:
+    """The ids `gaps[0] chunks[0] gaps[1] … gaps[-1]`, and the chunks' spans in them."""
+    ids, spans = list(gaps[0]), []
+    for i, (chunk, gap) in enumerate(zip(chunks, gaps[1:])):
+        if not chunk:
+            raise ValueError(f"Chunk {i} of {len(chunks)} has no tokens; leave empty chunks out.")
+        spans.append((len(ids), len(ids) + len(chunk)))
+        ids += chunk + gap
+    if not ids:
+        raise ValueError("A prompt needs at least one token, got empty prefix, chunks and suffix.")
+    return ids, spans
+
+
+def _begin(encode: Encoder, prefix: str, add_special_tokens: bool) -> list[int]:
+    """The special tokens to put before the prefix. A tokenizer that wants some and gets none is logged."""
+    leading = encode.leading_special_tokens
+    if not leading or encode(prefix)[: len(leading)] == leading:
+        return []
+    if add_special_tokens:
+        return leading
+    logger.warning(
+        "This tokenizer puts %s first, the prompt does not begin with it, and nothing was inserted. "
+        "Write it in the prefix or pass add_special_tokens=True.",
+        encode.tokenizer.convert_ids_to_tokens(leading),
+    )
+    return []
+
+
+def _note(encode: Encoder, ids: list[int], joined: str, joined_ids: list[int]) -> str:
+    """The place where the prompt's text and the joined text part; empty where only tokens differ, not text."""
+    ours = encode.decode(ids)
+    if ours == joined or ours == (theirs := encode.decode(joined_ids)):
+        return ""
+    place = parting(encode.readable(ours), encode.readable(theirs), ("the prompt", "the joined text"))
+    return f"The pieces make another text than the joined text: {place}."

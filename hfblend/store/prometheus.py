@@ -1,0 +1,91 @@
+"""Counters of stores for Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from ..optional import require
+from . import RemoteStore, Store
+from .counts import StoreCounts
+
+_HELP = {
+    "hits": "Chunks found",
+    "misses": "Chunks asked for and not found",
+    "stored": "Chunks kept",
+    "evicted": "Chunks that had to go for others",
+    "damaged": "Chunks that were not what was written",
+    "failed": "Reads and writes that the disk or the network refused",
+    "bytes_read": "Bytes of chunk KV read from files",
+    "bytes_written": "Bytes of chunk KV written to files",
+    "read_seconds": "Seconds spent in reading and checking chunk KV, all threads together",
+}
+
+
+def export_to_prometheus(store: Store, name: str = "chunks", registry: Any = None) -> Any:
+    """Shows a store's counters, and those of each tier of a `TieredStore`, whenever Prometheus asks.
+
+    >>> export_to_prometheus(blender.store)  # doctest: +SKIP
+    >>> prometheus_client.start_http_server(8000)  # doctest: +SKIP
+
+    Counters are `hfblend_store_<counter>_total` (those of `StoreCounts`) with the labels `store` (`name`), `tier` (0 is
+    asked first) and `kind` (the class); `hfblend_store_bytes` is what a tier holds now, if
+    it knows without asking a network.
+
+    Args:
+        registry: of prometheus_client; default, its own.
+
+    Returns:
+        The collector; `registry.unregister(collector)` takes it off.
+
+    Raises:
+        ImportError: prometheus_client is not installed.
+        ValueError: no tier of the store has counters; or the registry has this collector's names already.
+    """
+    prometheus_client = require("prometheus_client", "prometheus-client", "metrics", "Metrics need")
+    tiers = list(_tiers_of(store))
+    if not any(map(_counts, tiers)):
+        raise ValueError(f"A store with `counts` is expected, or a TieredStore of such; got {type(store).__name__}.")
+    collector = _Collector(tiers, name)
+    (prometheus_client.REGISTRY if registry is None else registry).register(collector)
+    return collector
+
+
+def _tiers_of(store: Any) -> Iterator[Any]:
+    """The stores that are no tiers of others, in the order in which they are asked."""
+    for tier in getattr(store, "stores", ()):
+        yield from _tiers_of(tier)
+    if not hasattr(store, "stores"):
+        yield store
+
+
+class _Collector:
+    def __init__(self, tiers: list[Any], name: str) -> None:
+        self._tiers, self._name = tiers, name
+
+    def collect(self) -> Iterator[Any]:
+        """The present counts, as Prometheus asks for them."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        labels = ("store", "tier", "kind")
+        of_tiers = [((self._name, str(i), type(tier).__name__), tier) for i, tier in enumerate(self._tiers)]
+        counted = [(values, tier.counts.to_dict()) for values, tier in of_tiers if _counts(tier)]
+        for name, text in _HELP.items():
+            family = CounterMetricFamily(f"hfblend_store_{name}", f"{text}.", labels=labels)
+            for values, counts in counted:
+                family.add_metric(values, counts[name])
+            yield family
+        held = GaugeMetricFamily("hfblend_store_bytes", "Bytes of chunk KV held.", labels=labels)
+        for values, tier in of_tiers:
+            if isinstance(tier, RemoteStore):  # it would be listed whenever Prometheus asks
+                continue
+            with contextlib.suppress(OSError):  # a folder that is gone must not take all other metrics with it
+                num_bytes = getattr(tier, "num_bytes", None)
+                if num_bytes is not None:
+                    held.add_metric(values, num_bytes)
+        yield held
+
+
+def _counts(tier: Any) -> bool:
+    return isinstance(getattr(tier, "counts", None), StoreCounts)
