@@ -30,9 +30,9 @@ from hfblend.lab.bench.prompts import Layout, PromptMaker
 from hfblend.lab.bench.shapes import SHAPES, random_model
 from hfblend.measure.divergence import describe_machine
 from hfblend.measure.profile import measure
-from hfblend.optional import figure_class
 from hfblend.store import DiskStore, MemoryStore, Store
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
+from hfblend.util import figure_class
 
 RULES = ("kv_deviation", "suffix_attention")
 COLOURS = {"memory": "#0072B2", "ram": "#009E73", "page_cache": "#E69F00", "disk": "#D55E00", "full prefill": "#000000"}
@@ -52,7 +52,7 @@ class Point:
 
 def points(model: Any, lengths: list[int], ratios: list[float], turns: int, folder: Path) -> Iterator[Point]:
     """Measures, rule by rule and length by length."""
-    host, on_disk = host_of(model), DiskStore(folder)
+    host, on_disk = model_of(model), DiskStore(folder)
     for rule in RULES:
         config = BlendConfig(selection=rule, min_reused_tokens=0)
         controller = Controller(measure(model, on_disk, config))

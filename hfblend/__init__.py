@@ -9,10 +9,11 @@ Importing has no effect; `patch` touches one model instance, never a class.
 """
 
 from .config import BlendConfig
-from .display import plot_quality, plot_scores, plot_timeline, plot_ttft, show
+from .display import plot_scores, plot_timeline, show
 from .generate.blend_one import BlendResult, blend
+from .generate.precompute import prefill_chunk
 from .generate.steps import steps
-from .kv.chunk import ChunkKV, prefill_chunk
+from .kv.chunk import ChunkKV
 from .measure.calibrate import Calibration
 from .measure.verify import Verification, Verify
 from .model.hf_model import UnsupportedModel
@@ -39,10 +40,8 @@ __all__ = [
     "blend",
     "filler_ids",
     "patch",
-    "plot_quality",
     "plot_scores",
     "plot_timeline",
-    "plot_ttft",
     "prefill_chunk",
     "show",
     "steps",

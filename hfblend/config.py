@@ -7,12 +7,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from .arguments import described, field_meant, is_function, known_fields, number_in, one_of, require, whole
-
-if TYPE_CHECKING:
-    from .controller import Decision
 
 logger = logging.getLogger(__name__)
 
@@ -123,12 +120,9 @@ class BlendConfig:
         """Whether every token of the prompt is recomputed (ratio 1 at every check layer)."""
         return bool(self.recompute_ratios) and not self.is_auto and min(self.fixed_ratios) == 1.0
 
-    def settled(self, decision: Decision | None = None) -> BlendConfig:
-        """With a number for `"auto"`: what was decided, 1 where that was a full prefill; without a decision, r*."""
-        if not self.is_auto:
-            return self
-        ratio = self.least_ratio if decision is None else 1.0 if decision.ratio is None else decision.ratio
-        return replace(self, recompute_ratios=(ratio,))
+    def settled(self, ratio: float | None = None) -> BlendConfig:
+        """With a number for `"auto"`: this one, or r*."""
+        return replace(self, recompute_ratios=(self.least_ratio if ratio is None else ratio,)) if self.is_auto else self
 
     @property
     def is_auto(self) -> bool:

@@ -31,7 +31,9 @@ from typing import Any
 
 import torch
 
+from .blend.reuse import Reuse
 from .blend.selection import budget
+from .trace.decision import Decision
 
 PROFILE_FORMAT = "hfblend-profile-1"
 TIERS = ("remote", "disk", "page_cache", "ram", "memory")  # the cheapest first; "memory" is the model's own device
@@ -183,6 +185,15 @@ class Load:
         return Load(self.entries + other.entries, self.num_bytes + other.num_bytes)
 
 
+def loads_of(reuse: Reuse, device: torch.device) -> dict[str, Load]:
+    """Tier -> what a prompt has to load from it; `"memory"` is the device's own."""
+    found: dict[str, Load] = {}
+    for piece in reuse.pieces:
+        tier = piece.entry.tier_beside(device)
+        found[tier] = found.get(tier, Load(0, 0)) + Load(1, piece.entry.num_bytes)
+    return found
+
+
 @dataclass(frozen=True)
 class Profile:
     """What a model and the places of its chunk KV take on one machine.
@@ -240,25 +251,6 @@ class Profile:
             and 0 < self.layers <= 2**16
             and (self.check_layer is None or 0 <= self.check_layer < self.layers)
         )
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What to do with one prompt, and the forecast behind it, in ms.
-
-    Attributes:
-        ratio: to recompute; `None`: compute the prompt in full.
-        reason: in words.
-        full_ms, compute_ms, load_ms: a full prefill; the blend's own computing, and its loading.
-        ttft_ms: of what was decided; `None`, and `load_ms` too, where a tier is not known.
-    """
-
-    ratio: float | None
-    reason: str
-    full_ms: float
-    compute_ms: float
-    load_ms: float | None
-    ttft_ms: float | None
 
 
 class Controller:

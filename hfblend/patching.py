@@ -26,9 +26,9 @@ from .config import BlendConfig, as_config
 from .controller import Controller, Profile
 from .generate.blend_one import require_prompts
 from .generate.call import Call
-from .generate.fallbacks import Fallback, generate_option, has_inner_hooks, plan, require_token_ids
+from .generate.fallbacks import Fallback, Request, generate_option, has_inner_hooks, require_token_ids
 from .generate.precompute import Precomputed, precompute
-from .gpu.streams import switch_back
+from .kv.streams import switch_back
 from .locks import Running, innermost, put_back
 from .measure.calibrate import Calibration, calibrate
 from .measure.profile import profile_of
@@ -39,7 +39,7 @@ from .prompts.filler import filler_ids, require_filler
 from .prompts.prompt import Prompt
 from .prompts.separator import Separator
 from .store import Store, TieredStore, store_at
-from .support.registry import forget, host_of
+from .support.registry import forget, model_of
 from .trace.trace import BlendTrace, Level, as_level
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Blender:
         self.tokenizer: Any = None if tokenizer is None else require_tokenizer(tokenizer)
         self._level = as_level(trace)
         self._verifier = None if verify is None else Verifier(verify)
-        self.host = host_of(model)
+        self.host = model_of(model)
         if not hasattr(model, "generate"):
             raise UnsupportedModel(f"model must be a causal LM, got {described(model)}, which has no generate.")
         self._require_unpatched()
@@ -321,7 +321,7 @@ class Blender:
         if self._is_removed:
             return
         self._unwrap()
-        self.host.graphs = None  # and their memory
+        self.host.graphs.clear()  # and their memory
         self._tidy()
         forget(self.model)
         self.host.unwrapped_forward = None  # last: a removal that was interrupted can be repeated
@@ -374,7 +374,7 @@ class Blender:
         if chunk_spans is not None:
             args, kwargs = self._on_device(args), self._on_device(kwargs)
         inside_its_own = self._running_call() is not None or self.host.lock.is_mine
-        planned = plan(self.model, args, kwargs, chunk_spans, config, separator, inside_its_own, self.host)
+        planned = Request(self.host, self.model, args, kwargs, chunk_spans, config, separator, inside_its_own).plan()
         by_stock = kwargs.get("custom_generate") is None and self._runs_stock_loops()
         call = Call(self.host, planned, by_stock, config, self.store, controller, started, self._level, self.tokenizer)
         nested = planned.fallback is Fallback.NESTED
@@ -389,7 +389,8 @@ class Blender:
         call.end(output)
         if self._verifier is not None and call.is_blended:
             for prompt, trace in zip(planned.prompts, call.traces_of_prompts):
-                self._verifier.after(self.model, prompt, self.store, config.settled(trace.decision), trace)
+                ratio = None if trace.decision is None else trace.decision.share
+                self._verifier.after(self.model, prompt, self.store, config.settled(ratio), trace)
         return output
 
     def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,11 +13,11 @@ from families import Family
 from helpers import config, generate, largest_difference, make_prompt, store_of_true_kv
 
 import hfblend
-from hfblend.blend.algorithm import Blending
-from hfblend.blend.caches import full_length_cache
 from hfblend.blend.rotation import Realigner
 from hfblend.blend.selection import budget
-from hfblend.support.registry import host_of
+from hfblend.generate.blending import Blending
+from hfblend.kv.rows import full_length_cache
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
 SHIFT, NEW_TOKENS = 100, 3
@@ -51,7 +51,7 @@ def true_kv(family: Family, ratio: float, rule: str = "suffix_attention") -> tup
 
 def realign_error(family: Family) -> float:
     """Keys moved by the rotation that the self-test found, against keys computed there, in the worst layer."""
-    host = host_of(family.make())
+    host = model_of(family.make())
     old, distance = torch.arange(20), 30
     kv, truth = host.record(old), host.record(old + distance)
     move = Realigner(host, host.rotations, [(old, old + distance, 20)], 20 + distance)
@@ -63,7 +63,7 @@ def realign_error(family: Family) -> float:
 def future_leak(family: Family) -> float:
     """How much the early rows of a pass change when everything reused behind them does; the late ones must change."""
     model, first_changed = family.make(), 41
-    host = host_of(model)
+    host = model_of(model)
 
     def rows_of_last_layer(change: float) -> tuple[torch.Tensor, torch.Tensor]:
         store = store_of_true_kv(model, PROMPT, SHIFT)
@@ -75,9 +75,9 @@ def future_leak(family: Family) -> float:
             cache = full_length_cache(kv)
             store.put(key, hfblend.ChunkKV(cache, entry.cached_positions, entry.behind_ids, "isolated", entry.regime))
         state = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.0))
-        reuse = state.look_up()
-        rows = torch.cat([reuse.candidate_idx[::5], reuse.fresh_idx]).sort().values
-        state._pass(host.decoder_forward, state.realign(reuse), rows)
+        blend = state.stopped_at("realigned", host.decoder_forward)
+        rows = torch.cat([blend.reuse.candidate_idx[::5], blend.reuse.fresh_idx]).sort().values
+        blend.rows_pass("recompute", rows)
         return rows, torch.cat([t[0, :, rows].transpose(0, 1).flatten(1) for t in state.buffers[max(state.buffers)]], 1)
 
     (rows, before), (_, after) = rows_of_last_layer(0.0), rows_of_last_layer(1.0)
@@ -122,7 +122,7 @@ def _from_alone(batch: Any, alone: list[Any], steps: int) -> float:
 
 def window(family: Family) -> str:
     """What the last row sees of the prompt, by the host's own masks, where that is not all."""
-    host, length = host_of(family.make()), len(PROMPT)
+    host, length = model_of(family.make()), len(PROMPT)
     masks = host._mask_rows(torch.tensor([length - 1]), length)
     masks = masks if isinstance(masks, dict) else {"": masks}
     seen = {int((mask if mask.dtype == torch.bool else mask == 0).sum()) for mask in masks.values()} - {length}
@@ -144,7 +144,7 @@ def attention(family: Family, implementation: str) -> float | str:
 
 def keys_turn(family: Family) -> str:
     """How cached keys depend on position, as the self-test found it."""
-    host = host_of(family.make())
+    host = model_of(family.make())
     found = []
     for layer, rotation in enumerate(host.rotations):
         if rotation is None:

@@ -9,12 +9,13 @@ import xxhash
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import hfblend
-from hfblend.blend.caches import RecordingCache, full_length_cache
+from hfblend.blend.caches import RecordingCache
 from hfblend.blend.rotation import Realigner
+from hfblend.kv.rows import full_length_cache
 from hfblend.model.hf_model import CACHE
 from hfblend.store import chunk_key
 from hfblend.store.format import contents_of
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 VOCABULARY = 97
 
@@ -129,7 +130,7 @@ def config(ratio: float = 0.15, **kwargs) -> hfblend.BlendConfig:
 @torch.no_grad()
 def full_prefill_kv(model, input_ids: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """K/V of every layer from one stock forward."""
-    host = host_of(model)
+    host = model_of(model)
     cache = RecordingCache(host.num_layers)
     host.decoder_forward(input_ids=input_ids.to(host.device), use_cache=True, **{CACHE: cache})
     return cache.recorded
@@ -146,7 +147,7 @@ def store_of_true_kv(
 
     Blended back, they must give exactly what a full prefill gives, whatever is selected.
     """
-    host, kv = host_of(model), full_prefill_kv(model, prompt.input_ids)
+    host, kv = model_of(model), full_prefill_kv(model, prompt.input_ids)
     store = hfblend.MemoryStore() if store is None else store
     now = len(prompt)
     prefix_stop = prompt.chunk_spans[0][0]

@@ -28,7 +28,7 @@ from family_checks import (
 )
 
 from hfblend.model.hf_model import UnsupportedModel
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 COLUMNS = (
@@ -57,7 +57,7 @@ def tables(names: list[str], tell: Callable[[str], None]) -> dict[str, str]:
         if name in NOT_BUILT:
             continue
         try:
-            host_of(FAMILIES[name].make())
+            model_of(FAMILIES[name].make())
         except UnsupportedModel as error:
             refused.append([f"`{name}`", str(error)])
         else:

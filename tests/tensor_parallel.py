@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import hfblend
 from hfblend.store import DiskStore
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
 RULES = ("kv_deviation", "suffix_attention", "mixed")
@@ -44,7 +44,7 @@ def main(checkpoint: str, folder: pathlib.Path, backend: str) -> None:
     rank = dist.get_rank()
     model = AutoModelForCausalLM.from_pretrained(checkpoint, tp_plan="auto").eval()
     stock = generate(model, {"input_ids": PROMPT.input_ids.to(model.device)})
-    found = {"key": host_of(model).fingerprint.digest, "heads": host_of(model).layouts[0].key_heads}
+    found = {"key": model_of(model).fingerprint.digest, "heads": model_of(model).layouts[0].key_heads}
     found["stock"] = stock.sequences[0].tolist()
     whole = run(model, config(1.0), None, found, "ratio 1")
     true = run(model, config(0.3), store_of_true_kv(model, PROMPT), found, "true KV")

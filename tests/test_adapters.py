@@ -7,7 +7,7 @@ import torch
 from helpers import config, generate, largest_difference, make_llama, make_prompt, store_of_true_kv
 
 import hfblend
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -45,7 +45,7 @@ def with_adapters(*names, kind="lora", **settings):
 
 
 def key_of(model):
-    host = host_of(model)
+    host = model_of(model)
     return host.fingerprint.current(host.model)
 
 

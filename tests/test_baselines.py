@@ -12,7 +12,7 @@ import hfblend
 from hfblend.lab import baselines
 from hfblend.lab.baselines import METHODS
 from hfblend.measure.divergence import kl_divergence
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt(sizes=(20, 31, 13, 25))
 ELSEWHERE = list(range(10, 40))
@@ -31,7 +31,7 @@ def run(model, name, ratio=0.25, store=None, tokenizer=None):
 def keys_seen(model, run_pass):
     """Per decoder forward that attends by position: (positions of the rows, what they see from)."""
     seen = []
-    host, own = host_of(model), type(host_of(model)).see_rows
+    host, own = model_of(model), type(model_of(model)).see_rows
 
     def spy(self, rows, length):
         seen.append(rows.positions[0].tolist())
@@ -96,7 +96,7 @@ def test_leak_is_real_a_later_token_changes_a_selected_row(model):
     stop = PROMPT.chunk_spans[-1][1]
     ids[0, stop - 3] = (ids[0, stop - 3] + 5) % 90 + 7  # in the last chunk
     changed = hfblend.Prompt(ids, PROMPT.chunk_spans)
-    for algorithm, leaks in ((baselines.LeakyMask, True), (baselines.Blending, False)):
+    for algorithm, leaks in ((baselines.LeakyMask, True), (baselines.Blend, False)):
         results = [
             hfblend.blend(
                 model, p, config=config(0.3, selection="chunk_start", on_miss="isolated"), algorithm=algorithm

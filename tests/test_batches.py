@@ -12,7 +12,7 @@ from transformers import DynamicCache, set_seed
 
 import hfblend
 from hfblend import Prompt
-from hfblend.blend.caches import GrowingLayer
+from hfblend.generate.hand_over import GrowingLayer
 
 PAD = 0
 SHARED = make_prompt()  # its chunks stand in SHUFFLED too, in another order

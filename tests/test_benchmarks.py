@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 import hfblend
 from hfblend.cli import app
 from hfblend.lab.baselines import METHODS
-from hfblend.lab.bench import Settings, markdown, pair, report, run, runner, ttft
+from hfblend.lab.bench import Settings, pair, report, run, runner, ttft
 from hfblend.lab.bench.device import Peaks, if_memory_lasts
 from hfblend.lab.bench.flops import Shape, causal_keys, flops, full_prefill_flops, kv_bytes, least_bytes
 from hfblend.lab.bench.pair import Arrivals, Pair, empty_stores
 from hfblend.lab.bench.prompts import Layout, PromptMaker
+from hfblend.lab.bench.report import markdown
 from hfblend.lab.bench.settings import GPU_LENGTHS, Case
 from hfblend.lab.bench.shapes import SHAPES, random_model, twin_of
 

@@ -12,7 +12,7 @@ from helpers import config, generate, make_llama, make_mistral, make_prompt
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import hfblend
-from hfblend.blend.caches import GrowingLayer
+from hfblend.generate.hand_over import GrowingLayer
 from hfblend.model.hf_model import CACHE
 
 PROMPT = make_prompt()

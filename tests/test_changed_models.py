@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 
 import hfblend
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
 STOCK = {"input_ids": PROMPT.input_ids, "attention_mask": torch.ones_like(PROMPT.input_ids)}
@@ -394,9 +394,9 @@ def test_a_manager_from_before_patch_is_noticed(caplog):
 def test_hosts_notice_a_change_without_patch():
     model = make_llama()
     hfblend.blend(model, PROMPT)
-    host = host_of(model)
+    host = model_of(model)
     digest = host.fingerprint.digest
     model.model.layers[0].self_attn = other().model.layers[0].self_attn
-    assert host_of(model) is host
+    assert model_of(model) is host
     assert host.fingerprint.current(model) != digest
     assert not host.attends_by_position

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 import hfblend
 from hfblend.config import BlendConfig
-from hfblend.controller import BlendCost, BlendShape, Controller, Cost, Decision, Load, LoadCost, Profile, Work
+from hfblend.controller import BlendCost, BlendShape, Controller, Cost, Load, LoadCost, Profile, Work
 from hfblend.measure import profile as profiling
 from hfblend.store import DiskStore, MemoryStore
+from hfblend.trace.decision import Decision
 
 LAYERS = 10
 PREFILL = Cost(0.01, 1e-6, 1e-9)

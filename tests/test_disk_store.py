@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend.blend.caches import full_length_cache
 from hfblend.cli import app
 from hfblend.kv.chunk import ChunkLost
+from hfblend.kv.rows import full_length_cache
 from hfblend.store import DiskStore, MemoryStore, TieredStore, store_at
 from hfblend.store.folders import LocalFolder
 from hfblend.store.format import FORMAT, CorruptEntry, OtherVersion, contents_of, dump, parse

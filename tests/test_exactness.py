@@ -17,12 +17,13 @@ from helpers import (
 )
 
 import hfblend
-from hfblend.blend import look_up
-from hfblend.blend.algorithm import Blending
-from hfblend.blend.caches import full_length_cache
-from hfblend.blend.selection import budget, by_kv_deviation, by_suffix_attention, mixed
+from hfblend.blend.rules import mixed
+from hfblend.blend.selection import budget, by_kv_deviation, by_suffix_attention
+from hfblend.generate.blending import Blending
+from hfblend.kv.rows import full_length_cache
+from hfblend.model.hf_model import HFModel
 from hfblend.store import MemoryStore
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
 
@@ -125,14 +126,15 @@ def test_every_layer_holds_reused_or_fresh_rows(ratio, selection):
     check_layer = 3 if selection is deviation_first else 1
     settings = config(ratio, selection=selection, check_layers=(check_layer,))
     hfblend.blend(model, PROMPT, store=store, config=settings)
-    host = host_of(model)
+    host = model_of(model)
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
         with torch.no_grad():
             state = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, settings)
             state.run(host.last_logits)
-            reuse = state.look_up()
-            reused = state.realign(reuse)
+            again = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, settings)
+            again = again.stopped_at("realigned", host.last_logits)
+            reuse, reused = again.reuse, again.reused
     finally:
         torch.use_deterministic_algorithms(False)
     full = full_prefill_kv(model, PROMPT.input_ids)
@@ -254,7 +256,7 @@ def test_missing_chunks_are_prefilled_together_where_that_is_quicker(monkeypatch
     sizes = []
     prefill_batch = hfblend.model.prefill.prefill_batch
     for at_once in (1, 8):
-        monkeypatch.setattr(look_up, "chunks_at_once", lambda host, n=at_once: n)
+        monkeypatch.setattr(HFModel, "chunks_at_once", at_once)
         with monkeypatch.context() as patched, hfblend.patch(model, config=config(0.2)) as blender:
             patched.setattr(
                 hfblend.model.prefill,
@@ -267,7 +269,7 @@ def test_missing_chunks_are_prefilled_together_where_that_is_quicker(monkeypatch
             assert len(blender.store) == 5
             generate(model, prompt.inputs())
             assert blender.trace.hits == 5
-    assert sizes == [4]
+    assert [size for size in sizes if size > 1] == [4]
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     assert largest_difference(*outputs) <= 1e-4
 
@@ -358,7 +360,7 @@ def test_little_that_is_exact_is_computed_again_rather_than_attended_by_position
 def test_no_selected_token_sees_a_later_position(make):
     """Rows of a pass do not change when everything reused behind them does."""
     model = make()
-    host = host_of(model)
+    host = model_of(model)
     first_poisoned = 41
 
     def keys_of_rows(poison):
@@ -374,9 +376,9 @@ def test_no_selected_token_sees_a_later_position(make):
             store.put(key, hfblend.ChunkKV(cache, entry.cached_positions, entry.behind_ids, "isolated", entry.regime))
         with torch.no_grad():
             state = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.0))
-            reuse = state.look_up()
-            rows = torch.cat([reuse.candidate_idx[::5], reuse.fresh_idx]).sort().values
-            state._pass(host.decoder_forward, state.realign(reuse), rows)
+            blend = state.stopped_at("realigned", host.decoder_forward)
+            rows = torch.cat([blend.reuse.candidate_idx[::5], blend.reuse.fresh_idx]).sort().values
+            blend.rows_pass("recompute", rows)
         return rows, state.buffers[3][0][:, :, rows]
 
     (rows, clean), (_, poisoned) = keys_of_rows(0.0), keys_of_rows(50.0)

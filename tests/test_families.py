@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import hfblend
 from hfblend.attention.switch import AttentionNotReplaceable, window_of
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 LOGITS, KEYS, LEAK = 5e-4, 2e-5, 2e-6
 # beam scales queries by their position, so all that comes after a first layer depends on it a little, beside rotation.
@@ -122,7 +122,7 @@ def test_windows_are_those_of_the_masks_and_not_what_layers_say():
     """phimoe's layers say nothing of a window to their attention; their masks have one."""
     model = FAMILIES["phimoe"].make()
     assert not hasattr(model.model.layers[0].self_attn, "sliding_window")
-    assert set(host_of(model).windows.values()) == {24}
+    assert set(model_of(model).windows.values()) == {24}
 
 
 def test_a_mask_that_is_no_window_is_left_to_the_model():
@@ -142,12 +142,12 @@ def test_a_mask_that_is_no_window_is_left_to_the_model():
 @pytest.mark.skipif(IS_OLDEST, reason="refused there")
 def test_chunks_and_masks_of_a_layers_own_are_left_to_the_model():
     for name in ("llama4_text", "doge"):
-        assert not host_of(FAMILIES[name].make()).attends_by_position
+        assert not model_of(FAMILIES[name].make()).attends_by_position
 
 
 def test_layers_that_need_those_before_them_are_not_skipped():
-    assert not host_of(FAMILIES["gemma4_text short"].make()).layers_stand_alone
-    assert host_of(make_llama()).layers_stand_alone
+    assert not model_of(FAMILIES["gemma4_text short"].make()).layers_stand_alone
+    assert model_of(make_llama()).layers_stand_alone
 
 
 # --- families that no version of Transformers has
@@ -167,7 +167,7 @@ class MadeUp:
 
 
 def test_a_new_family_needs_no_change():
-    rotations = host_of(made_up()).rotations
+    rotations = model_of(made_up()).rotations
     assert {(r.slot, r.pairing, r.layout, r.sign) for r in rotations} == {(0, "interleaved", "single", -1)}
     assert ratio_1(MadeUp) <= LOGITS
     assert true_kv(MadeUp, 0.3)[0] <= LOGITS

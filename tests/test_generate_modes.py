@@ -14,8 +14,8 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import hfblend
-from hfblend.blend.caches import GrowingLayer
 from hfblend.generate.fallbacks import Fallback
+from hfblend.generate.hand_over import GrowingLayer
 from hfblend.model.compiled import run_as_written
 
 PROMPT = make_prompt()

@@ -22,10 +22,9 @@ from test_self_test import PECULIAR, SOUND, WRONG_ROTATIONS, made_up
 
 import hfblend
 from hfblend.attention.by_position import QueryRows, attend, reference_attention
-from hfblend.blend.caches import RowLayout, full_length_cache, rows_behind
-from hfblend.gpu.graphs import graphs_of
+from hfblend.kv.rows import RowLayout, full_length_cache, rows_behind
 from hfblend.store import DiskStore, loader
-from hfblend.support.registry import BlendableModel, host_of
+from hfblend.support.registry import TestedModel, model_of
 
 pytestmark = pytest.mark.gpu
 
@@ -62,7 +61,7 @@ def tf32():
 
 
 def self_tested(model, dtype=torch.float32):
-    host = BlendableModel(model.to("cuda", dtype))
+    host = TestedModel(model.to("cuda", dtype))
     return host.rotations, host.windows, host.attends_by_position, host.layers_stand_alone
 
 
@@ -212,7 +211,7 @@ def test_graphs_give_what_python_gives(name, selection):
     settings = {"ratio": 0.15, "selection": selection}
     for prompt in others * 2:
         graphed, with_graph = blended(model, prompt, store, **settings)
-    graphs = graphs_of(host_of(model))
+    graphs = model_of(model).graphs
     assert graphs._works
     assert len(graphs._graphs) == (2 if selection == "suffix_attention" else 1)
     python, without = blended(model, prompt, store, **settings, cuda_graphs=False)
@@ -229,7 +228,7 @@ def test_a_hook_or_new_weights_keep_graphs_away():
     store = hfblend.MemoryStore()
     for _ in range(3):
         blended(model, PROMPT, store, ratio=0.15)
-    recorded = graphs_of(host_of(model))._graphs
+    recorded = model_of(model).graphs._graphs
     assert recorded
     seen = []
     hook = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
@@ -241,7 +240,7 @@ def test_a_hook_or_new_weights_keep_graphs_away():
         model.model.layers[2].mlp.up_proj.weight.mul_(1.5)
     graphed, _ = blended(model, PROMPT, store, ratio=0.15)
     assert list(recorded) != before or all(recorded[form] for form in before)
-    assert graphs_of(host_of(model))._works  # recorded again, though no graph was left
+    assert model_of(model).graphs._works  # recorded again, though no graph was left
     python, _ = blended(model, PROMPT, store, ratio=0.15, cuda_graphs=False)
     assert (graphed - python).norm() <= 0.05 * python.norm()
 
@@ -252,7 +251,7 @@ def test_graphs_are_recorded_again_after_remove():
         with hfblend.patch(model, config=config(0.15), store=hfblend.MemoryStore()):
             for _ in range(3):
                 generate(model, PROMPT.inputs(), max_new_tokens=1)
-            graphs = graphs_of(host_of(model))
+            graphs = model_of(model).graphs
             assert graphs._works
             assert graphs._graphs
 
@@ -266,7 +265,7 @@ def test_chunks_on_disk_give_what_chunks_on_the_gpu_give(selection, graphs, tmp_
         for _ in range(4 if graphs else 2):
             last = blended(model, PROMPT, store, ratio=0.15, selection=selection, cuda_graphs=graphs)
         runs.append(last)
-    assert bool(graphs_of(host_of(model))._graphs) == graphs
+    assert bool(model_of(model).graphs._graphs) == graphs
     (on_device, one), (on_disk, other) = runs
     assert other.trace.hits == 3
     assert torch.equal(one.trace.selected_idx, other.trace.selected_idx)
@@ -279,7 +278,7 @@ def test_a_chunk_lost_in_a_recorded_pass_is_prefilled_alone(selection, tmp_path,
     model, disk = on_gpu("llama-gqa", torch.bfloat16), DiskStore(tmp_path)
     for _ in range(4):
         intact, one = blended(model, PROMPT, disk, ratio=0.15, selection=selection)
-    assert graphs_of(host_of(model))._graphs
+    assert model_of(model).graphs._graphs
     damage(disk, one.trace.chunks[1].key, 3)
     again, other = blended(model, PROMPT, disk, ratio=0.15, selection=selection)
     assert [chunk.status for chunk in other.trace.chunks] == ["hit", "miss", "hit"]

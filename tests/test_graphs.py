@@ -10,12 +10,14 @@ from helpers import MODELS, config, make_prompt
 
 import hfblend
 from hfblend.attention.by_position import AttentionRecord, mask_of
-from hfblend.blend.algorithm import Blending
-from hfblend.blend.caches import RowLayout, StopForward, rows_behind
+from hfblend.blend.model import Pass
+from hfblend.generate.blending import Blending
 from hfblend.gpu.graphs import GraphCache, PassGraphs, _rounded
+from hfblend.kv.rows import RowLayout, rows_behind
 from hfblend.locks import ForwardLock
-from hfblend.model.passes import Pass
-from hfblend.support.registry import host_of
+from hfblend.model.passes import run_rows
+from hfblend.support.registry import model_of
+from hfblend.util import StopForward
 
 kernels = pytest.importorskip("hfblend.kernels", reason="needs triton")
 PROMPT = make_prompt(sizes=(20, 31, 13), prefix=9, suffix=11)
@@ -25,13 +27,13 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, tes
 
 def blending(model, **settings):
     """A blended prompt's state, and its reused KV once more."""
-    host, store = host_of(model), hfblend.MemoryStore()
+    host, store = model_of(model), hfblend.MemoryStore()
     state = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, config(**settings))
     with torch.no_grad():
         output = state.run(host.decoder_forward)
         again = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, config(**settings))
-        reuse = again.look_up()
-        return host, state, output, again.realign(reuse), reuse
+        blend = again.stopped_at("realigned", host.decoder_forward)
+        return host, state, output, blend.reused, blend.reuse
 
 
 def state_of(host, buffers, live, received=0, mask=0):
@@ -55,7 +57,7 @@ def test_a_recompute_pass_through_a_state(name):
     assert len(one.rows) == _rounded(live) > live
     buffers = {i: reused.layer(i) for i in range(host.num_layers)}
     state = state_of(host, buffers, live)
-    got, _ = one.run(host, host.decoder_forward, GraphCache(host.num_layers, one.rows, state, None), state)
+    got, _ = run_rows(host, host.decoder_forward, one, GraphCache(host.num_layers, one.rows, state, None), state)
     assert got.last_hidden_state.shape[1] == 1
     assert torch.allclose(got.last_hidden_state[:, -1], output.last_hidden_state[:, -1], atol=1e-5)
     for layer, kv in buffers.items():
@@ -79,7 +81,7 @@ def test_a_score_pass_through_a_state():
     received = torch.full((3, host.config.num_attention_heads, len(PROMPT)), torch.nan)
     mask = mask_of(hidden, len(PROMPT))
     state = state_of(host, buffers, live, received.data_ptr(), mask.data_ptr())
-    one.run(host, host.decoder_forward, GraphCache(host.num_layers, one.rows, state, None), state)
+    run_rows(host, host.decoder_forward, one, GraphCache(host.num_layers, one.rows, state, None), state)
     assert torch.allclose(received.mean((0, 1))[reuse.candidate_idx], done.trace.scores, atol=1e-6)
     assert not received[:, :, hidden].any()
 
@@ -91,18 +93,18 @@ def test_a_pass_resumed_behind_the_check_layer_through_a_state():
         rows = torch.cat([done.trace.selected_idx, done.trace.fresh_idx]).sort().values
         one = Pass(
             PROMPT.input_ids[:, rows], rows, rows.int(), len(PROMPT), num_read=1,
-            resume_at=2, resume_with=done._entered.of_rows(rows),
+            resume_at=2, resume_with=done.blend.entered.of_rows(rows),
         )  # fmt: skip
         one, live = padded(host, one)
         buffers = {i: done.buffers[i] if i <= 2 else reused.layer(i) for i in range(host.num_layers)}
         state = state_of(host, buffers, live)
-        got, _ = one.run(host, host.decoder_forward, GraphCache(host.num_layers, one.rows, state, None), state)
+        got, _ = run_rows(host, host.decoder_forward, one, GraphCache(host.num_layers, one.rows, state, None), state)
     assert torch.allclose(got.last_hidden_state[:, -1], output.last_hidden_state[:, -1], atol=1e-5)
 
 
 def test_only_plain_forwards_are_recorded():
     model = MODELS["llama-gqa"]()
-    host = host_of(model)
+    host = model_of(model)
     graphs, rows = PassGraphs(host), torch.arange(3)
     one = Pass(rows[None], rows, rows, 9, num_read=1)
     plain = functools.partial(host.decoder_forward, use_cache=True, output_attentions=None)
@@ -133,7 +135,7 @@ def test_who_runs_a_pass_may_run_another_inside_it():
 
 def test_stop_forward_ends_a_pass_at_its_layer():
     model = MODELS["llama-gqa"]()
-    host = host_of(model)
+    host = model_of(model)
     cache = GraphCache.__new__(GraphCache)
     cache.rows, cache.stop_at = torch.arange(5), 3
     cache.take_last(2)

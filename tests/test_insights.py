@@ -8,7 +8,7 @@ from helpers import config, full_prefill_kv, make_llama, make_mistral, make_prom
 
 import hfblend
 from hfblend.lab import insights
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
     model = make_llama()
     with pytest.raises(ValueError, match="chunks"):
         insights.attention_deviation(model, hfblend.Prompt(PROMPT.input_ids, ()), (0.1,))
-    monkeypatch.setattr(host_of(model), "attends_by_position", False)
+    monkeypatch.setattr(model_of(model), "attends_by_position", False)
     with pytest.raises(ValueError, match="cannot be recorded"):
         insights.attention_deviation(model, PROMPT, (0.1,), config=config())
 

@@ -19,10 +19,10 @@ import torch
 from helpers import config, entry, generate, largest_difference, make_llama, make_prompt
 
 import hfblend
-from hfblend.gpu.streams import on_stream, switch_back
+from hfblend.kv.streams import on_stream, switch_back
 from hfblend.locks import Condition, ForwardLock, Mutex, Running
 from hfblend.store import TieredStore
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 # Python reports an exception that comes as a generator is dropped, and goes on.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -227,12 +227,12 @@ def test_patch_that_is_interrupted_is_undone():
     """As its last lines run, the user may be left without a handle; `model.generate` then has one."""
     model = make_llama()
     stock, before = tokens_and_logits(model), state_of(model)
-    host_of(model)
+    model_of(model)
     with Interrupter("line") as seen:
         hfblend.patch(model, config(0.3))
     model.generate.blender.remove()
     for at in range(0, len(seen.events), 3):
-        host_of(model)  # the self-test is not part of this
+        model_of(model)  # the self-test is not part of this
         with contextlib.suppress(KeyboardInterrupt), Interrupter("line", KeyboardInterrupt, at):
             hfblend.patch(model, config(0.3))
         if hasattr(model.generate, "blender"):

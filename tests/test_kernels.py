@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hfblend.attention.by_position import QueryRows, attention_weights, reference_attention, sdpa_attention, visible
-from hfblend.blend.caches import RowLayout, empty_kv, rows_behind
 from hfblend.blend.rotation import rotate
+from hfblend.kv.rows import RowLayout, empty_kv, rows_behind
 
 kernels = pytest.importorskip("hfblend.kernels", reason="needs triton")
 ON_GPU = torch.cuda.is_available()

@@ -15,7 +15,7 @@ from helpers import config, generate, largest_difference, make_llama, make_mistr
 
 import hfblend
 from hfblend.model.weights.offloading import OffloadedWeights, device_of
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
 STOCK = {"input_ids": PROMPT.input_ids}
@@ -114,20 +114,20 @@ def test_an_offloaded_model_stores_chunks_ahead_and_is_verified(tmp_path):
 
 @pytest.mark.parametrize("offload", OFFLOADING)
 def test_the_fingerprint_of_an_offloaded_model_is_that_of_the_model(offload, tmp_path, caplog):
-    expected = host_of(make_llama()).fingerprint.digest
+    expected = model_of(make_llama()).fingerprint.digest
     model = offload(make_llama(), tmp_path)
-    assert host_of(model).fingerprint.digest == expected
+    assert model_of(model).fingerprint.digest == expected
     assert "cannot be read" not in caplog.text
     other = make_llama()
     with torch.no_grad():
         other.model.layers[3].mlp.up_proj.weight[5, 6] += 0.1
     other = offload(other, tmp_path / "other")
-    assert host_of(other).fingerprint.digest != expected
+    assert model_of(other).fingerprint.digest != expected
 
 
 def test_an_offloaded_weight_that_changes_is_seen(tmp_path):
     model = on_cpu(make_llama(), tmp_path)
-    taken = host_of(model).fingerprint
+    taken = model_of(model).fingerprint
     before = taken.current(model)
     generate(model, STOCK)  # brings every weight, and puts new ones on meta
     assert taken.current(model) == before
@@ -183,7 +183,7 @@ def ranks(request, tmp_path_factory):
 class TestTensorParallel:
     def test_each_rank_holds_its_heads_under_its_own_keys(self, ranks):
         assert [found["heads"] for found in ranks] == [1, 1]  # of 2
-        assert len({found["key"] for found in ranks} | {host_of(in_shards()).fingerprint.digest}) == 3
+        assert len({found["key"] for found in ranks} | {model_of(in_shards()).fingerprint.digest}) == 3
 
     def test_ranks_equal_one_process_where_blending_is_exact(self, ranks):
         stock = generate(in_shards(), STOCK).sequences[0].tolist()
@@ -235,7 +235,7 @@ class TestTwoGPUs:
     def test_each_layers_kv_is_where_the_layer_is(self, dtype, last, tmp_path):
         model = self.spread(dtype, last, tmp_path)
         result = hfblend.blend(model, PROMPT, config=config(0.3))
-        wanted = [host_of(model).device_of_layer(i) for i in range(4)]
+        wanted = [model_of(model).device_of_layer(i) for i in range(4)]
         assert [layer.keys.device for layer in result.cache.layers] == wanted
         assert [device.index for device in wanted[:3]] == [0, 0, 1]
 

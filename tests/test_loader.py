@@ -18,8 +18,8 @@ import torch
 from helpers import config, damage, generate, make_llama, make_prompt
 
 import hfblend
-from hfblend.blend.caches import full_length_cache
 from hfblend.kv.chunk import ChunkLost
+from hfblend.kv.rows import full_length_cache
 from hfblend.store import DiskStore, MemoryStore, TieredStore, loader
 
 PROMPT = make_prompt()

@@ -22,8 +22,8 @@ from hfblend.arguments import described
 from hfblend.cli import app
 from hfblend.controller import Controller
 from hfblend.demo import model as demo_model
+from hfblend.generate.blending import Blending
 from hfblend.generate.fallbacks import Fallback
-from hfblend.lab.baselines import Blending
 from hfblend.prompts.prompt import spans_by_row
 from hfblend.prompts.separator import Separator
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore, store_at

@@ -17,11 +17,11 @@ from helpers import config, generate, largest_difference, make_llama, make_mistr
 import hfblend
 from hfblend.attention.by_position import QueryRows
 from hfblend.attention.switch import attend_by_position
-from hfblend.blend.caches import full_length_cache
+from hfblend.kv.rows import full_length_cache
 from hfblend.locks import ForwardLock
 from hfblend.model.layers import cut, resume, watch
 from hfblend.support import registry as models
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
 
@@ -261,7 +261,7 @@ def test_weights_given_other_memory_at_the_old_address_are_seen():
 
 
 def test_fingerprint_tells_models_apart_and_casts():
-    fingerprint = {hfblend.support.registry.host_of(m).fingerprint.current(m) for m in (make_llama(), make_llama())}
+    fingerprint = {hfblend.support.registry.model_of(m).fingerprint.current(m) for m in (make_llama(), make_llama())}
     assert len(fingerprint) == 1
     model = make_llama()
     weight = model.model.layers[0].mlp.up_proj.weight
@@ -432,14 +432,14 @@ def test_passes_of_models_with_one_config_run_one_at_a_time():
     """Attention is switched in the config, which models share that were made from it."""
     one, other = make_llama(), make_llama()
     sharing = type(one)(one.config).eval()
-    assert host_of(sharing).lock is host_of(one).lock
-    assert host_of(other).lock is not host_of(one).lock
+    assert model_of(sharing).lock is model_of(one).lock
+    assert model_of(other).lock is not model_of(one).lock
 
 
 def test_threads_that_meet_a_model_first_have_one_host():
     model = make_llama()
     with ThreadPoolExecutor(4) as threads:
-        hosts = list(threads.map(lambda _: host_of(model), range(4)))
+        hosts = list(threads.map(lambda _: model_of(model), range(4)))
     assert len(set(map(id, hosts))) == 1
 
 

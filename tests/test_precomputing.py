@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 import hfblend
 from hfblend.cli import app
 from hfblend.generate import precompute as precomputing
-from hfblend.kv.chunk import prefill, prefill_batch, prefill_chunk
+from hfblend.generate.precompute import prefill_chunk
 from hfblend.model import prefill as batched_prefill
+from hfblend.model.prefill import prefill, prefill_batch
 from hfblend.store import DiskStore, MemoryStore, TieredStore
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
 FILLER = tuple(range(20, 60))
@@ -221,7 +222,7 @@ def test_what_a_store_does_not_keep_is_counted_and_one_too_small_is_said(model, 
 @pytest.mark.parametrize("make", [make_llama, make_mistral], ids=["llama", "mistral with a window"])
 def test_a_batch_is_as_one_by_one(make, behind):
     model, chunks = make(), ids_of(5, 17, 29, 41)
-    host = host_of(model)
+    host = model_of(model)
     continues = prefill(host, behind, (), None) if behind else None
     batch = prefill_batch(host, chunks, behind, continues)
     for ids, chunk_kv in zip(chunks, batch):
@@ -261,7 +262,7 @@ def test_a_model_that_fails_the_check_takes_chunks_one_by_one(model, monkeypatch
     assert report.computed == 5
     assert "one by one" in caplog.text
     for ids in chunks:
-        key = hfblend.store.chunk_key(host_of(model).fingerprint.digest, torch.float32, ids, ())
+        key = hfblend.store.chunk_key(model_of(model).fingerprint.digest, torch.float32, ids, ())
         assert largest_kv_difference(store.open(key), prefill_chunk(model, ids)) == 0.0
 
 

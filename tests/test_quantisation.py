@@ -15,14 +15,14 @@ from test_disk_store import signed
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend.blend.caches import RowLayout, full_length_cache
 from hfblend.cli import app
-from hfblend.generate.precompute import holds
-from hfblend.kv.chunk import prefill_chunk
+from hfblend.generate.precompute import prefill_chunk
+from hfblend.kv.rows import RowLayout, full_length_cache
 from hfblend.lab.eval.runner import Settings, _store_of
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore
 from hfblend.store.format import QUANTISED_FORMAT, CorruptEntry, OtherVersion, contents_of, dump, parse
 from hfblend.store.quantise import can_be_quantised, dequantise, quantise
+from hfblend.store.tiers import holds
 
 KEY, PROMPT = "ab" * 32, make_prompt()  # `signed` puts the digest where 32 zeros stand first
 LAYOUTS = {"mha": (4, 8, 4, 8), "gqa": (2, 16, 2, 16), "mqa": (1, 8, 1, 8), "mla": (1, 24, 2, 5), "odd": (3, 1, 1, 7)}

@@ -11,7 +11,7 @@ from helpers import config, generate, largest_difference, make_llama, make_promp
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hfblend
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
 STOCK = {"input_ids": PROMPT.input_ids}
@@ -92,7 +92,7 @@ def test_a_quantised_model_blends(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_of_a_quantised_model(kind, tmp_path):
     def digest(model):
-        return host_of(model).fingerprint.digest
+        return model_of(model).fingerprint.digest
 
     one, again = (load(make_wide(), kind, tmp_path / f"{i}") for i in range(2))
     assert digest(one) == digest(again)
@@ -102,7 +102,7 @@ def test_keys_of_a_quantised_model(kind, tmp_path):
         scaled.model.layers[2].mlp.up_proj.weight.mul_(2)  # the same integers, other scales
     others = [load(model, kind, tmp_path / f"{i}") for i, model in enumerate((tuned, scaled), 2)]
     assert len({digest(model) for model in (one, make_wide(), *others)}) == 4
-    host, before = host_of(one), digest(one)
+    host, before = model_of(one), digest(one)
     generate(one, STOCK)
     assert host.fingerprint.current(one) == before
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_keys_of_a_quantised_model(kind, tmp_path):
 
 def test_a_weight_inside_a_tensor_subclass_that_changes_is_seen(tmp_path):
     model = load(make_wide(), "torchao int8 weights", tmp_path)
-    taken = host_of(model).fingerprint
+    taken = model_of(model).fingerprint
     before = taken.current(model)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.scale.mul_(2)
@@ -141,5 +141,5 @@ def test_hqq_layers_put_in_by_hand():
         assert blender.trace.hits == 3
         assert largest_difference(output, stock) <= EXACT
         digest = blender.host.fingerprint.digest
-    assert host_of(quantised()).fingerprint.digest == digest
-    assert host_of(quantised(2.0)).fingerprint.digest != digest
+    assert model_of(quantised()).fingerprint.digest == digest
+    assert model_of(quantised(2.0)).fingerprint.digest != digest

@@ -14,7 +14,7 @@ from helpers import config, generate, largest_difference, store_of_true_kv
 
 import hfblend
 from hfblend.measure.divergence import kl_divergence, teacher_forced_logits
-from hfblend.outputs import cache_folder
+from hfblend.util import cache_folder
 
 pytestmark = pytest.mark.smollm
 

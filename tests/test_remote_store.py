@@ -21,7 +21,7 @@ from hfblend.kv.chunk import ChunkLost
 from hfblend.store import MemoryStore, RemoteStore, TieredStore, remote, store_at
 from hfblend.store.format import FORMAT, contents_of, dump, parse
 from hfblend.store.loader import LAYERS_A_READ
-from hfblend.store.remote import REQUESTS
+from hfblend.store.requests import REQUESTS
 
 fsspec = pytest.importorskip("fsspec")
 from fsspec.implementations.local import LocalFileSystem  # noqa: E402

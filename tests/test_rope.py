@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import hfblend
 from hfblend.blend.caches import RecordingCache
 from hfblend.blend.rotation import Realigner, pair_tables, rotate, rotation_between
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
 
@@ -40,7 +40,7 @@ def from_config(kind, **kwargs):
 def test_realigned_keys_equal_keys_computed_there(rope, dtype, tolerance):
     """Layer 0: its keys depend on ids and positions alone, so the truth at any position is one forward away."""
     model = make_llama(rope, dtype=dtype)
-    host = host_of(model)
+    host = model_of(model)
     ids = PROMPT.input_ids[:, :30]
 
     def keys_at(positions):
@@ -61,7 +61,7 @@ def test_realigned_keys_equal_keys_computed_there(rope, dtype, tolerance):
 def test_bf16_is_moved_no_worse_than_the_model_itself_rounds():
     model = make_llama(dtype=torch.bfloat16)
     exact = make_llama().to(torch.bfloat16).to(torch.float32)  # the same rounded weights, computed in fp32
-    host = host_of(model)
+    host = model_of(model)
     keys = {}
     for name, m in (("bf16", model), ("fp32", exact)):
         for start in (0, 400):
@@ -111,8 +111,8 @@ def test_a_prefix_from_another_regime_is_not_called_exact(rope):
     assert not trace.prefix.exact
     assert not trace.chunks[0].exact
     assert set(range(len(PROMPT.prefix_ids))) <= set(trace.candidate_idx.tolist())
-    assert host_of(model).length_dependent
-    assert not host_of(make_llama("yarn")).length_dependent
+    assert model_of(model).length_dependent
+    assert not model_of(make_llama("yarn")).length_dependent
 
 
 def test_dynamic_frequencies_grown_by_a_longer_prompt_hold_for_the_next_one():
@@ -171,7 +171,7 @@ def test_tables_are_read_without_changing_the_models_rotary_state():
 )  # fmt: skip
 def test_other_layouts_are_found_and_exact(kind, settings, pairing, layout):
     model = from_config(kind, **settings)
-    host = host_of(model)
+    host = model_of(model)
     assert {(r.pairing, r.layout) for r in host.rotations} == {(pairing, layout)}
     stock = generate(model, {"input_ids": PROMPT.input_ids}, max_new_tokens=3)
     with hfblend.patch(model, config=config(0.15), store=store_of_true_kv(model, PROMPT)) as blender:
@@ -182,7 +182,7 @@ def test_other_layouts_are_found_and_exact(kind, settings, pairing, layout):
 
 def test_layers_without_rope_are_left_alone():
     model = from_config("smollm3", no_rope_layers=[1, 0, 1])
-    assert [rotation is None for rotation in host_of(model).rotations] == [False, True, False]
+    assert [rotation is None for rotation in model_of(model).rotations] == [False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_values_do_not_move():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                                          num_attention_heads=4)).eval()  # fmt: skip
     full = full_prefill_kv(model, PROMPT.input_ids)
-    host = host_of(model)
+    host = model_of(model)
     moved = Realigner(host, host.rotations, [(torch.arange(len(PROMPT)), torch.arange(len(PROMPT)) + 5, 0)], 0)(
         1, full[1]
     )

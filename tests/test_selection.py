@@ -13,22 +13,11 @@ from hypothesis import strategies as st
 
 import hfblend
 from hfblend.attention.by_position import AttentionRecord
-from hfblend.blend.algorithm import Blending
-from hfblend.blend.selection import (
-    Evidence,
-    at_random,
-    budget,
-    by_chunk_start,
-    by_position,
-    by_suffix_attention,
-    chunk_starts,
-    highest,
-    interleaved,
-    kv_deviation,
-    mixed,
-)
+from hfblend.blend.rules import at_random, by_chunk_start, by_position, chunk_starts, interleaved, mixed
+from hfblend.blend.selection import Evidence, budget, by_suffix_attention, highest, kv_deviation
+from hfblend.generate.blending import Blending
 from hfblend.prompts.prompt import ChunkSpans
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 
 def kv(*values):
@@ -215,12 +204,12 @@ def test_suffix_attention_over_true_kv_is_the_stock_models(make):
 def test_gaps_and_chunks_not_yet_computed_are_hidden_from_the_suffix():
     """With them masked out, what the suffix gives to all other keys sums to one."""
     model = make_llama()
-    host, store = host_of(model), hfblend.MemoryStore()
+    host, store = model_of(model), hfblend.MemoryStore()
     hfblend.blend(model, make_prompt(order=(1, 0)), store=store, config=config(on_miss="in_context"))
     state = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.2, on_miss="in_context"))
     with torch.no_grad():
-        reuse = state.look_up()
-        received = state._suffix_attention((1, 3), host.last_logits, reuse, state.realign(reuse))
+        blend = state.stopped_at("realigned", host.last_logits)
+        reuse, received = blend.reuse, blend.suffix_attention((1, 3))
     assert sum(chunk.status == "fresh" for chunk in state.trace.chunks) >= 1
     suffix_start = PROMPT.chunk_spans[-1][1]
     hidden = reuse.fresh_idx[reuse.fresh_idx < suffix_start]
@@ -251,7 +240,7 @@ def test_score_pass_is_counted_and_needs_no_pass_over_all_tokens():
 
 def test_models_whose_attention_cannot_be_recorded_are_ranked_by_deviation(monkeypatch, caplog):
     model, store = make_llama(), hfblend.MemoryStore()
-    monkeypatch.setattr(host_of(model), "attends_by_position", False)
+    monkeypatch.setattr(model_of(model), "attends_by_position", False)
     trace = hfblend.blend(model, PROMPT, store=store, config=config(0.2)).trace
     expected = hfblend.blend(model, PROMPT, store=store, config=config(0.2, selection="kv_deviation")).trace
     assert torch.equal(trace.selected_idx, expected.selected_idx)

@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hfblend
 from hfblend.attention import switch as switching
-from hfblend.blend import rotation as rope
+from hfblend.model import layerwise
 from hfblend.model import prefill as batched_prefill
-from hfblend.model.hf_model import Host
-from hfblend.support import layerwise
+from hfblend.model.hf_model import HFModel
+from hfblend.support import rotations
 from hfblend.support import self_test as proof
-from hfblend.support.registry import BlendableModel
+from hfblend.support.registry import TestedModel
 
 
 def make(kind, **kwargs):
@@ -66,7 +66,7 @@ def self_tested(model, precision):
     """The self-test of a model in a precision, and what it found."""
     dtype, mode = PRECISIONS[precision]
     with mode():
-        return BlendableModel(model.to(dtype))
+        return TestedModel(model.to(dtype))
 
 
 @functools.cache
@@ -98,7 +98,7 @@ def test_what_is_allowed_is_a_few_times_what_stock_differs_from_itself(precision
     """Moved to other positions, layers of a sound model change about as much as by the noise that was measured."""
     dtype, mode = PRECISIONS[precision]
     model = SOUND["deep"]().to(dtype)
-    host = Host(model)
+    host = HFModel(model)
     with mode():
         stock = layerwise.stock_steps(host)
         _, shifted = host.self_test_positions(layerwise.LENGTH)
@@ -174,11 +174,15 @@ def other_base(own):
 
 
 WRONG_ROTATIONS = {
-    "pairing": lambda patch: patch.setattr(rope, "_FORMS", tuple(f for f in rope._FORMS if f[0] == "interleaved")),
-    "layout": lambda patch: patch.setattr(rope, "_FORMS", (("half", "repeated"), ("half", "single"))),
-    "sign": lambda patch: patch.setattr(rope, "_SIGNS", (-1,)),
-    "tables": lambda patch: patch.setattr(Host, "rotary_tables", other_base(Host.rotary_tables)),
-    "one position off": lambda patch: patch.setattr(Host, "self_test_positions", one_off(Host.self_test_positions)),
+    "pairing": lambda patch: patch.setattr(
+        rotations, "_FORMS", tuple(f for f in rotations._FORMS if f[0] == "interleaved")
+    ),
+    "layout": lambda patch: patch.setattr(rotations, "_FORMS", (("half", "repeated"), ("half", "single"))),
+    "sign": lambda patch: patch.setattr(rotations, "_SIGNS", (-1,)),
+    "tables": lambda patch: patch.setattr(HFModel, "rotary_tables", other_base(HFModel.rotary_tables)),
+    "one position off": lambda patch: patch.setattr(
+        HFModel, "self_test_positions", one_off(HFModel.self_test_positions)
+    ),
 }
 
 
@@ -309,7 +313,8 @@ def test_a_batch_of_chunks_is_taken_where_only_rounding_differs(name, precision,
         batched_prefill.prefill_together(host, chunks, (), None)
         assert host.prefills_in_batches
         own, host.prefills_in_batches = batched_prefill.prefill_batch, None
-        monkeypatch.setattr(batched_prefill, "prefill_batch", lambda host, ids, *rest: own(host, other_ids(ids), *rest))
+        wrong = lambda host, ids, *rest: own(host, other_ids(ids) if len(ids) > 1 else ids, *rest)  # noqa: E731
+        monkeypatch.setattr(batched_prefill, "prefill_batch", wrong)
         batched_prefill.prefill_together(host, chunks, (), None)
         assert host.prefills_in_batches is False
 

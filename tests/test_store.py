@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hfblend import ChunkKV, MemoryStore
-from hfblend.blend.caches import full_length_cache
+from hfblend.kv.rows import full_length_cache
 from hfblend.store import DiskStore, chunk_key
 
 

@@ -39,11 +39,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import hfblend
-from hfblend.blend.caches import full_length_cache
 from hfblend.cli import app
 from hfblend.kv.chunk import ChunkLost
 from hfblend.kv.ids import Ids
 from hfblend.kv.origin import Origin
+from hfblend.kv.rows import full_length_cache
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore
 from hfblend.store.folders import LocalFolder
 from hfblend.store.format import MOST_UNASKED, CorruptEntry, OtherVersion, contents_of, dump, parse

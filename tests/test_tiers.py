@@ -15,8 +15,8 @@ import torch
 from helpers import config, entry, generate, make_llama, make_prompt, same
 
 import hfblend
-from hfblend.blend.caches import full_length_cache, packed
 from hfblend.generate import precompute as precomputing
+from hfblend.kv.rows import full_length_cache, packed
 from hfblend.store import DiskStore, MemoryStore, TieredStore
 
 KEYS = [f"{i:064x}" for i in range(40)]

@@ -12,10 +12,10 @@ from helpers import config, generate, make_llama, make_mistral, make_prompt, sto
 from safetensors.torch import load_file, save_file
 
 import hfblend
-from hfblend.optional import require
 from hfblend.trace.recorder import relative_deviation
 from hfblend.trace.timeline import Interval, PhaseClock, ms_per_phase
 from hfblend.trace.tokens import texts_of
+from hfblend.util import require
 
 PROMPT = make_prompt()
 LEVELS = ("summary", "tokens", "full")

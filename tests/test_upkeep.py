@@ -18,7 +18,7 @@ from hfblend.kv.origin import Origin, digest_of
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore
 from hfblend.store.format import CorruptEntry, contents_of, dump, parse
 from hfblend.store.remote_folder import RemoteFolder
-from hfblend.support.registry import host_of
+from hfblend.support.registry import model_of
 
 fsspec = pytest.importorskip("fsspec")
 from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
@@ -194,11 +194,11 @@ def test_entries_say_of_which_model_they_are(where):
     model = make_llama()
     with hfblend.patch(model, config=config(0.3), store=store_at(where)) as blender:
         generate(model, PROMPT.inputs())
-        fingerprint = host_of(model).fingerprint.digest
+        fingerprint = model_of(model).fingerprint.digest
         chunk = blender.trace.chunks[1]
         found = blender.store.open(chunk.key).origin
     ids = PROMPT.ids[slice(*chunk.span)]
-    assert found == host_of(model).origin_of(ids, PROMPT.prefix_ids)
+    assert found == model_of(model).origin_of(ids, PROMPT.prefix_ids)
     assert (found.model, found.fingerprint) == ("LlamaForCausalLM", fingerprint)
     assert (found.ids, found.behind) == (digest_of(ids), digest_of(PROMPT.prefix_ids))
     assert json.loads(found.rope) == model.config.rope_parameters
@@ -209,7 +209,7 @@ def test_entries_say_of_which_model_they_are(where):
 def test_a_models_name_does_not_tell_where_it_lies(name):
     model = make_llama()
     model.config._name_or_path = name
-    assert host_of(model).name == {"org/model": "org/model"}.get(name, "model-7b")
+    assert model_of(model).name == {"org/model": "org/model"}.get(name, "model-7b")
 
 
 def test_origins_survive_tiers_8_bits_and_contexts(tmp_path):
@@ -227,7 +227,7 @@ def test_origins_survive_tiers_8_bits_and_contexts(tmp_path):
         generate(model, PROMPT.inputs())
         first = blender.trace.chunks[0]
     behind = PROMPT.ids[: first.span[0]]
-    assert store.open(first.key).origin == host_of(model).origin_of(PROMPT.ids[slice(*first.span)], behind)
+    assert store.open(first.key).origin == model_of(model).origin_of(PROMPT.ids[slice(*first.span)], behind)
 
 
 @pytest.mark.parametrize("said", ["nonsense", "[]", '{"model": "m"}', '"x"', "[" * 5000])

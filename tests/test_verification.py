@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import hfblend
 from hfblend import patching
-from hfblend.blend.caches import full_length_cache
 from hfblend.cli import app
 from hfblend.demo import model as demo_model
+from hfblend.kv.rows import full_length_cache
 from hfblend.measure import calibrate as calibration
 from hfblend.measure import verify as verification
 from hfblend.measure.calibrate import calibrate

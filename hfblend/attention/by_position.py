@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..blend.caches import StopForward
+from ..util import StopForward
 
 kernels: Any  # None where there is no Triton, which comes with PyTorch for GPUs
 try:

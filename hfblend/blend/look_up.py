@@ -1,24 +1,163 @@
-"""Phase 1: each chunk's KV is found in the store, or prefilled alone, stored, and then treated exactly like a hit."""
+"""Phase 1: each chunk's KV is found in the store, or prefilled alone, stored, and then treated exactly like a hit.
+
+Shapes: N reused tokens that could be recomputed.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from ..config import BlendConfig
-from ..kv.chunk import ChunkKV, Reader, prefill
-from ..model.prefill import chunks_at_once, in_batches, prefill_together
+from ..kv.chunk import ChunkKV, ChunkLost, Provenance, Reader
+from ..kv.rows import KV, full_length_cache, rows_at, sent
+from ..prompts.filler import require_filler
 from ..prompts.prompt import ChunkSpans
 from ..prompts.separator import Span
-from ..store import ReadsAhead, Store
-from ..support.registry import BlendableModel
-from ..trace.trace import BlendTrace, ChunkTrace, PhaseClock, Status
-from .caches import sent
-from .context import ChunkContext
+from ..store.base import ReadsAhead, Store
+from ..store.keys import chunk_key
+from ..trace.observer import Observer
+from ..trace.trace import ChunkTrace, Status
+from .model import BlendableModel
 from .reuse import Piece, Reuse, joined
 
+logger = logging.getLogger(__name__)
+
+_MOST_AFTER = 2**24  # ids that an entry captured in some context may claim: more than any model's context
+
+Ids = list[int]
 Found = tuple[Piece | None, ChunkTrace]
+
+
+class ChunksOf:
+    """Chunk KV of one model after one prefix: found in the store, or prefilled and stored.
+
+    Args:
+        prefix_ids: everything before the first chunk.
+        lost: keys of entries that turned out unreadable; they count as missing.
+
+    Attributes:
+        after_ids: the ids that chunks are computed after.
+        kv: KV of `after_ids`, once it is at hand.
+
+    Raises:
+        ValueError: `chunk_prefix="bos"` without a BOS, `"filler"` without its ids.
+    """
+
+    def __init__(
+        self,
+        model: BlendableModel,
+        store: Store,
+        config: BlendConfig,
+        prefix_ids: Sequence[int],
+        observer: Observer | None = None,
+        lost: frozenset[str] = frozenset(),
+    ) -> None:
+        self.model, self.store, self.config, self.prefix_ids, self.lost = model, store, config, prefix_ids, lost
+        self.observer = observer or Observer()
+        self.kv: Reader | None = None
+        self.after_ids = self._after_ids()
+        # Asked for every chunk of a prompt, which waits for it.
+        self._dtype, self._layouts = model.dtype, tuple(model.layouts.values())
+        self._token_bytes = sum(layout.width for layout in self._layouts) * self._dtype.itemsize
+
+    def key(self, ids: Sequence[int], after_ids: Sequence[int] | None) -> str:
+        """The key of ids that are computed after others; `None`: in some context."""
+        return chunk_key(self.model.digest, self._dtype, ids, after_ids, self.config.namespace)
+
+    def open(self, key: str, num_tokens: int, num_after: int | None) -> Reader | None:
+        """Returns the entry, or `None` if the store has none that can be this model's KV of so many tokens.
+
+        A file's header may claim anything, so what it claims is compared before any of it is read.
+
+        Args:
+            num_after: how many ids the tokens were computed after; `None`: in some context.
+        """
+        entry = None if key in self.lost else self.store.open(key)
+        usable = entry is not None and self._is_usable(entry, num_tokens, num_after, key)
+        return self.model.entry_of_all(entry if usable else None)
+
+    def _is_usable(self, entry: Reader, num_tokens: int, num_after: int | None, key: str) -> bool:
+        try:
+            return self._fits(entry, num_tokens, num_after, key) and len(entry.cached_positions) == num_tokens
+        except ChunkLost as error:
+            logger.warning("%s", error)
+            return False
+
+    def prefill(self, key: str, ids: Ids, after_ids: Sequence[int], after: Reader | None = None) -> Reader:
+        """Prefills ids alone and stores them."""
+        chunk_kv = self._prefilled([ids], after_ids, after)[0]
+        self.store.put(key, chunk_kv)
+        self.observer.phase_done("prefill_chunks")
+        return chunk_kv
+
+    def prefill_missing(self, missing: Mapping[str, Ids], batch_size: int | None = None) -> Iterator[dict[str, Reader]]:
+        """Prefills chunks by key, each alone after `after_ids`, and stores them; yields what each batch made."""
+        after = self.to_continue() if missing else None
+        for batch in self.model.batches(missing, len(self.after_ids), batch_size):
+            made = dict(zip(batch, self._prefilled(list(batch.values()), self.after_ids, after)))
+            for key, chunk_kv in made.items():
+                self.store.put(key, chunk_kv)
+            self.observer.phase_done("prefill_chunks")
+            yield dict(made)
+
+    def _prefilled(self, chunks: list[Ids], after_ids: Sequence[int], after: Reader | None) -> list[ChunkKV]:
+        self.observer.phase_done("look_up")
+        chunk_kvs = self.model.prefill(chunks, after_ids, after)
+        self.observer.phase_done("prefill_chunks")
+        self.observer.prefilled(sum(map(len, chunks)) * self.model.num_layers)
+        return chunk_kvs
+
+    def to_continue(self) -> Reader | None:
+        """KV of prefix, or of prefix and filler, to compute chunks from; `None` where that is not worth storing.
+
+        It is looked for, and made, at the first chunk that is missing: a warm store is not asked for it. Quantised KV
+        is computed again: what is computed after it would carry its error.
+        """
+        if self.kv is None and self.after_ids and self.config.chunk_prefix in ("prompt", "filler"):
+            ids = list(self.after_ids)
+            key = self.key(ids, ())
+            self.kv = self.open(key, len(ids), 0) or self.prefill(key, ids, ())
+        if self.kv is not None and self.kv.quantised:
+            self.kv = self._prefilled([list(self.after_ids)], (), None)[0]
+        return self.kv
+
+    def _after_ids(self) -> tuple[int, ...]:
+        match self.config.chunk_prefix:
+            case "prompt":
+                return tuple(self.prefix_ids)
+            case "filler":
+                return (*self.prefix_ids, *self._filler())
+            case "none":
+                return ()
+        bos = getattr(self.model.config, "bos_token_id", None)
+        if bos is None:
+            raise ValueError('chunk_prefix="bos" needs a bos_token_id in the model\'s config, which has none.')
+        return (bos if isinstance(bos, int) else bos[0],)
+
+    def _filler(self) -> tuple[int, ...]:
+        """The filler, at most as long as half of the context that the model was trained for."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or len(self.config.filler_ids) * 2
+        return require_filler(self.config.filler_ids)[: limit // 2]
+
+    def _fits(self, entry: Reader, num_tokens: int, num_after: int | None, key: str) -> bool:
+        """Whether an entry can be this model's KV of that many tokens; if not, logs it: the chunk counts as missing."""
+        after = min(entry.num_behind, _MOST_AFTER) if num_after is None else num_after
+        got = (entry.num_layers, len(entry), entry.num_behind, entry.num_bytes, entry.dtype, entry.layouts)
+        num_bytes = num_tokens * self._token_bytes
+        expected = (len(self._layouts), num_tokens, after, num_bytes, self._dtype, self._layouts)
+        if got != expected:
+            logger.warning(
+                "The store's entry %s… is not this model's: (layers, tokens, ids before them, bytes, dtype, layouts) "
+                "are %s, expected %s. The chunk is computed again.",
+                key[:12],
+                got,
+                expected,
+            )
+        return got == expected
 
 
 @dataclass
@@ -26,86 +165,83 @@ class LookUp:
     """One prompt's look-up.
 
     Args:
-        ids: T token ids, drafts behind the prompt included.
-        trace, clock: written to.
+        ids: T token ids, drafts after the prompt included.
         prompt_length: tokens of the prompt itself.
-        lost: keys of entries that could not be read to their end; they count as missing.
+        lost: keys of entries that turned out unreadable; they count as missing.
+        prefilled: keys of chunks that this prompt prefilled before such an entry was met.
     """
 
-    host: BlendableModel
-    ids: list[int]
+    model: BlendableModel
+    ids: Ids
     spans: ChunkSpans
     store: Store
     config: BlendConfig
-    trace: BlendTrace
-    clock: PhaseClock
+    observer: Observer
     prompt_length: int
     lost: frozenset[str] = frozenset()
+    prefilled: frozenset[str] = frozenset()
+    prefix: ChunkTrace | None = field(default=None, init=False)
+    chunks: list[ChunkTrace] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self._prefix_stop = self.spans[0][0] if self.spans else 0
         prefix_ids = self.ids[: self._prefix_stop]
-        self._context = ChunkContext(self.host, self.store, self.config, prefix_ids, self._prefill, self.lost)
+        self._chunks_of = ChunksOf(self.model, self.store, self.config, prefix_ids, self.observer, self.lost)
         self._keys: dict[tuple[Span, bool], str] = {}
+
+    @property
+    def all_traces(self) -> list[ChunkTrace]:
+        """Of the prefix, if there is one, and of the chunks."""
+        return [self.prefix, *self.chunks] if self.prefix else self.chunks
 
     def run(self) -> Reuse:
         """Finds, or makes, the KV of the prefix and of every chunk."""
-        pieces: list[Piece] = []
         isolated = self.config.on_miss == "isolated"
         self._read_ahead()
-        if self._prefix_stop:
-            prefix, self.trace.prefix = self._find((0, self._prefix_stop), (), accepts_in_context=False)
-            if prefix is None and isolated:
-                span, key = self.trace.prefix.span, self.trace.prefix.key
-                entry = self._prefill(key, self.ids[slice(*span)], (), None)
-                prefix, self.trace.prefix = self._piece(span, entry, key, "miss")
-            pieces += [prefix] if prefix else []
-            self._context.kv = prefix.entry if prefix and self.config.chunk_prefix == "prompt" else None
-        behind = self._context.behind_ids
-        found = [self._find(span, behind, accepts_in_context=not isolated) for span in self.spans]
+        pieces = [piece] if (piece := self._find_prefix(isolated)) else []
+        found = [self._find(span, self._chunks_of.after_ids, not isolated) for span in self.spans]
         if isolated:
             self._prefill_missing(found)
+        self._chunks_of.kv = None  # an open file would wait for the garbage collector
         pieces += [piece for piece, _ in found if piece]
-        self.trace.chunks += [chunk_trace for _, chunk_trace in found]
-        self.trace.bytes_reused = sum(piece.entry.num_bytes for piece in pieces)
-        self._context.kv = None  # the context knows this look-up, so an open file would wait for the garbage collector
+        self.chunks = [chunk for _, chunk in found]
+        for chunk in self.chunks:
+            if chunk.key in self.prefilled:
+                chunk.status = "miss"
+        self.num_bytes = sum(piece.entry.num_bytes for piece in pieces)
+        self.observer.looked_up(self.prefix, self.chunks, self.num_bytes)
         return self.partition(pieces)
+
+    def _find_prefix(self, isolated: bool) -> Piece | None:
+        if not self._prefix_stop:
+            return None
+        span = (0, self._prefix_stop)
+        piece, self.prefix = self._find(span, (), accepts_in_context=False)
+        if piece is None and isolated:
+            entry = self._chunks_of.prefill(self.prefix.key, self.ids[: self._prefix_stop], ())
+            piece, self.prefix = self._piece(span, entry, self.prefix.key, "miss")
+        if piece and self.config.chunk_prefix == "prompt":
+            self._chunks_of.kv = piece.entry
+        return piece
 
     def _prefill_missing(self, found: list[Found]) -> None:
         """Prefills what was not found, each chunk once, and then treats it exactly like a hit."""
-        missing = {chunk_trace.key: self.ids[slice(*chunk_trace.span)] for piece, chunk_trace in found if piece is None}
-        if not missing:
-            return
-        behind_ids, behind = self._context.behind_ids, self._to_continue()
+        missing = {chunk.key: self.ids[slice(*chunk.span)] for piece, chunk in found if piece is None}
         made: dict[str, Reader] = {}
-        self.clock.end_of("look_up")
-        for batch in in_batches(missing.items(), chunks_at_once(self.host), len(behind_ids)):
-            chunk_kvs = prefill_together(self.host, [ids for _, ids in batch], behind_ids, behind)
-            for (key, ids), chunk_kv in zip(batch, chunk_kvs):
-                self.trace.isolated_pairs += len(ids) * self.host.num_layers
-                self.store.put(key, chunk_kv)
-                made[key] = chunk_kv
-        self.clock.end_of("prefill_chunks")
+        for batch in self._chunks_of.prefill_missing(missing):
+            made |= batch
         seen: set[str] = set()
-        for i, (piece, chunk_trace) in enumerate(found):
+        for i, (piece, chunk) in enumerate(found):
             if piece is None:
-                key = chunk_trace.key
-                found[i] = self._piece(chunk_trace.span, made[key], key, "hit" if key in seen else "miss")
-                seen.add(key)
+                found[i] = self._piece(chunk.span, made[chunk.key], chunk.key, "hit" if chunk.key in seen else "miss")
+                seen.add(chunk.key)
 
-    def _to_continue(self) -> Reader | None:
-        """KV of what chunks stand behind; computed again, once for the prompt, where the store has it quantised."""
-        behind = self._context.to_continue()
-        if behind is not None and behind.quantised:
-            self._context.kv = behind = self._prefilled(list(self._context.behind_ids), (), None)
-        return behind
-
-    def _find(self, span: Span, behind: tuple[int, ...], accepts_in_context: bool) -> Found:
-        """The span's entry in the store: computed alone behind those ids, else (if accepted) in some context."""
+    def _find(self, span: Span, after: tuple[int, ...], accepts_in_context: bool) -> Found:
+        """The span's entry in the store: computed alone after those ids, else (if accepted) in some context."""
         ids = self.ids[slice(*span)]
-        for ids_before in (behind, None) if accepts_in_context else (behind,):
+        for ids_before in (after, None) if accepts_in_context else (after,):
             key = self._key(span, ids_before)
-            entry = self._context.open(key, len(ids), None if ids_before is None else len(ids_before))
+            entry = self._chunks_of.open(key, len(ids), None if ids_before is None else len(ids_before))
             if entry is not None:
                 return self._piece(span, entry, key, "hit")
         return None, ChunkTrace(span, key, "fresh")
@@ -114,31 +250,17 @@ class LookUp:
         """Tells a store whose entries take long to come what will be asked for."""
         if isinstance(self.store, ReadsAhead):
             prefix = [self._key((0, self._prefix_stop), ())] if self._prefix_stop else []
-            self.store.read_ahead(prefix + [self._key(span, self._context.behind_ids) for span in self.spans])
+            self.store.read_ahead(prefix + [self._key(span, self._chunks_of.after_ids) for span in self.spans])
 
-    def _key(self, span: Span, behind: tuple[int, ...] | None) -> str:
-        """The key of a span's ids behind those, or in some context. A span has one of each."""
-        place = (span, behind is None)
+    def _key(self, span: Span, after: tuple[int, ...] | None) -> str:
+        """The key of a span's ids after those, or in some context. A span has one of each."""
+        place = (span, after is None)
         if place not in self._keys:
-            self._keys[place] = self._context.key(self.ids[slice(*span)], behind)
+            self._keys[place] = self._chunks_of.key(self.ids[slice(*span)], after)
         return self._keys[place]
 
-    def _prefill(self, key: str, ids: list[int], behind: tuple[int, ...], continues: Reader | None) -> Reader:
-        """Prefills ids alone and stores them; from then on they are treated exactly like a hit."""
-        chunk_kv = self._prefilled(ids, behind, continues)
-        self.store.put(key, chunk_kv)
-        self.clock.end_of("prefill_chunks")
-        return chunk_kv
-
-    def _prefilled(self, ids: list[int], behind: tuple[int, ...], continues: Reader | None) -> ChunkKV:
-        self.clock.end_of("look_up")
-        chunk_kv = prefill(self.host, ids, behind, continues)
-        self.clock.end_of("prefill_chunks")
-        self.trace.isolated_pairs += len(ids) * self.host.num_layers
-        return chunk_kv
-
     def _piece(self, span: Span, entry: Reader, key: str, status: Status) -> tuple[Piece, ChunkTrace]:
-        """Exact is what stands where it was computed, behind the same ids, in the same RoPE regime, as computed.
+        """Exact is what stands where it was computed, after the same ids, in the same RoPE regime, unchanged.
 
         Quantised KV is not: an exact piece is never recomputed, and ratio 1 would keep its error.
         """
@@ -148,14 +270,14 @@ class LookUp:
             and entry.num_behind == start
             and list(entry.behind_ids) == self.ids[:start]
             and entry.cached_positions.tolist() == list(range(start, stop))
-            and self.host.same_regime(entry.regime, self.host.regime(len(self.ids)))
+            and self.model.same_regime(entry.regime, self.model.regime(len(self.ids)))
         )
         cached_start = int(entry.cached_positions[0])
         return Piece(span, entry, exact), ChunkTrace(span, key, status, exact, cached_start, entry.quantised)
 
     def partition(self, pieces: list[Piece]) -> Reuse:
         """Sorts pieces into exact and moved, and tokens into candidates and fresh ones."""
-        last = self.prompt_length - 1  # its output is asked for, and that of drafts behind it
+        last = self.prompt_length - 1  # its output is read, and that of drafts after it
         starts = [piece.span[0] for piece in pieces] + [len(self.ids)]
         stops = [0] + [min(piece.span[1], last) for piece in pieces]
         moved = [piece for piece in pieces if not piece.exact]
@@ -165,7 +287,42 @@ class LookUp:
         in_suffix = (fresh >= suffix_start) & (fresh <= last)
         # Counted on the CPU and sent together: no pass has to wait for a size.
         parts = [joined(candidates), fresh, fresh[in_suffix], fresh[~in_suffix]]
-        on_device = sent(torch.cat(parts), self.host.device).split([len(part) for part in parts])
+        on_device = sent(torch.cat(parts), self.model.device).split([len(part) for part in parts])
         reuse = Reuse([piece for piece in pieces if piece.exact], moved, *on_device)
-        self.trace.candidate_idx, self.trace.fresh_idx = reuse.candidate_idx, reuse.fresh_idx
+        self.observer.partitioned(reuse.candidate_idx, reuse.fresh_idx)
         return reuse
+
+    # --- once the prompt is blended -------------------------------------------------------------------------------
+
+    def keep_fresh(self, buffers: Mapping[int, KV]) -> None:
+        """Stores what was computed inside this prompt, as long as nothing before it was reused from elsewhere."""
+        for chunk in self.all_traces:
+            if chunk.status in ("hit", "miss") and not chunk.exact:
+                return
+            if chunk.status == "fresh":
+                self.keep(chunk, buffers)
+
+    def keep(self, chunk: ChunkTrace, buffers: Mapping[int, KV]) -> None:
+        """Stores a chunk, or the prefix, that this prompt computed."""
+        start, stop = chunk.span
+        positions = torch.arange(start, stop)
+        kv = full_length_cache(rows_at(states, positions) for _, states in sorted(buffers.items()))
+        provenance: Provenance = "isolated" if chunk is self.prefix else "in_context"
+        after_ids = tuple(self.ids[:start])
+        origin, regime = self.model.origin_of(self.ids[start:stop], after_ids), self.model.regime(len(self.ids))
+        self.store.put(chunk.key, ChunkKV(kv, positions, after_ids, provenance, regime, origin=origin))
+
+    def note_what_was_not_kept(self) -> None:
+        """Says when the store is too small for this prompt: its chunks push each other out and miss every time."""
+        if getattr(self.store, "logs_what_it_lost", False):
+            return
+        prefilled = [chunk for chunk in self.chunks if chunk.status == "miss"]
+        lost = sum(self.store.open(chunk.key) is None for chunk in prefilled)
+        if lost:
+            note = (
+                f"{lost} of {len(prefilled)} chunks prefilled for this prompt are not in the store any more: it is too "
+                f"small for them ({self.num_bytes} bytes; give it more), or could not keep them, as its log says. They "
+                "will be prefilled again."
+            )
+            self.observer.note(note)
+            logger.warning(note)

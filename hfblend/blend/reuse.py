@@ -10,19 +10,18 @@ Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
-from ..controller import Load
-from ..gpu.loader import loaders_of
-from ..kv.chunk import Reader
-from ..prompts.prompt import Span
-from ..support.registry import BlendableModel
-from .caches import KV, ROOM, empty_kv, sent
-from .rotation import Realigner
+from ..kv.chunk import ChunkKV, Reader
+from ..kv.rows import KV, ROOM, empty_kv, rows_at, sent
+from ..prompts.separator import Span
+from ..trace.observer import Observer
+from .rotation import KeyRotation, Realigner, RotaryTables
 
 
 @dataclass
@@ -53,51 +52,79 @@ class Reuse:
     suffix_idx: torch.Tensor
     unread_idx: torch.Tensor
 
-    def loads(self, device: torch.device) -> dict[str, Load]:
-        """Tier -> what has to be loaded from it; `"memory"` is the device's own."""
-        found: dict[str, Load] = {}
-        for piece in self.exact + self.moved:
-            tier = piece.entry.tier_beside(device)
-            found[tier] = found.get(tier, Load(0, 0)) + Load(1, piece.entry.num_bytes)
-        return found
+    @property
+    def pieces(self) -> list[Piece]:
+        """All of them."""
+        return self.exact + self.moved
+
+
+class ReusingModel(RotaryTables, Protocol):
+    """The part of a model that reused K/V are assembled for.
+
+    Attributes:
+        rotations: per layer, how cached state turns with position.
+    """
+
+    rotations: list[KeyRotation | None]
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def num_kv_layers(self) -> int: ...
+    def device_of_layer(self, layer_idx: int) -> torch.device: ...
+
+    def regime(self, length: int) -> int:
+        """The prompt length that sets length-dependent RoPE frequencies in a prompt of `length` tokens."""
+        ...
+
+
+class Loader(Protocol):
+    """Gathers the reused rows of some layers, faster than `ReusedKV` does it."""
+
+    buffers: dict[int, KV]  # layer -> (1, Hkv, T + room, D), until it is loaded
+    is_near: bool  # whether all rows lie in the device's memory
+
+    def has(self, layer_idx: int) -> bool: ...
+    def load(self, layers: Sequence[int]) -> dict[int, KV]: ...
+    def read_ahead(self, layer_idx: int) -> None: ...
 
 
 class ReusedKV:
     """A layer's reused K/V at its new positions, assembled when asked for.
 
     Args:
-        host, reuse: the model and the prompt's pieces.
+        model, reuse: the model and the prompt's pieces.
         length: T.
+        observer: is told when layers are asked for and loaded.
+
+    Attributes:
+        loaders: layer -> what gathers its rows in place of this class.
+        takes_graphs: whether passes over this KV may be recorded: loaders gather all of it, into rows on one GPU.
     """
 
-    def __init__(self, host: BlendableModel, reuse: Reuse, length: int) -> None:
-        self.reuse, self.length = reuse, length
-        self._host, self._num_layers, self._device = host, host.num_kv_layers, host.device
+    def __init__(self, model: ReusingModel, reuse: Reuse, length: int, observer: Observer | None = None) -> None:
+        self.model, self.reuse, self.length, self.observer = model, reuse, length, observer or Observer()
         positions = [torch.arange(*piece.span) for piece in reuse.moved]
         moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
-        self._realigner = Realigner(host, host.rotations, moves, host.regime(length))
+        self.realigner = Realigner(model, model.rotations, moves, model.regime(length))
+        self.loaders: Mapping[int, Loader] = {}
+        self.takes_graphs = False
+        self._to_read = [piece.entry for piece in reuse.pieces if not isinstance(piece.entry, ChunkKV)]
         self._loaded: dict[int, KV] = {}
-        self._loaders = loaders_of(host, reuse, self._realigner, length)
-
-    @property
-    def by_kernel(self) -> bool:
-        """Whether layers are gathered by a kernel, into rows, all on one GPU."""
-        return bool(self._loaders) and self._host.takes_kernels
 
     @property
     def is_near(self) -> bool:
-        """Whether every piece lies in this GPU's memory: nothing has to be waited for."""
-        return self.by_kernel and all(loader.is_near for loader in self._loaders.values())
+        """Whether every piece lies in the GPU's memory: nothing has to be waited for."""
+        return self.takes_graphs and all(loader.is_near for loader in self.loaders.values())
 
     @property
     def unfilled(self) -> dict[int, KV]:
-        """Layer -> the buffers that it will be loaded into, where kernels do that; reused rows are not there yet."""
-        found = {i: loader.buffers[i] for i, loader in self._loaders.items() if loader.has(i)}
-        return found | self._loaded
+        """Layer -> the buffers that loaders will load it into; reused rows are not there yet."""
+        return {i: loader.buffers[i] for i, loader in self.loaders.items() if loader.has(i)} | self._loaded
 
     def preload(self) -> None:
         """Reads and moves every layer now, instead of when its turn comes."""
-        for i in range(self._num_layers):
+        for i in range(self.model.num_kv_layers):
             if self.reuse.moved or self.reuse.exact:
                 self._loaded[i] = self._load(i, self._like(i))
 
@@ -113,48 +140,54 @@ class ReusedKV:
 
     def moved_kv(self, layer_idx: int, like: KV) -> KV:
         """K/V (1, Hkv, N, D) of the pieces that moved, realigned, on the device of `like`."""
-        keys, values = (b.index_select(2, self._moved_rows.to(b.device)) for b in self.layer(layer_idx, like))
-        return keys, values
+        return rows_at(self.layer(layer_idx, like), self._moved_rows)
 
     @cached_property
     def _moved_rows(self) -> torch.Tensor:
         """(N,) the rows of the pieces that moved; a piece that ends with the prompt has one that is no candidate."""
-        return sent(joined([torch.arange(*piece.span) for piece in self.reuse.moved]), self._device)
+        return sent(joined([torch.arange(*piece.span) for piece in self.reuse.moved]), self.model.device)
 
-    def layers(self, layers: Sequence[int]) -> dict[int, KV]:
-        """Layer -> buffers of several layers at once."""
-        loader = self._loaders.get(layers[0]) if layers else None
-        if loader is not None and all(map(loader.has, layers)):
-            return loader.load(layers)
-        return {i: self.layer(i) for i in layers}
+    def layers(self, layers: Sequence[int], like: KV | None = None) -> dict[int, KV]:
+        """Layer -> buffers of several layers; a loader gathers them together."""
+        loader = self.loaders.get(layers[0]) if layers else None
+        if loader is None or len(layers) == 1 or not all(map(loader.has, layers)):
+            return {i: self.layer(i, like) for i in layers}
+        found = loader.load(layers)
+        for layer_idx, buffers in found.items():
+            self.observer.layer_loaded(layer_idx, buffers)
+        return found
 
     def prefetch(self, layer_idx: int) -> None:
-        """Starts reading what lies on disk, and what lies in RAM beside a GPU: this layer and the next few."""
-        if layer_idx in self._loaders:
-            self._loaders[layer_idx].read_ahead(layer_idx)
-            return
-        for piece in self.reuse.exact + self.reuse.moved:
-            piece.entry.prefetch(layer_idx)
+        """Starts reading this layer, and the next few, of entries that are not in the device's memory."""
+        with self.observer.layer("ask", "asked for", layer_idx):
+            if layer_idx in self.loaders:
+                self.loaders[layer_idx].read_ahead(layer_idx)
+                return
+            for entry in self._to_read:
+                entry.prefetch(layer_idx)
 
     def _like(self, layer_idx: int) -> KV:
         """K/V of one entry, where the layer's own will be: a store's may be elsewhere."""
         keys, values = (self.reuse.moved + self.reuse.exact)[0].entry.layer(layer_idx)
-        device = self._host.device_of_layer(layer_idx)
+        device = self.model.device_of_layer(layer_idx)
         return keys[:, :, :0].to(device), values[:, :, :0].to(device)
 
     def _load(self, layer_idx: int, like: KV) -> KV:
-        loader = self._loaders.get(layer_idx)
-        if loader is not None and loader.has(layer_idx):
-            return loader.load([layer_idx])[layer_idx]
+        with self.observer.layer("load", "reused KV", layer_idx):
+            loader = self.loaders.get(layer_idx)
+            is_there = loader is not None and loader.has(layer_idx)
+            buffers = loader.load([layer_idx])[layer_idx] if loader and is_there else self._assembled(layer_idx, like)
+        self.observer.layer_loaded(layer_idx, buffers)
+        return buffers
+
+    def _assembled(self, layer_idx: int, like: KV) -> KV:
         buffers = empty_kv(like, self.length + ROOM)
         self.prefetch(layer_idx)
         for piece in self.reuse.exact:
             for place, states in zip(_places(buffers, piece.span), piece.entry.layer(layer_idx)):
                 place.copy_(states)
-        turned = 0
-        for piece in self.reuse.moved:
-            tokens = slice(turned, turned := turned + len(piece.entry.cached_positions))
-            self._realigner.move(layer_idx, piece.entry.layer(layer_idx), tokens, _places(buffers, piece.span))
+        moved = [(piece.entry.layer(layer_idx), _places(buffers, piece.span)) for piece in self.reuse.moved]
+        self.realigner.move(layer_idx, moved)
         return buffers
 
 

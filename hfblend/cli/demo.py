@@ -10,7 +10,7 @@ import typer
 from ..demo import model as demo_model
 from ..demo.demo import run_demo
 from ..demo.playground.page import serve
-from ..outputs import require_folders_of
+from ..util import require_folders_of
 from .common import Device, JsonFile, Model, console, in_words
 
 

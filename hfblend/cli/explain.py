@@ -16,11 +16,11 @@ from ..demo import model as demo_model
 from ..display import Display
 from ..display.text import visible
 from ..measure.verify import Verification
-from ..outputs import require_folders_of
 from ..patching import Blender, patch
 from ..prompts.prompt import Prompt
 from ..store import Store
 from ..trace.trace import BlendTrace, Level
+from ..util import require_folders_of
 from .common import (
     Device,
     DType,

@@ -15,7 +15,7 @@ from ..controller import TIERS, BlendShape, Controller, Load, Profile
 from ..demo import model as demo_model
 from ..measure.profile import profile_of
 from ..store import MemoryStore
-from ..support.registry import host_of
+from ..support.registry import model_of
 from .common import Device, DType, Model, console, dtype_of, in_words, numbers, print_json, store_at
 
 CHUNK, SUFFIX = 512, 32  # tokens, of the prompts that are looked at
@@ -82,7 +82,7 @@ def profile(
         loaded, _ = demo_model.load(model, device, dtype_of(dtype))
         with Console(stderr=True).status("Measuring …"):
             found = profile_of(loaded, where, config, refresh=refresh)
-        bytes_per_token = host_of(loaded).kv_bytes_per_token
+        bytes_per_token = model_of(loaded).kv_bytes_per_token
         rows = forecasts(Controller(found, least_ratio), lengths, bytes_per_token)
     if as_json:
         print_json({"profile": asdict(found), "forecasts": rows})

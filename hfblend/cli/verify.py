@@ -16,10 +16,10 @@ from ..config import BlendConfig
 from ..demo import model as demo_model
 from ..measure.divergence import describe_machine
 from ..measure.verify import Verification, verify_prompt
-from ..outputs import require_folders_of
 from ..prompts.prompt import Prompt
 from ..store import MemoryStore
-from ..support.registry import host_of
+from ..support.registry import model_of
+from ..util import require_folders_of
 from .common import Device, JsonFile, Model, console, in_words
 from .prompts import read_prompts
 
@@ -67,7 +67,7 @@ def as_json(
     """Everything measured, with what it was measured on."""
     return {
         "model": name,
-        "machine": describe_machine(host_of(model).device),
+        "machine": describe_machine(model_of(model).device),
         "selection": config.selection,
         "recompute_ratio": config.fixed_ratios[0],
         "max_kl": max_kl,

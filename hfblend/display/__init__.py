@@ -17,9 +17,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 
 from ..arguments import require, require_tokenizer
 from ..trace.trace import BlendTrace
-from .plots import plot_quality, plot_scores, plot_timeline, plot_ttft
+from .plots import plot_scores, plot_timeline
 
-__all__ = ["Display", "plot_quality", "plot_scores", "plot_timeline", "plot_ttft", "show"]
+__all__ = ["Display", "plot_scores", "plot_timeline", "show"]
 
 
 def show(trace: BlendTrace, tokenizer: Any = None, *, console: Console | None = None) -> Display:

@@ -1,16 +1,15 @@
-"""A trace, and results of `hfblend eval` and `hfblend bench`, as matplotlib figures.
+"""A trace as matplotlib figures.
 
 They are apart from pyplot and its global state: `figure.savefig(...)`, or the last line of a notebook's cell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..arguments import described, require
-from ..optional import figure_class
+from ..arguments import require
 from ..trace.trace import BlendTrace
+from ..util import figure_class
 from . import palette
 
 if TYPE_CHECKING:
@@ -84,24 +83,6 @@ def plot_timeline(trace: BlendTrace) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     return figure
-
-
-def plot_quality(rows: Sequence[dict[str, Any]], title: str = "") -> Figure:
-    """Quality against cost, from the rows of `hfblend eval` (`hfblend.lab.eval.summary.summarize(records)`)."""
-    from ..lab.eval import report
-
-    if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
-        raise TypeError(f"rows must be the list that hfblend eval --json wrote, got {described(rows)}.")
-    return report.figure(rows, title)
-
-
-def plot_ttft(results: dict[str, Any]) -> Figure:
-    """Time to first token and speed-up, from what `hfblend bench --json` wrote."""
-    from ..lab.bench import report
-
-    if not isinstance(results, Mapping) or "rows" not in results:
-        raise TypeError(f"results must be what hfblend bench --json wrote, with its rows, got {described(results)}.")
-    return report.figure(results)
 
 
 def _rule(trace: BlendTrace) -> str:

@@ -12,14 +12,15 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..arguments import described, require
-from ..blend.algorithm import Blending
-from ..blend.caches import hand_over
+from ..blend.algorithm import Blend
 from ..config import BlendConfig, as_config
 from ..controller import Controller
 from ..prompts.prompt import Prompt
 from ..store import Store, store_at
-from ..support.registry import host_of
+from ..support.registry import model_of
 from ..trace.trace import BlendTrace, Level, as_level
+from .blending import Blending
+from .hand_over import hand_over
 
 
 @dataclass
@@ -44,7 +45,7 @@ def blend(
     *,
     store: Store | str | os.PathLike[str] | None = None,
     config: BlendConfig | None = None,
-    algorithm: type[Blending] | None = None,
+    algorithm: type[Blend] | None = None,
     controller: Controller | None = None,
     trace: Level = "summary",
 ) -> BlendResult:
@@ -58,7 +59,7 @@ def blend(
         prompt: any prompt; one without chunks is prefilled in full.
         store: where chunk KV is looked up and kept: a store, a folder or a URL; default, a new `MemoryStore`.
         config: default `BlendConfig()`. `min_reused_tokens` is not applied here.
-        algorithm: a subclass of `Blending` that does a phase in another way, as those of `hfblend.lab.baselines`.
+        algorithm: a subclass of `Blend` that does a phase in another way, as those of `hfblend.lab.baselines`.
         controller: settles `recompute_ratios="auto"`; needed for that.
         trace: its level of detail, `"summary"`, `"tokens"` or `"full"`: see `hfblend.BlendTrace`.
 
@@ -68,21 +69,20 @@ def blend(
             `"auto"` without a controller, or no such level.
         TypeError: an argument of another type.
     """
-    host, config, prompt, store = host_of(model), as_config(config), require_prompt(prompt), store_at(store)
-    if algorithm is not None and not (isinstance(algorithm, type) and issubclass(algorithm, Blending)):
-        raise TypeError(
-            f"algorithm must be a subclass of hfblend.blend.algorithm.Blending, got {described(algorithm)}."
-        )
+    tested, config, prompt, store = model_of(model), as_config(config), require_prompt(prompt), store_at(store)
+    if algorithm is not None and not (isinstance(algorithm, type) and issubclass(algorithm, Blend)):
+        raise TypeError(f"algorithm must be a subclass of hfblend.blend.algorithm.Blend, got {described(algorithm)}.")
     require("controller", controller, (Controller, type(None)), "a hfblend.controller.Controller")
     noted = BlendTrace(level=as_level(trace))
-    state = (algorithm or Blending)(
-        host, prompt.input_ids, prompt.chunk_spans, store, config, noted, controller=controller
+    state = Blending(
+        tested, prompt.input_ids, prompt.chunk_spans, store, config, noted,
+        controller=controller, algorithm=algorithm or Blend,
     )  # fmt: skip
-    output = state.run(host.last_logits)
-    cache = DynamicCache(config=host.config)
+    output = state.run(tested.last_logits)
+    cache = DynamicCache(config=tested.config)
     hand_over(state.buffers, len(prompt) - 1, 1, cache)
-    state.clock.end_of("hand_over")
-    return BlendResult(output.logits[:, -1], cache, state.trace)
+    state.observer.phase_done("hand_over")
+    return BlendResult(output.logits[:, -1], cache, noted)
 
 
 def require_prompt(prompt: Any, name: str = "prompt", expected: str = "a hfblend.Prompt") -> Prompt:

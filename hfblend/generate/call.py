@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from ..blend.algorithm import Blending
-from ..blend.caches import SideBySide, hand_over
 from ..config import BlendConfig
 from ..controller import Controller
 from ..locks import Running
 from ..model.hf_model import CACHE, CACHE_NAMES, cache_given
 from ..prompts.prompt import ChunkSpans
 from ..store import Store
-from ..support.registry import BlendableModel
+from ..support.registry import TestedModel
 from ..trace.trace import BlendTrace, Level
+from .blending import Blending
 from .fallbacks import Asked, Fallback, Plan, found_chunks, generate_option
+from .hand_over import SideBySide, hand_over
 
 logger = logging.getLogger("hfblend.patching")
 
@@ -54,7 +54,7 @@ class Call(Running):
 
     def __init__(
         self,
-        host: BlendableModel,
+        host: TestedModel,
         plan: Plan,
         by_stock: bool,
         config: BlendConfig,
@@ -176,7 +176,7 @@ class Call(Running):
             output.last_hidden_state = output.last_hidden_state.expand(ids.shape[0], -1, -1)  # (B · k, S, C)
         else:
             output, state = self._side_by_side(ids, kwargs, cache)
-        state.clock.end_of("hand_over")
+        state.observer.phase_done("hand_over")
         output[CACHE] = cache
         return output
 
@@ -212,8 +212,8 @@ class Call(Running):
         spans = ChunkSpans(()) if reason else prompt.chunk_spans
         known_ids = prompt.ids if ids.shape[1] == len(prompt) else []
         state = Blending(
-            self.host, ids, spans, self.store, self.config, trace, len(prompt), self.controller, known_ids,
-            weights_are_known=place > 0,
+            self.host, ids, spans, self.store, self.config, trace,
+            prompt_length=len(prompt), controller=self.controller, ids=known_ids, weights_are_known=place > 0,
         )  # fmt: skip
         if reason:
             found = f" {found_chunks([prompt.chunk_spans], self.config, None)}" if prompt.chunk_spans else ""

@@ -9,6 +9,7 @@ import enum
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -18,13 +19,13 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from transformers.cache_utils import Cache
 
 from ..arguments import described
-from ..blend.caches import is_foreign
 from ..config import BlendConfig
 from ..model.hf_model import CACHE_NAMES, cache_given
 from ..model.weights import adapters
 from ..prompts.prompt import ChunkSpans, Prompt, spans_by_row
 from ..prompts.separator import Separator
-from ..support.registry import BlendableModel
+from ..support.registry import TestedModel
+from .hand_over import is_foreign
 
 
 class Fallback(enum.Enum):
@@ -140,128 +141,218 @@ class Plan:
     fallback: Fallback | None = None
     found: str = ""
 
+    def add_row(self, row: torch.Tensor, spans: ChunkSpans) -> None:
+        """Adds a row of the batch: (1, n) ids without padding."""
+        for place, prompt in enumerate(self.prompts):
+            if prompt.chunk_spans == spans and torch.equal(prompt.input_ids, row):
+                self.prompt_of_row.append(place)
+                return
+        self.prompt_of_row.append(len(self.prompts))
+        self.prompts.append(Prompt(row, spans))
+
     @property
     def is_one_prompt(self) -> bool:
         """Whether all rows are one prompt, without padding."""
         return len(self.prompts) == 1 and len(self.prompts[0]) == self.num_tokens
 
 
-def plan(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    chunk_spans: Iterable[Any] | None,
-    config: BlendConfig,
-    separator: Separator | None,
-    nested: bool,
-    host: BlendableModel,
-) -> Plan:
-    """Decides about one call of `generate(*args, **kwargs)`, before anything runs.
+@dataclass
+class Request:
+    """One call of `generate(*args, **kwargs)`, looked at before anything runs.
 
     Args:
+        host: the model, past its self-test.
+        model: the module whose `generate` it is: the model, or what peft makes of one.
         chunk_spans: of one prompt, or of each row; they count the padding, as the columns of `input_ids` do.
-        nested: whether it runs inside another one of this model.
-        host: of the model.
-
-    Raises:
-        ValueError: chunk spans that do not fit the prompt, or the batch.
+        separator: splits ids without spans; `None` does not.
+        nested: whether the call runs inside another one of this model.
     """
-    planned = _plan(model, args, kwargs, chunk_spans, config, separator, nested, host)
-    if planned.fallback is not None:
-        planned.found = _found(planned, model, args, kwargs, chunk_spans, config, separator, host)
-    return planned
+
+    host: TestedModel
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    chunk_spans: Iterable[Any] | None
+    config: BlendConfig
+    separator: Separator | None
+    nested: bool
+
+    def plan(self) -> Plan:
+        """Decides whether the call is blended.
+
+        Raises:
+            ValueError: chunk spans that do not fit the prompt, or the batch.
+        """
+        planned = self._planned()
+        if planned.fallback is not None:
+            planned.found = self._found(planned)
+        return planned
+
+    def option(self, name: str) -> Any:
+        """Returns a generation setting as `generate` would resolve it."""
+        return generate_option(self.model, self.kwargs, name)
+
+    @cached_property
+    def ids(self) -> torch.Tensor | None:
+        """(B, T); `None` where the call has none that chunks could be found in."""
+        ids = self._given_ids()
+        is_ids = torch.is_tensor(ids) and ids.ndim == 2 and not ids.is_floating_point() and ids.numel() > 0
+        return ids if is_ids else None
+
+    def _given_ids(self) -> Any:
+        given = (self.kwargs.get("input_ids"), self.kwargs.get("inputs"), *self.args[:1])
+        return next((value for value in given if value is not None), None)
+
+    def _planned(self) -> Plan:
+        ids, spans = self.ids, None
+        if ids is None:
+            return Plan(0, fallback=self._before_splitting() or Fallback.NO_INPUT_IDS)
+        if self.chunk_spans is not None:
+            spans = spans_by_row(self.chunk_spans, ids)
+            for of_row in spans:
+                of_row.check(ids.shape[1])
+        if fallback := self._before_splitting():
+            return Plan(ids.shape[1], fallback=fallback)
+        padding = self._left_padding(ids)
+        if padding is None:
+            return Plan(ids.shape[1], fallback=Fallback.PADDING)
+        rows, planned = ids.cpu(), Plan(ids.shape[1], ids)  # the one time that Python waits for the ids
+        for i, start in enumerate(padding):
+            row = rows[i : i + 1, start:]
+            planned.add_row(row, self._split(row[0].tolist()) if spans is None else spans[i].moved(-start))
+        reasons = [self._nothing_reused(prompt.chunk_spans) for prompt in planned.prompts]
+        planned.prefilled = {place: reason for place, reason in enumerate(reasons) if reason}
+        planned.fallback = reasons[0] if all(reasons) else self._after_splitting(ids)
+        longest = ids.shape[1] - min(padding)
+        if not planned.fallback and not all(self.host.same_regime(len(prompt), longest) for prompt in planned.prompts):
+            planned.fallback = Fallback.ROPE_REGIMES
+        return planned
+
+    def _before_splitting(self) -> Fallback | None:
+        if not self.config.enabled:
+            return Fallback.DISABLED
+        if self.nested:
+            return Fallback.NESTED
+        is_training, refusal = self.host.look()
+        if is_training:
+            return Fallback.TRAINING_MODE
+        if refusal:
+            return Fallback.MODEL_CHANGED
+        if self.option("cache_implementation") == "paged":
+            return Fallback.CONTINUOUS_BATCHING
+        if self.host.is_cast:
+            return Fallback.AUTOCAST
+        if adapters.reason_against(self.model, self.kwargs):
+            return Fallback.ADAPTERS
+        return None if self.kwargs.get("inputs_embeds") is None else Fallback.NO_INPUT_IDS
+
+    def _nothing_reused(self, spans: ChunkSpans) -> Fallback | None:
+        """Returns why nothing of a prompt is reused."""
+        if not spans:
+            return Fallback.NO_CHUNKS
+        too_few = sum(stop - start for start, stop in spans) < self.config.min_reused_tokens
+        return Fallback.TOO_FEW_TOKENS if too_few else None
+
+    def _after_splitting(self, ids: torch.Tensor) -> Fallback | None:
+        cache = cache_given(self.kwargs)
+        if isinstance(cache, Cache) and int(cache.get_seq_length()) > 0:
+            return Fallback.FILLED_CACHE
+        if is_foreign(cache):
+            return Fallback.FOREIGN_CACHE
+        if self.option("use_cache") is False:
+            return Fallback.NO_CACHE
+        if not self.host.reads_last_row_only or any(map(self.option, _ALL_ROWS)):
+            return Fallback.ALL_ROWS_WANTED
+        return Fallback.EXTRA_INPUTS if self._extra_inputs(ids) else None
+
+    def _extra_inputs(self, ids: torch.Tensor) -> list[str]:
+        return [name for name, value in self.kwargs.items() if name not in _TOKEN_INPUTS and _is_input(value, ids)]
+
+    def _split(self, ids: list[int]) -> ChunkSpans:
+        if self.separator is None:
+            return ChunkSpans(())
+        if len(ids) >= self.config.min_reused_tokens:
+            self.separator.warn_if_hidden(ids)
+        return ChunkSpans(self.separator.chunk_spans(ids))
+
+    def _left_padding(self, ids: torch.Tensor) -> Sequence[int] | None:
+        """Returns the (B,) tokens that `generate` masks at each prompt's start; `None` if it masks others, or all.
+
+        It masks as the given mask says, or else the padding token, unless that ends texts too.
+        """
+        mask = self.kwargs.get("attention_mask")
+        if mask is None:
+            pad, eos = self.option("pad_token_id"), self.option("eos_token_id")
+            if pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos]):
+                return [0] * ids.shape[0]
+            mask = ids != pad
+        if mask.shape != ids.shape:
+            return None
+        seen = mask != 0
+        if bool(seen.all()):
+            return [0] * ids.shape[0]
+        padding = (~seen).sum(1)
+        on_the_left = seen == (torch.arange(ids.shape[1], device=seen.device) >= padding[:, None])
+        whole_rows = padding == ids.shape[1]
+        return padding.tolist() if bool((on_the_left.all(1) & ~whole_rows).all()) else None
+
+    def _found(self, planned: Plan) -> str:
+        """Returns, as a sentence, the figures and names in the call that gave the reason."""
+        host, ids, mask = self.host, self.ids, self.kwargs.get("attention_mask")
+        match planned.fallback:
+            case Fallback.MODEL_CHANGED:
+                return f"It says: {host.refusal}"
+            case Fallback.ALL_ROWS_WANTED if not host.reads_last_row_only:
+                return (
+                    f"The forward of {type(host.model).__name__} reads more of its decoder's output, whatever is "
+                    "asked for."
+                )
+            case Fallback.ALL_ROWS_WANTED:
+                return f"Got {', '.join(filter(self.option, _ALL_ROWS))}."
+            case Fallback.AUTOCAST:
+                dtype = torch.get_autocast_dtype(host.device.type)
+                return f"Got autocast to {dtype}, the model's dtype is {host.dtype}."
+            case Fallback.NO_INPUT_IDS if self.kwargs.get("inputs_embeds") is not None:
+                return "Got inputs_embeds."
+            case Fallback.NO_INPUT_IDS:
+                return f"Got {described(self._given_ids())}."
+            case Fallback.PADDING if mask is not None and ids is not None:
+                return f"Got a mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(ids.shape)}."
+            case Fallback.PADDING:
+                return "Got no mask, so that the padding token counts as masked; pass a mask of ones if it is meant."
+            case Fallback.NO_CHUNKS if self.chunk_spans is not None:
+                return "Got chunk_spans without a span."
+            case Fallback.NO_CHUNKS | Fallback.TOO_FEW_TOKENS:
+                return found_chunks([prompt.chunk_spans for prompt in planned.prompts], self.config, self.separator)
+            case Fallback.FILLED_CACHE:
+                return f"Got a cache of {int(cache_given(self.kwargs).get_seq_length())} tokens."
+            case Fallback.EXTRA_INPUTS if ids is not None:
+                return f"Got {', '.join(self._extra_inputs(ids))}."
+            case Fallback.ADAPTERS:
+                return adapters.reason_against(self.model, self.kwargs) or ""
+            case Fallback.ROPE_REGIMES:
+                return f"Got prompts of {', '.join(str(len(prompt)) for prompt in planned.prompts)} tokens."
+        return ""
 
 
-def _plan(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    chunk_spans: Iterable[Any] | None,
-    config: BlendConfig,
-    separator: Separator | None,
-    nested: bool,
-    host: BlendableModel,
-) -> Plan:
-    ids = _input_ids(args, kwargs)
-    if ids is None:
-        return Plan(0, fallback=_before_splitting(model, ids, kwargs, config, nested, host))
-    spans = None if chunk_spans is None else spans_by_row(chunk_spans, ids)
-    for of_row in spans or ():
-        of_row.check(ids.shape[1])
-    if fallback := _before_splitting(model, ids, kwargs, config, nested, host):
-        return Plan(ids.shape[1], fallback=fallback)
-    padding = _left_padding(model, ids, kwargs)
-    if padding is None:
-        return Plan(ids.shape[1], fallback=Fallback.PADDING)
-    rows, planned = ids.cpu(), Plan(ids.shape[1], ids)  # the one time that Python waits for the ids
-    for i, start in enumerate(padding):
-        row = rows[i : i + 1, start:]
-        own = _split(row[0].tolist(), separator, config) if spans is None else spans[i].moved(-start)
-        known = (
-            p for p, one in enumerate(planned.prompts) if one.chunk_spans == own and torch.equal(one.input_ids, row)
+def found_chunks(spans: Sequence[ChunkSpans], config: BlendConfig, separator: Separator | None) -> str:
+    """The figures of `NO_CHUNKS` and `TOO_FEW_TOKENS`, for the prompts of one or the other.
+
+    Args:
+        spans: of each prompt.
+    """
+    if any(spans):
+        most = max(sum(stop - start for start, stop in one) for one in spans)
+        count = max(map(len, spans))
+        prompts = "" if len(spans) == 1 else f" at most, in {len(spans)} prompts"
+        return (
+            f"Got {most} reusable tokens in {count} chunks{prompts}; min_reused_tokens is {config.min_reused_tokens}."
         )
-        place = next(known, len(planned.prompts))
-        planned.prompt_of_row.append(place)
-        if place == len(planned.prompts):
-            planned.prompts.append(Prompt(row, own))
-    reasons = [_nothing_reused(prompt.chunk_spans, config) for prompt in planned.prompts]
-    planned.prefilled = {place: reason for place, reason in enumerate(reasons) if reason}
-    planned.fallback = reasons[0] if all(reasons) else _after_splitting(model, ids, kwargs, host)
-    longest = ids.shape[1] - min(padding)
-    if not planned.fallback and not all(host.same_regime(len(prompt), longest) for prompt in planned.prompts):
-        planned.fallback = Fallback.ROPE_REGIMES
-    return planned
-
-
-def _before_splitting(
-    model: nn.Module,
-    ids: torch.Tensor | None,
-    kwargs: dict[str, Any],
-    config: BlendConfig,
-    nested: bool,
-    host: BlendableModel,
-) -> Fallback | None:
-    if not config.enabled:
-        return Fallback.DISABLED
-    if nested:
-        return Fallback.NESTED
-    is_training, refusal = host.look()
-    if is_training:
-        return Fallback.TRAINING_MODE
-    if refusal:
-        return Fallback.MODEL_CHANGED
-    if generate_option(model, kwargs, "cache_implementation") == "paged":
-        return Fallback.CONTINUOUS_BATCHING
-    if host.is_cast:
-        return Fallback.AUTOCAST
-    if adapters.reason_against(model, kwargs):
-        return Fallback.ADAPTERS
-    return Fallback.NO_INPUT_IDS if ids is None or kwargs.get("inputs_embeds") is not None else None
-
-
-def _nothing_reused(spans: ChunkSpans, config: BlendConfig) -> Fallback | None:
-    """Why nothing of a prompt is reused."""
-    if not spans:
-        return Fallback.NO_CHUNKS
-    too_few = sum(stop - start for start, stop in spans) < config.min_reused_tokens
-    return Fallback.TOO_FEW_TOKENS if too_few else None
-
-
-def _after_splitting(
-    model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any], host: BlendableModel
-) -> Fallback | None:
-    cache = cache_given(kwargs)
-    if isinstance(cache, Cache) and int(cache.get_seq_length()) > 0:
-        return Fallback.FILLED_CACHE
-    if is_foreign(cache):
-        return Fallback.FOREIGN_CACHE
-    if generate_option(model, kwargs, "use_cache") is False:
-        return Fallback.NO_CACHE
-    if not host.reads_last_row_only or any(generate_option(model, kwargs, name) for name in _ALL_ROWS):
-        return Fallback.ALL_ROWS_WANTED
-    if any(_is_input(value, ids) for name, value in kwargs.items() if name not in _TOKEN_INPUTS):
-        return Fallback.EXTRA_INPUTS
-    return None
+    if separator is not None:
+        return f"The separator is {config.separator!r}."
+    if isinstance(config.separator, str):
+        return f"The separator {config.separator!r} is text, and patch() had no tokenizer to look for it."
+    return "The config has separator=None."
 
 
 _LOGITS = ("logits_to_keep", "num_logits_to_keep")  # the latter in older code of models
@@ -282,7 +373,7 @@ class Asked:
     """
 
     plan: Plan
-    host: BlendableModel
+    host: TestedModel
     ids: torch.Tensor
     decoder: dict[str, Any]
     model: dict[str, Any] | None
@@ -369,7 +460,7 @@ def has_output_hooks(*modules: nn.Module) -> bool:
     return any(map(_reads, chain(_global_forward_hooks.values(), own)))
 
 
-def has_inner_hooks(host: BlendableModel) -> bool:
+def has_inner_hooks(host: TestedModel) -> bool:
     """Whether hooks of the user meet the modules inside the model, or all there are: they see the passes of a blend."""
     if not (host.has_hooks or _global_forward_pre_hooks):
         return False
@@ -381,75 +472,10 @@ def has_inner_hooks(host: BlendableModel) -> bool:
 def _reads(hook: Any) -> bool:
     """Whether a hook is the user's. Those of these packages do a module's work, or act where outputs are asked for."""
     home = str(getattr(getattr(hook, "func", hook), "__module__", ""))
-    return not home.startswith(("accelerate.", "peft.", "torch.", "transformers.", f"{__package__}."))
+    return not home.startswith(("accelerate.", "peft.", "torch.", "transformers.", "hfblend."))
 
 
 _READ_HERE = ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES)
-
-
-def _found(
-    planned: Plan,
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    chunk_spans: Iterable[Any] | None,
-    config: BlendConfig,
-    separator: Separator | None,
-    host: BlendableModel,
-) -> str:
-    """What of a call gave the reason: figures and names, as a sentence."""
-    ids, mask, cache = _input_ids(args, kwargs), kwargs.get("attention_mask"), cache_given(kwargs)
-    match planned.fallback:
-        case Fallback.MODEL_CHANGED:
-            return f"It says: {host.refusal}"
-        case Fallback.ALL_ROWS_WANTED if not host.reads_last_row_only:
-            return (
-                f"The forward of {type(host.model).__name__} reads more of its decoder's output, whatever is asked for."
-            )
-        case Fallback.AUTOCAST:
-            return f"Got autocast to {torch.get_autocast_dtype(host.device.type)}, the model's dtype is {host.dtype}."
-        case Fallback.NO_INPUT_IDS:
-            given = next((v for v in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
-            return "Got inputs_embeds." if kwargs.get("inputs_embeds") is not None else f"Got {described(given)}."
-        case Fallback.PADDING if mask is not None and ids is not None:
-            return f"Got a mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(ids.shape)}."
-        case Fallback.PADDING:
-            return "Got no mask, so that the padding token counts as masked; pass a mask of ones if it is meant."
-        case Fallback.NO_CHUNKS if chunk_spans is not None:
-            return "Got chunk_spans without a span."
-        case Fallback.NO_CHUNKS | Fallback.TOO_FEW_TOKENS:
-            return found_chunks([prompt.chunk_spans for prompt in planned.prompts], config, separator)
-        case Fallback.FILLED_CACHE:
-            return f"Got a cache of {int(cache.get_seq_length())} tokens."
-        case Fallback.ALL_ROWS_WANTED | Fallback.EXTRA_INPUTS if ids is not None:
-            names = [name for name, value in kwargs.items() if name not in _TOKEN_INPUTS and _is_input(value, ids)]
-            asked = [name for name in _ALL_ROWS if generate_option(model, kwargs, name)]
-            return f"Got {', '.join(names if planned.fallback is Fallback.EXTRA_INPUTS else asked)}."
-        case Fallback.ADAPTERS:
-            return adapters.reason_against(model, kwargs) or ""
-        case Fallback.ROPE_REGIMES:
-            return f"Got prompts of {', '.join(str(len(prompt)) for prompt in planned.prompts)} tokens."
-    return ""
-
-
-def found_chunks(spans: Sequence[ChunkSpans], config: BlendConfig, separator: Separator | None) -> str:
-    """The figures of `NO_CHUNKS` and `TOO_FEW_TOKENS`, for the prompts of one or the other.
-
-    Args:
-        spans: of each prompt.
-    """
-    if any(spans):
-        most = max(sum(stop - start for start, stop in one) for one in spans)
-        count = max(map(len, spans))
-        prompts = "" if len(spans) == 1 else f" at most, in {len(spans)} prompts"
-        return (
-            f"Got {most} reusable tokens in {count} chunks{prompts}; min_reused_tokens is {config.min_reused_tokens}."
-        )
-    if separator is not None:
-        return f"The separator is {config.separator!r}."
-    if isinstance(config.separator, str):
-        return f"The separator {config.separator!r} is text, and patch() had no tokenizer to look for it."
-    return "The config has separator=None."
 
 
 _ALL_ROWS = ("output_hidden_states", "output_attentions")
@@ -480,43 +506,6 @@ def require_token_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 _TOKEN_INPUTS = ("input_ids", "inputs", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
-
-
-def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    ids = next((v for v in (kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]) if v is not None), None)
-    is_ids = torch.is_tensor(ids) and ids.ndim == 2 and not ids.is_floating_point() and ids.numel() > 0
-    return ids if is_ids else None
-
-
-def _split(ids: list[int], separator: Separator | None, config: BlendConfig) -> ChunkSpans:
-    if separator is None:
-        return ChunkSpans(())
-    spans = ChunkSpans(separator.chunk_spans(ids))
-    if len(ids) >= config.min_reused_tokens:
-        separator.warn_if_hidden(ids)
-    return spans
-
-
-def _left_padding(model: nn.Module, ids: torch.Tensor, kwargs: dict[str, Any]) -> Sequence[int] | None:
-    """(B,) tokens that `generate` masks in front of each prompt; `None` if it masks others, or whole rows.
-
-    It masks what the given mask says, or else the padding token, unless that ends texts too.
-    """
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        pad, eos = (generate_option(model, kwargs, f"{kind}_token_id") for kind in ("pad", "eos"))
-        if pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos]):
-            return [0] * ids.shape[0]
-        mask = ids != pad
-    if mask.shape != ids.shape:
-        return None
-    seen = mask != 0
-    if bool(seen.all()):
-        return [0] * ids.shape[0]
-    padding = (~seen).sum(1)
-    on_the_left = seen == (torch.arange(ids.shape[1], device=seen.device) >= padding[:, None])
-    whole_rows = padding == ids.shape[1]
-    return padding.tolist() if bool((on_the_left.all(1) & ~whole_rows).all()) else None
 
 
 def _is_input(value: Any, ids: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,14 +18,14 @@ from typing import Any
 from torch import nn
 
 from ..arguments import described, is_function, is_tokenizer, require_text, require_tokenizer, token_ids, whole
-from ..blend.context import ChunkContext
+from ..blend.look_up import ChunksOf
 from ..config import BlendConfig, as_config
-from ..kv.chunk import ChunkKV, ChunkLost, Reader, in_memory, prefill
-from ..model.prefill import Ids, chunks_at_once, in_batches, prefill_together
+from ..kv.chunk import ChunkKV, ChunkLost, Reader, in_memory
+from ..model.prefill import Ids, prefill
 from ..prompts.prompt import Prompt
 from ..prompts.tokenize import Encoder, text_in
-from ..store import DiskStore, RemoteStore, Store, TieredStore, store_at
-from ..support.registry import BlendableModel, host_of
+from ..store import Store, flush, holds, store_at
+from ..support.registry import TestedModel, model_of
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def precompute(
     _require_several(chunks)
     if store is None:
         raise TypeError("store must be a store, a folder or a URL, got None: its entries would end with this call.")
-    host, config, store = host_of(model), as_config(config), store_at(store)
-    batch_size = whole("batch_size", chunks_at_once(host) if batch_size is None else batch_size, 1)
+    host, config, store = model_of(model), as_config(config), store_at(store)
+    batch_size = whole("batch_size", host.chunks_at_once if batch_size is None else batch_size, 1)
     if progress is not None and not is_function(progress):
         raise TypeError(f"progress must be a function of the report so far, got {described(progress)}.")
     to_ids = _ToIds(host, tokenizer)
@@ -120,7 +120,7 @@ def precompute(
     try:
         return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
     finally:
-        run.context.kv = None  # the context knows the run, so this KV would wait for the garbage collector
+        run.chunks_of.kv = None  # else this KV would wait for the garbage collector
 
 
 def _require_several(chunks: Any) -> None:
@@ -132,20 +132,10 @@ def _require_several(chunks: Any) -> None:
         raise TypeError(f"chunks must be several texts or lists of ids, got {described(chunks)}.")
 
 
-def holds(store: Store, key: str) -> bool:
-    """Whether a store has an entry to last: of tiers, the last one. Nothing is read where the store can tell."""
-    if isinstance(store, TieredStore):
-        return holds(store.stores[-1], key)
-    # A file is opened, which reads its header: one of another version, or of another kv_dtype, is none.
-    if isinstance(store, Container) and not isinstance(store, (DiskStore, RemoteStore)):
-        return key in store
-    return store.open(key) is not None
-
-
 class _ToIds:
     """Chunks and prefix as token ids that the model has."""
 
-    def __init__(self, host: BlendableModel, tokenizer: Any) -> None:
+    def __init__(self, host: TestedModel, tokenizer: Any) -> None:
         self.vocab_size = getattr(host.config, "vocab_size", None)
         self.tokenizer = tokenizer
         self.encode = None if tokenizer is None else Encoder(require_tokenizer(tokenizer))
@@ -193,15 +183,15 @@ class _Run:
 
     def __init__(
         self,
-        host: BlendableModel,
+        model: TestedModel,
         store: Store,
         config: BlendConfig,
         prefix_ids: Ids,
         batch_size: int,
         progress: Callable[[Precomputed], None] | None,
     ) -> None:
-        self.host, self.store, self.progress = host, store, progress
-        self.context = ChunkContext(host, store, config, prefix_ids, self._prefill)
+        self.model, self.store, self.progress = model, store, progress
+        self.chunks_of = ChunksOf(model, _Flushed(store), config, prefix_ids)
         self.batch_size = batch_size
         self.report, self.started = Precomputed(), time.perf_counter()
         self._first_stored: str | None = None
@@ -214,28 +204,30 @@ class _Run:
             missing = self._missing(window)
             if not missing:
                 self._tell()
-            for batch in in_batches(missing.items(), self.batch_size, len(self.context.behind_ids)):
-                self._store(batch)
+            else:
+                self._hold_what_comes_before()
+            for made in self.chunks_of.prefill_missing(missing, self.batch_size):
+                self._count(made)
                 self._tell()
         self._tell()
         self._warn_if_pushed_out()
         return self.report
 
     def _keep_prefix(self) -> None:
-        ids = list(self.context.prefix_ids)
-        key = self.context.key(ids, ())
+        ids = list(self.chunks_of.prefix_ids)
+        key = self.chunks_of.key(ids, ())
         if ids and not self._holds(key):
-            self._prefill(key, ids, (), None)
+            self.chunks_of.prefill(key, ids, ())
 
     def _holds(self, key: str) -> bool:
         """Whether the store has an entry; of a tensor-parallel model, every rank's."""
-        return self.host.ranks.all_agree(holds(self.store, key))
+        return self.model.ranks.all_agree(holds(self.store, key))
 
     def _missing(self, window: list[Ids]) -> dict[str, Ids]:
         """By key, the chunks that the store has not; the others are counted."""
         missing: dict[str, Ids] = {}
         for ids in window:
-            key = self.context.key(ids, self.context.behind_ids)
+            key = self.chunks_of.key(ids, self.chunks_of.after_ids)
             self.report.chunks += 1
             if key in missing or self._holds(key):
                 self.report.skipped += 1
@@ -243,45 +235,29 @@ class _Run:
                 missing[key] = ids
         return missing
 
-    def _store(self, batch: list[tuple[str, Ids]]) -> None:
-        behind_ids, behind = self.context.behind_ids, self._to_continue()
-        chunk_kvs = prefill_together(self.host, [ids for _, ids in batch], behind_ids, behind)
-        for (key, ids), chunk_kv in zip(batch, chunk_kvs):
-            self._put(key, chunk_kv)
+    def _count(self, made: Mapping[str, Reader]) -> None:
+        for key, chunk_kv in made.items():
             if not self._holds(key):
                 self.report.failed += 1
                 continue
             self._first_stored = self._first_stored or key
             self.report.computed += 1
-            self.report.tokens += len(ids)
+            self.report.tokens += len(chunk_kv.cached_positions)
             self.report.num_bytes += chunk_kv.num_bytes
 
-    def _to_continue(self) -> Reader | None:
-        """KV of what chunks stand behind, on the model's device: read once for all chunks."""
-        if isinstance(self.context.kv, ChunkKV) and self.context.kv.layer(0)[0].device == self.host.device:
-            return self.context.kv
-        behind = self.context.to_continue()
-        if behind is not None and behind.quantised:  # what is computed behind it would carry its error
-            behind = prefill(self.host, list(self.context.behind_ids), (), None)
+    def _hold_what_comes_before(self) -> None:
+        """KV of what chunks are computed after, on the model's device: read once for all chunks."""
+        kv = self.chunks_of.kv
+        if isinstance(kv, ChunkKV) and kv.layer(0)[0].device == self.model.device:
+            return
         try:
-            self.context.kv = None if behind is None else in_memory(behind).to(self.host.device)
+            before = self.chunks_of.to_continue()
+            self.chunks_of.kv = None if before is None else in_memory(before).to(self.model.device)
         except ChunkLost as error:
             logger.warning("%s; it is prefilled again.", error)
-            self.context.lost |= {error.key}
-            self.context.kv = None
-            return self._to_continue()
-        return self.context.kv
-
-    def _prefill(self, key: str, ids: Ids, behind_ids: tuple[int, ...], continues: Reader | None) -> Reader:
-        chunk_kv = prefill(self.host, ids, behind_ids, continues)
-        self._put(key, chunk_kv)
-        return chunk_kv
-
-    def _put(self, key: str, chunk_kv: ChunkKV) -> None:
-        """Stored when this returns: tiers write in the background."""
-        self.store.put(key, chunk_kv)
-        if isinstance(self.store, TieredStore):
-            self.store.flush()
+            self.chunks_of.lost |= {error.key}
+            self.chunks_of.kv = None
+            self._hold_what_comes_before()
 
     def _tell(self) -> None:
         self.report.seconds = time.perf_counter() - self.started
@@ -291,3 +267,44 @@ class _Run:
     def _warn_if_pushed_out(self) -> None:
         if self._first_stored is not None and not self._holds(self._first_stored):
             logger.warning("The store is too small for these chunks: later ones pushed earlier ones out.")
+
+
+class _Flushed:
+    """A store whose entries are kept when `put` returns: tiers write in the background."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.open = store, store.open
+
+    def put(self, key: str, chunk_kv: ChunkKV) -> None:
+        self.store.put(key, chunk_kv)
+        flush(self.store)
+
+
+def prefill_chunk(
+    model: nn.Module, ids: Sequence[int], behind_ids: Sequence[int] = (), *, behind: Reader | None = None
+) -> ChunkKV:
+    """Computes a chunk's KV behind `behind_ids`, by one stock forward; the rows of `behind_ids` are dropped.
+
+    >>> chunk_kv = prefill_chunk(model, tokenizer(text).input_ids, behind_ids=system_ids)  # doctest: +SKIP
+
+    Args:
+        model: a causal LM, patched or not.
+        ids: the chunk's n token ids.
+        behind_ids: what it is computed behind (prefix, BOS, …).
+        behind: KV of the first of `behind_ids`, at positions 0 …, to continue from instead of computing them again;
+            quantised KV is not continued from.
+
+    Returns:
+        K/V at positions len(behind_ids) … len(behind_ids) + n − 1.
+
+    Raises:
+        ValueError: an empty chunk, a model in training mode, or `torch.autocast` in another dtype.
+        TypeError: text, or what else is no list of token ids.
+    """
+    tested = model_of(model)
+    vocab_size = getattr(tested.config, "vocab_size", None)
+    ids, behind_ids = token_ids("ids", ids, vocab_size), token_ids("behind_ids", behind_ids, vocab_size)
+    if behind is not None and not hasattr(behind, "cached_positions"):
+        raise TypeError(f"behind must be chunk KV, as prefill_chunk or a store gives it, got {described(behind)}.")
+    tested.fingerprint.current(tested.model)  # which the entry names as its origin
+    return prefill(tested, ids, behind_ids, behind)

@@ -26,19 +26,20 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..arguments import require_tokenizer, whole
-from ..blend.algorithm import Blending
-from ..blend.caches import KV, ROOM, empty_kv, full_length_cache, hand_over
 from ..blend.reuse import Piece, Reuse, ReusedKV
 from ..blend.selection import Evidence
 from ..config import BlendConfig, as_config
 from ..kv.chunk import ChunkKV, ChunkLost, Reader
+from ..kv.rows import KV, ROOM, empty_kv, first_rows, full_length_cache
 from ..model.hf_model import CACHE
-from ..model.passes import Forward
 from ..prompts.prompt import Prompt
 from ..store import Store, store_at
-from ..support.registry import BlendableModel, host_of
-from ..trace.trace import BlendTrace, settings_of
+from ..support.registry import TestedModel, model_of
+from ..trace.observer import Observer
+from ..trace.trace import BlendTrace
 from .blend_one import BlendResult, require_prompt
+from .blending import Blending
+from .hand_over import hand_over
 
 # --- what is seen at each stop ----------------------------------------------------------------------------------------
 
@@ -187,70 +188,66 @@ def steps(
         ValueError, TypeError: as `hfblend.blend`; and, from going on, for a replacement that does not fit.
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
-    host, config, prompt, store = host_of(model), as_config(config), require_prompt(prompt), store_at(store)
+    tested, config, prompt, store = model_of(model), as_config(config), require_prompt(prompt), store_at(store)
     if tokenizer is not None:
         require_tokenizer(tokenizer)
     trace = BlendTrace(level="summary" if tokenizer is None else "tokens", tokenizer=tokenizer)
-    state = Stepping(host, prompt.input_ids.to(host.device), prompt.chunk_spans, store, config, trace)
+    state = Stepping(tested, prompt.input_ids, prompt.chunk_spans, store, config, trace)
     return state.steps(tokenizer, max_new_tokens)
 
 
 class Stepping(Blending):
-    """`Blending` with stops."""
+    """A prompt that stops for the user where the algorithm does."""
 
     @torch.no_grad()
     def steps(self, tokenizer: Any, max_new_tokens: int) -> Generator[Step, None, None]:
         """Phases 1 to 5, a stop after each."""
-        forward = self.host.last_logits
-
+        stops, ranked = self._looked_up(), False
         looked_up = LookedUp(self.trace, self._copied_pieces())
         yield from self._stop(looked_up, "look_up")
-        reuse = self._use_pieces(looked_up.pieces)
-
-        self.trace.settings = settings_of(self.config)
-        reused = HeldKV(self.host, reuse, self.length)
-        realigned = Realigned(self.trace, reused.shown(), *_moves(reuse))
-        yield from self._stop(realigned, "look_up")
-        _use_kv(realigned.kv, reused.shown(), realigned.name)
-
-        selected_idx = yield from self._selecting(forward, reuse, reused)
-        selected = Selected(self.trace, reuse.candidate_idx, selected_idx, reuse.fresh_idx)
-        yield from self._stop(selected, "select")
-        chosen = _as_candidates(selected.selected_idx, reuse.candidate_idx)
-        if self.config.recomputes_all and not torch.equal(chosen, reuse.candidate_idx):
-            self.config = replace(self.config, check_layers=(), recompute_ratios=())  # no longer a full prefill
-        if self._entered is not None and not torch.isin(chosen, self._entered.rows).all():
-            self._entered = None  # gradual filtering did not take them as far: every layer computes all rows
-
-        output = self.recompute(forward, reuse, reused, chosen)
-        kv = {layer: _first_rows(buffers, self.length) for layer, buffers in sorted(self.buffers.items())}
-        recomputed = Recomputed(self.trace, dict(kv), output.logits[:, -1])
+        self.blend.reuse = self._use_pieces(looked_up.pieces)
+        self.blend.model = _Holding(self.model)
+        for name in stops:
+            if name == "realigned":
+                yield from self._realigned()
+            elif name == "scored":
+                ranked = True
+                yield from self._scored()
+            elif name == "selected":
+                yield from () if ranked else self._without_scores()
+                yield from self._selected()
+        kv = {layer: first_rows(buffers, self.length) for layer, buffers in sorted(self.buffers.items())}
+        logits = self.blend.output.logits[:, -1]
+        recomputed = Recomputed(self.trace, dict(kv), logits)
         yield from self._stop(recomputed, "recompute")
         _use_kv(recomputed.kv, kv, recomputed.name)
-
-        yield self._generated(_like("logits", recomputed.logits, output.logits[:, -1]), tokenizer, max_new_tokens)
+        yield self._generated(_like("logits", recomputed.logits, logits), tokenizer, max_new_tokens)
 
     def _stop(self, step: Step, phase: str) -> Generator[Step, None, None]:
         """Time spent at a stop is no phase's."""
-        self.clock.end_of(phase)
+        self.observer.phase_done(phase)
         yield step
-        self.clock.end_of("stopped")
+        self.observer.phase_done("stopped")
 
     # --- 1 look up ------------------------------------------------------------------------------------------------
 
-    def _copied_pieces(self) -> list[Piece]:
-        """What was found, as copies: the store's own are never changed."""
+    def _looked_up(self) -> Iterator[str]:
+        """The stops of a blend that has looked up, and holds copies: the store's own entries are never changed."""
         while True:
+            stops = self.prepared(self.model.last_logits).phases()
             try:
-                reuse = self.look_up()
-                pieces = [replace(piece, entry=_copy(piece.entry)) for piece in reuse.exact + reuse.moved]
-                return sorted(pieces, key=lambda piece: piece.span)
+                next(stops)
+                self._pieces = [replace(one, entry=_copy(one.entry)) for one in self.blend.reuse.pieces]
+                return stops
             except ChunkLost as error:
-                self._begin_again(error)
+                self.begin_again(error)
+
+    def _copied_pieces(self) -> list[Piece]:
+        return sorted(self._pieces, key=lambda piece: piece.span)
 
     def _use_pieces(self, pieces: Sequence[Piece]) -> Reuse:
         pieces = sorted(pieces, key=lambda piece: piece.span)
-        known = {chunk.span: chunk for chunk in [self.trace.prefix, *self.trace.chunks] if chunk}
+        known = {chunk.span: chunk for chunk in self.blend.look_up.all_traces}
         spans = [piece.span for piece in pieces]
         if len(set(spans)) < len(spans) or not set(spans) <= set(known):
             raise ValueError(
@@ -258,53 +255,65 @@ class Stepping(Blending):
             )
         for piece in pieces:
             (start, stop), tokens, layers = piece.span, len(piece.entry.cached_positions), piece.entry.num_layers
-            if tokens != stop - start or layers != self.host.num_kv_layers:
+            if tokens != stop - start or layers != self.model.num_kv_layers:
                 raise ValueError(
-                    f"The piece at {piece.span} needs KV of {stop - start} tokens and {self.host.num_kv_layers} "
+                    f"The piece at {piece.span} needs KV of {stop - start} tokens and {self.model.num_kv_layers} "
                     f"layers, got {tokens} tokens and {layers} layers."
                 )
             known[piece.span].exact = piece.exact
         for span in set(known) - set(spans):
             if known[span].cached_start is not None:
                 known[span].status, known[span].cached_start, known[span].exact = "unused", None, False
-        return self._look_up.partition(pieces)
+        return self.blend.look_up.partition(pieces)
 
-    # --- 3 select -------------------------------------------------------------------------------------------------
+    # --- 2 realign, 3 select --------------------------------------------------------------------------------------
 
-    def _selecting(self, forward: Forward, reuse: Reuse, reused: ReusedKV) -> Generator[Step, None, torch.Tensor]:
-        """Stops at every ranking; once, where there is none."""
-        if self.config.recomputes_all or not self.config.check_layers or reuse.candidate_idx.numel() == 0:
-            scored = Scored(self.trace, reuse.candidate_idx, None, None)
-            yield from self._stop(scored, "select")
-            if scored.scores is not None:
-                raise ValueError("No rule runs for this prompt, so scores are not used; replace selected_idx instead.")
-            return self.select(forward, reuse, reused)
-        rankings = self.rankings(forward, reuse, reused)
-        while True:
-            try:
-                ranking = next(rankings)
-            except StopIteration as end:
-                return end.value
-            scored = Scored(self.trace, ranking.evidence.candidate_idx, ranking.scores, _asked_later(ranking.evidence))
-            yield from self._stop(scored, "select")
-            ranking.scores = _like("scores", scored.scores, ranking.scores)
+    def _realigned(self) -> Generator[Step, None, None]:
+        assert isinstance(self.blend.reused, HeldKV)
+        shown = self.blend.reused.shown()
+        step = Realigned(self.trace, dict(shown), *_moves(self.blend.reuse))
+        yield from self._stop(step, "look_up")
+        _use_kv(step.kv, shown, step.name)
+
+    def _scored(self) -> Generator[Step, None, None]:
+        blend = self.blend
+        assert blend.evidence is not None
+        step = Scored(self.trace, blend.evidence.candidate_idx, blend.scores, _asked_later(blend.evidence))
+        yield from self._stop(step, "select")
+        blend.scores = _like("scores", step.scores, blend.scores)
+
+    def _without_scores(self) -> Generator[Step, None, None]:
+        step = Scored(self.trace, self.blend.reuse.candidate_idx, None, None)
+        yield from self._stop(step, "select")
+        if step.scores is not None:
+            raise ValueError("No rule runs for this prompt, so scores are not used; replace selected_idx instead.")
+
+    def _selected(self) -> Generator[Step, None, None]:
+        blend = self.blend
+        step = Selected(self.trace, blend.reuse.candidate_idx, blend.selected_idx, blend.reuse.fresh_idx)
+        yield from self._stop(step, "select")
+        blend.selected_idx = chosen = _as_candidates(step.selected_idx, blend.reuse.candidate_idx)
+        if blend.config.recomputes_all and not torch.equal(chosen, blend.reuse.candidate_idx):
+            blend.config = replace(blend.config, check_layers=(), recompute_ratios=())  # no longer a full prefill
+        if blend.entered is not None and not torch.isin(chosen, blend.entered.rows).all():
+            blend.entered = None  # gradual filtering did not take them as far: every layer computes all rows
 
     # --- 5 hand over ----------------------------------------------------------------------------------------------
 
     def _generated(self, logits: torch.Tensor, tokenizer: Any, max_new_tokens: int) -> Generated:
         answer_ids = self._answer(int(logits.argmax()), max_new_tokens)
-        cache = DynamicCache(config=self.host.config)
+        cache = DynamicCache(config=self.model.config)
         hand_over(self.buffers, self.length - 1, 1, cache)
         text = None if tokenizer is None else tokenizer.decode(answer_ids, skip_special_tokens=True)
         return Generated(self.trace, BlendResult(logits, cache, self.trace), answer_ids, text)
 
     def _answer(self, first_id: int, max_new_tokens: int) -> list[int]:
         """Greedy, by the class's own `generate`: on a patched model too it does not blend."""
-        model: Any = self.host.model
+        model: Any = self.model.model
         end = model.generation_config.eos_token_id
         if max_new_tokens == 1 or first_id in (end if isinstance(end, list) else [end]):
             return [first_id]
-        cache = DynamicCache(config=self.host.config)
+        cache = DynamicCache(config=self.model.config)
         hand_over(self.buffers, self.length, 1, cache)
         input_ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[first_id]])], 1)
         kind: Any = type(model)
@@ -321,29 +330,38 @@ class Stepping(Blending):
         return output[0, self.length :].tolist()
 
 
+class _Holding:
+    """The model, but for the reused KV that it gathers: held, so that it can be changed."""
+
+    def __init__(self, model: TestedModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def gather(self, reuse: Reuse, length: int, config: BlendConfig, observer: Observer) -> HeldKV:
+        return HeldKV(self._model, reuse, length, observer)
+
+
 class HeldKV(ReusedKV):
     """Every layer's reused KV, realigned once and held, so that it can be changed; each pass takes a copy."""
 
-    def __init__(self, host: BlendableModel, reuse: Reuse, length: int) -> None:
-        super().__init__(host, reuse, length)
+    def __init__(self, model: TestedModel, reuse: Reuse, length: int, observer: Observer) -> None:
+        super().__init__(model, reuse, length, observer)
         self._held: dict[int, KV] = {}
-        for layer in range(host.num_kv_layers if reuse.exact or reuse.moved else 0):
+        for layer in range(model.num_kv_layers if reuse.exact or reuse.moved else 0):
             self._held[layer] = super().layer(layer)
             for states in self._held[layer]:
                 states.index_fill_(2, reuse.fresh_idx.to(states.device), 0)
 
-    @property
-    def by_kernel(self) -> bool:
-        return False  # no CUDA graph: it would load what the store holds
-
     def shown(self) -> dict[int, KV]:
         """Layer -> keys and values (1, Hkv, T, D), as views."""
-        return {layer: _first_rows(kv, self.length) for layer, kv in self._held.items()}
+        return {layer: first_rows(kv, self.length) for layer, kv in self._held.items()}
 
     def layer(self, layer_idx: int, fresh: KV | None = None) -> KV:
         if layer_idx not in self._held:
             return super().layer(layer_idx, fresh)
-        held = _first_rows(self._held[layer_idx], self.length)
+        held = first_rows(self._held[layer_idx], self.length)
         buffers = empty_kv(held, self.length + ROOM)
         for buffer, states in zip(buffers, held):
             buffer[:, :, : self.length] = states
@@ -412,10 +430,6 @@ def _moves(reuse: Reuse) -> tuple[torch.Tensor, torch.Tensor]:
     before = [piece.entry.cached_positions for piece in reuse.moved]
     nothing = torch.empty(0, dtype=torch.long)
     return torch.cat([nothing, *now]), torch.cat([nothing, *before])
-
-
-def _first_rows(kv: KV, length: int) -> KV:
-    return kv[0][:, :, :length], kv[1][:, :, :length]
 
 
 def _form(value: Any) -> str:

@@ -24,10 +24,13 @@ from typing import Any
 import torch
 
 from ..attention.by_position import HALF, LARGEST_HEAD_DIM, AttentionRecord, kernels, mask_of
-from ..blend.caches import KV, RowsCache, StopForward, sent
-from ..model.passes import Forward, Pass
-from ..support.registry import BlendableModel
-from .streams import on_stream
+from ..blend.caches import RowsCache
+from ..blend.model import Forward, Pass
+from ..kv.rows import KV, sent
+from ..kv.streams import on_stream
+from ..model.hf_model import HFModel
+from ..model.passes import run_rows
+from ..util import StopForward
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +134,7 @@ class PassGraph:
         pool: of CUDA graphs, whose memory it works in.
     """
 
-    def __init__(self, host: BlendableModel, forward: Forward, like: Pass, numbers: torch.Tensor, pool: Any) -> None:
+    def __init__(self, host: HFModel, forward: Forward, like: Pass, numbers: torch.Tensor, pool: Any) -> None:
         record = None if like.record is None else AttentionRecord(like.record.layers)
         inputs = {name: getattr(like, name).clone() for name in ("ids", "rows", "seen_from")}
         inputs["seen_from"] = inputs["seen_from"].to(torch.int32)
@@ -145,7 +148,7 @@ class PassGraph:
             if record is not None:
                 record.received.clear()
             cache = GraphCache(host.num_layers, self._inputs.rows, self.state, stop_at, reached)
-            return self._inputs.run(host, forward, cache, self.state)[0]
+            return run_rows(host, forward, self._inputs, cache, self.state)[0]
 
         side = torch.cuda.Stream(host.device)
         side.wait_stream(torch.cuda.current_stream(host.device))
@@ -178,13 +181,17 @@ class PassGraph:
 class PassGraphs:
     """The graphs of one model, the least recently used given up first."""
 
-    def __init__(self, host: BlendableModel) -> None:
+    def __init__(self, host: HFModel) -> None:
         self.host = host
         self._graphs: OrderedDict[Any, PassGraph] = OrderedDict()
         self._asked: OrderedDict[Any, None] = OrderedDict()
         self._weights: Any = None
         self._pool: Any = None  # one working memory for all: they never run at the same time
         self._works = True
+
+    def clear(self) -> None:
+        """Gives up all graphs, and their memory."""
+        self._graphs.clear()
 
     def run(
         self, forward: Forward, one: Pass, buffers: dict[int, KV], load: Callable[[Sequence[int]], None]
@@ -293,14 +300,7 @@ class PassGraphs:
         return torch.empty(shape, dtype=torch.float32, device=self.host.device)
 
 
-def graphs_of(host: BlendableModel) -> PassGraphs:
-    """The graphs of a model; none are recorded yet the first time."""
-    if host.graphs is None:
-        host.graphs = PassGraphs(host)
-    return host.graphs
-
-
-def can_record(host: BlendableModel) -> bool:
+def can_record(host: HFModel) -> bool:
     """Whether passes of this model can be CUDA graphs at all."""
     return (
         host.takes_kernels

@@ -20,18 +20,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..attention.by_position import HALF, has_kernels, kernels
-from ..blend.caches import KV, ROOM, packed, rows_behind, sent
 from ..blend.rotation import Realigner
 from ..kv.chunk import ChunkKV, Reader
+from ..kv.rows import KV, ROOM, packed, rows_behind, sent
+from ..kv.streams import on_stream
+from ..model.hf_model import HFModel
 from ..prompts.separator import Span
-from ..support.registry import BlendableModel
-from .streams import bus_stream, on_stream
+from .streams import bus_stream
 
 if TYPE_CHECKING:
     from ..blend.reuse import Reuse
 
 
-def loaders_of(host: BlendableModel, reuse: Reuse, realigner: Realigner, length: int) -> dict[int, GPULoader]:
+def loaders_of(host: HFModel, reuse: Reuse, realigner: Realigner, length: int) -> dict[int, GPULoader]:
     """Layer -> what gathers its rows, one loader for each GPU that has layers; layers that no kernel may load are left
     out. Arguments as in `GPULoader`."""
     if not (reuse.exact or reuse.moved) or host.ranks.are_several or host.dtype not in (torch.float32, *HALF):
@@ -65,7 +66,7 @@ class GPULoader:
 
     def __init__(
         self,
-        host: BlendableModel,
+        host: HFModel,
         reuse: Reuse,
         realigner: Realigner,
         length: int,

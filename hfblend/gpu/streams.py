@@ -8,13 +8,12 @@ bus                 copies of chunk KV from RAM, some layers ahead
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 
-from ..locks import Running
+from ..kv.streams import on_stream
 
 T = TypeVar("T")
 
@@ -55,41 +54,6 @@ class Beside:
             tensor.record_stream(caller)
 
 
-_switched = threading.local()  # .notes: work of this thread, and the streams that were current before it
-
-
-def on_stream(stream: torch.cuda.Stream | None, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Runs work with `stream`, and its device, current; `None` changes nothing."""
-    if stream is None:
-        return work(*args, **kwargs)
-    switch_back()
-    running = Running()
-    return running.do(_on_stream, running, stream, functools.partial(work, *args, **kwargs))
-
-
-def _on_stream(running: Running, stream: torch.cuda.Stream, work: Callable[[], T]) -> T:
-    before = torch.cuda.current_stream(stream.device), torch.cuda.current_stream()
-    notes = vars(_switched).setdefault("notes", [])
-    notes.append((running, before))
-    try:
-        torch.cuda.set_stream(stream)
-        return work()
-    finally:
-        for one in before:
-            torch.cuda.set_stream(one)
-        notes.pop()
-
-
-def switch_back() -> None:
-    """Makes the streams current that were so before interrupted work, once its kernels are done."""
-    notes = vars(_switched).get("notes")
-    while notes and not notes[-1][0].is_alive:
-        for stream in notes[-1][1]:
-            stream.wait_stream(torch.cuda.current_stream(stream.device))
-            torch.cuda.set_stream(stream)
-        notes.pop()
-
-
 @functools.cache
 def _beside(caller: torch.cuda.Stream) -> torch.cuda.Stream:
     return torch.cuda.Stream(caller.device)
@@ -99,9 +63,3 @@ def _beside(caller: torch.cuda.Stream) -> torch.cuda.Stream:
 def bus_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream per device for all that is read from RAM."""
     return torch.cuda.Stream(device)
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for all that was asked of a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

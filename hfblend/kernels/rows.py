@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..blend.caches import RowLayout
+from ..kv.rows import RowLayout
 from .state import FIRST_LAYER, State
 
 _TOKENS = 32  # a program moves that many rows

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton.language as tl
 
-from ..blend.caches import RowLayout
+from ..kv.rows import RowLayout
 
 FIRST_LAYER = tl.constexpr(4)  # of a state, whose first numbers are T, live rows, two addresses
 

@@ -8,15 +8,12 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..arguments import described, require, token_ids
-from ..blend.caches import KV, RowLayout, full_length_cache, packed, rows_behind
-from ..model.hf_model import CACHE
-from ..support.registry import BlendableModel, host_of
+from ..arguments import require
 from .ids import Ids
 from .origin import Origin
+from .rows import KV, RowLayout, full_length_cache, packed, rows_behind
 
 Provenance = Literal["isolated", "in_context"]
 
@@ -227,97 +224,3 @@ def in_memory(entry: Reader) -> ChunkKV:
     cache = full_length_cache(entry.layer(i) for i in range(entry.num_layers))
     said = (entry.cached_positions, entry.behind_ids, entry.provenance, entry.regime, entry.quantised, entry.origin)
     return ChunkKV(cache, *said)
-
-
-def prefill_chunk(
-    model: nn.Module, ids: Sequence[int], behind_ids: Sequence[int] = (), *, behind: Reader | None = None
-) -> ChunkKV:
-    """Computes a chunk's KV behind `behind_ids`, by one stock forward; the rows of `behind_ids` are dropped.
-
-    >>> chunk_kv = prefill_chunk(model, tokenizer(text).input_ids, behind_ids=system_ids)  # doctest: +SKIP
-
-    Args:
-        model: a causal LM, patched or not.
-        ids: the chunk's n token ids.
-        behind_ids: what it is computed behind (prefix, BOS, …).
-        behind: KV of the first of `behind_ids`, at positions 0 …, to continue from instead of computing them again;
-            quantised KV is not continued from.
-
-    Returns:
-        K/V at positions len(behind_ids) … len(behind_ids) + n − 1.
-
-    Raises:
-        ValueError: an empty chunk, a model in training mode, or `torch.autocast` in another dtype.
-        TypeError: text, or what else is no list of token ids.
-    """
-    host = host_of(model)
-    vocab_size = getattr(host.config, "vocab_size", None)
-    ids, behind_ids = token_ids("ids", ids, vocab_size), token_ids("behind_ids", behind_ids, vocab_size)
-    if behind is not None and not hasattr(behind, "cached_positions"):
-        raise TypeError(f"behind must be chunk KV, as prefill_chunk or a store gives it, got {described(behind)}.")
-    host.fingerprint.current(host.model)  # which the entry names as its origin
-    return prefill(host, ids, behind_ids, behind)
-
-
-def prefill(host: BlendableModel, ids: Sequence[int], behind_ids: Sequence[int], behind: Reader | None) -> ChunkKV:
-    """`prefill_chunk` for a host that is already at hand."""
-    return prefill_batch(host, [ids], behind_ids, behind)[0]
-
-
-@torch.no_grad()
-def prefill_batch(
-    host: BlendableModel, chunks: Sequence[Sequence[int]], behind_ids: Sequence[int], behind: Reader | None
-) -> list[ChunkKV]:
-    """`prefill` of B chunks in one forward, each alone behind the same ids.
-
-    Shorter ones are padded behind their end, where causal rows do not look. Frequencies that depend on the prompt's
-    length would be those of the longest: such a model takes chunks one by one (`host.length_dependent`).
-    """
-    if not all(chunks):
-        raise ValueError("A chunk needs at least one token id, got none.")
-    host.require_own_dtype()
-    start, longest = len(behind_ids), max(map(len, chunks))
-    stop, known = start + longest, 0
-    if behind is not None and _can_continue(host, behind, stop):
-        known = len(behind)
-        shape = (len(chunks), -1, -1, -1)
-        kv_behind = (_on_layers_device(host, i, behind.layer(i)) for i in range(behind.num_layers))
-        cache = full_length_cache((k.expand(shape), v.expand(shape)) for k, v in kv_behind)
-    else:
-        cache = DynamicCache()  # full-length layers, unlike DynamicCache(config=...) of a sliding model
-    # A chunk's own last id pads it: what a row does not see must still be finite.
-    rows = [[*behind_ids[known:], *ids, *[ids[-1]] * (longest - len(ids))] for ids in chunks]
-    new_ids = torch.tensor(rows, device=host.device)  # (B, stop − known)
-    positions = torch.arange(known, stop, device=host.device).expand(len(chunks), -1)
-
-    def run() -> list[ChunkKV]:
-        host.decoder_forward(input_ids=new_ids, position_ids=positions, use_cache=True, **{CACHE: cache})
-        return [_chunk_kv_of(host, cache, i, ids, tuple(behind_ids)) for i, ids in enumerate(chunks)]
-
-    return host.prefilling(run)
-
-
-def _on_layers_device(host: BlendableModel, layer_idx: int, kv: KV) -> KV:
-    device = host.device_of_layer(layer_idx)
-    return kv[0].to(device), kv[1].to(device)
-
-
-def _chunk_kv_of(
-    host: BlendableModel, cache: DynamicCache, row: int, ids: Sequence[int], behind_ids: tuple[int, ...]
-) -> ChunkKV:
-    """The chunk in one row of a batch's cache (B, Hkv, T, D), without what stands before and behind it."""
-    start, stop = len(behind_ids), len(behind_ids) + len(ids)
-    place = (slice(row, row + 1), slice(None), slice(start, stop))
-    layers: list[Any] = cache.layers
-    kv = full_length_cache(packed((layer.keys[place], layer.values[place])) for layer in layers)
-    origin = host.origin_of(ids, behind_ids)
-    return ChunkKV(kv, torch.arange(start, stop), behind_ids, "isolated", host.regime(stop), origin=origin)
-
-
-def _can_continue(host: BlendableModel, behind: Reader, stop: int) -> bool:
-    """Whether KV stands at positions 0 …, in the RoPE regime of a prompt of `stop` tokens, and holds as it is.
-
-    What is computed behind quantised KV would carry its error, and nothing would say so.
-    """
-    in_place = behind.cached_positions.tolist() == list(range(len(behind)))
-    return in_place and behind.quantised is None and host.same_regime(behind.regime, stop)

@@ -2,7 +2,7 @@
 
 CacheBlend is three different algorithms: the paper's, the research repository's, and LMCache v1's. Each is written here
 as what it does, so that a reader can see what each departure costs. What they do otherwise than hfblend, and no setting
-of `BlendConfig` says, is a small subclass of `Blending`; none of it is offered to users.
+of `BlendConfig` says, is a small subclass of `Blend`; none of it is offered to users.
 
 `METHODS` names them all; `hfblend eval --methods a,b` takes these names.
 """
@@ -16,21 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blend.algorithm import Blending, Forward
-from ..blend.caches import KV, full_length_cache
-from ..blend.reuse import Piece, Reuse, ReusedKV
+from ..blend.algorithm import Blend
+from ..blend.reuse import Piece, Reuse
 from ..config import BlendConfig
 from ..generate.blend_one import BlendResult, blend
-from ..kv.chunk import ChunkKV, prefill
+from ..kv.chunk import ChunkKV
+from ..kv.rows import KV, full_length_cache
+from ..model.prefill import prefill
 from ..prompts.filler import filler_ids
 from ..prompts.prompt import ChunkSpans, Prompt
 from ..store import Store, chunk_key
-from ..support.registry import host_of
+from ..support.registry import model_of
 
 # --- what the references do otherwise -------------------------------------------------------------------------------
 
 
-class LeakyMask(Blending):
+class LeakyMask(Blend):
     """The bottom-right causal triangle over the rows of a pass, as both references use: rows see keys after them.
 
         keys 0 1 2 3 4 5
@@ -44,18 +45,20 @@ class LeakyMask(Blending):
     def seen_from(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.arange(self.length - len(rows), self.length, device=rows.device)
 
+    def is_nearly_all(self) -> bool:
+        return False  # a forward over all tokens has no leaky mask
 
-class StaleRows(Blending):
+
+class StaleRows(Blend):
     """What the pass over all tokens computed is dropped: unselected rows stay reused up to the check layer, too.
 
     Source: LMCache v1, `LMCBlender.process_qkv`: at the check layer only selected rows are written back, below it none.
     """
 
-    def select(self, forward: Forward, reuse: Reuse, reused: ReusedKV) -> torch.Tensor:
-        selected_idx = super().select(forward, reuse, reused)
+    def recompute(self) -> Any:
         self.buffers.clear()
-        self._entered = None
-        return selected_idx
+        self.entered = None
+        return super().recompute()
 
 
 class ResearchRepository(LeakyMask):
@@ -64,8 +67,8 @@ class ResearchRepository(LeakyMask):
     Source: the authors' fork of vLLM, `int((total_len - last_len) * recomp_ratio)`.
     """
 
-    def budget(self, ratio: float, reuse: Reuse) -> int:
-        return int(self.spans[-1][1] * ratio)
+    def budget(self, ratio: float) -> int:
+        return int(self.look_up.spans[-1][1] * ratio)
 
 
 class LMCacheV1(StaleRows, LeakyMask):
@@ -77,8 +80,8 @@ class LMCacheV1(StaleRows, LeakyMask):
     Source: LMCache v1, `max(int(len(tokens) * ratio), 1)` in `LMCBlender.process_qkv`; its GPU connector zeroes gaps.
     """
 
-    def look_up(self) -> Reuse:
-        reuse = super().look_up()
+    def find(self) -> Reuse:
+        reuse = super().find()
         last = self.length - 1
         like = (reuse.moved + reuse.exact)[0].entry
         unknown = _runs([i for i in reuse.fresh_idx.tolist() if i != last])
@@ -86,21 +89,22 @@ class LMCacheV1(StaleRows, LeakyMask):
         reuse.moved.sort(key=lambda piece: piece.span)
         reuse.candidate_idx = torch.cat([reuse.candidate_idx, reuse.fresh_idx[:-1]]).sort().values
         reuse.fresh_idx = reuse.fresh_idx[-1:]
-        self.trace.candidate_idx, self.trace.fresh_idx = reuse.candidate_idx, reuse.fresh_idx
+        self.observer.partitioned(reuse.candidate_idx, reuse.fresh_idx)
         return reuse
 
-    def budget(self, ratio: float, reuse: Reuse) -> int:
+    def budget(self, ratio: float) -> int:
         return max(int(self.length * ratio), 1)
 
 
-class PrefixReuse(Blending):
+class PrefixReuse(Blend):
     """Reuses what stands before the first chunk, as a prefix cache does; chunks are computed, and not kept."""
 
-    def keep_fresh_chunks(self) -> None:
-        if self.trace.prefix and self.trace.prefix.status == "fresh":
-            self.keep(self.trace.prefix)
+    def keep(self) -> None:
+        prefix = self.look_up.prefix
+        if prefix and prefix.status == "fresh":
+            self.look_up.keep(prefix, self.buffers)
 
-    def is_nearly_all(self, reuse: Reuse) -> bool:
+    def is_nearly_all(self) -> bool:
         return False  # it is measured as it is
 
 
@@ -142,7 +146,7 @@ class Method:
 
     name: str
     config: Callable[[float], BlendConfig]
-    algorithm: type[Blending] = Blending
+    algorithm: type[Blend] = Blend
     fixed_ratio: float | None = None
     uses_filler: bool = False
     in_context: bool = False
@@ -192,7 +196,7 @@ class Method:
         """Puts the chunk KV that an earlier request left: each chunk behind the prefix and that request's passage."""
         if not elsewhere:
             raise ValueError(f'Method "{self.name}" takes chunk KV from another request: pass ids of its passage.')
-        host = host_of(model)
+        host = model_of(model)
         for ids in prompt.chunk_ids:
             key = chunk_key(host.fingerprint.current(host.model), host.dtype, ids, None, config.namespace)
             if store.open(key) is None:

@@ -22,18 +22,20 @@ import torch
 from torch import nn
 
 from ..attention.by_position import AttentionRecord, attention_weights
-from ..blend.algorithm import Blending
-from ..blend.caches import KV, BlendingCache, RecordingCache, StopForward
+from ..blend.caches import BlendingCache, RecordingCache
+from ..blend.model import Pass
 from ..blend.selection import kv_deviation
 from ..config import BlendConfig
 from ..display import palette
+from ..generate.blending import Blending
+from ..kv.rows import KV
 from ..measure.calibrate import with_ratio
 from ..model.hf_model import CACHE
-from ..model.passes import Pass
-from ..optional import figure_class
+from ..model.passes import run_rows
 from ..prompts.prompt import Prompt
 from ..store import MemoryStore, Store
-from ..support.registry import BlendableModel, host_of
+from ..support.registry import TestedModel, model_of
+from ..util import StopForward, figure_class
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,11 +76,10 @@ def deviation_by_layer(
     Raises:
         ValueError: a prompt in which nothing was moved.
     """
-    host, config = host_of(model), replace(config or BlendConfig(), on_miss="isolated")
+    host, config = model_of(model), replace(config or BlendConfig(), on_miss="isolated")
     state = _blending(host, prompt, store, config)
-    reuse = state.look_up()
-    reused = state.realign(reuse)
-    token_idx = reuse.candidate_idx
+    blend = state.stopped_at("realigned", host.last_logits)
+    reused, token_idx = blend.reused, blend.reuse.candidate_idx
     if token_idx.numel() == 0:
         raise ValueError("No token of this prompt is reused from elsewhere; it needs chunks that do not stand first.")
     key, value = [], []
@@ -182,7 +183,7 @@ def attention_deviation(
     Raises:
         ValueError: a prompt without chunks, or a model whose attention cannot be replaced by ours for a pass.
     """
-    host, config = host_of(model), config or BlendConfig()
+    host, config = model_of(model), config or BlendConfig()
     store = MemoryStore() if store is None else store
     if not prompt.chunk_spans:
         raise ValueError("attention_deviation needs a prompt with chunks, got none.")
@@ -223,25 +224,21 @@ class _SuffixAttention(AttentionRecord):
             raise StopForward
 
 
-def _attend_again(host: BlendableModel, prompt: Prompt, buffers: dict[int, KV], record: AttentionRecord) -> None:
+def _attend_again(host: TestedModel, prompt: Prompt, buffers: dict[int, KV], record: AttentionRecord) -> None:
     """One pass of the suffix's rows over a prompt's KV, which computes these rows' K/V again, as they are."""
     length = len(prompt)
     rows = torch.arange(min(prompt.chunk_spans[-1][1], length - 1), length, device=host.device)
-    cache = BlendingCache(host.num_layers, buffers, _nothing_to_load, rows, length)
+    cache = BlendingCache(host.num_layers, buffers, rows, length)
     one = Pass(prompt.input_ids.to(host.device)[:, rows], rows, rows, length, record=record)
-    one.run(host, host.decoder_forward, cache)
+    run_rows(host, host.decoder_forward, one, cache)
 
 
-def _nothing_to_load(layer_idx: int, fresh: KV) -> KV:
-    raise AssertionError(f"layer {layer_idx} has no KV")
-
-
-def _blending(host: BlendableModel, prompt: Prompt, store: Store | None, config: BlendConfig) -> Blending:
+def _blending(host: TestedModel, prompt: Prompt, store: Store | None, config: BlendConfig) -> Blending:
     store = MemoryStore() if store is None else store
     return Blending(host, prompt.input_ids.to(host.device), prompt.chunk_spans, store, config)
 
 
-def _full_prefill_kv(host: BlendableModel, prompt: Prompt) -> dict[int, KV]:
+def _full_prefill_kv(host: TestedModel, prompt: Prompt) -> dict[int, KV]:
     """K/V (1, Hkv, T, D) of every layer, from one stock forward."""
     cache = RecordingCache(host.num_layers)
     ids = prompt.input_ids.to(host.device)

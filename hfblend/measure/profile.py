@@ -25,13 +25,13 @@ from torch import nn
 from ..config import BlendConfig, as_config
 from ..controller import BlendCost, BlendShape, Cost, Load, LoadCost, Profile, Work
 from ..generate.blend_one import blend
-from ..gpu.streams import synchronize
 from ..kv.chunk import ChunkKV, ChunkLost, Reader
-from ..outputs import cache_folder
+from ..kv.streams import synchronize
 from ..prompts.prompt import Prompt
 from ..store import DiskStore, MemoryStore, RemoteStore, Store, TieredStore
 from ..store.folders import is_abandoned
-from ..support.registry import BlendableModel, host_of
+from ..support.registry import TestedModel, model_of
+from ..util import cache_folder
 from .divergence import describe_machine
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def profile_of(
     Raises:
         UnsupportedModel: the model cannot be blended.
     """
-    config, host = as_config(config), host_of(model)
+    config, host = as_config(config), model_of(model)
     made_of = _made_of(host, store, config)
     file = _file_of(made_of) if file is None else file
     found = None if refresh else Profile.load(file)
@@ -86,7 +86,7 @@ def profile_of(
     return profile
 
 
-def _made_of(host: BlendableModel, store: Store, config: BlendConfig) -> str:
+def _made_of(host: TestedModel, store: Store, config: BlendConfig) -> str:
     """In words, everything that a profile holds for."""
     of_model = [getattr(host.config, "_name_or_path", "") or type(host.model).__name__, str(host.dtype)]
     shape = [f"{host.num_layers} layers", f"{sum(p.numel() for p in host.model.parameters()):,} weights"]
@@ -108,7 +108,7 @@ def _file_of(made_of: str) -> Path:
 
 def measure(model: nn.Module, store: Store, config: BlendConfig) -> Profile:
     """Measures now."""
-    host = host_of(model)
+    host = model_of(model)
     prefill_s = dict(_prefills(host))
     layers, check_layer = host.num_layers, check_layer_of(config)
     prefill = Cost.fit([Work.of_prefill(n, layers) for n in prefill_s], list(prefill_s.values()))
@@ -139,7 +139,7 @@ def check_layer_of(config: BlendConfig) -> int | None:
     return config.check_layers[0] if config.selection == "kv_deviation" and config.check_layers else 0
 
 
-def _prefills(host: BlendableModel) -> Iterator[tuple[int, float]]:
+def _prefills(host: TestedModel) -> Iterator[tuple[int, float]]:
     """Tokens and seconds of full prefills, longer and longer."""
     most = min(_LONGEST, getattr(host.config, "max_position_embeddings", None) or _LONGEST)
     tokens = _SHORTEST
@@ -240,7 +240,7 @@ def _stores_of(store: Store) -> Sequence[Store]:
     return store.stores if isinstance(store, TieredStore) else [store]
 
 
-def _prompt(host: BlendableModel, tokens: int) -> Prompt:
+def _prompt(host: TestedModel, tokens: int) -> Prompt:
     """Chunks of one length and a suffix, of random ids."""
     ids = _ids(host, tokens)[0].tolist()
     size = (tokens - _SUFFIX) // _CHUNKS
@@ -248,7 +248,7 @@ def _prompt(host: BlendableModel, tokens: int) -> Prompt:
     return Prompt.from_ids([], chunks, ids[_CHUNKS * size :])
 
 
-def _ids(host: BlendableModel, tokens: int) -> torch.Tensor:
+def _ids(host: TestedModel, tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(tokens)
     vocabulary = host.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (1, tokens), generator=generator).to(host.device)

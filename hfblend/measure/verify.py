@@ -31,7 +31,7 @@ from ..locks import Mutex
 from ..model.hf_model import CACHE
 from ..prompts.prompt import Prompt
 from ..store import Store
-from ..support.registry import host_of
+from ..support.registry import model_of
 from ..trace.trace import BlendTrace
 from .divergence import kl_divergence, teacher_forced_logits, top1_agreement
 
@@ -133,7 +133,7 @@ def _greedy(model: nn.Module, prompt: Prompt, num_tokens: int, **kwargs: Any) ->
 
     The class's own `generate` is called, past a wrapper on the instance: it neither blends nor leaves a trace.
     """
-    input_ids = prompt.input_ids.to(host_of(model).device)
+    input_ids = prompt.input_ids.to(model_of(model).device)
     kind: Any = type(model)
     output = kind.generate(
         model,

@@ -8,8 +8,7 @@ import inspect
 import json
 import os
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +16,17 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from ..attention.by_position import QueryRows
+from ..attention.by_position import QueryRows, has_kernels
 from ..attention.switch import attend_by_position
-from ..blend.caches import KV, RecordingCache, sent
+from ..blend.caches import RecordingCache
+from ..blend.rotation import KeyRotation
+from ..kv.origin import Origin, digest_of
+from ..kv.rows import KV, RowLayout, sent
 from ..locks import lock_of
 from .compiled import run_as_written
+from .rotary_tables import find_rotary_sources
 from .tensor_parallel import Ranks
+from .weights.fingerprint import Fingerprint
 from .weights.offloading import device_of
 from .weights.quantised import is_quantised
 
@@ -52,57 +56,24 @@ class UnsupportedModel(ValueError):
     """This model's cached KV cannot be moved and blended; the message says why."""
 
 
-@dataclass(frozen=True)
-class RotarySource:
-    """One table of rotary angles: a rotary module, and the layer type it is asked for (`None`: it has only one)."""
-
-    module: nn.Module
-    layer_type: str | None
-
-    @property
-    def rope_type(self) -> str:
-        """Transformers' name of this RoPE's scaling."""
-        rope_type = getattr(self.module, "rope_type", "default")
-        return rope_type.get(self.layer_type, "default") if isinstance(rope_type, dict) else rope_type
-
-    @property
-    def may_depend_on_length(self) -> bool:
-        """Whether its frequencies may change with the prompt's length."""
-        return self.rope_type not in ("default", "linear", "llama3", "yarn")
-
-    @property
-    def length_in_force(self) -> int:
-        """The prompt length that dynamic NTK scaling has grown its frequencies to; 0 for every other RoPE."""
-        if "dynamic" not in self.rope_type:
-            return 0
-        own = f"{self.layer_type}_max_seq_len_cached"
-        return int(getattr(self.module, own, getattr(self.module, "max_seq_len_cached", 0)))
-
-    def at_rest(self) -> dict[str, torch.Tensor]:
-        """By name, the buffers that forwards rewrite, as a model has them that has seen no long prompt."""
-        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
-        has_grown = self.length_in_force > getattr(self.module, "original_max_seq_len", self.length_in_force)
-        if not has_grown and self.rope_type != "longrope":  # the latter's are overwritten in every forward
-            return {}
-        return {f"{prefix}inv_freq": getattr(self.module, f"{prefix}original_inv_freq")}
-
-    @torch.no_grad()
-    def back_to_rest(self) -> None:
-        """Lets dynamic NTK forget what it has grown to, as it does itself for a short prompt."""
-        device = next((b.device for b in self.module.buffers()), torch.device("cpu"))
-        extra = () if self.layer_type is None else (self.layer_type,)
-        self.module(torch.zeros((), device=device), torch.zeros(1, 1, dtype=torch.long, device=device), *extra)
-
-
-class Host:
+class HFModel:
     """A causal language model as blending sees it: its decoder's own forward, layers, rotary tables and masks.
 
     Args:
         model: a Transformers causal LM in eval mode. Nothing of it is changed.
 
+    Attributes:
+        rotations: per layer, how cached state turns with position; set by the self-test, as the next two.
+        layouts: per layer, the shape of one token's cached state.
+        fingerprint: of weights and configuration, for store keys.
+
     Raises:
         UnsupportedModel: encoder-decoders, recurrent or convolutional state, no decoder layers to be found.
     """
+
+    rotations: list[KeyRotation | None]
+    layouts: dict[int, RowLayout]
+    fingerprint: Fingerprint
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
@@ -132,6 +103,7 @@ class Host:
         self.lock = lock_of(getattr(self.layer_owner, "config", self.config))
         self.ranks = Ranks(*_tensor_parallel(model))
         self.is_quantised = is_quantised(model)
+        self.prefills_in_batches: bool | None = None  # found by prefill.py; None: not yet
 
     @property
     def model(self) -> nn.Module:
@@ -178,10 +150,43 @@ class Host:
         return next(self.decoder.parameters()).dtype
 
     @property
+    def chunks_at_once(self) -> int:
+        """How many chunks a forward should prefill: a CPU is busy with one, a GPU waits for Python."""
+        return 1 if self.device.type == "cpu" else 8
+
+    @property
     def name(self) -> str:
         """The hub's id, the name of its folder, or else its class: for people."""
         name = str(getattr(self.model.config, "_name_or_path", "") or "")
         return (os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name) or type(self.model).__name__
+
+    @property
+    def digest(self) -> str:
+        """The fingerprint, as it was found last."""
+        return self.fingerprint.digest
+
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether the Triton kernels may work on this model's K/V: all of it is on one GPU that has them.
+
+        Asked several times a prompt, so it rests on what the fingerprint saw last.
+        """
+        on_one = self.fingerprint.devices == {self.device} and not self.ranks.are_several
+        return has_kernels(self.device) and on_one
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers with K/V of their own. The last ones of some models attend to those of layers before them."""
+        return len(self.layouts)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token's K/V in all layers."""
+        return self.dtype.itemsize * sum(layout.width for layout in self.layouts.values())
+
+    def origin_of(self, ids: Sequence[int], after_ids: Sequence[int]) -> Origin:
+        """What a store says of KV that this model computes of ids after others."""
+        return Origin(self.name, self.digest, self.described_rope, digest_of(ids), digest_of(after_ids))
 
     @property
     def described_rope(self) -> str:
@@ -224,6 +229,14 @@ class Host:
         if len(named) < len(args) - 1 or named.keys() & kwargs.keys():
             return args, kwargs  # stock `generate` says what is wrong
         return args[:1], {**named, **kwargs}
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether somebody watches or steers the model's modules from outside."""
+        return False
+
+    def small_steps_in_one_kernel(self) -> None:
+        """Lets norms and rotary embedding run as one kernel each in exclusive work; here they do not."""
 
     # --- rotary tables --------------------------------------------------------------------------------------------
 
@@ -460,19 +473,6 @@ def _lists_of(root: nn.Module, length: int) -> list[nn.Module]:
 
 def _is_list_of(module: nn.Module, num_layers: int) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) == num_layers
-
-
-def find_rotary_sources(decoder: nn.Module) -> list[RotarySource]:
-    """The tables of all rotary modules in a decoder."""
-    sources: list[RotarySource] = []
-    for module in decoder.modules():
-        if "rotary" not in type(module).__name__.lower():
-            continue
-        rope_type = getattr(module, "rope_type", None)
-        takes_type = "layer_type" in inspect.signature(module.forward).parameters
-        kinds = sorted(rope_type) if takes_type and isinstance(rope_type, dict) else [None]
-        sources += [RotarySource(module, kind) for kind in kinds]
-    return sources
 
 
 def _put_rotary_back(attributes: list[tuple[nn.Module, dict[str, Any]]], buffers: list[Any]) -> None:

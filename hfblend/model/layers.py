@@ -18,34 +18,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..blend.caches import StopForward
+from ..blend.model import Watched
 from ..locks import ForwardLock, only_inside
-
-
-@dataclass
-class Watched:
-    """What entered a layer.
-
-    Attributes:
-        layer: its index.
-        rows: (S,) token indices, rising.
-        hidden: (1, S, C); `None` until the pass was there, or where a layer's input is not of this form.
-    """
-
-    layer: int
-    rows: torch.Tensor
-    hidden: torch.Tensor | None = None
-
-    def of_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """(1, S', C) of some of the rows."""
-        assert self.hidden is not None
-        return self.hidden.index_select(1, torch.searchsorted(self.rows, rows).to(self.hidden.device))
+from ..util import StopForward
 
 
 def watch(lock: ForwardLock, layers: nn.ModuleList, layer: int, rows: torch.Tensor) -> Watched:

@@ -9,21 +9,19 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ..kv.chunk import ChunkKV, Reader, prefill, prefill_batch
-from ..support.layerwise import allowed, distance, noisy
-from ..support.registry import BlendableModel
+import torch
+from transformers.cache_utils import DynamicCache
+
+from ..kv.chunk import ChunkKV, Reader
+from ..kv.rows import KV, full_length_cache, packed
+from .hf_model import CACHE, HFModel
+from .layerwise import allowed, distance, noisy
 
 logger = logging.getLogger(__name__)
 
 Ids = list[int]
 
-_ON_GPU = 8
 _TOKENS = 16384  # of a batch, with padding and what chunks stand behind
-
-
-def chunks_at_once(host: BlendableModel) -> int:
-    """How many chunks a forward should hold: 1 on a CPU, which is busy with one."""
-    return 1 if host.device.type == "cpu" else _ON_GPU
 
 
 def in_batches(chunks: Iterable[tuple[Any, Ids]], batch_size: int, num_behind: int) -> Iterator[list[tuple[Any, Ids]]]:
@@ -45,7 +43,7 @@ def in_batches(chunks: Iterable[tuple[Any, Ids]], batch_size: int, num_behind: i
 
 
 def prefill_together(
-    host: BlendableModel, chunks: Sequence[Ids], behind_ids: Sequence[int], behind: Reader | None
+    host: HFModel, chunks: Sequence[Ids], behind_ids: Sequence[int], behind: Reader | None
 ) -> list[ChunkKV]:
     """`chunks.prefill` of each, shortest first, in one forward if this model gives the same that way.
 
@@ -72,3 +70,67 @@ def _are_close(one: ChunkKV, other: ChunkKV, rounded: ChunkKV) -> bool:
         for i in range(one.num_layers)
         for a, b, c in zip(one.layer(i), other.layer(i), rounded.layer(i))
     )
+
+
+def prefill(host: HFModel, ids: Sequence[int], behind_ids: Sequence[int], behind: Reader | None) -> ChunkKV:
+    """`prefill_chunk` for a host that is already at hand."""
+    return prefill_batch(host, [ids], behind_ids, behind)[0]
+
+
+@torch.no_grad()
+def prefill_batch(
+    host: HFModel, chunks: Sequence[Sequence[int]], behind_ids: Sequence[int], behind: Reader | None
+) -> list[ChunkKV]:
+    """`prefill` of B chunks in one forward, each alone behind the same ids.
+
+    Shorter ones are padded behind their end, where causal rows do not look. Frequencies that depend on the prompt's
+    length would be those of the longest: such a model takes chunks one by one (`host.length_dependent`).
+    """
+    if not all(chunks):
+        raise ValueError("A chunk needs at least one token id, got none.")
+    host.require_own_dtype()
+    start, longest = len(behind_ids), max(map(len, chunks))
+    stop, known = start + longest, 0
+    if behind is not None and _can_continue(host, behind, stop):
+        known = len(behind)
+        shape = (len(chunks), -1, -1, -1)
+        kv_behind = (_on_layers_device(host, i, behind.layer(i)) for i in range(behind.num_layers))
+        cache = full_length_cache((k.expand(shape), v.expand(shape)) for k, v in kv_behind)
+    else:
+        cache = DynamicCache()  # full-length layers, unlike DynamicCache(config=...) of a sliding model
+    # A chunk's own last id pads it: what a row does not see must still be finite.
+    rows = [[*behind_ids[known:], *ids, *[ids[-1]] * (longest - len(ids))] for ids in chunks]
+    new_ids = torch.tensor(rows, device=host.device)  # (B, stop − known)
+    positions = torch.arange(known, stop, device=host.device).expand(len(chunks), -1)
+
+    def run() -> list[ChunkKV]:
+        host.decoder_forward(input_ids=new_ids, position_ids=positions, use_cache=True, **{CACHE: cache})
+        return [_chunk_kv_of(host, cache, i, ids, tuple(behind_ids)) for i, ids in enumerate(chunks)]
+
+    return host.prefilling(run)
+
+
+def _on_layers_device(host: HFModel, layer_idx: int, kv: KV) -> KV:
+    device = host.device_of_layer(layer_idx)
+    return kv[0].to(device), kv[1].to(device)
+
+
+def _chunk_kv_of(
+    host: HFModel, cache: DynamicCache, row: int, ids: Sequence[int], behind_ids: tuple[int, ...]
+) -> ChunkKV:
+    """The chunk in one row of a batch's cache (B, Hkv, T, D), without what stands before and behind it."""
+    start, stop = len(behind_ids), len(behind_ids) + len(ids)
+    place = (slice(row, row + 1), slice(None), slice(start, stop))
+    layers: list[Any] = cache.layers
+    kv = full_length_cache(packed((layer.keys[place], layer.values[place])) for layer in layers)
+    origin = host.origin_of(ids, behind_ids)
+    return ChunkKV(kv, torch.arange(start, stop), behind_ids, "isolated", host.regime(stop), origin=origin)
+
+
+def _can_continue(host: HFModel, behind: Reader, stop: int) -> bool:
+    """Whether KV stands at positions 0 …, in the RoPE regime of a prompt of `stop` tokens, and holds as it is.
+
+    What is computed behind quantised KV would carry its error, and nothing would say so.
+    """
+    in_place = behind.cached_positions.tolist() == list(range(len(behind)))
+    return in_place and behind.quantised is None and host.same_regime(behind.regime, stop)

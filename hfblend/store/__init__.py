@@ -6,7 +6,7 @@ from .disk import DiskStore
 from .keys import chunk_key
 from .memory import MemoryStore
 from .remote import RemoteStore
-from .tiers import TieredStore, store_at
+from .tiers import TieredStore, flush, holds, store_at
 
 __all__ = [
     "DiskStore",
@@ -17,5 +17,7 @@ __all__ = [
     "Store",
     "TieredStore",
     "chunk_key",
+    "flush",
+    "holds",
     "store_at",
 ]

@@ -18,9 +18,9 @@ from dataclasses import replace
 
 import torch
 
-from ..blend.caches import KV, full_length_cache, packed, rows_behind
-from ..gpu.streams import on_stream
 from ..kv.chunk import ChunkKV
+from ..kv.rows import KV, full_length_cache, packed, rows_behind
+from ..kv.streams import on_stream
 from ..locks import Condition
 from .base import Store
 from .memory import MemoryStore

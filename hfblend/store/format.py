@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
-from ..blend.caches import KV, RowLayout, full_length_cache, packed, rows_behind
 from ..kv.chunk import ChunkKV
 from ..kv.ids import Ids
 from ..kv.origin import Origin
+from ..kv.rows import KV, RowLayout, full_length_cache, packed, rows_behind
 from .quantise import KV_DTYPES, QuantisedRows, can_be_quantised, dequantise, quantise, takes
 
 FORMAT = "hfblend-chunk-1"

@@ -28,10 +28,10 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from ..blend.caches import KV, RowLayout, pins_memory
 from ..kv.chunk import ChunkKV, ChunkLost, Provenance, in_memory
 from ..kv.ids import Ids
 from ..kv.origin import Origin
+from ..kv.rows import KV, RowLayout, pins_memory
 from ..locks import Mutex
 from .counts import StoreCounts
 from .format import MOST_UNASKED, Contents, CorruptEntry, Place, QuantisedPlace, memory_of, views_of

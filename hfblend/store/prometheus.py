@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..optional import require
+from ..util import require
 from . import RemoteStore, Store
 from .counts import StoreCounts
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..arguments import one_of
-from ..blend.caches import RowLayout, pins_memory
+from ..kv.rows import RowLayout, pins_memory
 
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}

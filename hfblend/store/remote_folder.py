@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from ..arguments import closest, described
-from ..optional import require
+from ..util import require
 from .folders import File
 from .requests import at_once
 

@@ -195,3 +195,19 @@ def store_at(where: Store | str | os.PathLike[str] | None) -> Store:
     if isinstance(where, (str, os.PathLike)):
         return TieredStore([MemoryStore(), DiskStore(where)])
     return require_store(where, "a store, a folder, a URL or None (memory)")
+
+
+def holds(store: Store, key: str) -> bool:
+    """Whether a store has an entry to last: of tiers, the last one. Nothing is read where the store can tell."""
+    if isinstance(store, TieredStore):
+        return holds(store.stores[-1], key)
+    # A file is opened, which reads its header: one of another version, or of another kv_dtype, is none.
+    if isinstance(store, Container) and not isinstance(store, (DiskStore, RemoteStore)):
+        return key in store
+    return store.open(key) is not None
+
+
+def flush(store: Store) -> None:
+    """Waits until everything put into a store is kept: tiers write in the background."""
+    if isinstance(store, TieredStore):
+        store.flush()

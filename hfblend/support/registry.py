@@ -1,11 +1,11 @@
-"""One `Host`, with its self-test done, per model: found again wherever the model is handed in."""
+"""One `TestedModel` per Transformers model, its self-test done: found again wherever the model is handed in."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,39 +13,42 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..arguments import described
-from ..attention.by_position import HALF, has_kernels
-from ..blend.caches import RowLayout
-from ..blend.rotation import KeyRotation, find_rotations
+from ..attention.by_position import HALF
+from ..blend.caches import BlendingCache, RecordingCache
+from ..blend.model import Forward, Pass, Watched
+from ..blend.reuse import Reuse, ReusedKV
+from ..config import BlendConfig
 from ..gpu.fused_norms import Norms, find_norms, norms_in_one_kernel
 from ..gpu.fused_rotary import Namespace, find_rotary, rotary_in_one_kernel
-from ..kv.origin import Origin, digest_of
+from ..gpu.graphs import PassGraphs
+from ..gpu.loader import loaders_of
+from ..kv.chunk import ChunkKV, ChunkLost, Reader, in_memory
 from ..locks import ForwardLock
 from ..model.compiled import as_written, run_as_written
-from ..model.hf_model import CACHE, FORWARD_ERRORS, Host, UnsupportedModel, base_of
+from ..model.hf_model import CACHE, FORWARD_ERRORS, HFModel, UnsupportedModel, base_of
 from ..model.layers import wrap_forward
+from ..model.layerwise import LENGTH, apart, stock_steps
+from ..model.passes import run_all, run_rows
+from ..model.prefill import in_batches, prefill_together
 from ..model.structure import Structure, any_training, with_mode
 from ..model.weights import adapters
 from ..model.weights.fingerprint import Fingerprint
 from ..model.weights.offloading import device_of
-from .layerwise import LENGTH, apart, stock_steps
+from ..trace.observer import Observer
+from .rotations import find_rotations
 from .self_test import prove_rows
 
 logger = logging.getLogger(__name__)
 
 
-class BlendableModel(Host):
-    """A host that has passed the self-test, with what blending needs to know of it.
+class TestedModel(HFModel):
+    """A model that has passed the self-test: `hfblend.blend.model.BlendableModel` for Transformers.
 
     Attributes:
-        rotations: per layer, how cached state turns with position.
-        layouts: per layer, the shape of one token's cached state.
-        fingerprint: of weights and configuration, for store keys.
         reads_last_row_only: whether the last token's logits come from the last row of the decoder's output alone.
     """
 
-    rotations: list[KeyRotation | None]
-    layouts: dict[int, RowLayout]
-    fingerprint: Fingerprint
+    __test__ = False  # the name is no test's
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -53,8 +56,7 @@ class BlendableModel(Host):
         self.rotations, self.layouts, dtype = find_rotations(self, stock)
         self._kv_dtypes = {super().dtype: dtype}
         self.fingerprint = Fingerprint(model)
-        self.graphs: Any = None  # of its passes, kept by graphs.py
-        self.prefills_in_batches: bool | None = None  # found by batched_prefill.py; None: not yet
+        self.graphs = PassGraphs(self)
         self._small_steps: tuple[Norms, list[Namespace]] | None = None
         prove_rows(self, stock)
         self._forward = _forward_of(model)
@@ -104,16 +106,10 @@ class BlendableModel(Host):
         else:
             fresh.unwrapped_forward = forward
             self.__dict__ = fresh.__dict__
+            self.graphs = PassGraphs(self)
             logger.info("%s was changed since its self-test, which ran again and passed.", type(model).__name__)
 
-    @property
-    def takes_kernels(self) -> bool:
-        """Whether the Triton kernels may work on this model's K/V: all of it is on one GPU that has them.
-
-        Asked several times a prompt, so it rests on what the fingerprint saw last.
-        """
-        on_one = self.fingerprint.devices == {self.device} and not self.ranks.are_several
-        return has_kernels(self.device) and on_one
+    # --- what it is -----------------------------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,19 +117,31 @@ class BlendableModel(Host):
         of_parameters = super().dtype
         return self._kv_dtypes.get(of_parameters, of_parameters)
 
-    @property
-    def num_kv_layers(self) -> int:
-        """Layers that keep K/V of their own. The last ones of some models attend to those of layers before them."""
-        return len(self.layouts)
+    # --- passes ---------------------------------------------------------------------------------------------------
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of one token's K/V in all layers."""
-        return self.dtype.itemsize * sum(layout.width for layout in self.layouts.values())
+    def full_pass(self, forward: Forward, ids: torch.Tensor, cache: RecordingCache) -> tuple[Any, Watched | None]:
+        """A forward over all tokens."""
+        return run_all(self, forward, ids, cache)
 
-    def origin_of(self, ids: Sequence[int], behind_ids: Sequence[int]) -> Origin:
-        """What is to be said of KV that this model computes of ids behind others."""
-        return Origin(self.name, self.fingerprint.digest, self.described_rope, digest_of(ids), digest_of(behind_ids))
+    def rows_pass(self, forward: Forward, one: Pass, cache: BlendingCache, watch: bool) -> tuple[Any, Watched | None]:
+        """A forward over some rows: a CUDA graph where that gives all that is asked for."""
+        reused = cache.reused
+        if isinstance(reused, ReusedKV) and reused.takes_graphs and (one.stop_at is None or one.record is not None):
+            if reused.is_near:
+                cache.load(list(self.layouts))  # by one kernel
+            ran, output = self.graphs.run(forward, one, {**reused.unfilled, **cache.buffers}, cache.load)
+            if ran:
+                return output, None
+        return run_rows(self, forward, one, cache, watches=watch)
+
+    def gather(self, reuse: Reuse, length: int, config: BlendConfig, observer: Observer) -> ReusedKV:
+        """The reused K/V of a prompt, gathered by kernels on a GPU."""
+        reused = ReusedKV(self, reuse, length, observer)
+        reused.loaders = loaders_of(self, reuse, reused.realigner, length)
+        reused.takes_graphs = config.cuda_graphs and bool(reused.loaders) and self.takes_kernels
+        if not config.layerwise:
+            reused.preload()
+        return reused
 
     def small_steps_in_one_kernel(self) -> None:
         """Lets norms and rotary embedding run as one kernel each in exclusive work, in half precision on a GPU."""
@@ -144,6 +152,39 @@ class BlendableModel(Host):
         norms, namespaces = self._small_steps
         norms_in_one_kernel(self.lock, norms)
         rotary_in_one_kernel(self.lock, namespaces)
+
+    # --- chunks ---------------------------------------------------------------------------------------------------
+
+    def prefill(self, chunks: Sequence[list[int]], after_ids: Sequence[int], after: Reader | None) -> list[ChunkKV]:
+        """K/V of chunks, each computed alone after the same ids."""
+        return prefill_together(self, chunks, after_ids, after)
+
+    def batches(
+        self, chunks: Mapping[str, list[int]], num_after: int, batch_size: int | None = None
+    ) -> Iterator[dict[str, list[int]]]:
+        """Chunks by key, in batches for `prefill`; default size 1 on a CPU, which is busy with one."""
+        return map(dict, in_batches(chunks.items(), batch_size or self.chunks_at_once, num_after))
+
+    # --- processes that share the model ---------------------------------------------------------------------------
+
+    def all_heads(self, states: torch.Tensor, dim: int) -> torch.Tensor:
+        """The heads of every rank."""
+        return self.ranks.gathered(states, dim)
+
+    def agreed(self, scores: torch.Tensor) -> torch.Tensor:
+        """The first rank's scores."""
+        return self.ranks.as_first(scores)
+
+    def entry_of_all(self, entry: Reader | None) -> Reader | None:
+        """The entry, in memory, if every rank has its own; a chunk that one cannot read is prefilled by all."""
+        if not self.ranks.are_several:
+            return entry
+        try:
+            entry = None if entry is None else in_memory(entry)
+        except ChunkLost as error:
+            logger.warning("%s", error)
+            entry = None
+        return entry if self.ranks.all_agree(entry is not None) else None
 
 
 def _forward_of(model: nn.Module) -> tuple[type, tuple[Any, ...]]:
@@ -156,7 +197,7 @@ def _forward_of(model: nn.Module) -> tuple[type, tuple[Any, ...]]:
     return type(model), (id(own), getattr(own, "__code__", None))
 
 
-def _reads_last_row_only(host: BlendableModel) -> bool:
+def _reads_last_row_only(host: HFModel) -> bool:
     """Compares what the whole model makes of the decoder's output, and of its last row, as blending gives it."""
     outputs: list[Any] = []
 
@@ -180,7 +221,7 @@ def _reads_last_row_only(host: BlendableModel) -> bool:
 
 
 @torch.no_grad()
-def _try_whole(host: BlendableModel, around: Callable[..., Any]) -> torch.Tensor:
+def _try_whole(host: HFModel, around: Callable[..., Any]) -> torch.Tensor:
     """Logits (1, 1, V) of the last of a few fixed ids, in exclusive work, where `around` has the decoder's forward."""
     host._keep_rotary_state()
     ids = host.self_test_ids(LENGTH)[None]
@@ -191,11 +232,11 @@ def _try_whole(host: BlendableModel, around: Callable[..., Any]) -> torch.Tensor
 
 
 _making = ForwardLock()  # a second host would not know that the first one is patched
-_known: weakref.WeakKeyDictionary[nn.Module, BlendableModel] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, TestedModel] = weakref.WeakKeyDictionary()
 
 
-def host_of(model: nn.Module) -> BlendableModel:
-    """The model's host; the first call runs the self-test and reads every weight once.
+def model_of(model: nn.Module) -> TestedModel:
+    """The tested model; the first call runs the self-test and reads every weight once.
 
     Raises:
         UnsupportedModel: with the reason.
@@ -222,16 +263,16 @@ def host_of(model: nn.Module) -> BlendableModel:
     return known or _making.exclusive(_make, base)
 
 
-def _make(model: nn.Module) -> BlendableModel:
+def _make(model: nn.Module) -> TestedModel:
     if model not in _known:
         _known[model] = _proved(model)
     return _known[model]
 
 
-def _proved(model: nn.Module) -> BlendableModel:
-    return torch.autocast(device_of(model).type, enabled=False)(BlendableModel)(model)
+def _proved(model: nn.Module) -> TestedModel:
+    return torch.autocast(device_of(model).type, enabled=False)(TestedModel)(model)
 
 
 def forget(model: nn.Module) -> None:
-    """Drops what is known of a model; the next `host_of` finds it out anew."""
+    """Drops what is known of a model; the next `model_of` finds it out anew."""
     _known.pop(base_of(model), None)

@@ -12,20 +12,18 @@ Shapes: S rows of the pass, T all tokens, Hkv KV heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..attention.by_position import QueryRows
 from ..attention.switch import AttentionNotReplaceable, WindowLearner, attend_by_position
-from ..blend.caches import KV, BlendingCache
-from ..model.hf_model import UnsupportedModel
-from ..model.layers import Watched
-from ..model.passes import Pass
-from .layerwise import LENGTH, STARTS_AT, Steps, Stock, apart, row_errors, run_steps
-
-if TYPE_CHECKING:
-    from .registry import BlendableModel
+from ..blend.caches import BlendingCache
+from ..blend.model import Pass, Watched
+from ..kv.rows import KV
+from ..model.hf_model import HFModel, UnsupportedModel
+from ..model.layerwise import LENGTH, STARTS_AT, Steps, Stock, apart, row_errors, run_steps
+from ..model.passes import run_rows
 
 ROWS = (1, 4, 5, 9, 12)
 _SHORTER = ROWS[-1] + 1
@@ -34,7 +32,7 @@ _ALIKE = 5e-2  # of quantised models, forwards over more and fewer tokens
 _Measured = tuple[torch.Tensor, float]
 
 
-def prove_rows(host: BlendableModel, stock: Stock) -> None:
+def prove_rows(host: HFModel, stock: Stock) -> None:
     """Finds how rows of this model attend: by position through our attention, or through rows of its own masks.
 
     Sets `attends_by_position`, `windows` and `layers_stand_alone` of the host.
@@ -63,7 +61,7 @@ def prove_rows(host: BlendableModel, stock: Stock) -> None:
     )
 
 
-def _learn_windows(host: BlendableModel) -> dict[int, int | None]:
+def _learn_windows(host: HFModel) -> dict[int, int | None]:
     """Layer -> window of its mask, from a forward in which every mask is a marker."""
     positions = torch.arange(LENGTH, device=host.device)
     learner = WindowLearner()
@@ -76,7 +74,7 @@ def _learn_windows(host: BlendableModel) -> dict[int, int | None]:
     return learner.windows
 
 
-def _shortened_is_equal(host: BlendableModel, stock: Stock) -> bool:
+def _shortened_is_equal(host: HFModel, stock: Stock) -> bool:
     """Whether rows that go on from what entered a layer, and of which one goes on in the last, come out the same.
 
     Where a model rounds much, rounding may send that one to other experts: then two others have to be right.
@@ -96,7 +94,7 @@ def _shortened_is_equal(host: BlendableModel, stock: Stock) -> bool:
 
 
 def _run_rows(
-    host: BlendableModel, stock: Stock, kv: dict[int, KV], of: Sequence[int] = ROWS, entered: Watched | None = None
+    host: HFModel, stock: Stock, kv: dict[int, KV], of: Sequence[int] = ROWS, entered: Watched | None = None
 ) -> Steps:
     """A pass of some rows over K/V in which their own places are empty, from what entered a layer if that is given.
 
@@ -111,8 +109,8 @@ def _run_rows(
         one.resume_at, one.resume_with, one.num_read = entered.layer, entered.of_rows(rows), 1
 
     def run() -> tuple[dict[int, KV], Any]:
-        cache = BlendingCache(host.num_layers, buffers, lambda layer, fresh: buffers[layer], rows, LENGTH)
-        return buffers, one.run(host, host.try_forward, cache)[0]
+        cache = BlendingCache(host.num_layers, buffers, rows, LENGTH)
+        return buffers, run_rows(host, host.try_forward, one, cache)[0]
 
     return run_steps(host, run, [None, *(hidden[..., list(of), :] for hidden in stock.hidden[1:])])
 
@@ -160,7 +158,7 @@ def _measured(stock: Stock, found: Steps, rows: Sequence[int], start: int) -> tu
     return kv, steps[start:]
 
 
-def _require_causal(host: BlendableModel, stock: Stock) -> Steps:
+def _require_causal(host: HFModel, stock: Stock) -> Steps:
     """The stock forward over fewer tokens, whose rows have to be what they are when more tokens follow.
 
     Each layer starts from what entered it in the longer forward, so a layer in which a token sees those after it, or

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..controller import Decision
+from .decision import Decision
 from .timeline import Interval, Lane, SavedTimeline
 from .trace import TENSORS, BlendTrace, ChunkTrace, LayerMaps, Level, Status
 

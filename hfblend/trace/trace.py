@@ -23,8 +23,8 @@ import torch
 from ..arguments import one_of, require_tokenizer
 from ..arguments import require as require_type
 from ..config import BlendConfig
-from ..controller import Decision
-from ..optional import require
+from ..util import require
+from .decision import Decision
 from .timeline import Interval, PhaseClock, SavedTimeline, ms_per_phase
 from .tokens import columns_of, texts_of
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...display.view import RULE_WORDS
-from ...optional import require
+from ...util import require
 from . import MAX_CHARACTERS, MAX_CHUNKS, Outcome, Playground, Setup, answers_html, chunk_line, store_line
 from .presets import Preset, presets
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...demo import model as demo_model
-from ...outputs import require_folders_of
+from ...util import require_folders_of
 from .report import cells, footnotes, markdown, plot, require_matplotlib, title
 from .runner import Results, run
 from .settings import Settings

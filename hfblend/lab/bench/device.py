@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from ...gpu.streams import synchronize
+from ...kv.streams import synchronize
 
 T = TypeVar("T")
 

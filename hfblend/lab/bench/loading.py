@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ...blend.algorithm import Blending
-from ...blend.reuse import Reuse
+from ...blend.algorithm import Blend
 from ...config import BlendConfig
+from ...generate.blending import Blending
 from ...prompts.prompt import Prompt
 from ...store import DiskStore, Store
 from ...store.keys import file_name_of
-from ...support.registry import host_of
+from ...support.registry import model_of
 from .device import timed
 from .pair import Pair, Stores
 
@@ -30,12 +30,11 @@ class Loading:
     """
 
     def __init__(self, pair: Pair, prompt: Prompt, place: str, store: Store) -> None:
-        self._host, self._ids, self._spans = host_of(pair.model), prompt.input_ids.to(pair.device), prompt.chunk_spans
+        self._host, self._ids, self._spans = model_of(pair.model), prompt.input_ids.to(pair.device), prompt.chunk_spans
         self._store, self._config = store, BlendConfig(layerwise=place != "disk_whole")
-        _, state = self._look_up()
-        chunks = [chunk for chunk in (state.trace.prefix, *state.trace.chunks) if chunk is not None]
-        self._keys = [chunk.key for chunk in chunks]
-        self.num_bytes = state.trace.bytes_reused
+        look_up = self._at("looked_up").look_up
+        self._keys = [chunk.key for chunk in look_up.all_traces]
+        self.num_bytes = look_up.num_bytes
         self.measures: dict[str, Callable[[], None]] = {"load_ms": self.load}
         if isinstance(store, DiskStore):
             self._files = [store.path / file_name_of(key) for key in self._keys]
@@ -44,8 +43,7 @@ class Loading:
     @torch.no_grad()
     def load(self) -> None:
         """The look-up, and every layer at its new positions on the model's device."""
-        reuse, state = self._look_up()
-        reused = state.realign(reuse)
+        reused = self._at("realigned").reused
         for i in range(self._host.num_layers):
             reused.layers([i])
 
@@ -66,9 +64,9 @@ class Loading:
                 while stream.readinto(buffer):
                     pass
 
-    def _look_up(self) -> tuple[Reuse, Blending]:
+    def _at(self, stop: str) -> Blend:
         state = Blending(self._host, self._ids, self._spans, self._store, self._config)
-        return state.look_up(), state
+        return state.stopped_at(stop, self._host.last_logits)
 
 
 def loading(

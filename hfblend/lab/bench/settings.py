@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...blend.algorithm import Blending
+from ...blend.algorithm import Blend
 from ..baselines import METHODS, Method
 from .prompts import Layout
 
@@ -37,7 +37,7 @@ class Case:
     @property
     def through_generate(self) -> bool:
         """Whether `generate` of a patched model does it; what no setting expresses goes through `hfblend.blend`."""
-        return self.method.algorithm is Blending and not self.method.in_context
+        return self.method.algorithm is Blend and not self.method.in_context
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from ...blend.algorithm import Blending
+from ...blend.algorithm import Blend
 from ...prompts.prompt import Prompt
 from ...trace.trace import BlendTrace
 from ..baselines import PrefixReuse
@@ -154,7 +154,7 @@ def needed_flops(case: Case, prompt: Prompt, trace: BlendTrace | None, shape: Sh
     if case.method.algorithm is PrefixReuse:
         return flops(tokens, 0, None, tokens - prefix, shape=shape, exact=prefix)
     config, selection = case.method.config(case.ratio), _selection(case)
-    if case.method.algorithm is not Blending or len(config.check_layers) > 1 or trace.candidate_idx is None:
+    if case.method.algorithm is not Blend or len(config.check_layers) > 1 or trace.candidate_idx is None:
         return None
     exact = tokens - trace.candidate_idx.numel() - suffix
     if not config.check_layers:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ... import __version__
 from ...measure.divergence import describe_machine
-from ...outputs import require_folders_of
+from ...util import require_folders_of
 from .data import QA, Example, digest, load
 from .metrics import require_rouge
 from .records import Record, RecordFile

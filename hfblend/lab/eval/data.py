@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...optional import require
 from ...prompts.prompt import Prompt
+from ...util import require
 
 logger = logging.getLogger(__name__)
 

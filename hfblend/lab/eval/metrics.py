@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ...optional import require
 from ...prompts.tokenize import Encoder
+from ...util import require
 
 NUM_RESAMPLES = 10_000
 _TAILS = (0.025, 0.975)  # of a 95 % interval

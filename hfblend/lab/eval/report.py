@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...display import palette
-from ...optional import figure_class
+from ...util import figure_class
 
 Rows = Sequence[dict[str, Any]]
 

@@ -24,7 +24,7 @@ from . import adapters
 from .contents import digest
 
 PLAIN = (bool, int, float, str, type(None))
-OURS = (f"{__package__}.",)
+OURS = ("hfblend.",)
 WRAPPERS = (*OURS, "accelerate.", "torch.", "transformers.")  # they run the module's own code
 ATTENTION = "_attn_implementation_internal"  # of a config; a pass puts "hfblend_" before it while it runs
 

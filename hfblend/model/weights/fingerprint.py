@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...gpu.streams import synchronize
+from ...kv.streams import synchronize
 from ...locks import Mutex
-from ..hf_model import find_rotary_sources
+from ..rotary_tables import find_rotary_sources
 from . import adapters
 from . import quantised as quantised_weights
 from .contents import Samples, digests

@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..blend.caches import KV
-from ..model.compiled import run_as_written
-from ..model.hf_model import Host, UnsupportedModel
-from ..model.layers import Watched, hidden_of, hook_before, watch, with_hidden
+from ..blend.model import Watched
+from ..kv.rows import KV
+from .compiled import run_as_written
+from .hf_model import HFModel, UnsupportedModel
+from .layers import hidden_of, hook_before, watch, with_hidden
 
 T = TypeVar("T")
 
@@ -87,7 +88,7 @@ def allowed(rounding: float) -> float:
     return min(max(HARMLESS, _TIMES * rounding), _MOST)
 
 
-def stock_steps(host: Host) -> Stock:
+def stock_steps(host: HFModel) -> Stock:
     """Runs the model twice: the second time, each layer's input is rounded otherwise."""
     positions, entered = torch.arange(LENGTH, device=host.device), None
 
@@ -106,7 +107,7 @@ def stock_steps(host: Host) -> Stock:
 
 
 def run_steps(
-    host: Host, run: Callable[[], tuple[dict[int, KV], Any]], given: Sequence[torch.Tensor | None] = ()
+    host: HFModel, run: Callable[[], tuple[dict[int, KV], Any]], given: Sequence[torch.Tensor | None] = ()
 ) -> Steps:
     """Runs a forward, and keeps what enters each layer.
 
@@ -133,7 +134,7 @@ def run_steps(
     return Steps(kv, [*hidden, output[0]])
 
 
-def noisy(host: Host, work: Callable[[], T]) -> T:
+def noisy(host: HFModel, work: Callable[[], T]) -> T:
     """Runs some work in which what enters each layer differs by as much as one product is rounded."""
     roundoff = _roundoff(host, host.dtype)
 
@@ -144,7 +145,7 @@ def noisy(host: Host, work: Callable[[], T]) -> T:
     return _before_layers(host, perturb, work)
 
 
-def _before_layers(host: Host, before: Callable[..., Any], work: Callable[[], T]) -> T:
+def _before_layers(host: HFModel, before: Callable[..., Any], work: Callable[[], T]) -> T:
     """Runs some work in which `before(args, kwargs)` says with what each layer goes on."""
 
     def run() -> T:
@@ -155,7 +156,7 @@ def _before_layers(host: Host, before: Callable[..., Any], work: Callable[[], T]
     return run_as_written(tuple(host.layers), functools.partial(host.lock.exclusive, run))
 
 
-def _roundoff(host: Host, dtype: torch.dtype) -> float:
+def _roundoff(host: HFModel, dtype: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 512, generator=generator).to(host.device, dtype) for n in (LENGTH, 512))
     exact = x.cpu().double() @ weight.cpu().double().T

@@ -1,9 +1,15 @@
-"""Packages that only some features need: imported when they are used, with an error that says what to install."""
+"""What every room may use: optional packages, the places of files, the end of a forward."""
 
 from __future__ import annotations
 
 import importlib
+import os
+from pathlib import Path
 from typing import Any
+
+
+class StopForward(Exception):
+    """Raised in a cache or in attention to end a forward where the rest of it is not needed."""
 
 
 def figure_class(extra: str) -> Any:
@@ -35,3 +41,17 @@ def require(module: str, package: str, extra: str, feature: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{feature} the package {package}: run `pip install 'hfblend[{extra}]'`.") from error
+
+
+def require_folders_of(*files: Path | None) -> None:
+    """Raises `ValueError` for a file whose folder does not exist, or that is a folder itself; `None` is no file."""
+    for file in files:
+        if file is not None and file.is_dir():
+            raise ValueError(f"{file} is a folder; name a file in it.")
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"The folder of {file} does not exist; create it first.")
+
+
+def cache_folder() -> Path:
+    """Where hfblend keeps what it made once: `$HFBLEND_CACHE`, default `~/.cache/hfblend`."""
+    return Path(os.environ.get("HFBLEND_CACHE") or Path.home() / ".cache" / "hfblend")

@@ -1,0 +1,181 @@
+"""One prompt blended, with everything that plugs into the algorithm: controller, trace, retries, its own CUDA stream.
+
+Shapes: Hkv KV heads, T all tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from ..blend.algorithm import Blend
+from ..blend.look_up import LookUp
+from ..blend.model import Forward
+from ..blend.reuse import Reuse
+from ..config import BlendConfig
+from ..controller import BlendShape, Controller, loads_of
+from ..gpu.streams import Beside
+from ..kv.chunk import ChunkLost
+from ..kv.rows import KV
+from ..prompts.prompt import ChunkSpans
+from ..store import Store
+from ..support.registry import TestedModel
+from ..trace.observer import Tracer
+from ..trace.recorder import Recorder
+from ..trace.trace import BlendTrace
+
+logger = logging.getLogger(__name__)
+
+
+class Blending:
+    """One prompt.
+
+    Args:
+        model: past its self-test.
+        input_ids: (1, T).
+        spans: of the chunks.
+        store, config: as in `hfblend.blend`.
+        prompt_length: tokens of the prompt, if draft tokens follow it; default T.
+        controller: settles `recompute_ratios="auto"`.
+        ids: `input_ids` as numbers, where they are known: to read them, Python waits until a GPU has done all else.
+        algorithm: `Blend`, or a subclass that does a phase in another way.
+        weights_are_known: whether the same call has already looked whether weights changed, which waits for a GPU, too.
+
+    Attributes:
+        blend: the phases' state, once it started.
+    """
+
+    blend: Blend
+
+    def __init__(
+        self,
+        model: TestedModel,
+        input_ids: torch.Tensor,
+        spans: ChunkSpans,
+        store: Store,
+        config: BlendConfig,
+        trace: BlendTrace | None = None,
+        *,
+        prompt_length: int | None = None,
+        controller: Controller | None = None,
+        ids: list[int] | None = None,
+        algorithm: type[Blend] = Blend,
+        weights_are_known: bool = False,
+    ) -> None:
+        config.require_layers(model.num_kv_layers)
+        model.require_own_dtype()
+        if config.is_auto:
+            model.ranks.require_one()
+            if controller is None:
+                raise ValueError(
+                    'recompute_ratios="auto" needs a controller, got none. `hfblend.patch` makes one; for '
+                    "`hfblend.blend` pass controller=Controller(profile_of(model, store, config))."
+                )
+        if not weights_are_known:
+            model.fingerprint.current(model.model)
+        self.model, self.spans, self.store, self.config, self.controller = model, spans, store, config, controller
+        self.input_ids = input_ids.to(model.device)
+        self.length = self.input_ids.shape[1]
+        self.prompt_length = prompt_length or self.length
+        self.ids = ids or self.input_ids[0].tolist()
+        spans.check(self.length)
+        self.trace = BlendTrace() if trace is None else trace
+        self._algorithm, self._beside = algorithm, Beside(model.device)
+        self._lost, self._prefilled = frozenset[str](), frozenset[str]()
+        self.trace.num_tokens, self.trace.num_layers = self.length, model.num_layers
+        if self.trace.level != "summary":
+            self.trace.input_ids = torch.tensor(self.ids)
+        if spans.note:
+            self.trace.notes.append(spans.note)
+        self.observer = (Recorder if self.trace.level == "full" else Tracer)(self.trace, model.device)
+
+    @property
+    def buffers(self) -> dict[int, KV]:
+        """Layer -> blended K/V (1, Hkv, T + room, D)."""
+        return self.blend.buffers
+
+    def run(self, forward: Forward) -> Any:
+        """Phases 1 to 4. Returns the output of the last pass, whose last row belongs to the last token.
+
+        Args:
+            forward: the decoder's or the whole model's forward.
+        """
+        output = self.start(forward)
+        self.join(output)
+        return output
+
+    def start(self, forward: Forward) -> Any:
+        """`run` next to the current stream of a GPU: `join` must be called before anything there uses the result."""
+        return self._beside.run(self._blended, forward)
+
+    def _blended(self, forward: Forward) -> Any:
+        while True:
+            blend = self.prepared(forward)
+            try:
+                output = blend.run()
+            except ChunkLost as error:
+                self.begin_again(error)
+                continue
+            blend.look_up.note_what_was_not_kept()
+            return output
+
+    def join(self, output: Any) -> None:
+        """The current stream waits for what `start` began; `output` is what it returned."""
+        trace = self.trace
+        made = [trace.scores, trace.candidate_idx, trace.fresh_idx, trace.selected_idx]
+        made += trace.maps.items().values() if trace.maps else ()
+        made += [] if output is None else output.values()
+        buffers = (states for kv in self.buffers.values() for states in kv)
+        self._beside.join([t for t in (*made, *buffers) if torch.is_tensor(t)])
+
+    def prepared(self, forward: Forward) -> Blend:
+        """A blend that has not begun; on a GPU, a pass that needs no chunk has: Python then looks up."""
+        config = self.config.settled()
+        look_up = LookUp(
+            self.model, self.ids, self.spans, self.store, config, self.observer, self.prompt_length, self._lost,
+            self._prefilled,
+        )  # fmt: skip
+        num_read = self.length - self.prompt_length + 1
+        self.blend = blend = self._algorithm(
+            self.model, forward, self.input_ids, look_up, config, self.observer, num_read
+        )
+        if self.config.is_auto:
+            blend.settle = self._settle
+        surely = self.config.selection == "kv_deviation" and self.config.check_layers and self.spans
+        if self.model.device.type == "cuda" and surely and not self.config.recomputes_all:
+            blend.full_pass(config.check_layers[0])
+            self.observer.phase_done("select")
+        return blend
+
+    def stopped_at(self, stop: str, forward: Forward) -> Blend:
+        """A blend that went on up to one of the stops of `Blend.phases`."""
+        blend = self.prepared(forward)
+        for name in blend.phases():
+            if name == stop:
+                return blend
+        raise ValueError(f"A blend does not stop at {stop!r}.")
+
+    def begin_again(self, lost: ChunkLost) -> None:
+        """An entry turned out unreadable: it counts as missing from here on. Each can cause one restart."""
+        logger.warning("%s; the prompt is blended again without it.", lost)
+        self._lost |= {lost.key}
+        self._prefilled |= {chunk.key for chunk in self.trace.chunks if chunk.status == "miss"}
+        self.trace.notes.append(f"{lost}; blended again without it.")
+
+    def _settle(self, reuse: Reuse) -> tuple[BlendConfig, Reuse]:
+        """The controller's ratio; where a full prefill is quicker, only what is exact is reused."""
+        assert self.controller is not None
+        look_up = self.blend.look_up
+        num_exact = sum(stop - start for start, stop in (piece.span for piece in reuse.exact))
+        shape = BlendShape(self.length, num_exact, reuse.fresh_idx.numel())
+        decision = self.trace.decision = self.controller.decide(shape, loads_of(reuse, self.model.device))
+        if decision.ratio is not None:
+            return self.config.settled(decision.ratio), reuse
+        self.observer.note(f"Computed in full: {decision.reason}.")
+        logger.info("A prompt is computed in full: %s.", decision.reason)
+        for chunk in look_up.chunks:
+            if chunk.status == "hit" and not chunk.exact:
+                chunk.status, chunk.cached_start = "unused", None
+        return self.config.settled(), look_up.partition(reuse.exact)

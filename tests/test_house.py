@@ -1,0 +1,81 @@
+"""The rules of the house: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hfblend
+
+ROOT = Path(hfblend.__file__).parent
+# From the ground floor up; rooms in one line stand next to each other. A file imports from its own room or a lower one.
+FLOORS = """
+util arguments locks
+config
+kv prompts
+kernels store trace
+attention
+blend
+controller
+model
+gpu
+support
+generate
+measure display
+patching
+__init__
+demo
+lab
+serving
+cli
+"""
+FLOOR = {room: level for level, rooms in enumerate(FLOORS.split("\n")) for room in rooms.split()}
+FILES = sorted(ROOT.rglob("*.py"))
+# Models are loaded and built in the last two, and the version is reported.
+KNOWS_TRANSFORMERS = ("model/", "attention/switch.py", "serving/engine.py", "demo/model.py", "lab/bench/")
+ALLOWED: set[str] = set()  # only ever shrinks
+
+
+def imports_of(file: Path) -> list[tuple[str, str]]:
+    """(module, name) of every import in a file, modules of hfblend from its root: `blend.caches`."""
+    package, found = file.relative_to(ROOT).parts[:-1], []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(name.name, "") for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = ".".join([*base, node.module] if node.module else base)
+            found += [("hfblend." * bool(node.level) + module, name.name) for name in node.names]
+    return found
+
+
+def room_of(module: str, name: str) -> str:
+    parts = [part for part in module.split(".")[1:] if part] or [name]
+    return parts[0] if parts[0] in FLOOR else "__init__"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_imports_from_its_own_room_or_a_lower_one(file):
+    own = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    others = [f"{module} ({name})" for module, name in imports_of(file) if module.split(".")[0] == "hfblend"
+              and (room := room_of(module, name)) != own and FLOOR[room] >= FLOOR[own]]  # fmt: skip
+    assert not others or str(file.relative_to(ROOT)) in ALLOWED, f"{file} imports from above: {others}"
+
+
+def test_rooms_are_the_ones_that_are_named():
+    rooms = {
+        path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path.is_dir() and list(path.glob("*.py")))
+    }
+    assert rooms <= set(FLOOR)
+    assert sum(path.suffix == ".py" and path.stem != "__init__" for path in ROOT.iterdir()) <= 6
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_the_model_room_knows_transformers(file):
+    place = file.relative_to(ROOT).as_posix()
+    if place.startswith(KNOWS_TRANSFORMERS):
+        return
+    known = {module for module, _ in imports_of(file) if module.split(".")[0] == "transformers"}
+    assert known <= {"transformers.cache_utils"}
