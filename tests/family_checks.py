@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from families import Family
-from helpers import config, generate, largest_difference, make_prompt, store_of_true_kv
+from helpers import config, generate, largest_difference, make_prompt, moved_kv, store_of_true_kv
 
 import hfblend
-from hfblend.blend.rotation import Realigner
 from hfblend.blend.selection import budget
 from hfblend.generate.blending import Blending
 from hfblend.kv.rows import full_length_cache
@@ -54,8 +53,8 @@ def realign_error(family: Family) -> float:
     host = model_of(family.make())
     old, distance = torch.arange(20), 30
     kv, truth = host.record(old), host.record(old + distance)
-    move = Realigner(host, host.rotations, [(old, old + distance, 20)], 20 + distance)
-    pairs = [pair for i in kv for pair in zip(move(i, kv[i]), truth[i])]
+    found = moved_kv(host, kv, (old, old + distance, 20), 20 + distance)
+    pairs = [pair for i in kv for pair in zip(found[i], truth[i])]
     return max(((moved - there).norm() / there.norm()).item() for moved, there in pairs)
 
 

@@ -156,13 +156,27 @@ def store_of_true_kv(
             continue
         positions = torch.arange(start, stop)
         then = regime or now + shift
-        away = Realigner(host, host.rotations, [(positions, positions + shift, now)], then)
-        moved = [away(i, tuple(t[:, :, start:stop] for t in kv[i])) for i in sorted(kv)]
+        pieces = {i: tuple(t[:, :, start:stop] for t in kv[i]) for i in sorted(kv)}
+        moved = list(moved_kv(host, pieces, (positions, positions + shift, now), then).values())
         behind = () if start == 0 else tuple(prompt.prefix_ids)
         key = chunk_key(host.fingerprint.current(host.model), host.dtype, prompt.ids[start:stop], behind)
         entry = hfblend.ChunkKV(full_length_cache(moved), positions + shift, behind, "isolated", then)
         store.put(key, entry)
     return store
+
+
+def moved_kv(host, kv, move, regime):
+    """Layer -> K/V (B, Hkv, n, D) moved by a `Realigner`.
+
+    Args:
+        move: cached positions (n,), new ones, and the regime of the cached ones.
+        regime: of the new ones.
+    """
+    realigner = Realigner(host.rotary_tables_of_pieces, host.rotations, [move], regime)
+    moved = {layer: tuple(torch.empty_like(states) for states in own) for layer, own in kv.items()}
+    for layer, own in kv.items():
+        realigner.move(layer, [(own, moved[layer])])
+    return moved
 
 
 def generate(model, inputs, **kwargs):

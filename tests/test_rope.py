@@ -14,6 +14,7 @@ from helpers import (
     largest_difference,
     make_llama,
     make_prompt,
+    moved_kv,
     store_of_true_kv,
 )
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import hfblend
 from hfblend.blend.caches import RecordingCache
-from hfblend.blend.rotation import Realigner, pair_tables, rotate, rotation_between
+from hfblend.blend.rotation import pair_tables, rotate, rotation_between
 from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
@@ -52,7 +53,7 @@ def test_realigned_keys_equal_keys_computed_there(rope, dtype, tolerance):
     old, new = torch.arange(30), torch.arange(90, 120)  # across the short context of dynamic and longrope
     for cached_positions, positions in ((old, new), (new, old), (old, old + 17)):
         (cached, then), (truth, now) = keys_at(cached_positions), keys_at(positions)
-        moved = Realigner(host, host.rotations, [(cached_positions, positions, then)], now)(0, cached)
+        moved = moved_kv(host, {0: cached}, (cached_positions, positions, then), now)[0]
         assert (moved[0].float() - truth[0].float()).norm() <= tolerance * truth[0].float().norm()
         assert torch.equal(moved[1], cached[1])
         assert (cached[0].float() - truth[0].float()).norm() > 0.1 * truth[0].float().norm()
@@ -71,7 +72,7 @@ def test_bf16_is_moved_no_worse_than_the_model_itself_rounds():
             with torch.no_grad():
                 m.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
             keys[name, start] = cache.recorded[0]
-    moved = Realigner(host, host.rotations, [(torch.arange(64), torch.arange(400, 464), 64)], 464)(0, keys["bf16", 0])
+    moved = moved_kv(host, {0: keys["bf16", 0]}, (torch.arange(64), torch.arange(400, 464), 64), 464)[0]
     truth = keys["fp32", 400][0]
     own_error = (keys["bf16", 400][0].float() - truth).norm()
     assert (moved[0].float() - truth).norm() <= 1.25 * own_error
@@ -236,7 +237,6 @@ def test_values_do_not_move():
                                          num_attention_heads=4)).eval()  # fmt: skip
     full = full_prefill_kv(model, PROMPT.input_ids)
     host = model_of(model)
-    moved = Realigner(host, host.rotations, [(torch.arange(len(PROMPT)), torch.arange(len(PROMPT)) + 5, 0)], 0)(
-        1, full[1]
-    )
-    assert moved[1] is full[1][1]
+    positions = torch.arange(len(PROMPT))
+    moved = moved_kv(host, {1: full[1]}, (positions, positions + 5, 0), 0)
+    assert torch.equal(moved[1][1], full[1][1])

@@ -26,7 +26,7 @@ from ..trace.observer import Observer
 from .caches import BlendingCache, RecordingCache
 from .look_up import LookUp
 from .model import AttentionNotRecorded, BlendableModel, Forward, Pass, Watched
-from .reuse import Reuse, ReusedKV
+from .reuse import Reuse, ReusedKV, merged
 from .rules import chunk_starts, scores_of
 from .selection import Evidence, budget, highest
 
@@ -65,8 +65,7 @@ class Blend:
 
     @property
     def length(self) -> int:
-        """T."""
-        return self.ids.shape[1]
+        return self.ids.shape[1]  # T
 
     def run(self) -> Any:
         """Phases 1 to 4. Returns the output of the last pass, whose last row belongs to the last token."""
@@ -107,8 +106,8 @@ class Blend:
     # --- 3 select -------------------------------------------------------------------------------------------------
 
     def select(self) -> Iterator[str]:
-        """Settles the (S,) tokens to recompute. Several check layers are rounds, each among what the one before kept:
-        the paper's gradual filtering. Stops once a round has its scores."""
+        """Settles the (S,) tokens to recompute. With several check layers, each ranks those that the one before kept
+        (the paper's gradual filtering). Yields once a layer has its scores."""
         self.selected_idx = self.reuse.candidate_idx
         if self.config.recomputes_all:
             return
@@ -153,15 +152,13 @@ class Blend:
         if self.fresh_up_to < 0:
             self.full_pass(layer)
         elif layer > self.fresh_up_to:
-            self.rows_pass("filter", _merged(kept, self.reuse.fresh_idx), stop_at=layer)
+            self.rows_pass("filter", merged(kept, self.reuse.fresh_idx), stop_at=layer)
             self.fresh_up_to = layer
         self.reused.prefetch(layer)
 
     def suffix_attention(self, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """Layer -> (H, T) attention received from the suffix in one pass of it over the reused KV.
-
-        Other fresh tokens (gaps, chunks that are computed in this prompt) have no KV yet: no row sees them.
-        """
+        """Layer -> (H, T) attention received from the suffix in one pass of it over the reused KV. Other fresh tokens
+        (gaps, chunks that are computed in this prompt) have no KV yet: no row sees them."""
         num_layers = self.model.num_layers
         if not layers or not 0 <= min(layers) <= max(layers) < num_layers:
             raise ValueError(f"Layers must be one or more of 0 … {num_layers - 1}, got {tuple(layers)}.")
@@ -187,7 +184,7 @@ class Blend:
             return self.full_pass(None)
         if self.config.recomputes_all:
             return self.rows_pass("recompute", torch.arange(self.length, device=self.ids.device))
-        return self.rows_pass("recompute", _merged(self.selected_idx, self.reuse.fresh_idx))
+        return self.rows_pass("recompute", merged(self.selected_idx, self.reuse.fresh_idx))
 
     def is_nearly_all(self) -> bool:
         """Whether what is exact is so little that a forward over all tokens, which needs no positions, is quicker."""
@@ -213,8 +210,7 @@ class Blend:
         hidden: torch.Tensor | None = None,
         record: AttentionRecord | None = None,
     ) -> Any:
-        """A forward over `rows` (S,), each of which sees its past; their K/V take the places of the reused ones. The
-        other arguments are those of `Pass`."""
+        """A forward over `rows` (S,), each of which sees its past, and whose K/V replace the reused."""
         entered = self.entered if self.entered is not None and self.entered.hidden is not None else None
         one = Pass(
             self.ids[:, rows], rows, self.seen_from(rows), self.length, stop_at, hidden, record,
@@ -233,7 +229,3 @@ class Blend:
     def seen_from(self, rows: torch.Tensor) -> torch.Tensor:
         """(S,) the last key position that each row of a pass sees: its own."""
         return rows
-
-
-def _merged(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return torch.cat([one, other]).sort().values

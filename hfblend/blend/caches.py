@@ -29,11 +29,8 @@ class PassCache(Cache):
 
 
 class RecordingCache(PassCache):
-    """Keeps the fresh K/V of all tokens and ends the forward at layer `stop_at`, before that layer's attention.
-
-    Args:
-        room: spare rows to keep after each recorded buffer.
-    """
+    """Keeps the fresh K/V of all tokens, with `room` spare rows, and ends the forward at layer `stop_at`, before that
+    layer's attention."""
 
     def __init__(self, num_layers: int, stop_at: int | None = None, room: int = 0) -> None:
         super().__init__(num_layers)
@@ -64,10 +61,8 @@ class RowsCache(PassCache):
         self.rows, self.stop_at = self.rows[-count:], None
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
-        """0; asked by a layer, how far each row (S,) stands behind its place in the pass.
-
-        Layers that count positions themselves, `arange(S) + cache.get_seq_length(layer_idx)`, then count right.
-        """
+        """Returns 0, or, asked by a layer, how far each row (S,) is from its place in the pass: layers that count
+        positions themselves, `arange(S) + cache.get_seq_length(layer_idx)`, then count right."""
         return 0 if layer_idx is None else self.rows - torch.arange(len(self.rows), device=self.rows.device)
 
 
@@ -96,8 +91,9 @@ class BlendingCache(RowsCache):
         self.buffers, self.length, self.reused, self.hidden = buffers, length, reused, hidden
 
     def load(self, layers: Sequence[int], like: KV | None = None) -> None:
-        """Puts the reused KV of some layers into the buffers; rows that are not computed yet are finite: unseen, too,
-        0 · NaN is NaN. `like`: fresh K/V of any tokens there."""
+        """Puts reused KV of some layers into the buffers. Hidden rows become 0: even unseen, 0 · NaN is NaN.
+
+        `like` is fresh K/V of any tokens in these layers."""
         assert self.reused is not None
         for layer_idx, kv in self.reused.layers([i for i in layers if i not in self.buffers], like).items():
             for states in kv:

@@ -61,12 +61,12 @@ class ChunksOf:
         self.kv: Reader | None = None
         self.after_ids = self._after_ids()
         # Asked for every chunk of a prompt, which waits for it.
-        self._dtype, self._layouts = model.dtype, tuple(model.layouts.values())
+        self._digest, self._dtype, self._layouts = model.digest, model.dtype, tuple(model.layouts.values())
         self._token_bytes = sum(layout.width for layout in self._layouts) * self._dtype.itemsize
 
     def key(self, ids: Sequence[int], after_ids: Sequence[int] | None) -> str:
         """The key of ids that are computed after others; `None`: in some context."""
-        return chunk_key(self.model.digest, self._dtype, ids, after_ids, self.config.namespace)
+        return chunk_key(self._digest, self._dtype, ids, after_ids, self.config.namespace)
 
     def open(self, key: str, num_tokens: int, num_after: int | None) -> Reader | None:
         """Returns the entry, or `None` if the store has none that can be this model's KV of so many tokens.

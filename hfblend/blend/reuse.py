@@ -21,7 +21,7 @@ from ..kv.chunk import ChunkKV, Reader
 from ..kv.rows import KV, ROOM, empty_kv, rows_at, sent
 from ..prompts.separator import Span
 from ..trace.observer import Observer
-from .rotation import KeyRotation, Realigner, RotaryTables
+from .rotation import KeyRotation, Realigner, Tables
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Reuse:
         return self.exact + self.moved
 
 
-class ReusingModel(RotaryTables, Protocol):
+class ReusingModel(Protocol):
     """The part of a model that reused K/V are assembled for.
 
     Attributes:
@@ -72,6 +72,10 @@ class ReusingModel(RotaryTables, Protocol):
     @property
     def num_kv_layers(self) -> int: ...
     def device_of_layer(self, layer_idx: int) -> torch.device: ...
+
+    def rotary_tables_of_pieces(self, source: int, pieces: list[tuple[torch.Tensor, int]]) -> Tables:
+        """Returns cos and sin (N, 2R or R) in fp32 of a rotary source, for several (positions, regime) in a row."""
+        ...
 
     def regime(self, length: int) -> int:
         """The prompt length that sets length-dependent RoPE frequencies in a prompt of `length` tokens."""
@@ -106,7 +110,7 @@ class ReusedKV:
         self.model, self.reuse, self.length, self.observer = model, reuse, length, observer or Observer()
         positions = [torch.arange(*piece.span) for piece in reuse.moved]
         moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
-        self.realigner = Realigner(model, model.rotations, moves, model.regime(length))
+        self.realigner = Realigner(model.rotary_tables_of_pieces, model.rotations, moves, model.regime(length))
         self.loaders: Mapping[int, Loader] = {}
         self.takes_graphs = False
         self._to_read = [piece.entry for piece in reuse.pieces if not isinstance(piece.entry, ChunkKV)]
@@ -195,6 +199,11 @@ def _places(buffers: KV, span: Span) -> KV:
     """The rows of a span, (1, Hkv, n, D)."""
     keys, values = (buffer[:, :, slice(*span)] for buffer in buffers)
     return keys, values
+
+
+def merged(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Token indices of both, rising."""
+    return torch.cat([one, other]).sort().values
 
 
 def joined(ranges: list[torch.Tensor]) -> torch.Tensor:

@@ -1,17 +1,16 @@
 """Moving cached keys to new positions: K_new = R(new) · R(old)⁻¹ · K_old, one rotation in fp32.
 
 The tables come from the model's own rotary module, so linear, dynamic, yarn, longrope, llama3 or partial RoPE need no
-code of their own. How a layer's cached state depends on position is not looked up by name but found by a numeric
-self-test (`find_rotations`): two stock forwards over the same ids at positions p and p + Δ.
+extra code. How a layer's cached state depends on position is found by a self-test (`hfblend/support/rotations.py`).
 
 Shapes: B batch, Hkv KV heads, N tokens, D head_dim, R rotated pairs (2R ≤ D).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -63,11 +62,8 @@ def rotation_between(old: Tables, new: Tables) -> Tables:
 def rotate(
     states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Turns the first 2R dimensions of `states` (B, Hkv, N, D) by tables (N, R), in fp32, rounded once at the end.
-
-    Args:
-        out: where to write it; default, a new tensor.
-    """
+    """Turns the first 2R dimensions of `states` (B, Hkv, N, D) by tables (N, R), in fp32, rounded once at the end,
+    into `out` or a new tensor."""
     out = torch.empty_like(states) if out is None else out
     turned_dims = 2 * cos.shape[-1]
     (x, y), (to_x, to_y) = (pairs_of(t[..., :turned_dims], pairing) for t in (states, out))
@@ -86,19 +82,11 @@ def pairs_of(states: torch.Tensor, pairing: Pairing) -> tuple[torch.Tensor, torc
     return first, second
 
 
-class RotaryTables(Protocol):
-    """The rotary tables of a model."""
-
-    def rotary_tables_of_pieces(self, source: int, pieces: list[tuple[torch.Tensor, int]]) -> Tables:
-        """cos and sin (N, 2R or R) in fp32 of a rotary source, for several (positions, regime), one after the other."""
-        ...
-
-
 class Realigner:
     """Moves cached K/V of any layer from cached to new positions; tables are made once per layer kind.
 
     Args:
-        model: gives its rotary tables.
+        tables_of: returns cos and sin, each (N, 2R or R) in fp32, of a rotary source for several (positions, regime).
         rotations: per layer, from `find_rotations`; `None` where nothing depends on position.
         moves: per moved piece, its cached positions (n,), its new positions (n,) and the regime it was cached in
             (`HFModel.regime`). Together the pieces have N tokens.
@@ -107,7 +95,7 @@ class Realigner:
 
     def __init__(
         self,
-        model: RotaryTables,
+        tables_of: Callable[[int, list[tuple[torch.Tensor, int]]], Tables],
         rotations: list[KeyRotation | None],
         moves: list[tuple[torch.Tensor, torch.Tensor, int]],
         regime: int,
@@ -118,17 +106,9 @@ class Realigner:
             source, layout = kind
             old = [(cached, then) for cached, _, then in moves]
             new = [(positions, regime) for _, positions, _ in moves]
-            both = pair_tables(model.rotary_tables_of_pieces(source, old + new), layout)
+            both = pair_tables(tables_of(source, old + new), layout)
             (cos_old, cos_new), (sin_old, sin_new) = (table.chunk(2) for table in both)
             self._tables[kind] = rotation_between((cos_old, sin_old), (cos_new, sin_new))
-
-    def __call__(self, layer_idx: int, kv: KV) -> KV:
-        """The layer's K/V (B, Hkv, N, D) at the new positions; untouched where nothing depends on position."""
-        rotation, tables = self.rotations[layer_idx], self.tables(layer_idx, kv[0].device)
-        if rotation is None or tables is None:
-            return kv
-        turned = rotate(kv[rotation.slot], *tables, rotation.pairing)
-        return (turned, kv[1]) if rotation.slot == 0 else (kv[0], turned)
 
     def move(self, layer_idx: int, pieces: Sequence[tuple[KV, KV]]) -> None:
         """Writes the K/V (B, Hkv, n, D) of each piece to their places, turned; together they are the N tokens."""

@@ -1,7 +1,7 @@
 """Which reused tokens to recompute: rules that score them, as functions on tensors, no model.
 
-A rule is a function from `Evidence` to one score per candidate; the highest scores are recomputed. What a rule asks of
-the evidence decides which passes run, and so what it costs:
+A rule is a function from `Evidence` to one score per candidate; `BlendConfig(selection=...)` takes one, or a name below
+(`docs/selection.md`). What a rule asks of the evidence decides which passes run, and so what it costs:
 
     rule                looks at                                             passes before selection (of T·L pairs)
     kv_deviation        ‖fresh − reused‖² of K or V at a check layer c       all tokens up to layer c        c / L
@@ -9,8 +9,6 @@ the evidence decides which passes run, and so what it costs:
     chunk_start, last,  where a token stands                                 none                            0
     random              nothing                                              none                            0
     mixed               several of these, each with a share of the budget    what those need
-
-`BlendConfig(selection=...)` takes one of these names, or any function of that form: `docs/selection.md`.
 
 Shapes: B batch, H heads, Hkv KV heads, N candidate tokens, D head_dim.
 """
@@ -39,8 +37,7 @@ class Evidence:
         num_layers: L.
         config: the call's settings.
         kv: layer -> fresh and reused K/V there, each (1, Hkv, N, D).
-        suffix_attention: layers -> attention that each candidate receives from the suffix over the reused KV, mean over
-            the suffix's rows, (len(layers), H, N) in fp32.
+        suffix_attention: layers -> (len(layers), H, N) in fp32, received from the suffix over reused KV, row mean.
     """
 
     candidate_idx: torch.Tensor
@@ -63,8 +60,7 @@ def by_kv_deviation(evidence: Evidence) -> torch.Tensor:
 
     Source: CacheBlend (arXiv 2405.16444) section 4.3.
     """
-    fresh, reused = evidence.kv(evidence.check_layer)
-    return kv_deviation(fresh, reused, evidence.config.deviation)[0]
+    return kv_deviation(*evidence.kv(evidence.check_layer), evidence.config.deviation)[0]
 
 
 def by_suffix_attention(evidence: Evidence) -> torch.Tensor:
@@ -74,30 +70,23 @@ def by_suffix_attention(evidence: Evidence) -> torch.Tensor:
         q u e s    · · █ ·     · ▄ · ·     ■            the question, run once over the reused KV
         t i o n    · · █ ▂     · █ · ·     ■ ■          █ looked at: recompute
 
-    An answer is read off these tokens, so an error there is an error in the answer. Attention over the *reused* KV
-    selects better than attention over the true KV: what must be mended is what the stale model looks at. The first
-    layers attend mostly to neighbours and are left out; `BlendConfig(score_layers=...)` chooses others.
+    An error in these tokens is an error in the answer. Attention over the *reused* KV selects better than over the true
+    KV (`docs/selection.md`). The first layers attend mostly to neighbours; `BlendConfig(score_layers=...)` sets others.
 
-    Source: measured in `docs/selection.md`; the user's query also guides ProphetKV (arXiv 2602.02579), in two stages.
+    Source: measured; the user's query also guides ProphetKV (arXiv 2602.02579), in two stages.
     """
     layers = evidence.config.score_layers or range(evidence.num_layers // 3, evidence.num_layers)
     return evidence.suffix_attention(tuple(layers)).mean((0, 1))
 
 
-def kv_deviation(
-    fresh: tuple[torch.Tensor, torch.Tensor], reused: tuple[torch.Tensor, torch.Tensor], deviation: Deviation = "value"
-) -> torch.Tensor:
-    r"""How far each token's fresh K/V lies from what the store holds for it: squared L2, summed over heads, in fp32.
+def kv_deviation(fresh: KV, reused: KV, deviation: Deviation = "value") -> torch.Tensor:
+    """Returns (B, N) in fp32, how far each token's fresh K/V lies from the reused: squared L2, summed over heads.
 
         deviation(t) = Σ_{h,d} (fresh[h, t, d] − reused[h, t, d])²
 
     Args:
         fresh, reused: keys and values, each (B, Hkv, N, D); reused keys already realigned.
-        deviation: `"value"`, `"key"`, or `"key_value"` (the sum of both, each divided by its mean over N, so that
-            neither outweighs the other).
-
-    Returns:
-        (B, N) in fp32.
+        deviation: `"value"`, `"key"`, or `"key_value"`, the sum of both, each divided by its mean over N.
 
     Source: CacheBlend section 4.3 (Δ_kv); the research repository ranks by V, LMCache v1 by K.
     """
@@ -118,14 +107,10 @@ def budget(ratio: float, reused_tokens: int) -> int:
 
 
 def highest(scores: torch.Tensor, count: int, forced: torch.Tensor | None = None) -> torch.Tensor:
-    """Indices of the `count` highest scores, rising.
+    """Returns the indices of the `count` highest scores (N,), rising: (count,) int64, or (N,) if `count` is larger.
 
-    Args:
-        scores: (N,); a NaN ranks highest, so that a broken value is recomputed rather than kept.
-        forced: indices that come before all others, most important first; they count towards `count`.
-
-    Returns:
-        (count,) int64, or (N,) if `count` is larger.
+    A NaN ranks highest, so that a broken value is recomputed rather than kept. `forced` indices come before all others,
+    most important first, and count towards `count`.
     """
     count = min(count, scores.numel())
     scores = scores.nan_to_num(nan=math.inf)

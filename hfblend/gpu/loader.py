@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 def loaders_of(host: HFModel, reuse: Reuse, realigner: Realigner, length: int) -> dict[int, GPULoader]:
     """Layer -> what gathers its rows, one loader for each GPU that has layers; layers that no kernel may load are left
     out. Arguments as in `GPULoader`."""
-    if not (reuse.exact or reuse.moved) or host.ranks.are_several or host.dtype not in (torch.float32, *HALF):
+    if not torch.cuda.is_available() or not (reuse.exact or reuse.moved):
+        return {}
+    if host.ranks.are_several or host.dtype not in (torch.float32, *HALF):
         return {}
     layers_on: dict[torch.device, list[int]] = {}
     if host.takes_kernels:

@@ -59,7 +59,7 @@ class ChunkKV:
     def __len__(self) -> int:
         return len(self.cached_positions)
 
-    @property
+    @cached_property
     def num_behind(self) -> int:
         return len(self.behind_ids)
 
@@ -71,11 +71,11 @@ class ChunkKV:
     def prefetch(self, layer_idx: int) -> None:
         """Nothing to do: every layer is in memory."""
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         return len(self.cache.layers)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.layer(0)[0].dtype
 
