@@ -106,8 +106,7 @@ class Blend:
     # --- 3 select -------------------------------------------------------------------------------------------------
 
     def select(self) -> Iterator[str]:
-        """Settles the (S,) tokens to recompute. With several check layers, each ranks those that the one before kept
-        (the paper's gradual filtering). Yields once a layer has its scores."""
+        """Settles the (S,) tokens to recompute: each check layer ranks what the one before kept (gradual filtering)."""
         self.selected_idx = self.reuse.candidate_idx
         if self.config.recomputes_all:
             return
@@ -119,6 +118,7 @@ class Blend:
             yield "scored"
             self.observer.scored(self.scores)
             starts = chunk_starts(self.selected_idx, self.evidence.spans, self.config.force_chunk_start)
+            self.evidence = None  # it refers to this object: as a cycle, buffers would wait for the garbage collector
             best = highest(self.scores, self.budget(ratio), starts)
             self.selected_idx = self.selected_idx[best.to(self.selected_idx.device)]
         if not self.config.check_layers:

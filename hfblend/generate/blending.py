@@ -6,6 +6,7 @@ Shapes: Hkv KV heads, T all tokens, D head_dim.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ class Blending:
             self.model, forward, self.input_ids, look_up, config, self.observer, num_read
         )
         if self.config.is_auto:
-            blend.settle = self._settle
+            blend.settle = Settle(self.config, self.controller, look_up, self.trace, self.model.device)
         surely = self.config.selection == "kv_deviation" and self.config.check_layers and self.spans
         if self.model.device.type == "cuda" and surely and not self.config.recomputes_all:
             blend.full_pass(config.check_layers[0])
@@ -164,18 +165,29 @@ class Blending:
         self._prefilled |= {chunk.key for chunk in self.trace.chunks if chunk.status == "miss"}
         self.trace.notes.append(f"{lost}; blended again without it.")
 
-    def _settle(self, reuse: Reuse) -> tuple[BlendConfig, Reuse]:
-        """The controller's ratio; where a full prefill is quicker, only what is exact is reused."""
+
+@dataclass
+class Settle:
+    """Settles `recompute_ratios="auto"` by what phase 1 found. Where a full prefill is quicker, only what is exact is
+    reused."""
+
+    config: BlendConfig
+    controller: Controller | None
+    look_up: LookUp
+    trace: BlendTrace
+    device: torch.device
+
+    def __call__(self, reuse: Reuse) -> tuple[BlendConfig, Reuse]:
+        """Returns settings with a ratio, and the pieces to reuse."""
         assert self.controller is not None
-        look_up = self.blend.look_up
         num_exact = sum(stop - start for start, stop in (piece.span for piece in reuse.exact))
-        shape = BlendShape(self.length, num_exact, reuse.fresh_idx.numel())
-        decision = self.trace.decision = self.controller.decide(shape, loads_of(reuse, self.model.device))
+        shape = BlendShape(len(self.look_up.ids), num_exact, reuse.fresh_idx.numel())
+        decision = self.trace.decision = self.controller.decide(shape, loads_of(reuse, self.device))
         if decision.ratio is not None:
             return self.config.settled(decision.ratio), reuse
-        self.observer.note(f"Computed in full: {decision.reason}.")
+        self.trace.notes.append(f"Computed in full: {decision.reason}.")
         logger.info("A prompt is computed in full: %s.", decision.reason)
-        for chunk in look_up.chunks:
+        for chunk in self.look_up.chunks:
             if chunk.status == "hit" and not chunk.exact:
                 chunk.status, chunk.cached_start = "unused", None
-        return self.config.settled(), look_up.partition(reuse.exact)
+        return self.config.settled(), self.look_up.partition(reuse.exact)
