@@ -1,19 +1,19 @@
 """A model's rotary embedding of queries and keys, in one kernel while a pass runs on a GPU.
 
-Eager code takes a dozen kernels for it in every layer. In Transformers it is a function of a family's module; one that
-gives what the usual form gives for random input is answered by the kernel while a pass of ours runs, and only for that
-pass: other threads' calls of the same function go to the function.
+Eager code takes a dozen kernels for it in every layer. In Transformers it is a function that attention modules call by
+a global name. Where that function gives, for random input, the usual form,
 
     x · cos + rotate_half(x) · sin
+
+the module's own forward runs in a pass with one global name of its own: the function's, which then means the kernel.
+Nothing outside the module instance is changed.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
-from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
 
@@ -21,24 +21,67 @@ import torch
 from torch import nn
 
 from ..attention.by_position import HALF, kernels
-from ..locks import ForwardLock, Mutex, Running, innermost, only_inside
+from ..locks import ForwardLock
+from ..model.hf_model import CACHE_NAMES
+from ..model.layers import wrap_forward
 
 NAME = "apply_rotary_pos_emb"
-_OURS = "_hfblend_answers_for"  # on what stands in for the function: the function
+_DEPRECATION = "transformers.utils.deprecation"  # its wrappers give arguments their new names
 
-Namespace = dict[str, Any]  # of a module of Transformers
-
-_answers: ContextVar[Callable[[], bool]] = ContextVar("hfblend_rotary", default=lambda: False)
-_lock = Mutex()
-_passes: dict[int, list[Running]] = {}  # id of a namespace -> passes that run in it
+Rotary = dict[nn.Module, FunctionType]  # attention module -> its forward, with the kernel in the function's place
 
 
-def find_rotary(decoder: nn.Module) -> list[Namespace]:
-    """The namespaces whose function is of the usual form; none is common: pairing, order of arguments may differ."""
-    names = {type(module).__module__ for module in decoder.modules()}
-    found = [vars(sys.modules[name]) for name in sorted(names) if name in sys.modules]
-    parameter = next(decoder.parameters())
-    return [space for space in found if NAME in space and _is_usual(space[NAME], parameter.device, parameter.dtype)]
+def find_rotary(decoder: nn.Module) -> Rotary:
+    """Returns the modules whose forward calls a function of the usual form: others pair or order things otherwise."""
+    parameter, kinds = next(decoder.parameters()), set(map(type, decoder.modules()))
+    fused = {kind: _with_kernel(kind, parameter.device, parameter.dtype) for kind in kinds}
+    return {module: forward for module in decoder.modules() if (forward := fused[type(module)]) is not None}
+
+
+def rotary_in_one_kernel(lock: ForwardLock, found: Rotary) -> None:
+    """Lets the kernel answer in these modules in exclusive work of `lock`; one that has a separate forward keeps it."""
+    for module, forward in found.items():
+        if "forward" not in vars(module):
+            wrap_forward(lock, module, functools.partial(_run, module, forward))
+
+
+def _run(module: nn.Module, forward: FunctionType, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    renamed = [name for name in CACHE_NAMES if name in kwargs and name not in forward.__code__.co_varnames]
+    return own(*args, **kwargs) if renamed else forward(module, *args, **kwargs)
+
+
+def _with_kernel(kind: type[nn.Module], device: torch.device, dtype: torch.dtype) -> FunctionType | None:
+    """Returns the forward of a class of modules, with the kernel in it; `None` where it does not call the function."""
+    forward: Any = kind.forward
+    while getattr(forward, "__globals__", {}).get("__name__") == _DEPRECATION and hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    if not isinstance(forward, FunctionType) or NAME not in forward.__code__.co_names:
+        return None
+    names = forward.__globals__
+    if not _is_usual(names.get(NAME), device, dtype):
+        return None
+    fused = FunctionType(forward.__code__, _Names(names), forward.__name__, forward.__defaults__, forward.__closure__)
+    fused.__kwdefaults__ = forward.__kwdefaults__
+    return fused
+
+
+class _Names(dict[str, Any]):
+    """The global names of a module of Transformers, as they are when they are looked up, but for one."""
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        tested = names[NAME]
+
+        def rotary(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+            function = names[NAME]
+            if function is tested and not args and not kwargs and _fits(q, k, cos, sin):
+                return kernels.rotary(q, k, cos, sin)
+            return function(q, k, cos, sin, *args, **kwargs)
+
+        super().__init__({NAME: rotary, "__builtins__": names["__builtins__"]})
+        self._names = names
+
+    def __missing__(self, name: str) -> Any:
+        return self._names[name]
 
 
 @torch.no_grad()
@@ -62,43 +105,6 @@ def _is_usual(function: Any, device: torch.device, dtype: torch.dtype) -> bool:
         ours.shape == truth.shape and bool((ours - truth).norm() <= 2 * (theirs - truth).norm())
         for ours, theirs, truth in zip(kernels.rotary(*given), own, exact)
     )
-
-
-def rotary_in_one_kernel(lock: ForwardLock, namespaces: list[Namespace]) -> None:
-    """Lets the kernel answer where this thread calls these namespaces' function in exclusive work of `lock`."""
-    work = innermost()
-    assert work is not None
-    for namespace in namespaces:
-        lock.undo_later(functools.partial(_leave, namespace, work))
-        _enter(namespace, work)
-    _answers.set(only_inside())  # ends with the work's context
-
-
-def _enter(namespace: Namespace, work: Running) -> None:
-    with _lock:
-        _passes.setdefault(id(namespace), []).append(work)
-        if not hasattr(namespace[NAME], _OURS):
-            namespace[NAME] = _answering(namespace[NAME])
-
-
-def _leave(namespace: Namespace, work: Running) -> None:
-    """Puts the function back if no other pass, of this model or another, runs in its namespace."""
-    with _lock:
-        others = [one for one in _passes.get(id(namespace), ()) if one is not work and one.is_alive]
-        if not others:
-            namespace[NAME] = getattr(namespace[NAME], _OURS, namespace[NAME])
-        _passes[id(namespace)] = others
-
-
-def _answering(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def rotary(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        if _answers.get()() and not args and not kwargs and _fits(q, k, cos, sin):
-            return kernels.rotary(q, k, cos, sin)
-        return function(q, k, cos, sin, *args, **kwargs)
-
-    setattr(rotary, _OURS, function)
-    return rotary
 
 
 def _fits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:

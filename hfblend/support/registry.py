@@ -19,7 +19,7 @@ from ..blend.model import Forward, Pass, Watched
 from ..blend.reuse import Reuse, ReusedKV
 from ..config import BlendConfig
 from ..gpu.fused_norms import Norms, find_norms, norms_in_one_kernel
-from ..gpu.fused_rotary import Namespace, find_rotary, rotary_in_one_kernel
+from ..gpu.fused_rotary import Rotary, find_rotary, rotary_in_one_kernel
 from ..gpu.graphs import PassGraphs
 from ..gpu.loader import loaders_of
 from ..kv.chunk import ChunkKV, ChunkLost, Reader, in_memory
@@ -57,7 +57,7 @@ class TestedModel(HFModel):
         self._kv_dtypes = {super().dtype: dtype}
         self.fingerprint = Fingerprint(model)
         self.graphs = PassGraphs(self)
-        self._small_steps: tuple[Norms, list[Namespace]] | None = None
+        self._small_steps: tuple[Norms, Rotary] | None = None
         prove_rows(self, stock)
         self._forward = _forward_of(model)
         self.reads_last_row_only = _reads_last_row_only(self)
@@ -149,9 +149,9 @@ class TestedModel(HFModel):
             return
         if self._small_steps is None:
             self._small_steps = find_norms(self.decoder), find_rotary(self.decoder)
-        norms, namespaces = self._small_steps
+        norms, rotary = self._small_steps
         norms_in_one_kernel(self.lock, norms)
-        rotary_in_one_kernel(self.lock, namespaces)
+        rotary_in_one_kernel(self.lock, rotary)
 
     # --- chunks ---------------------------------------------------------------------------------------------------
 
