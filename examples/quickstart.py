@@ -7,7 +7,7 @@ import hfblend
 from hfblend.demo.demo import demo_data
 from hfblend.demo.model import load
 
-model, tokenizer = load()  # SmolLM2-135M-Instruct; any decoder-only model of yours will do
+model, tokenizer = load()  # SmolLM2-135M-Instruct; or your own decoder-only model
 data = demo_data()
 documents = [passage["text"] + "\n\n" for passage in data["passages"]]
 question = "{documents}Where was the builder of Gannet Light born?"

@@ -1,11 +1,14 @@
-"""The documentation names what exists: fallbacks, settings, public names, links; its Python blocks compile."""
+"""Fallbacks, settings, code, options and links that the documentation names exist; its Python blocks compile."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import inspect
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,11 @@ import hfblend.config
 import hfblend.generate.fallbacks
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXTERNAL_LINKS = {  # looked at by whoever added them; no test asks the network
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+NOTES = sorted((ROOT / "docs" / "notes").glob("*.md"))
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+PAGES = [*GUIDES, ROOT / "CHANGELOG.md", *NOTES]
+EXTERNAL_LINKS = {  # checked by hand when they were added; no test asks the network
     "https://arxiv.org/abs/2410.15332",
     "https://docs.lmcache.ai/kv_cache_optimizations/cacheblend.html",
     "https://docs.vllm.ai/en/latest/design/prefix_caching",
@@ -27,7 +33,25 @@ EXTERNAL_LINKS = {  # looked at by whoever added them; no test asks the network
     "https://nicegui.io",
     "https://semver.org/spec/v2.0.0.html",
 }
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+FOREIGN_NAMES = {  # of Python, pytest, Transformers, peft, RAG frameworks and other projects; families of models
+    *("MemoryError", "True", "False", "None", "browser", "smollm", "with"),
+    *("PeftModel", "add_adapter", "continuous_batching", "cpu_offload", "disk_offload", "dispatch_model"),
+    *("generate_batch", "init_continuous_batching", "inv_freq", "load_adapter", "modules_to_save"),
+    *("output_scores", "pixel_values", "set_adapter", "set_stance", "token_type_ids"),
+    *("HuggingFacePipeline", "from_model_id", "function_mappings", "llm", "page_content", "pipeline"),
+    "blend_thresholds",
+    *("beam", "codegen", "doge", "gptj", "llama4", "longcat_flash", "mllama", "prophetnet"),
+    "layer_0000",  # made from a layer's number
+}
+FOREIGN_OPTIONS = {"continuous-batching"}  # `transformers serve`
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+every_guide = pytest.mark.parametrize("page", GUIDES, ids=name_of)
 
 
 def text_of(name: str) -> str:
@@ -38,15 +62,46 @@ def python_blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+def prose_of(page: Path) -> str:
+    """A page without fenced blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def code_in(page: Path) -> list[str]:
+    """The `code` of a page's prose and tables; those of models.md are generated."""
+    lines = [line for line in prose_of(page).splitlines() if page.name != "models.md" or not line.startswith("|")]
+    return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", "\n".join(lines))
+
+
+def identifiers(tree: ast.AST) -> Iterator[str]:
+    """Every name that code defines or uses, and strings that are one name, such as settings and reasons."""
+    for node in ast.walk(tree):
+        for field in ("name", "id", "attr", "arg", "module"):
+            if isinstance(name := getattr(node, field, None), str):
+                yield from name.split(".")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            yield node.value
+
+
+@functools.cache
+def known_names() -> set[str]:
+    """Names in the package's code, its modules' among them."""
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "hfblend").rglob("*.py")]
+    names = {part for path in paths for part in path.parts}
+    for path in paths:
+        names.update(identifiers(ast.parse((ROOT / path).with_suffix(".py").read_text(encoding="utf-8"))))
+    return names | {name.lower() for name in names} | {f"HFBLEND_{name.upper()}" for name in names}
+
+
 def test_every_fallback_has_its_row_in_order():
-    section = text_of("docs/fallbacks.md").split("## Reasons for a fallback")[1].split("\n## ")[0]
+    section = text_of("docs/generate.md").split("## Reasons for a fallback")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [
         f.name.lower() for f in hfblend.generate.fallbacks.Fallback
     ]
 
 
 def test_every_fallbacks_log_level_is_the_documented_one():
-    section = text_of("docs/fallbacks.md").split("## Reasons for a fallback")[1].split("\n## ")[0]
+    section = text_of("docs/generate.md").split("## Reasons for a fallback")[1].split("\n## ")[0]
     levels = re.findall(r"^\| `\w+` \|.*\| (info|warning) \|", section, re.MULTILINE)
     assert levels == [{20: "info", 30: "warning"}[fallback.level] for fallback in hfblend.generate.fallbacks.Fallback]
 
@@ -81,6 +136,45 @@ def test_names_in_hfblend_exist(page):
         pkgutil.resolve_name(name)
 
 
+@every_guide
+def test_names_in_code_exist(page):
+    """Whatever looks like a name, `Blend.phases` or `trace.notes`, is one of the package's, or is listed as foreign."""
+    names = [
+        code.split("(")[0].removesuffix(".py")
+        for code in code_in(page)
+        if re.fullmatch(r"[A-Za-z_][\w.]*(\(.*\))?", code)
+    ]
+    parts = {part for name in names for part in name.split(".") if part}
+    assert parts - known_names() - FOREIGN_NAMES == set()
+
+
+@every_guide
+def test_options_of_the_command_exist(page):
+    lines = re.findall(r"^hfblend .*(?:\\\n.*)*", page.read_text(encoding="utf-8"), re.MULTILINE)
+    options = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", " ".join([*lines, *code_in(page)])))
+    assert {option for option in options if option.replace("-", "_") not in known_names()} <= FOREIGN_OPTIONS
+
+
+def test_pages_and_words_are_few():
+    """The tables of models.md are generated, and notes are for developers."""
+    words = sum(len(page.read_text(encoding="utf-8").split()) for page in DOCS if page.name != "models.md")
+    assert len(DOCS) <= 16
+    assert words <= 18_000
+
+
+@pytest.mark.parametrize("page", [*GUIDES, *NOTES], ids=name_of)
+def test_pages_are_written_as_an_engineer_speaks(page):
+    """Tables of models.md quote errors."""
+    lines = [line for line in prose_of(page).splitlines() if page.name != "models.md" or not line.startswith("|")]
+    assert re.findall(r"\b(?:behind|beside|nobody|whoever|of its own)\b", "\n".join(lines)) == []
+
+
+def test_pages_named_in_the_code_exist():
+    sources = [path for part in ("hfblend", "tests", "examples", "benchmarks") for path in (ROOT / part).rglob("*.py")]
+    named = {name for path in sources for name in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(encoding="utf-8"))}
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
 @every_page
 def test_relative_links_resolve(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
@@ -90,9 +184,8 @@ def test_relative_links_resolve(page):
 
 
 def anchors_of(page: Path) -> set[str]:
-    """What a link can point to: headings as GitHub and the site spell them."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    """The targets of links: headings as GitHub and the site spell them."""
+    headings = re.findall(r"^#+ (.+)$", prose_of(page), re.MULTILINE)
     return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 

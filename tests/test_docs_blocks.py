@@ -20,21 +20,8 @@ from hfblend.demo.demo import demo_data
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
-NOT_RUN = Counter(
-    {
-        "benchmarking.md": 1,
-        "chat-templates.md": 1,
-        "large-models.md": 1,
-        "rag-frameworks.md": 3,
-        "store.md": 1,
-        "troubleshooting.md": 2,
-    }
-)
-CALLS = {  # where a page only defines a function
-    "display.md": "look(model, tokenizer, prompt)",
-    "insights.md": "pictures(model, prompt)",
-    "notebooks.md": "recompute_by_hand(model, prompt, torch.arange(*prompt.chunk_spans[1]))",
-}
+NOT_RUN = Counter({"generate.md": 4, "models.md": 1, "performance.md": 1, "store.md": 1, "troubleshooting.md": 2})
+CALLS = {"quality.md": "pictures(model, prompt)"}  # where a page only defines a function
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -564,7 +564,7 @@ def test_too_few_tokens_has_both_numbers_and_the_remedy(caplog):
             "lower BlendConfig(min_reused_tokens=",
         ):
             assert part in text
-    page = (Path(__file__).parents[1] / "docs" / "fallbacks.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "generate.md").read_text(encoding="utf-8")
     assert blender.trace.fallback_reason in " ".join(page.split())
 
 

@@ -64,5 +64,5 @@ def test_form(notebook):
 
 
 def test_docs_list_every_notebook():
-    page = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "display.md").read_text(encoding="utf-8")
     assert re.findall(r"`(\d_\w+\.py)`", page) == [notebook.name for notebook in NOTEBOOKS]

@@ -1,6 +1,6 @@
 """Models whose weights are quantised: blended as others are, and never served another model's chunks.
 
-On a CPU, of what these libraries offer there. `docs/large-models.md` says what was run, and what could not be.
+On a CPU, of what these libraries offer there. `docs/models.md` says what was run, and what could not be.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the site needs beside Markdown, with no script and nothing from a network.
+"""The site's additions to Markdown, with no script and nothing from a network.
 
 LaTeX becomes MathML when a page is built, and `>>>` lines in docstrings become code blocks.
 """

@@ -103,7 +103,7 @@ assert margins[0.15] < 0 < margins[0.3]
 assert margins[1.0] > 0
 
 # %% [markdown]
-# `blender.calibrate` finds such a ratio over prompts of your own (`docs/verify.md`). One that mends one prompt may be
+# `blender.calibrate` finds such a ratio over prompts of your own (`docs/quality.md`). One that mends one prompt may be
 # more than others need.
 #
 # ## 4 Which tokens are to blame?

@@ -1,4 +1,4 @@
-"""Which calls of `generate` are blended, and why the others are not. `docs/fallbacks.md` lists the same reasons.
+"""Which calls of `generate` are blended, and why the others are not. `docs/generate.md` lists the same reasons.
 
 Shapes: B rows of the batch, T columns, padding included.
 """

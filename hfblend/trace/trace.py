@@ -108,7 +108,7 @@ class BlendTrace:
 
     Attributes:
         blended: whether the call was blended.
-        fallback: why not, as `docs/fallbacks.md` names it; `fallback_reason` says it as a sentence, with what was
+        fallback: why not, as `docs/generate.md` names it; `fallback_reason` says it as a sentence, with what was
             found, what is needed, and what to do.
         num_tokens: T, tokens of the prompt's forward.
         prefix, chunks: what happened to each.
