@@ -118,7 +118,7 @@ def _block_mask(positions: torch.Tensor, length: int) -> object:
 
 
 def milliseconds(kernel: Kernel, device: torch.device) -> float:
-    """Median of some calls: on a GPU of its own clock, with K/V out of its cache, so that launching does not count."""
+    """Median of some calls: on a GPU by its clock, with K/V out of its cache, so that launching does not count."""
     if device.type == "cuda":
         from triton.testing import do_bench
 

@@ -1,4 +1,4 @@
-"""What the controller forecasts against what the clock says: TTFT by length, ratio, rule, and where chunk KV lies.
+"""The controller's forecasts against the clock: TTFT by length, ratio, rule, and place of the chunk KV.
 
     python benchmarks/controller.py --plot controller.png            SmolLM2, on a CPU or a GPU
     python benchmarks/controller.py --shape llama-8b --tokens 4096 8192 16384 --dtype bfloat16
@@ -25,9 +25,9 @@ import hfblend
 from hfblend.config import BlendConfig
 from hfblend.controller import BlendShape, Controller, Load
 from hfblend.demo import model as demo_model
-from hfblend.lab.bench.device import timed
-from hfblend.lab.bench.prompts import Layout, PromptMaker
-from hfblend.lab.bench.shapes import SHAPES, random_model
+from hfblend.lab.bench.synthetic import SHAPES, PromptMaker, random_model
+from hfblend.lab.clock import timed
+from hfblend.lab.settings import Layout
 from hfblend.measure.divergence import describe_machine
 from hfblend.measure.profile import measure
 from hfblend.store import DiskStore, MemoryStore, Store
@@ -40,7 +40,7 @@ COLOURS = {"memory": "#0072B2", "ram": "#009E73", "page_cache": "#E69F00", "disk
 
 @dataclass(frozen=True)
 class Point:
-    """One forecast and what came, in ms."""
+    """One forecast and its measurement, in ms."""
 
     tokens: int
     rule: str

@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 
 import hfblend
 from hfblend.cli import app
+from hfblend.lab import report
 from hfblend.lab.baselines import METHODS
-from hfblend.lab.bench import Settings, pair, report, run, runner, ttft
-from hfblend.lab.bench.device import Peaks, if_memory_lasts
+from hfblend.lab.bench import BenchSettings, markdown, pair, run, runner, ttft
 from hfblend.lab.bench.flops import Shape, causal_keys, flops, full_prefill_flops, kv_bytes, least_bytes
 from hfblend.lab.bench.pair import Arrivals, Pair, empty_stores
-from hfblend.lab.bench.prompts import Layout, PromptMaker
-from hfblend.lab.bench.report import markdown
-from hfblend.lab.bench.settings import GPU_LENGTHS, Case
-from hfblend.lab.bench.shapes import SHAPES, random_model, twin_of
+from hfblend.lab.bench.synthetic import SHAPES, PromptMaker, random_model, twin_of
+from hfblend.lab.clock import Peaks, Turn, if_memory_lasts
+from hfblend.lab.plots import plot_ttft
+from hfblend.lab.settings import GPU_LENGTHS, Case, Layout
 
 PEAKS = Peaks(flops_per_s=1e12, bytes_per_s=1e11, load_bytes_per_s=1e10)
 LAYOUT = Layout(prefix=8, chunk=100, suffix=8)
@@ -165,7 +165,6 @@ def test_arrivals_count_from_the_first_new_token(monkeypatch):
 
 def test_prompts_of_a_stream_share_a_pool_in_orders_of_their_own():
     pool, prompts = PromptMaker(500, LAYOUT).stream(300, 4)
-    prompts = list(prompts)
     chunks = {tuple(ids) for prompt in pool for ids in prompt.chunk_ids}
     assert len(chunks) == 6
     assert all({tuple(ids) for ids in prompt.chunk_ids} < chunks for prompt in prompts)
@@ -181,7 +180,7 @@ def names_of(cases):
 
 
 def test_cases_begin_with_full_prefill_and_take_ratio_0_for_full_reuse():
-    settings = Settings(ratios=(0, 0.1, 0.3), methods=("chunk_start", "prefix_reuse"), chunks_in=("gpu", "ram"))
+    settings = BenchSettings(ratios=(0, 0.1, 0.3), methods=("chunk_start", "prefix_reuse"), chunks_in=("gpu", "ram"))
     assert names_of(settings.cases()) == [
         ("full_prefill", 1.0, None), ("prefix_reuse", 1.0, None),
         ("full_reuse", 0.0, "gpu"), ("full_reuse", 0.0, "ram"),
@@ -191,19 +190,19 @@ def test_cases_begin_with_full_prefill_and_take_ratio_0_for_full_reuse():
 
 
 def test_the_device_settles_lengths_and_place():
-    assert Settings().on(torch.device("cuda")).lengths == GPU_LENGTHS
-    assert Settings().on(torch.device("cpu")).chunks_in == ("ram",)
+    assert BenchSettings().on(torch.device("cuda")).lengths == GPU_LENGTHS
+    assert BenchSettings().on(torch.device("cpu")).chunks_in == ("ram",)
     with pytest.raises(ValueError, match='"gpu" need a model on a GPU'):
-        Settings(chunks_in=("gpu", "ram")).on(torch.device("cpu"))
+        BenchSettings(chunks_in=("gpu", "ram")).on(torch.device("cpu"))
 
 
 def turn(ms, gib=None, reused=None):
     trace = None if reused is None else hfblend.BlendTrace(bytes_reused=reused, num_tokens=10, num_layers=4)
-    return ttft.Turn(ms, gib, {}, trace)
+    return Turn(ms, gib, trace)
 
 
 def test_rows_take_speed_ups_per_turn():
-    full, reuse = Settings().cases()[0], METHODS["full_reuse"]
+    full, reuse = BenchSettings().cases()[0], METHODS["full_reuse"]
     turns = {
         full: [turn(100), turn(300), turn(200)],
         Case(reuse, 0.0, "gpu"): [turn(50, 2.0, 400), turn(100, 2.5, 400), turn(50, 2.0, 400)],
@@ -225,9 +224,9 @@ def test_methods_are_counted_where_they_are_hfblends_own(name):
     """The count is below what full prefill does, and the pairs that the trace counts are at least as many."""
     model = random_model("tiny", "cpu")
     shape, prompt = Shape.of(model), PromptMaker(500, LAYOUT).prompt(400)
-    settings = Settings(ratios=(0.1,), methods=(name,), chunks_in=("ram",))
+    settings = BenchSettings(ratios=(0.1,), methods=(name,), chunks_in=("ram",))
     with Pair(model) as both, empty_stores(("ram",)) as stores:
-        turns = ttft.take_turns(both, prompt, stores, settings.cases(), 1, lambda what: None)
+        turns = ttft.ttft_turns(both, prompt, stores, settings.cases(), 1, lambda what: None)
     full, row = ttft.rows_of(turns, prompt, shape, 4, PEAKS, [])
     assert full["speed_up_limit"] == 1.0
     if name == "lmcache_v1":
@@ -247,7 +246,9 @@ def test_what_memory_does_not_last_for_is_said_and_the_rest_goes_on(monkeypatch)
         return own(self, case, prompt, *args, **kwargs)
 
     monkeypatch.setattr(Pair, "run", run_short_of_memory)
-    settings = Settings(lengths=(200, 400, 600), ratios=(0,), methods=(), repeats=1, layout=LAYOUT, decoded_tokens=2)
+    settings = BenchSettings(
+        lengths=(200, 400, 600), ratios=(0,), methods=(), repeats=1, layout=LAYOUT, decoded_tokens=2
+    )
     saved = []
     results = run(random_model("tiny", "cpu"), "tiny", settings, save=lambda so_far: saved.append(len(so_far["rows"])))
     failed = "out of memory"
@@ -255,7 +256,7 @@ def test_what_memory_does_not_last_for_is_said_and_the_rest_goes_on(monkeypatch)
     assert [found.get("failed") for found in results["decoding"]] == [None, failed, failed]
     assert saved == [2, 4, 6]
     assert "| 416 | full_prefill | 1 | – | out of memory |" in markdown(results)
-    assert "Decoding behind 616 tokens: out of memory." in markdown(results)
+    assert "Decoding after 616 tokens: out of memory." in markdown(results)
 
 
 def test_memory_that_lasts_changes_nothing():
@@ -264,13 +265,13 @@ def test_memory_that_lasts_changes_nothing():
 
 def test_a_picture_of_nothing_measured_is_drawn(tmp_path, results):
     rows = [{**row, "failed": "out of memory"} for row in results["rows"]]
-    report.plot({**results, "rows": rows}, tmp_path / "empty.png")
+    plot_ttft({**results, "rows": rows}).savefig(tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
 
 
 def test_chunks_on_disk_are_measured_layer_by_layer_and_all_first_beside_those_in_ram():
     """Both read what the store wrote; loading alone is timed in every place, plain reads where there are files."""
-    settings = Settings(
+    settings = BenchSettings(
         lengths=(200,), ratios=(0.1,), methods=("suffix_attention", "kv_deviation_in_context"), repeats=1,
         layout=LAYOUT, decoded_tokens=0, chunks_in=("ram", "disk", "disk_whole"),
     )  # fmt: skip
@@ -288,7 +289,7 @@ def test_chunks_on_disk_are_measured_layer_by_layer_and_all_first_beside_those_i
 
 # --- files and the command ------------------------------------------------------------------------------------------
 
-SETTINGS = Settings(
+SETTINGS = BenchSettings(
     lengths=(300, 600),
     ratios=(0, 0.1),
     repeats=2,
@@ -349,7 +350,7 @@ def test_markdown_names_the_machine_and_leaves_empty_columns_out(results):
     assert "| tokens | method | ratio |" in text
     assert not {"peak, GiB", "÷ first place"} & set(text.split(" | "))
     assert text.count("| 616 | kv_deviation | 0.1 |") == 1
-    assert "Decoding 3 tokens behind 616: stock" in text
+    assert "Decoding 3 tokens after 616: stock" in text
     assert "Throughput, 2 prompts of 616 tokens, 6 chunks each of a pool of 12" in text
 
 
@@ -359,7 +360,9 @@ def test_picture(tmp_path, results, lengths, places):
     rows = [row for row in results["rows"] if row["tokens"] in lengths]
     if places == 2:
         rows += [{**row, "chunks_in": "gpu"} for row in rows if row["chunks_in"]]
-    report.plot({**results, "rows": rows}, tmp_path / "bench.png")
+    figure = plot_ttft({**results, "rows": rows})
+    assert figure.dpi == 150
+    figure.savefig(tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -416,9 +419,11 @@ def test_a_missing_package_ends_the_command_with_1(monkeypatch, tmp_path):
 
 
 def test_settings_refuse_what_is_out_of_bounds():
-    for changed in ({"decoded_tokens": -1}, {"repeats": 0}, {"ratios": ()}, {"layout": Layout(chunk=0)}):
+    for changed in ({"decoded_tokens": -1}, {"repeats": 0}, {"ratios": ()}):
         with pytest.raises(ValueError, match=r"or more|none"):
             replace(SETTINGS, **changed)
+    with pytest.raises(ValueError, match="chunk must be 1 or more, got 0"):
+        Layout(chunk=0)
 
 
 def test_the_runner_needs_neither_typer_nor_rich():

@@ -17,8 +17,7 @@ from rich.console import Console
 import hfblend
 from hfblend.display import Display, view
 from hfblend.display.text import clipped, escaped, visible
-from hfblend.lab.bench import report as bench_report
-from hfblend.lab.eval import report as eval_report
+from hfblend.lab import plots
 from hfblend.trace.timeline import Interval, SavedTimeline
 from hfblend.trace.trace import BlendTrace, ChunkTrace, LayerMaps
 
@@ -366,7 +365,7 @@ def test_plots_of_results_are_those_of_the_commands(tmp_path):
     row = {
         "method": "hfblend", "ratio": 0.15, "n": 3, "kl": 0.1, "kl_ci95": [0.05, 0.2], "recomputed_pairs_share": 0.3,
     }  # fmt: skip
-    eval_report.figure([row], "a title").savefig(tmp_path / "quality.png")
+    plots.plot_quality([row], "a title").savefig(tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size > 5000
     times = {"tokens": 100, "ratio": 0.15, "chunks_in": None, "failed": None, "speed_up_limit": None}
     rows = [
@@ -375,7 +374,7 @@ def test_plots_of_results_are_those_of_the_commands(tmp_path):
     ]
     settings = {"layout": {"prefix": 1, "chunk": 2, "suffix": 3}}
     about = {"model": "m", "dtype": "d", "attention": "a", "machine": "m", "transformers": "5", "settings": settings}
-    bench_report.figure({**about, "rows": rows}).savefig(tmp_path / "ttft.png")
+    plots.plot_ttft({**about, "rows": rows}).savefig(tmp_path / "ttft.png")
     assert (tmp_path / "ttft.png").stat().st_size > 5000
 
 

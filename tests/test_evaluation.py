@@ -14,12 +14,15 @@ from typer.testing import CliRunner
 
 import hfblend
 from hfblend.cli import app
+from hfblend.cli.results import Outputs
 from hfblend.demo import model as demo_model
+from hfblend.lab import plots, report
 from hfblend.lab.baselines import METHODS
-from hfblend.lab.eval import data, metrics, report, runner
+from hfblend.lab.eval import data, metrics, runner
 from hfblend.lab.eval.records import Record, RecordFile
-from hfblend.lab.eval.runner import Runner, Settings, methods_named, rows_of
+from hfblend.lab.eval.runner import Runner
 from hfblend.lab.eval.summary import summarize
+from hfblend.lab.settings import EvalSettings
 from hfblend.measure.divergence import kl_divergence, teacher_forced_logits, top1_agreement
 
 FIRST_KEYS = ["method", "ratio", "n", "kl", "kl_ci95", "top1_agreement", "f1", "ttft_ms", "recomputed_pairs_share"]
@@ -125,8 +128,6 @@ def test_missing_datasets_package_is_named(monkeypatch):
 def test_unknown_source_lists_the_names():
     with pytest.raises(ValueError, match="musique, 2wikimqa, hotpotqa, samsum, multi_news"):
         data.load("nowhere.json")
-    with pytest.raises(ValueError, match="Unknown set 'trivia'"):
-        data.load_named("trivia")
 
 
 def test_passages_are_dropped_whole_from_the_end_and_logged(word_tokenizer, caplog):
@@ -242,9 +243,9 @@ def examples(tmp_path):
 
 def run(tokenizer, examples, names, ratios=(0.15,), records=None, model=None, questions=None, **settings):
     records = records or RecordFile(None, {})
-    rows = rows_of(methods_named(names, METHODS), ratios)
-    measured = Runner(model or make_llama(), tokenizer, examples, Settings(**settings), records)
-    return measured.run(range(len(examples)) if questions is None else questions, rows)
+    settings = EvalSettings(methods=tuple(names), ratios=tuple(ratios), **settings)
+    measured = Runner(model or make_llama(), tokenizer, examples, settings, records)
+    return measured.run(range(len(examples)) if questions is None else questions)
 
 
 def test_every_method_is_measured(word_tokenizer, examples):
@@ -312,8 +313,8 @@ def test_text_from_elsewhere_is_a_passage_of_the_next_question(word_tokenizer, e
             seen.append((ratio, elsewhere, store))
             return hfblend.blend(model, prompt, store=store)
 
-    rows = rows_of([Spy()], (0.1, 0.2))
-    Runner(make_llama(), word_tokenizer, examples, Settings(), RecordFile(None, {})).run([1, 2], rows)
+    monkeypatch.setitem(METHODS, "spy", Spy())
+    run(word_tokenizer, examples, ["spy"], (0.1, 0.2), questions=[1, 2])
     assert [ratio for ratio, _, _ in seen] == [0.5] * 4  # a warming call and a measured one, twice
     expected = [word_tokenizer(f"{examples[i].passages[0]}\n\n")["input_ids"] for i in (2, 2, 0, 0)]
     assert [list(elsewhere) for _, elsewhere, _ in seen] == expected
@@ -321,10 +322,10 @@ def test_text_from_elsewhere_is_a_passage_of_the_next_question(word_tokenizer, e
 
 
 def test_unknown_methods_are_refused_with_the_list():
-    with pytest.raises(ValueError, match=r"unknown: magic\. The methods are .*full_prefill.*kv_deviation"):
-        methods_named(["full_reuse", "magic"], METHODS)
-    with pytest.raises(ValueError, match="none named"):
-        methods_named([], METHODS)
+    with pytest.raises(ValueError, match=r"Unknown methods: magic\. The methods are .*full_prefill.*kv_deviation"):
+        EvalSettings(methods=("full_reuse", "magic"))
+    with pytest.raises(ValueError, match="at least one method, got none"):
+        EvalSettings(methods=())
 
 
 # --- records --------------------------------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ def test_a_baseline_is_compared_at_its_own_ratio():
 
 
 def test_markdown_table_leaves_out_empty_columns():
-    lines = report.markdown_table(rows_by_hand()).splitlines()
+    lines = report.table({"rows": rows_by_hand()}).splitlines()
     assert len(lines) == 2 + 4
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
     assert "F1" in lines[0]
@@ -415,16 +416,16 @@ def test_markdown_table_leaves_out_empty_columns():
 
 
 def test_labels_are_spread():
-    assert report.spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
-    spread = report.spread([0.1, 0.5, 0.52, 0.55, 0.9], 0.1)
+    assert plots.spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+    spread = plots.spread([0.1, 0.5, 0.52, 0.55, 0.9], 0.1)
     assert all(high - low >= 0.1 - 1e-9 for low, high in pairwise(spread))
     assert (spread[0], spread[4]) == (0.1, 0.9)
 
 
-def test_missing_matplotlib_is_named(monkeypatch):
+def test_missing_matplotlib_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'hfblend\[eval\]'"):
-        report.require_matplotlib()
+    with pytest.raises(ImportError, match=r"pip install 'hfblend\[plots\]'"):
+        Outputs(plot=tmp_path / "quality.png").check()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -459,7 +460,7 @@ def test_the_command_writes_every_file(evaluate, tmp_path):
     assert (results["dtype"], results["questions"], results["baseline"]) == ("float32", [1, 3], "kv_deviation")
     assert results["rows"][1]["kl_vs_baseline"] == 1.0
     assert results["rows"][0]["f1"] is not None
-    assert report.markdown_table(results["rows"]) in files["md"].read_text()
+    assert report.table(results) in files["md"].read_text()
     assert "| full_prefill | 1 | 2 |" in outcome.output
     assert files["png"].read_bytes().startswith(b"\x89PNG")
     assert len(files["jsonl"].read_text().splitlines()) == 1 + 2 * 5
@@ -476,7 +477,7 @@ def test_the_command_refuses_the_records_of_other_settings(evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--methods", "magic"), "unknown: magic"),
+        (("--methods", "magic"), "Unknown methods: magic"),
         (("--ratios", "0.1,1.5"), "shares in [0, 1], got [1.5]"),
         (("--ratios", "much"), "'much'"),
         (("--skip", "3"), "No question is left"),

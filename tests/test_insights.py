@@ -1,4 +1,4 @@
-"""The paper's observations: what is measured, by hand where that can be done, and the pictures."""
+"""The paper's observations: the measurements, by hand where that can be done, and the figures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_true_kv_moved_back_deviates_nowhere(make):
 
 
 def test_the_deviation_is_that_of_isolated_chunk_kv():
-    """A chunk's values, prefilled alone behind the prefix, against full prefill's rows."""
+    """A chunk's values, prefilled alone after the prefix, against full prefill's rows."""
     model = make_llama()
     found = insights.deviation_by_layer(model, PROMPT, config=config())
     full, (start, stop) = full_prefill_kv(model, PROMPT.input_ids), PROMPT.chunk_spans[1]

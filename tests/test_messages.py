@@ -24,6 +24,7 @@ from hfblend.controller import Controller
 from hfblend.demo import model as demo_model
 from hfblend.generate.blending import Blending
 from hfblend.generate.fallbacks import Fallback
+from hfblend.lab import plots
 from hfblend.prompts.prompt import spans_by_row
 from hfblend.prompts.separator import Separator
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore, store_at
@@ -256,8 +257,8 @@ def entry_points() -> dict:
         "show": (lambda v, m, b: hfblend.show(v), ""),
         "plot_scores": (lambda v, m, b: hfblend.plot_scores(v), ""),
         "plot_timeline": (lambda v, m, b: hfblend.plot_timeline(v), ""),
-        "plot_quality": (lambda v, m, b: hfblend.plot_quality(v), "[]"),
-        "plot_ttft": (lambda v, m, b: hfblend.plot_ttft(v), ""),
+        "plot_quality": (lambda v, m, b: plots.plot_quality(v), "[]"),
+        "plot_ttft": (lambda v, m, b: plots.plot_ttft(v), ""),
         "BlendTrace.load": (lambda v, m, b: hfblend.BlendTrace.load(v), "text name"),  # not there: OSError
         "BlendTrace.save": (lambda v, m, b: hfblend.BlendTrace().save(v), "text name"),
         "MemoryStore(max_bytes)": (lambda v, m, b: MemoryStore(v), "3"),

@@ -18,7 +18,8 @@ import hfblend
 from hfblend.cli import app
 from hfblend.generate.precompute import prefill_chunk
 from hfblend.kv.rows import RowLayout, full_length_cache
-from hfblend.lab.eval.runner import Settings, _store_of
+from hfblend.lab.eval.runner import _store_of
+from hfblend.lab.settings import EvalSettings
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore
 from hfblend.store.format import QUANTISED_FORMAT, CorruptEntry, OtherVersion, contents_of, dump, parse
 from hfblend.store.quantise import can_be_quantised, dequantise, quantise
@@ -310,7 +311,7 @@ def test_other_kinds_are_refused_when_the_store_is_made(tmp_path):
         with pytest.raises(ValueError, match="'int8', 'fp8'"):
             DiskStore(tmp_path, kv_dtype=wrong)
         with pytest.raises(ValueError, match="'int8', 'fp8'"):
-            Settings(kv_dtype=wrong)
+            EvalSettings(kv_dtype=wrong)
 
 
 # --- in generate --------------------------------------------------------------------------------------------------

@@ -1,16 +1,24 @@
-"""`hfblend bench`: speed, measured against a full prefill."""
+"""`hfblend bench`: speed, compared with a full prefill."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from ..lab.bench import command
-from ..lab.bench.prompts import Layout
-from ..lab.bench.settings import Settings
+from ..demo import model as demo_model
+from ..lab.bench import BenchSettings, random_model, run
+from ..lab.report import Results, cells, notes, title
+from ..lab.settings import Layout
 from .common import Device, DType, JsonFile, Markdown, Model, console, dtype_of, in_words, names, numbers
+from .results import Outputs
+
+# columns of the Markdown table that a terminal has no room for
+_NOT_SHOWN = frozenset({"tokens", "TFLOP", "roofline, ms", "reused, MB", "load, ms", "phases, ms"})
 
 
 def bench(
@@ -59,9 +67,9 @@ def bench(
     Example: hfblend bench --shape llama-8b --chunks-in gpu,ram,disk
     """
     with in_words():
-        outputs = command.Outputs(json_file, markdown, plot)
+        outputs = Outputs(json_file, markdown, plot)
         outputs.check()
-        settings = Settings(
+        settings = BenchSettings(
             lengths=tuple(numbers(tokens or "", int, "--tokens")),
             ratios=tuple(numbers(ratios, float, "--ratios")),
             methods=tuple(names(methods)),
@@ -73,5 +81,50 @@ def bench(
             batch_prompts=batch,
             seed=seed,
         )
-        loaded, tokenizer, name = command.load(model, shape, device, dtype_of(dtype))
-        command.bench(loaded, name, settings, outputs, console, tokenizer)
+        loaded, tokenizer, name = _load(model, shape, device, dtype_of(dtype))
+        with Console(stderr=True).status("Measuring …") as status:
+            results = run(
+                loaded,
+                name,
+                settings,
+                tokenizer=tokenizer,
+                save=outputs.write,
+                say=lambda part: status.update(f"Measuring {part}"),
+            )
+        _show(results)
+
+
+def _load(model: str | None, shape: str | None, device: str | None, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
+    """The model to measure, its tokenizer (`None`: random weights have none), and its name.
+
+    Raises:
+        ValueError: both a model and a shape, or an unknown shape.
+    """
+    if model is not None and shape is not None:
+        raise ValueError(f"Give --model or --shape, not both; got {model!r} and {shape!r}.")
+    if shape is not None:
+        return random_model(shape, device, dtype), None, f"{shape} shape, random weights"
+    return *demo_model.load(model, device, dtype), model or demo_model.HUB_NAME
+
+
+def _show(results: Results) -> None:
+    """Prints a table for each length, and the notes."""
+    console.print(title(results), markup=False, highlight=False)
+    for tokens in dict.fromkeys(row["tokens"] for row in results["rows"]):
+        console.print(_table_of(results, tokens))
+    for note in notes(results):
+        console.print(note, markup=False, highlight=False)
+
+
+def _table_of(results: Results, tokens: int) -> Table:
+    """The rows of one length, with the columns that some row has a figure for; ranges of times are in the files."""
+    rows = [cells(row) for row in results["rows"] if row["tokens"] == tokens]
+    hidden = _NOT_SHOWN if len(results["settings"]["chunks_in"]) > 1 else _NOT_SHOWN | {"chunks in"}
+    shown = [heading for heading in rows[0] if heading not in hidden and any(row[heading] for row in rows)]
+    table = Table(title=f"Time to first token, {tokens:,} tokens, {results['settings']['repeats']} turns")
+    for heading in shown:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows:
+        row["TTFT, ms"] = row["TTFT, ms"].partition(" (")[0]
+        table.add_row(*(row[heading] for heading in shown))
+    return table

@@ -1,11 +1,10 @@
-"""CacheBlend's observations, measured on a model and prompts of your own, and their pictures.
+"""CacheBlend's observations, measured on your model and prompts, and their pictures.
 
     deviation_by_layer     how far each reused token's KV is from full prefill's             paper, figure 7
     rank_correlation       whether tokens that deviate at one layer do so at the next        paper, figure 8
     attention_deviation    how far the suffix's attention is off, by recompute ratio         paper, figure 6
 
-Measuring needs a model; the rest is functions of tensors. The pictures need matplotlib (`pip install "hfblend[plots]"`)
-and are `Figure`s: `figure.savefig(...)`, or the last line of a notebook's cell.
+The figures need matplotlib (`pip install "hfblend[plots]"`): `figure.savefig(...)`, or the last line of a cell.
 
 Shapes: H heads, Hkv KV heads, T all tokens, N moved reused tokens, S rows of the suffix, D head_dim, L layers.
 
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +35,8 @@ from ..model.passes import run_rows
 from ..prompts.prompt import Prompt
 from ..store import MemoryStore, Store
 from ..support.registry import TestedModel, model_of
-from ..util import StopForward, figure_class
+from ..util import StopForward
+from .plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +50,7 @@ class Deviations:
     """Squared L2 distance of each moved token's reused from full prefill's K and V, summed over heads, in fp32.
 
     Attributes:
-        token_idx: (N,) where the tokens stand in the prompt.
+        token_idx: (N,) positions of the tokens in the prompt.
         key, value: (L, N). At layer 0 neither depends on context, so there is rounding only.
     """
 
@@ -64,46 +65,42 @@ def deviation_by_layer(
 ) -> Deviations:
     """How far isolated chunk KV, realigned, is from what a full prefill computes at every layer.
 
-    Nothing is recomputed here: this is what plain full reuse would leave in the cache.
+    Nothing is recomputed: plain full reuse would leave this KV in the cache.
 
     >>> deviations = deviation_by_layer(model, prompt)  # doctest: +SKIP
     >>> figure_of_deviation(deviations.value, layers=(1, 8, 16))  # doctest: +SKIP
 
     Args:
         model, prompt, store: as in `hfblend.blend`.
-        config: says what chunks are computed behind; they are computed alone whatever its `on_miss` is.
+        config: its `chunk_prefix` counts; chunks are computed in isolation whatever its `on_miss` is.
 
     Raises:
         ValueError: a prompt in which nothing was moved.
     """
     host, config = model_of(model), replace(config or BlendConfig(), on_miss="isolated")
-    state = _blending(host, prompt, store, config)
+    state = _blending(host, prompt, MemoryStore() if store is None else store, config)
     blend = state.stopped_at("realigned", host.last_logits)
     reused, token_idx = blend.reused, blend.reuse.candidate_idx
     if token_idx.numel() == 0:
         raise ValueError("No token of this prompt is reused from elsewhere; it needs chunks that do not stand first.")
     key, value = [], []
     for layer, full in sorted(_full_prefill_kv(host, prompt).items()):
-        moved = reused.moved_kv(layer, full)
+        moved_keys, moved_values = reused.moved_kv(layer, full)
         fresh: KV = (full[0].index_select(2, token_idx), full[1].index_select(2, token_idx))  # (1, Hkv, N, D)
-        stored: KV = (moved[0][:, :, : len(token_idx)], moved[1][:, :, : len(token_idx)])
+        stored: KV = (moved_keys[:, :, : len(token_idx)], moved_values[:, :, : len(token_idx)])
         key.append(kv_deviation(fresh, stored, "key")[0].cpu())
         value.append(kv_deviation(fresh, stored, "value")[0].cpu())
     return Deviations(token_idx.cpu(), torch.stack(key), torch.stack(value))
 
 
 def share_of_deviation(deviation: torch.Tensor, token_share: float) -> torch.Tensor:
-    """The share of a layer's whole deviation that its most deviating tokens carry.
+    """The share (L,) of a layer's deviation (L, N) that its most deviating tokens carry; NaN for one without any.
 
     >>> share_of_deviation(torch.tensor([[6.0, 2.0, 1.0, 1.0]]), 0.25)
     tensor([0.6000])
 
     Args:
-        deviation: (L, N).
         token_share: of the N tokens, in [0, 1]; rounded to whole tokens.
-
-    Returns:
-        (L,); NaN for a layer without any deviation.
     """
     count = round(token_share * deviation.shape[-1])
     return deviation.topk(count, dim=-1).values.sum(-1) / deviation.sum(-1)
@@ -124,31 +121,17 @@ def ranks(scores: torch.Tensor) -> torch.Tensor:
 
 
 def rank_correlation_matrix(deviation: torch.Tensor) -> torch.Tensor:
-    """Spearman's ρ between any two layers' scores: Pearson's correlation of their ranks.
-
-    Args:
-        deviation: (L, N).
-
-    Returns:
-        (L, L) in [-1, 1]; NaN beside a layer whose scores are all equal.
-    """
-    centred = torch.stack([ranks(scores) for scores in deviation])
-    centred -= centred.mean(-1, keepdim=True)
-    unit = centred / centred.norm(dim=-1, keepdim=True)
-    return (unit @ unit.T).clamp(-1, 1).float()
+    """Spearman's ρ (L, L) between any two layers' scores (L, N): Pearson's correlation of their ranks; NaN for a layer
+    whose scores are all equal."""
+    return torch.stack([ranks(scores) for scores in deviation]).corrcoef().float()
 
 
 def rank_correlation(deviation: torch.Tensor) -> torch.Tensor:
-    """Spearman's ρ between each layer and the next: why tokens chosen at one layer serve the others.
+    """Spearman's ρ (L − 1,) between a layer's scores (L, N) and the next's; high if tokens chosen at one layer serve
+    the others.
 
     >>> rank_correlation(torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0], [3.0, 2.0, 1.0]]))
     tensor([ 1., -1.])
-
-    Args:
-        deviation: (L, N).
-
-    Returns:
-        (L − 1,)
     """
     return rank_correlation_matrix(deviation).diagonal(1)
 
@@ -169,9 +152,8 @@ def attention_deviation(
 
         Δ = ‖A_blended − A_full‖₂ of each row of the suffix,   A = softmax(QKᵀ · scaling)   (H, S, T)
 
-    averaged over rows and heads. Both matrices are those of the model's own forward of the suffix rows over the KV that
-    the blend, or the full prefill, left; the weights are recorded by the attention that blending's passes use, so a
-    fused kernel of the model need not be given up for one that shows them.
+    averaged over rows and heads. Both matrices come from the model's own forward of the suffix rows over the KV of the
+    blend, or of the full prefill; the attention of blending's passes records them, so that the model keeps its kernel.
 
     Args:
         ratios: each in [0, 1].
@@ -183,58 +165,50 @@ def attention_deviation(
     Raises:
         ValueError: a prompt without chunks, or a model whose attention cannot be replaced by ours for a pass.
     """
-    host, config = model_of(model), config or BlendConfig()
-    store = MemoryStore() if store is None else store
+    host, config, store = model_of(model), config or BlendConfig(), MemoryStore() if store is None else store
     if not prompt.chunk_spans:
         raise ValueError("attention_deviation needs a prompt with chunks, got none.")
     if not host.attends_by_position:
         raise ValueError(f"The attention of {type(model).__name__} cannot be recorded.")
-    full = _SuffixAttention(host.num_layers)
-    _attend_again(host, prompt, _full_prefill_kv(host, prompt), full)
-    deviations = []
+    full = _attend_again(host, prompt, _full_prefill_kv(host, prompt))
+    rows = []
     for ratio in ratios:
         state = _blending(host, prompt, store, with_ratio(config, ratio))
         state.run(host.last_logits)
-        blended = _SuffixAttention(host.num_layers, full.weights)
-        _attend_again(host, prompt, state.buffers, blended)
-        deviations.append(torch.tensor([blended.distance[layer] for layer in range(host.num_layers)]))
-    return torch.stack(deviations)
+        rows.append(_attend_again(host, prompt, state.buffers, full))
+    return torch.tensor([[row[layer] for layer in range(host.num_layers)] for row in rows])
 
 
 class _SuffixAttention(AttentionRecord):
-    """Keeps every layer's attention weights, or only their distance from others'.
+    """Keeps every layer's attention weights (H, S, T) on the CPU, or only their mean L2 distance from a reference."""
 
-    Attributes:
-        weights: layer -> (H, S, T), on the CPU.
-        distance: layer -> mean L2 distance of a row.
-    """
-
-    def __init__(self, num_layers: int, reference: Mapping[int, torch.Tensor] | None = None) -> None:
+    def __init__(self, num_layers: int, reference: Mapping[int, Any] | None) -> None:
         super().__init__(range(num_layers))
-        self.reference = reference
-        self.weights, self.distance = dict[int, torch.Tensor](), dict[int, float]()
+        self.reference, self.found = reference, dict[int, Any]()
 
     def add(self, layer: int, query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, *how: Any) -> None:
         weights = attention_weights(query, key, seen, *how)[0]
         if self.reference is None:
-            self.weights[layer] = weights.cpu()
+            self.found[layer] = weights.cpu()
         else:
-            self.distance[layer] = (weights - self.reference[layer].to(weights.device)).norm(dim=-1).mean().item()
+            self.found[layer] = (weights - self.reference[layer].to(weights.device)).norm(dim=-1).mean().item()
         if layer == max(self.layers):
             raise StopForward
 
 
-def _attend_again(host: TestedModel, prompt: Prompt, buffers: dict[int, KV], record: AttentionRecord) -> None:
-    """One pass of the suffix's rows over a prompt's KV, which computes these rows' K/V again, as they are."""
-    length = len(prompt)
+def _attend_again(
+    host: TestedModel, prompt: Prompt, buffers: dict[int, KV], reference: Mapping[int, Any] | None = None
+) -> dict[int, Any]:
+    """Runs the suffix's rows over a prompt's KV, and returns the records of `_SuffixAttention` by layer."""
+    length, record = len(prompt), _SuffixAttention(host.num_layers, reference)
     rows = torch.arange(min(prompt.chunk_spans[-1][1], length - 1), length, device=host.device)
     cache = BlendingCache(host.num_layers, buffers, rows, length)
     one = Pass(prompt.input_ids.to(host.device)[:, rows], rows, rows, length, record=record)
     run_rows(host, host.decoder_forward, one, cache)
+    return record.found
 
 
-def _blending(host: TestedModel, prompt: Prompt, store: Store | None, config: BlendConfig) -> Blending:
-    store = MemoryStore() if store is None else store
+def _blending(host: TestedModel, prompt: Prompt, store: Store, config: BlendConfig) -> Blending:
     return Blending(host, prompt.input_ids.to(host.device), prompt.chunk_spans, store, config)
 
 
@@ -246,7 +220,7 @@ def _full_prefill_kv(host: TestedModel, prompt: Prompt) -> dict[int, KV]:
     return cache.recorded
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def figure_of_deviation(deviation: torch.Tensor, layers: Sequence[int] | None = None) -> Figure:
@@ -254,11 +228,11 @@ def figure_of_deviation(deviation: torch.Tensor, layers: Sequence[int] | None = 
 
     Args:
         deviation: (L, N), say `Deviations.value`.
-        layers: which to draw; default, four of them spread over 1 … L − 1.
+        layers: to draw; by default four, spread over 1 … L − 1.
     """
     num_layers, num_tokens = deviation.shape
     layers = sorted({round(i) for i in torch.linspace(1, num_layers - 1, 4).tolist()}) if layers is None else layers
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = new_figure(9.6, 3.8, 2)
     percent = 100 * torch.arange(1, num_tokens + 1) / num_tokens
     for layer, how in zip(layers, _line_styles()):
         falling = deviation[layer].double().sort(descending=True).values
@@ -275,7 +249,7 @@ def figure_of_deviation(deviation: torch.Tensor, layers: Sequence[int] | None = 
 
 def figure_of_rank_correlation(matrix: torch.Tensor) -> Figure:
     """A heat map of `rank_correlation_matrix` (L, L), both axes layers."""
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = new_figure(4.8, 3.8)
     lowest = min(0.0, matrix.nan_to_num(nan=0.0).min().item())
     image = axes.imshow(matrix, cmap="cividis", vmin=lowest, vmax=1, origin="lower")
     axes.set(xlabel="layer", ylabel="layer")
@@ -285,7 +259,7 @@ def figure_of_rank_correlation(matrix: torch.Tensor) -> Figure:
 
 
 def figure_of_attention_deviation(ratios: Sequence[float], deviations: Mapping[str, torch.Tensor]) -> Figure:
-    """Mean over layers of `attention_deviation` against the recompute ratio, a line for each of several settings.
+    """Mean over layers of `attention_deviation` against the recompute ratio, a line per setting.
 
     >>> figure_of_attention_deviation(ratios, {"suffix attention": one, "KV deviation": other})  # doctest: +SKIP
 
@@ -293,7 +267,7 @@ def figure_of_attention_deviation(ratios: Sequence[float], deviations: Mapping[s
         ratios: R of them.
         deviations: label -> (R, L).
     """
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = new_figure(4.8, 3.8)
     for (label, deviation), how, marker in zip(deviations.items(), _line_styles(), "osD^vPX"):
         axes.plot([100 * ratio for ratio in ratios], deviation.mean(-1), marker=marker, label=label, **how)
     axes.set(xlabel="recomputed tokens (%)", ylabel="deviation of the suffix's attention, L2", ylim=(0, None))
@@ -302,15 +276,5 @@ def figure_of_attention_deviation(ratios: Sequence[float], deviations: Mapping[s
 
 
 def _line_styles() -> list[dict[str, str]]:
-    """Lines differ in stroke too."""
-    strokes = palette.STROKES
-    return [{"color": colour, "linestyle": strokes[i % len(strokes)]} for i, colour in enumerate(palette.LINES)]
-
-
-def _figure(columns: int) -> tuple[Figure, Any]:
-    """A figure apart from pyplot and its global state, and its axes."""
-    figure = figure_class("plots")(figsize=(4.8 * columns, 3.8), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    """Lines that differ in colour and stroke."""
+    return [{"color": colour, "linestyle": stroke} for colour, stroke in zip(palette.LINES, cycle(palette.STROKES))]

@@ -1,16 +1,16 @@
-"""`hfblend bench`: how fast blending is, against what it must compute at least.
+"""`hfblend bench`: the speed of blending, compared with the operations that it needs at least.
 
-    from hfblend.lab.bench import Settings, markdown, random_model, run
+    from hfblend.lab.bench import BenchSettings, markdown, random_model, run
 
-    results = run(random_model("tiny"), "tiny", Settings(lengths=(2000,)))
+    results = run(random_model("tiny"), "tiny", BenchSettings(lengths=(2000,)))
     print(markdown(results))
 
-`docs/benchmarking.md` says what each figure is.
+docs/performance.md explains each figure.
 """
 
-from .report import markdown
+from ..report import markdown
+from ..settings import BenchSettings
 from .runner import run
-from .settings import Settings
-from .shapes import random_model
+from .synthetic import random_model
 
-__all__ = ["Settings", "markdown", "random_model", "run"]
+__all__ = ["BenchSettings", "markdown", "random_model", "run"]

@@ -1,4 +1,4 @@
-"""What a method must compute and move, counted: functions of numbers alone, no model and no clock.
+"""The operations and bytes that a method needs, counted: functions of numbers alone, without a model or a clock.
 
 A multiply-add counts 2. Counted are the linear layers, attention over the keys that a row sees (causal: a row at
 position p sees p + 1), and the LM head for one row; norms, rotations, softmax and look-ups are left out.
@@ -14,10 +14,10 @@ S rows are the selected ones and the suffix. Three choices make the counts those
 implementation of it, hfblend's included:
 
 * At the check layer c CacheBlend needs the K and V of every row, to rank them, and nothing else of the rows that are
-  not selected. Layers below c are paid once: what was computed there stays.
+  not selected. Layers below c are paid once: their results stay.
 * Tokens whose KV is exact (the prefix, a chunk where it was computed) are in no pass.
-* In the last layer nobody reads any row but the last one, so the others need their K and V only. A full prefill is
-  counted as every stock model does it, which is with all rows: its time is what a speed-up is taken from.
+* In the last layer only the last row is read, so the others need their K and V only. A full prefill is counted as
+  every stock model does it, with all rows: a speed-up is taken from its time.
 
 Shapes: T all tokens, S rows of the last pass, C hidden, H heads, Hkv KV heads, D head_dim, L layers.
 """
@@ -34,7 +34,7 @@ from ...blend.selection import budget
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a Llama-like model: grouped-query attention and a gated MLP in every layer.
+    """The sizes and weights of a Llama-like model: grouped-query attention and a gated MLP in every layer.
 
     >>> Shape(32, 4096, 14336, 32, 8, 128, 128256).layer_weights  # Llama-3.1-8B
     218103808
@@ -50,22 +50,17 @@ class Shape:
 
     @classmethod
     def of(cls, model: nn.Module) -> Shape | None:
-        """The shape of a model, by its config; `None` if its layers hold other weights than a Llama's would.
+        """The shape that a model's config tells; `None` if its layers hold other weights than a Llama's would.
 
         A mixture of experts, shared layers or a sliding window would be counted wrongly, so they are not counted.
         """
         config: Any = model.config
         try:
             heads, hidden = config.num_attention_heads, config.hidden_size
-            shape = cls(
-                layers=config.num_hidden_layers,
-                hidden=hidden,
-                intermediate=config.intermediate_size,
-                heads=heads,
-                kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-                head_dim=getattr(config, "head_dim", None) or hidden // heads,
-                vocabulary=config.vocab_size,
-            )
+            kv_heads = getattr(config, "num_key_value_heads", None) or heads
+            head_dim = getattr(config, "head_dim", None) or hidden // heads
+            sizes = (config.num_hidden_layers, hidden, config.intermediate_size, heads, kv_heads, head_dim)
+            shape = cls(*sizes, config.vocab_size)
         except AttributeError:
             return None
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
@@ -74,32 +69,27 @@ class Shape:
         return shape if is_llama_like and not getattr(config, "sliding_window", None) else None
 
     @property
-    def kv_weights(self) -> int:
-        """Weights of a layer's K and V projections."""
+    def kv_weights(self) -> int:  # of a layer's K and V projections
         return 2 * self.hidden * self.kv_heads * self.head_dim
 
     @property
-    def query_weights(self) -> int:
-        """Weights of a layer's Q projection; O has as many."""
+    def query_weights(self) -> int:  # of a layer's Q projection; O has as many
         return self.hidden * self.heads * self.head_dim
 
     @property
-    def other_weights(self) -> int:
-        """Weights of a layer's Q, O and gated MLP: all that a row needs besides its K and V."""
+    def other_weights(self) -> int:  # of a layer's Q, O and gated MLP
         return 2 * self.query_weights + 3 * self.hidden * self.intermediate
 
     @property
     def layer_weights(self) -> int:
-        """All weights of a layer's linear modules."""
         return self.kv_weights + self.other_weights
 
     @property
-    def head_weights(self) -> int:
-        """Weights of the LM head."""
+    def head_weights(self) -> int:  # of the LM head
         return self.hidden * self.vocabulary
 
 
-# --- operations -----------------------------------------------------------------------------------------------------
+# --- operations -------------------------------------------------------------------------------------------------------
 
 
 def full_prefill_flops(tokens: int, *, shape: Shape) -> float:
@@ -117,7 +107,7 @@ def flops(
     exact: int = 0,
     scored: bool = True,
 ) -> float:
-    """What a method must compute to blend a prompt whose chunks are all stored.
+    """The operations that a method needs to blend a prompt whose chunks are all stored.
 
     >>> shape = Shape(32, 4096, 14336, 32, 8, 128, 128256)
     >>> round(full_prefill_flops(16448, shape=shape) / flops(16448, 0.15, 1, 32, shape=shape, exact=544), 1)
@@ -125,12 +115,10 @@ def flops(
 
     Args:
         tokens: T, of the whole prompt.
-        ratio: share in [0, 1] of the reused tokens that is recomputed. 0 is full reuse; 1 computes every row and scores
-            none.
+        ratio: of the reused tokens, in [0, 1]. 0 is full reuse; 1 computes every row and scores none.
         check_layer: of CacheBlend's rule; `None`: the suffix's attention, over all layers, guides the selection.
-        suffix: tokens after the last chunk, always computed; a prefix cache is full reuse with everything behind the
-            prefix as its suffix.
-        exact: tokens whose KV is exact where it stands: the prefix, and a first chunk computed behind it.
+        suffix: tokens after the last chunk, always computed; a prefix cache has all after the prefix as its suffix.
+        exact: tokens whose KV is exact: the prefix, and a first chunk computed after it.
         scored: `False` for rules that look at positions only.
 
     Raises:
@@ -139,9 +127,8 @@ def flops(
     if not 0 <= exact <= tokens - suffix or suffix < 1:
         raise ValueError(f"{tokens} tokens cannot hold {exact} exact ones and a suffix of {suffix} (1 or more).")
     if not 0 <= ratio <= 1 or not 0 <= (check_layer or 0) < shape.layers:
-        raise ValueError(
-            f"ratio must lie in [0, 1] and check_layer below {shape.layers}, got {ratio} and {check_layer}."
-        )
+        bounds = f"in [0, 1] and check_layer below {shape.layers}"
+        raise ValueError(f"ratio must lie {bounds}, got {ratio} and {check_layer}.")
     if ratio == 1:
         return _recompute(shape, tokens, causal_keys(0, tokens), tokens)
     start = tokens - suffix
@@ -173,9 +160,8 @@ def _layer(shape: Shape, rows: int, keys: float) -> float:
 
 def _recompute(shape: Shape, rows: int, keys: float, tokens: int, first_layer: int = 0) -> float:
     """Rows from a layer on; in the last layer K and V of all of them, the rest of the last row only; the LM head."""
-    whole = (shape.layers - 1 - first_layer) * _layer(shape, rows, keys)
     last = 2 * rows * shape.kv_weights + 2 * shape.other_weights + 4 * shape.heads * shape.head_dim * tokens
-    return whole + last + 2 * shape.head_weights
+    return (shape.layers - 1 - first_layer) * _layer(shape, rows, keys) + last + 2 * shape.head_weights
 
 
 def _suffix_pass(shape: Shape, suffix: int, keys: float) -> float:
@@ -184,7 +170,7 @@ def _suffix_pass(shape: Shape, suffix: int, keys: float) -> float:
     return (shape.layers - 1) * _layer(shape, suffix, keys) + last
 
 
-# --- bytes ----------------------------------------------------------------------------------------------------------
+# --- bytes ------------------------------------------------------------------------------------------------------------
 
 
 def kv_bytes(tokens: int, *, shape: Shape, element_bytes: int = 2) -> int:
@@ -197,11 +183,7 @@ def kv_bytes(tokens: int, *, shape: Shape, element_bytes: int = 2) -> int:
 
 
 def least_bytes(tokens: int, *, shape: Shape, element_bytes: int = 2, passes: int = 1) -> int:
-    """What must at least move between memory and processor: the prompt's KV read and written once, and all weights of
-    the layers once a pass, the LM head's once.
-
-    Args:
-        passes: forwards through all layers: 2 for suffix-guided selection, else 1.
-    """
+    """The bytes that must move between memory and processor: the prompt's KV read and written once, all weights of the
+    layers once a pass (2 for suffix-guided selection, else 1), the LM head's once."""
     weights = passes * shape.layers * shape.layer_weights + shape.head_weights
     return weights * element_bytes + 2 * kv_bytes(tokens, shape=shape, element_bytes=element_bytes)

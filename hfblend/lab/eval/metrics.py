@@ -1,4 +1,4 @@
-"""Answers against references, and how sure a mean over questions is: pure functions.
+"""Scores of answers against references, and bootstrap intervals of means over questions: pure functions.
 
 KL divergence and top-1 agreement are in `hfblend/measure/divergence.py`.
 """
@@ -22,21 +22,21 @@ _TAILS = (0.025, 0.975)  # of a 95 % interval
 Interval = tuple[float, float]
 
 
-# --- answers --------------------------------------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------------------------------
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's: lower case, no punctuation, no articles, single spaces.
+    """Normalises as SQuAD does: lower case, no punctuation, no articles, single spaces.
 
     >>> normalize_answer("The  Exeter-College, Oxford.")
     'exetercollege oxford'
     """
-    letters = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    letters = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", letters).split())
 
 
 def first_line(text: str) -> str:
-    """The first line that says something: what a model adds below its answer is not scored."""
+    """The first line with text: a model's additions below its answer are not scored."""
     return text.strip().partition("\n")[0].strip()
 
 
@@ -56,20 +56,12 @@ def f1_ids(answer: str, reference: str, tokenizer: Any) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L's F-measure with stemming, by the library `rouge-score`.
-
-    Raises:
-        ImportError: the package is missing.
-    """
+    """ROUGE-L's F-measure with stemming, by the library `rouge-score`; `ImportError` without it."""
     return require_rouge().RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure
 
 
 def require_rouge() -> Any:
-    """The library's module.
-
-    Raises:
-        ImportError: the package is missing (the message says what to install).
-    """
+    """The library's module; raises `ImportError` that says how to install it."""
     return require("rouge_score.rouge_scorer", "rouge-score", "eval", "ROUGE-L needs")
 
 
@@ -82,50 +74,44 @@ def _f1(answer: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
     """2PR / (P + R) of two bags; two empty ones agree."""
     if not answer or not reference:
         return float(not answer and not reference)
-    shared = sum((Counter(answer) & Counter(reference)).values())
-    return 2 * shared / (len(answer) + len(reference))
+    return 2 * (Counter(answer) & Counter(reference)).total() / (len(answer) + len(reference))
 
 
-# --- the bootstrap --------------------------------------------------------------------------------------------------
+# --- the bootstrap ----------------------------------------------------------------------------------------------------
 
 
 def bootstrap_mean_ci(values: Sequence[float], seed: int = 0) -> Interval:
     """The 95 % interval of a mean over questions: percentiles of 10,000 means, each of as many questions drawn with
-    replacement.
+    replacement. Raises `ValueError` without values.
 
     >>> bootstrap_mean_ci([0.5, 0.5, 0.5])
     (0.5, 0.5)
-
-    Raises:
-        ValueError: no values.
     """
-    return _interval(_resampled_means(torch.tensor([list(values)], dtype=torch.float64), seed)[0])
+    return _interval(_resampled_means([values], seed)[0])
 
 
 def bootstrap_ratio_ci(values: Sequence[float], baseline_values: Sequence[float], seed: int = 0) -> Interval:
     """The 95 % interval of mean(values) / mean(baseline_values), both of the same questions in the same order.
 
-    Each resample draws questions, not values, so that a hard question weighs on both means alike.
+    Each resample draws questions, not values, so that a hard question weighs on both means alike. Raises `ValueError`
+    without values, or with unequal numbers of them.
 
     >>> bootstrap_ratio_ci([1.0, 4.0], [2.0, 8.0])
     (0.5, 0.5)
-
-    Raises:
-        ValueError: no values, or not as many of both.
     """
     if len(values) != len(baseline_values):
         raise ValueError(f"A ratio is paired by question, got {len(values)} and {len(baseline_values)} values.")
-    means = _resampled_means(torch.tensor([list(values), list(baseline_values)], dtype=torch.float64), seed)
+    means = _resampled_means([values, baseline_values], seed)
     return _interval(means[0] / means[1])
 
 
-def _resampled_means(values: torch.Tensor, seed: int) -> torch.Tensor:
-    """Means of (M, questions) over the same resampled questions: (M, NUM_RESAMPLES)."""
+def _resampled_means(rows: Sequence[Sequence[float]], seed: int) -> torch.Tensor:
+    """Means of M rows over the same resampled questions: (M, NUM_RESAMPLES)."""
+    values = torch.tensor([list(row) for row in rows], dtype=torch.float64)
     count = values.shape[1]
     if count == 0:
         raise ValueError("The bootstrap needs at least one value, got none.")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (NUM_RESAMPLES, count), generator=generator)
+    drawn = torch.randint(count, (NUM_RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
     return torch.stack([row[drawn].mean(1) for row in values])
 
 

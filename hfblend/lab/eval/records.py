@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Key = tuple[int, str, float]
-_NOT_ASKED_FOR = {"answer", "f1", "f1_ids", "rouge_l"}  # may be `None`
+_OPTIONAL = {"answer", "f1", "f1_ids", "rouge_l"}  # may be `None`
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,12 @@ class Record:
 
     @property
     def key(self) -> Key:
-        """What is measured once."""
+        """Question, method and ratio; each is measured once."""
         return self.question, self.method, self.ratio
 
 
 class RecordFile:
     """Records on disk, appended as they are measured; opening the file again finds them.
-
-    >>> records = RecordFile(Path("records.jsonl"), {"model": "SmolLM2-135M-Instruct"})  # doctest: +SKIP
 
     Args:
         path: made with its header if it does not exist; `None` keeps the records in memory.
@@ -60,9 +58,9 @@ class RecordFile:
 
     def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
         self.path, self.found = path, dict[Key, Record]()
-        header = json.loads(json.dumps(dict(header)))
         if path is None:
             return
+        header = json.loads(json.dumps(dict(header)))
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         *lines, cut_off = text.split("\n")  # the run was killed while it wrote the last one
         if lines:
@@ -73,13 +71,17 @@ class RecordFile:
         if cut_off:  # of a file that is hfblend's
             path.write_text(text.removesuffix(cut_off), encoding="utf-8")
         if not lines:
-            _append(path, {"header": header})
+            self._append({"header": header})
 
     def add(self, record: Record) -> None:
         """Keeps a record, on disk at once."""
         self.found[record.key] = record
+        self._append(asdict(record))
+
+    def _append(self, values: dict[str, Any]) -> None:
         if self.path is not None:
-            _append(self.path, asdict(record))
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(values))
 
 
 def _require_same_header(path: Path, line: str, header: Mapping[str, Any]) -> None:
@@ -97,18 +99,13 @@ def _record(path: Path, line: str) -> Record:
     try:
         record = Record(**json.loads(line))
         for name, value in asdict(record).items():
-            kind = (str, type(None)) if name in ("method", "answer") else (int, float, type(None))
+            kind = str if name in ("method", "answer") else (int, float)
             is_large = isinstance(value, int) and abs(value) > 2**63
-            if is_large or not isinstance(value, kind) or (value is None and name not in _NOT_ASKED_FOR):
+            if is_large or (not isinstance(value, kind) and not (value is None and name in _OPTIONAL)):
                 raise TypeError(f"{name} is {value!r}")
         return record
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds a line that is no record: {line[:80]!r}.") from error
-
-
-def _append(path: Path, values: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_line(values))
 
 
 def _line(values: dict[str, Any]) -> str:

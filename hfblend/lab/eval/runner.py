@@ -5,11 +5,11 @@ Shapes: P forced tokens, T tokens of the prompt, V vocabulary.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,120 +18,100 @@ from ...kv.chunk import ChunkKV
 from ...measure.divergence import kl_divergence, teacher_forced_logits, top1_agreement
 from ...measure.verify import FullAnswer
 from ...model.hf_model import CACHE
-from ...prompts.prompt import Prompt
 from ...prompts.tokenize import Encoder
 from ...store import MemoryStore
 from ...store.format import dump, parse
-from ...store.quantise import require_kv_dtype
-from .data import NEWS, QA, Example, passage_text, to_prompt
+from ..clock import timed
+from ..report import Results, header_of
+from ..settings import STORE_BYTES, Case, EvalSettings
+from .data import NEWS, QA, Example, digest, passage_text, to_prompt
 from .metrics import best, f1_ids, f1_words, first_line, rouge_l
 from .records import Record, RecordFile
-
-if TYPE_CHECKING:
-    from ..baselines import Method
-
-FULL_PREFILL = "full_prefill"
-FORCED_TOKENS = 16
-_STORE_BYTES = 2**50  # no chunk of a question ever leaves its store
+from .summary import FULL_PREFILL, summarize
 
 Blend = Callable[[], BlendResult]
-Row = tuple["Method", float]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a measurement depends on, besides model and data.
+def run(
+    model: Any,
+    name: str,
+    settings: EvalSettings,
+    source: str,
+    examples: Sequence[Example],
+    questions: range,
+    *,
+    tokenizer: Any,
+    records: Path | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Results:
+    """Measures a model on questions, and sums up: the content of the JSON file, `rows` and a header.
 
-    Attributes:
-        max_context: tokens of the longest prompt.
-        answer_tokens: of the greedy answers; 0 measures none.
-        seed: of methods that draw, and of the bootstrap.
-        forced_tokens: P, of full prefill's own answer.
-        kv_dtype: `"int8"` or `"fp8"`: chunk KV is what a store that keeps it in that gives back.
-    """
-
-    max_context: int = 6500
-    answer_tokens: int = 32
-    seed: int = 0
-    forced_tokens: int = FORCED_TOKENS
-    kv_dtype: str | None = None
-
-    def __post_init__(self) -> None:
-        require_kv_dtype(self.kv_dtype)
-
-
-def methods_named(names: Sequence[str], methods: Mapping[str, Method]) -> list[Method]:
-    """The methods of these names, each once.
+    Args:
+        name, source: of the model and the examples, for the report.
+        questions: indices into `examples`.
+        records, advance: as in `Runner`.
 
     Raises:
-        ValueError: no name, or an unknown one; the message lists them all.
+        ValueError: a records file of another run, or a prompt too long.
     """
-    unknown = [name for name in names if name not in methods]
-    if unknown or not names:
-        got = f"unknown: {', '.join(unknown)}" if unknown else "none named"
-        raise ValueError(f"{got}. The methods are {', '.join(methods)}.")
-    return [methods[name] for name in dict.fromkeys(names)]
-
-
-def rows_of(methods: Iterable[Method], ratios: Sequence[float]) -> list[Row]:
-    """(method, ratio) of every row: a method that knows only one ratio has one row."""
-    return [
-        (method, ratio)
-        for method in methods
-        for ratio in (dict.fromkeys(ratios) if method.fixed_ratio is None else [method.fixed_ratio])
-    ]
+    data = {"source": Path(source).name, "digest": digest(examples)}
+    header = header_of(model, name, settings.of_a_record()) | {"data": data}
+    runner = Runner(model, tokenizer, examples, settings, RecordFile(records, header), advance)
+    found = runner.run(questions)
+    lengths = [record.tokens for record in found]
+    return header | {
+        "questions": [questions.start, questions.stop],
+        "tokens": [min(lengths), max(lengths)],
+        "baseline": settings.baseline,
+        "rows": summarize(found, settings.baseline, settings.seed),
+    }
 
 
 @dataclass
 class Runner:
-    """Measures rows on questions and adds the records.
+    """Measures the cases of its settings on questions and adds the records.
 
     Args:
         model: a causal LM in eval mode, not patched.
         examples: the whole data; a passage of the next example is the text unrelated to a question.
-        records: what it holds already is not measured again.
-        advance: called once per record and once per record found.
+        records: measurements that it holds are not repeated.
+        advance: called once per record, measured or found.
     """
 
     model: Any
     tokenizer: Any
     examples: Sequence[Example]
-    settings: Settings
+    settings: EvalSettings
     records: RecordFile
     advance: Callable[[], None] = lambda: None
 
-    def run(self, questions: Iterable[int], rows: Sequence[Row]) -> list[Record]:
-        """The records of these questions and rows, in order."""
-        questions = list(questions)
-        for question in questions:
-            missing = [(m, ratio) for m, ratio in rows if (question, m.name, ratio) not in self.records.found]
-            for _ in range(len(rows) - len(missing)):
+    def run(self, questions: Iterable[int]) -> list[Record]:
+        """The records of these questions, in order."""
+        questions, cases = list(questions), self.settings.cases()
+        for index in questions:
+            missing = [case for case in cases if (index, case.method.name, case.ratio) not in self.records.found]
+            for _ in range(len(cases) - len(missing)):
                 self.advance()
             if missing:
-                self._measure_question(question, missing)
-        return [self.records.found[question, m.name, ratio] for question in questions for m, ratio in rows]
+                self._measure_question(index, missing)
+        return [self.records.found[index, case.method.name, case.ratio] for index in questions for case in cases]
 
-    def _measure_question(self, index: int, rows: Sequence[Row]) -> None:
+    def _measure_question(self, index: int, cases: Sequence[Case]) -> None:
         question = _Question(self.model, self.tokenizer, self.examples, index, self.settings)
         stored: set[str] = set()
-        for method, ratio in rows:
-            if method.name not in stored:
-                question.blend(method, ratio)  # puts the chunk KV into the store
-                stored.add(method.name)
-            self.records.add(question.measure(method, ratio))
+        for case in cases:
+            if case.method.name not in stored:
+                question.blend(case)  # puts the chunk KV into the store
+                stored.add(case.method.name)
+            self.records.add(question.measure(case))
             self.advance()
 
 
 class _AsFromAFile(MemoryStore):
-    """Gives back what a store gives that keeps files: here, KV in 8 bits.
-
-    Args:
-        kv_dtype: of the files.
-        device: where entries are kept.
-    """
+    """A store in memory that gives chunk KV back as files in 8 bits would."""
 
     def __init__(self, kv_dtype: str, device: torch.device) -> None:
-        super().__init__(_STORE_BYTES, device)
+        super().__init__(STORE_BYTES, device)
         self.kv_dtype = kv_dtype
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
@@ -139,13 +119,15 @@ class _AsFromAFile(MemoryStore):
 
 
 def _store_of(kv_dtype: str | None, device: torch.device) -> MemoryStore:
-    return MemoryStore(_STORE_BYTES) if kv_dtype is None else _AsFromAFile(kv_dtype, device)
+    return MemoryStore(STORE_BYTES) if kv_dtype is None else _AsFromAFile(kv_dtype, device)
 
 
 class _Question:
     """One question: its prompt, its full prefill, and the store that all its methods share."""
 
-    def __init__(self, model: Any, tokenizer: Any, examples: Sequence[Example], index: int, settings: Settings) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, examples: Sequence[Example], index: int, settings: EvalSettings
+    ) -> None:
         self.model, self.tokenizer, self.index, self.settings = model, tokenizer, index, settings
         self.example, self.store = examples[index], _store_of(settings.kv_dtype, model.device)
         self.prompt = to_prompt(tokenizer, self.example, settings.max_context)
@@ -155,62 +137,44 @@ class _Question:
         full = FullAnswer.of(model, self.prompt, settings.forced_tokens)
         self.forced_ids, self.full_logits = full.ids, full.logits  # (P, V)
 
-    def blend(self, method: Method, ratio: float) -> BlendResult:
+    def blend(self, case: Case) -> BlendResult:
+        """Blends, up to the first token's id on the host."""
         torch.manual_seed(self.settings.seed + self.index)
-        return method.blend(
-            self.model, self.prompt, ratio, self.store, tokenizer=self.tokenizer, elsewhere=self.elsewhere
-        )
+        about = {"tokenizer": self.tokenizer, "elsewhere": self.elsewhere}
+        result = case.method.blend(self.model, self.prompt, case.ratio, self.store, **about)
+        result.logits.argmax(-1).item()
+        return result
 
-    def measure(self, method: Method, ratio: float) -> Record:
-        """One record, of a method whose chunk KV is in the store."""
-        blend = partial(self.blend, method, ratio)
-        ttft_ms, result = timed(blend)
-        kl, agreement, cache = 0.0, 1.0, result.cache  # full prefill's, by definition
-        share = result.trace.recomputed_pairs_share
-        if method.name != FULL_PREFILL:
+    def measure(self, case: Case) -> Record:
+        """Measures a method whose chunk KV is in the store."""
+        blend, asks_answer = partial(self.blend, case), self.settings.answer_tokens > 0
+        turn = timed(blend, self.model.device)
+        kl, agreement, cache = 0.0, 1.0, turn.result.cache  # full prefill's, by definition
+        share = turn.result.trace.recomputed_pairs_share
+        if case.method.name != FULL_PREFILL:
             logits = teacher_forced_logits(self.model, self.prompt.input_ids, self.forced_ids, cache)
             kl = kl_divergence(self.full_logits, logits).mean().item()
             agreement = top1_agreement(self.full_logits, logits)
-            if self.settings.answer_tokens:
-                cache = _cut_back(cache, len(self.forced_ids), blend)
-        scores = self._answer_scores(cache) if self.settings.answer_tokens else {}
-        return Record(self.index, method.name, ratio, len(self.prompt), kl, agreement, ttft_ms, share, **scores)
+            cache = _cut_back(cache, len(self.forced_ids), blend) if asks_answer else None
+        scores = self._answer_scores(cache) if asks_answer else {}
+        figures = (len(self.prompt), kl, agreement, turn.ms, share)
+        return Record(self.index, case.method.name, case.ratio, *figures, **scores)
 
     def _answer_scores(self, cache: Any) -> dict[str, Any]:
-        """The greedy answer behind `cache` and its scores: F1 of answers, ROUGE-L of summaries."""
-        ids = generated_ids(self.model, self.prompt, cache, max_new_tokens=self.settings.answer_tokens)
+        """The greedy answer over a cache, and its scores: F1 of answers, ROUGE-L of summaries."""
+        input_ids, count = self.prompt.input_ids.to(self.model.device), self.settings.answer_tokens
+        how = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, CACHE: cache}
+        ids = self.model.generate(input_ids, **how, max_new_tokens=count)[0, len(self.prompt) :].tolist()
         answer, references = self.tokenizer.decode(ids, skip_special_tokens=True).strip(), self.example.answers
         said = answer if self.example.task == NEWS else first_line(answer)
         if self.example.task != QA:
             return {"answer": answer, "rouge_l": best(rouge_l, said, references)}
         by_ids = partial(f1_ids, tokenizer=self.tokenizer)
-        return {
-            "answer": answer,
-            "f1": best(f1_words, said, references),
-            "f1_ids": best(by_ids, said, references),
-        }
-
-
-def timed(blend: Blend) -> tuple[float, BlendResult]:
-    """Milliseconds from the call to the first token's id on the host, and the result."""
-    start = time.perf_counter()
-    result = blend()
-    result.logits.argmax(-1).item()
-    return (time.perf_counter() - start) * 1e3, result
-
-
-def generated_ids(model: Any, prompt: Prompt, cache: Any, **kwargs: Any) -> list[int]:
-    """Greedy tokens behind a prompt, whose KV but the last token's is in `cache` (`None`: prefilled in full)."""
-    input_ids = prompt.input_ids.to(model.device)
-    output = model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, **{CACHE: cache}, **kwargs
-    )
-    return output[0, len(prompt) :].tolist()
+        return {"answer": answer, "f1": best(f1_words, said, references), "f1_ids": best(by_ids, said, references)}
 
 
 def _cut_back(cache: Any, count: int, blend: Blend) -> Any:
-    """The cache without the `count` rows that teacher forcing added. Sliding layers have lost older rows for them:
-    there the prompt is blended again."""
+    """The cache without the rows that teacher forcing added; blended again where sliding layers lost older rows."""
     if any(cache.is_sliding):
         return blend().cache
     cache.crop(-count)

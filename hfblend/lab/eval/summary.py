@@ -8,10 +8,11 @@ from typing import Any
 
 from .metrics import bootstrap_mean_ci, bootstrap_ratio_ci
 from .records import Record
-from .runner import FULL_PREFILL
+
+FULL_PREFILL = "full_prefill"
 
 Group = dict[int, Record]  # question -> record
-_RowKey = tuple[str, float]
+Groups = dict[tuple[str, float], Group]  # method and ratio -> group
 
 
 def summarize(records: Sequence[Record], baseline: str | None = None, seed: int = 0) -> list[dict[str, Any]]:
@@ -25,38 +26,40 @@ def summarize(records: Sequence[Record], baseline: str | None = None, seed: int 
         Rows with `method, ratio, n, kl, kl_ci95, top1_agreement, f1, ttft_ms, recomputed_pairs_share`, then `f1_ids`,
         `rouge_l`, `kl_vs_baseline`, `kl_vs_baseline_ci95`, `ttft_speedup`; `None` where something was not measured.
     """
-    groups: dict[_RowKey, Group] = {}
+    groups: Groups = {}
     for record in records:
         groups.setdefault((record.method, record.ratio), {})[record.question] = record
+    full = _only(groups, FULL_PREFILL)
+
+    def theirs(ratio: float) -> Group:
+        return {} if baseline is None else groups.get((baseline, ratio)) or _only(groups, baseline)
+
     return [
         _figures(method, ratio, group, seed)
-        | _versus_baseline(group, _baseline_of(groups, baseline, ratio), seed)
-        | {"ttft_speedup": _speedup(group, _only(groups, FULL_PREFILL))}
+        | _versus_baseline(group, theirs(ratio), seed)
+        | {"ttft_speedup": _speed_up(group, full)}
         for (method, ratio), group in groups.items()
     ]
 
 
 def _figures(method: str, ratio: float, group: Group, seed: int) -> dict[str, Any]:
-    records = list(group.values())
-    kl = [record.kl for record in records]
+    def mean_of(name: str) -> float | None:
+        values = [value for record in group.values() if (value := getattr(record, name)) is not None]
+        return mean(values) if values else None
+
     return {
         "method": method,
         "ratio": ratio,
-        "n": len(records),
-        "kl": mean(kl),
-        "kl_ci95": list(bootstrap_mean_ci(kl, seed)),
-        "top1_agreement": mean(record.top1_agreement for record in records),
-        "f1": _mean_of(records, "f1"),
-        "ttft_ms": median(record.ttft_ms for record in records),
-        "recomputed_pairs_share": mean(record.recomputed_pairs_share for record in records),
-        "f1_ids": _mean_of(records, "f1_ids"),
-        "rouge_l": _mean_of(records, "rouge_l"),
+        "n": len(group),
+        "kl": mean_of("kl"),
+        "kl_ci95": list(bootstrap_mean_ci([record.kl for record in group.values()], seed)),
+        "top1_agreement": mean_of("top1_agreement"),
+        "f1": mean_of("f1"),
+        "ttft_ms": median(record.ttft_ms for record in group.values()),
+        "recomputed_pairs_share": mean_of("recomputed_pairs_share"),
+        "f1_ids": mean_of("f1_ids"),
+        "rouge_l": mean_of("rouge_l"),
     }
-
-
-def _mean_of(records: Sequence[Record], name: str) -> float | None:
-    values = [value for record in records if (value := getattr(record, name)) is not None]
-    return mean(values) if values else None
 
 
 def _versus_baseline(group: Group, baseline: Group, seed: int) -> dict[str, Any]:
@@ -66,25 +69,17 @@ def _versus_baseline(group: Group, baseline: Group, seed: int) -> dict[str, Any]
     # KLs of 0 would make a resample's mean 0, and its ratio no number
     if not shared or min(theirs) <= 0:
         return {"kl_vs_baseline": None, "kl_vs_baseline_ci95": None}
-    return {
-        "kl_vs_baseline": mean(ours) / mean(theirs),
-        "kl_vs_baseline_ci95": list(bootstrap_ratio_ci(ours, theirs, seed)),
-    }
+    interval = list(bootstrap_ratio_ci(ours, theirs, seed))
+    return {"kl_vs_baseline": mean(ours) / mean(theirs), "kl_vs_baseline_ci95": interval}
 
 
-def _baseline_of(groups: dict[_RowKey, Group], baseline: str | None, ratio: float) -> Group:
-    if baseline is None:
-        return {}
-    return groups.get((baseline, ratio)) or _only(groups, baseline)
-
-
-def _only(groups: dict[_RowKey, Group], method: str) -> Group:
-    """The one row of a method; nothing if it has several."""
+def _only(groups: Groups, method: str) -> Group:
+    """The group of a method with one ratio; empty if it has several."""
     found = [group for (name, _), group in groups.items() if name == method]
     return found[0] if len(found) == 1 else {}
 
 
-def _speedup(group: Group, full: Group) -> float | None:
+def _speed_up(group: Group, full: Group) -> float | None:
     """Median over questions of full prefill's time over this one's."""
     ratios = [full[question].ttft_ms / group[question].ttft_ms for question in sorted(group.keys() & full.keys())]
     return median(ratios) if ratios else None

@@ -1,0 +1,236 @@
+"""Results of `hfblend eval` and `hfblend bench` as matplotlib figures.
+
+They do not use pyplot and its global state: `figure.savefig(...)`, or the last line of a notebook's cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..arguments import described
+from ..display import palette
+from ..util import figure_class
+from .report import Row
+from .report import title as title_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXACT_KL = 1e-6  # nats; below it a method differs from full prefill by rounding only
+
+_BASELINES = {"full_prefill": palette.BLACK, "prefix_reuse": palette.GREY, "full_reuse": palette.PURPLE}
+_COLOURS = [colour for colour in palette.LINES if colour not in _BASELINES.values()]
+_MARKERS = "osD^vPX*<>hp"
+_STROKES = ("-", ":", "--", "-.")
+_LABEL_STEP = 0.045  # of the axes' height, between the labels of two lines
+
+Look = dict[str, Any]  # keywords of a line
+Line = tuple[Look, list[Row]]
+
+
+def new_figure(
+    width: float, height: float, columns: int = 1, *, dpi: int | None = None, sharey: bool = False
+) -> tuple[Figure, Any]:
+    """A figure and its axes, without a frame at the top and on the right; `ImportError` without matplotlib."""
+    figure = figure_class("plots")(figsize=(width, height), dpi=dpi, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, sharey=sharey)[0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _plain_numbers(axis: Any) -> None:
+    """1, 2, 5, 10, … on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+# --- quality ----------------------------------------------------------------------------------------------------------
+
+
+def plot_quality(rows: Sequence[Row], title: str = "") -> Figure:
+    """KL (log) against the share of a full prefill that is computed: a line per method, a point per ratio.
+
+    Exact methods have no place on a logarithmic axis and are named below it. Raises `ImportError` without matplotlib.
+
+    Args:
+        rows: of `hfblend eval --json`, or of `hfblend.lab.eval.summary.summarize`.
+    """
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
+        raise TypeError(f"rows must be the list that hfblend eval --json wrote, got {described(rows)}.")
+    figure, (axes,) = new_figure(9, 5.6, dpi=150)
+    drawn: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["kl"] >= EXACT_KL:
+            drawn.setdefault(row["method"], []).append(row)
+    for i, line in enumerate(drawn.values()):
+        line.sort(key=lambda row: row["recomputed_pairs_share"])
+        _draw_quality(axes, line, i)
+    exact = [f"{row['method']} ({row['recomputed_pairs_share']:.0%} computed)" for row in rows if row["kl"] < EXACT_KL]
+    _dress_quality(axes, title, f"\nexact, not drawn: {', '.join(exact)}" if exact else "")
+    _label_lines(axes, drawn)
+    return figure
+
+
+def _colour(i: int) -> str:
+    return palette.LINES[i % len(palette.LINES)]
+
+
+def _draw_quality(axes: Any, rows: Sequence[Row], i: int) -> None:
+    cost, kl = [100 * row["recomputed_pairs_share"] for row in rows], [row["kl"] for row in rows]
+    below = [max(0.0, row["kl"] - row["kl_ci95"][0]) for row in rows]
+    above = [max(0.0, row["kl_ci95"][1] - row["kl"]) for row in rows]
+    axes.errorbar(cost, kl, [below, above], fmt="none", ecolor=_colour(i), elinewidth=0.8, alpha=0.3)
+    style = "-" if i < len(palette.LINES) else "--"
+    axes.plot(cost, kl, style, marker=_MARKERS[i % len(_MARKERS)], color=_colour(i), markersize=6, linewidth=1.5)
+
+
+def _dress_quality(axes: Any, title: str, note: str) -> None:
+    axes.set_yscale("log")
+    _plain_numbers(axes.yaxis)
+    axes.xaxis.set_major_formatter("{x:g} %")
+    axes.set_xlim(left=0)
+    axes.set_ylabel("KL(full prefill ‖ method), nats; bars: 95 % of the mean")
+    axes.set_xlabel("computed share of a full prefill's (token, layer) pairs; left and low is better" + note)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(which="major", color="0.9", linewidth=0.7)
+
+
+def _label_lines(axes: Any, lines: Mapping[str, Sequence[Row]]) -> None:
+    """Writes a line's name right of the axes, as near to the height of its last point as its neighbours leave room; a
+    single point's name next to it."""
+    axes.figure.draw_without_rendering()  # settles the limits
+    ends = []
+    for i, (method, rows) in enumerate(lines.items()):
+        point = (100 * rows[-1]["recomputed_pairs_share"], rows[-1]["kl"])
+        look = {"color": _colour(i), "fontsize": 9, "va": "center"}
+        if len(rows) == 1:
+            axes.annotate(method, point, xytext=(7, 7), textcoords="offset points", **look)
+        else:
+            height = axes.transAxes.inverted().transform(axes.transData.transform(point))[1]
+            ends.append((height, point, method, look))
+    ends.sort(key=lambda end: end[0])
+    for height, (_, point, method, look) in zip(spread([end[0] for end in ends], _LABEL_STEP), ends):
+        leader = {"arrowstyle": "-", "color": look["color"], "linewidth": 0.6, "alpha": 0.5, "shrinkA": 1, "shrinkB": 4}
+        place = {"xytext": (1.03, height), "textcoords": "axes fraction", "annotation_clip": False}
+        axes.annotate(method, point, **place, **look, arrowprops=leader)
+
+
+def spread(heights: Sequence[float], step: float) -> list[float]:
+    """Rising heights, moved so that neighbours are `step` apart: those too close spread about their middle.
+
+    >>> spread([0.5, 0.5], 0.1)
+    [0.45, 0.55]
+    """
+    groups: list[list[float]] = []  # [middle of the wanted heights, how many]
+    for height in heights:
+        groups.append([height, 1])
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < step * (groups[-1][1] + groups[-2][1]) / 2:
+            (second, more), (first, some) = groups.pop(), groups.pop()
+            groups.append([(first * some + second * more) / (some + more), some + more])
+    return [middle + step * (i - (count - 1) / 2) for middle, count in groups for i in range(int(count))]
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def plot_ttft(results: Mapping[str, Any]) -> Figure:
+    """Time to first token, and speed-up with its limit: against tokens, or bars where there is one length.
+
+    Args:
+        results: of `hfblend bench --json`, or of `hfblend.lab.bench.run`.
+    """
+    if not isinstance(results, Mapping) or "rows" not in results:
+        raise TypeError(f"results must be what hfblend bench --json wrote, with its rows, got {described(results)}.")
+    by_case: dict[tuple[Any, ...], list[Row]] = {}
+    for row in results["rows"]:
+        if row["failed"] is None:
+            by_case.setdefault((row["method"], row["ratio"], row["chunks_in"]), []).append(row)
+    looks = _looks(list(by_case))
+    lines = [(looks[case], sorted(rows, key=lambda row: row["tokens"])) for case, rows in by_case.items()]
+    lengths = sorted({row["tokens"] for row in results["rows"]})
+    figure, axes = new_figure(12, 5.4, 2, dpi=150, sharey=len(lengths) == 1)
+    draw = _draw_bars if len(lengths) == 1 else _draw_lines
+    draw(axes[0], axes[1], lines, lengths)
+    limit = "strokes" if len(lengths) == 1 else "dashed"
+    for one, note in zip(axes, ("low is better", f"high is better; {limit}: the limit that the FLOPs set")):
+        one.set_title(note, loc="left", fontsize=9, color="0.35")
+    figure.suptitle(title_of(dict(results)), x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def _draw_bars(times: Any, speed_ups: Any, lines: Sequence[Line], lengths: Sequence[int]) -> None:
+    """A bar per line of the table, its limit a stroke."""
+    for look, (row,) in lines:
+        name, colour = look["label"], look["color"]
+        times.barh(name, row["ttft_ms"], color=colour)
+        speed_ups.barh(name, (row["speed_up"] or 1) - 1, left=1, color=colour)
+        if row["speed_up_limit"] is not None:
+            speed_ups.plot(row["speed_up_limit"], name, "|", color=colour, markersize=18, markeredgewidth=2)
+    times.invert_yaxis()
+    times.set_xlabel(f"time to first token, ms, {lengths[0]:,} tokens")
+    speed_ups.set_xlabel(f"speed-up over full prefill, {lengths[0]:,} tokens")
+    speed_ups.set_xscale("log")
+    _plain_numbers(speed_ups.xaxis)
+
+
+def _draw_lines(times: Any, speed_ups: Any, lines: Sequence[Line], lengths: Sequence[int]) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    for look, rows in lines:
+        _draw_figure(times, rows, "ttft_ms", look)
+        if rows[0]["method"] != "full_prefill":
+            _draw_figure(speed_ups, rows, "speed_up", look)
+            limit = {"color": look["color"], "linewidth": 1, "alpha": 0.7, "linestyle": "--"}
+            _draw_figure(speed_ups, rows, "speed_up_limit", limit)
+    speed_ups.axhline(1, color="black", linewidth=1)
+    for axes, name in ((times, "time to first token, ms"), (speed_ups, "speed-up over full prefill")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(list(lengths)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:,g}")
+        _plain_numbers(axes.yaxis)
+        axes.set(xlabel="tokens of the prompt", ylabel=name)
+        axes.grid(which="major", color="0.9", linewidth=0.7)
+    handles = times.get_legend_handles_labels()
+    times.figure.legend(*handles, loc="outside right center", frameon=False, fontsize=9)
+
+
+def _draw_figure(axes: Any, rows: Sequence[Row], name: str, look: Look) -> None:
+    if points := [(row["tokens"], row[name]) for row in rows if row[name]]:
+        axes.plot(*zip(*points), **look)
+
+
+def _looks(cases: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], Look]:
+    """(method, ratio, place) -> how the line is drawn: colour by method, tint and marker by ratio, stroke by place."""
+    methods = [name for name in dict.fromkeys(method for method, _, _ in cases) if name not in _BASELINES]
+    places = list(dict.fromkeys(place for *_, place in cases if place))
+    looks = {}
+    for method, ratio, place in cases:
+        label, i, colour = method, 0, _BASELINES.get(method)
+        if colour is None:
+            ratios = sorted({other for name, other, _ in cases if name == method})
+            label, i = f"{method} {ratio:g}", ratios.index(ratio)
+            colour = _tint(_COLOURS[methods.index(method) % len(_COLOURS)], i / (len(ratios) + 1))
+        at = places.index(place) if place else 0
+        looks[method, ratio, place] = {
+            "color": colour,
+            "marker": _MARKERS[i % len(_MARKERS)],
+            "markersize": 6,
+            "markerfacecolor": "white" if at else colour,
+            "linestyle": _STROKES[at % len(_STROKES)],
+            "linewidth": 1.5,
+            "label": label + (f", {place}" if place and len(places) > 1 else ""),
+        }
+    return looks
+
+
+def _tint(colour: str, share_of_white: float) -> Any:
+    """The colour, lighter."""
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return tuple(channel + (1 - channel) * share_of_white for channel in channels)

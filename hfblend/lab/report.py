@@ -1,0 +1,149 @@
+"""The report of a benchmark or an evaluation: its header, title, table and notes, as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from string import Formatter
+from typing import Any
+
+from .. import __version__
+from ..measure.divergence import describe_machine
+
+Row = dict[str, Any]
+Results = dict[str, Any]
+
+# heading -> format of a row's fields
+_BENCH_COLUMNS = {
+    "tokens": "{tokens:,}",
+    "method": "{method}",
+    "ratio": "{ratio:g}",
+    "chunks in": "{chunks_in}",
+    "TTFT, ms": "{ttft_ms:.1f} ({ttft_ms_range[0]:.1f} … {ttft_ms_range[1]:.1f})",
+    "speed-up": "{speed_up:.2f} ({speed_up_range[0]:.2f} … {speed_up_range[1]:.2f})",
+    "computed": "{pairs_share:.1%}",
+    "TFLOP": "{tflop:.3g}",
+    "limit": "{speed_up_limit:.1f}",
+    "reached": "{share_of_limit:.0%}",
+    "roofline, ms": "{roofline_ms:.1f}",
+    "peak, GiB": "{peak_gib:.2f}",
+    "reused, MB": "{reused_mb:,.1f}",
+    "load, ms": "{load_ms:.1f}",
+    "÷ first place": "{over_first_place:.2f}",
+    "phases, ms": "{phases}",
+}
+_EVAL_COLUMNS = {
+    "method": "{method}",
+    "ratio": "{ratio:g}",
+    "n": "{n}",
+    "KL, nats [95 %]": "{kl:.4f} [{kl_ci95[0]:.4f}, {kl_ci95[1]:.4f}]",
+    "KL ÷ baseline's [95 %]": "{kl_vs_baseline:.2f} [{kl_vs_baseline_ci95[0]:.2f}, {kl_vs_baseline_ci95[1]:.2f}]",
+    "top-1": "{top1_agreement:.1%}",
+    "F1": "{f1:.3f}",
+    "F1 of ids": "{f1_ids:.3f}",
+    "ROUGE-L": "{rouge_l:.3f}",
+    "TTFT, ms": "{ttft_ms:.0f}",
+    "speed-up": "{ttft_speedup:.1f}×",
+    "computed": "{recomputed_pairs_share:.1%}",
+}
+
+# part of a benchmark -> a line for each of its measurements, and one for a measurement that memory did not last for
+_NOTES = {
+    "decoding": (
+        "Decoding {decoded_tokens} tokens after {tokens:,}: stock {stock_tokens_per_s:.1f} tokens/s, after {method} "
+        "{ratio:g} {blended_tokens_per_s:.1f} tokens/s; ratio {blended_over_stock:.2f} "
+        "({blended_over_stock_range[0]:.2f} … {blended_over_stock_range[1]:.2f}).",
+        "Decoding after {tokens:,} tokens: {failed}.",
+    ),
+    "throughput": (
+        "Throughput, {prompts} prompts of {tokens:,} tokens, {chunks_per_prompt} chunks each of a pool of "
+        "{chunks_in_pool}: full prefill {stock_prompts_per_s:.3g} prompts/s, {method} {ratio:g} "
+        "{blended_prompts_per_s:.3g} prompts/s; ratio {blended_over_stock:.2f}.",
+        "Throughput at {tokens:,} tokens: {failed}.",
+    ),
+    "batching": (
+        "First tokens of {prompts} prompts of {tokens:,} tokens: full prefill {stock_single_ms:.1f} ms one by one, "
+        "{stock_batch_ms:.1f} ms in one batch; {method} {ratio:g} {blended_single_ms:.1f} ms one by one, "
+        "{blended_batch_ms:.1f} ms in one batch; ratio {single_over_batch:.2f} "
+        "({single_over_batch_range[0]:.2f} … {single_over_batch_range[1]:.2f}).",
+        "A batch of prompts of {tokens:,} tokens: {failed}.",
+    ),
+}
+_LOADS = {"load_ms": "to the device, realigned", "read_ms": "through the store", "plain_read_ms": "a plain read"}
+
+
+def header_of(model: Any, name: str, settings: Mapping[str, Any]) -> Results:
+    """The model, machine and settings that every figure depends on, as JSON gives them back."""
+    return {
+        "machine": describe_machine(model.device),
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "settings": json.loads(json.dumps(settings)),
+        "hfblend": __version__,
+    }
+
+
+def markdown(results: Results) -> str:
+    """The title, the table, and the notes."""
+    return "\n\n".join(part.strip("\n") for part in (title(results), table(results), *notes(results))) + "\n"
+
+
+def title(results: Results) -> str:
+    """Model, prompts and machine, in two lines."""
+    settings, machine = results["settings"], results["machine"]
+    about = f"{results['model']}, {results['dtype']}"
+    if "layout" in settings:
+        parts = "prefix {prefix}, chunks of {chunk}, suffix {suffix} tokens".format_map(settings["layout"])
+        return f"{about}, {results['attention']}; {parts}\n{machine}, transformers {results['transformers']}"
+    kv = "" if settings["kv_dtype"] is None else f", chunk KV in {settings['kv_dtype']}"
+    start, stop = results["questions"]
+    return f"{about}{kv}, {stop - start} questions of {results['data']['source']}\n{machine}"
+
+
+def table(results: Results) -> str:
+    """The rows as a GitHub table; columns that no row has a figure for are left out."""
+    rows = [cells(row) for row in results["rows"]]
+    headings = [heading for heading in rows[0] if any(row[heading] for row in rows)] if rows else []
+    lines = [headings, ["---" if i < 2 else "---:" for i in range(len(headings))]]
+    lines += [[row[heading] or "–" for heading in headings] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cells(row: Row) -> dict[str, str]:
+    """Heading -> text; empty where there is no figure."""
+    if "kl" in row:
+        return {heading: _filled(form, row) for heading, form in _EVAL_COLUMNS.items()}
+    more = {
+        "tflop": None if row["flops"] is None else row["flops"] / 1e12,
+        "reused_mb": None if row["bytes_reused"] is None else row["bytes_reused"] / 1e6,
+        "phases": ", ".join(f"{phase} {ms:.1f}" for phase, ms in row["phase_ms"].items()),
+    }
+    found = {heading: _filled(form, row | more) for heading, form in _BENCH_COLUMNS.items()}
+    return found | {"TTFT, ms": row["failed"] or found["TTFT, ms"]}
+
+
+def _filled(form: str, row: Row) -> str:
+    fields = {name.partition("[")[0] for _, name, _, _ in Formatter().parse(form) if name}
+    return "" if any(row[field] is None for field in fields) else form.format_map(row)
+
+
+def notes(results: Results) -> list[str]:
+    """Of a benchmark: loading, decoding, throughput, batches and the machine's peaks, a line each."""
+    if "peaks" not in results:
+        return []
+    loads = [_loading_note(found) for found in results["loading"]]
+    others = [forms["failed" in found].format_map(found) for part, forms in _NOTES.items() for found in results[part]]
+    peaks, load = results["peaks"], results["peaks"]["load_bytes_per_s"]
+    from_ram = "" if load is None else f", {load / 1e9:.3g} GB/s from pinned RAM"
+    rates = f"{peaks['flops_per_s'] / 1e12:.3g} TFLOP/s, {peaks['bytes_per_s'] / 1e9:.4g} GB/s{from_ram}"
+    return [*loads, *others, f"Measured peaks: {rates}."]
+
+
+def _loading_note(found: Row) -> str:
+    rates = [
+        f"{name} {found[ms]:.1f} ms ({found['bytes'] / found[ms] / 1e6:.3g} GB/s)"
+        for ms, name in _LOADS.items()
+        if ms in found
+    ]
+    loaded = f"{found['bytes'] / 1e6:,.1f} MB of {found['tokens']:,} tokens from {found['place']}"
+    return f"Loading {loaded}: {', '.join(rates)}."

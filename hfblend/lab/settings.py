@@ -1,0 +1,192 @@
+"""The settings of benchmark and evaluation, and the lines of their tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from ..arguments import whole
+from ..blend.algorithm import Blend
+from ..store.quantise import require_kv_dtype
+from .baselines import METHODS, Method
+
+STORE_BYTES = 2**50  # no chunk ever leaves its store
+GPU_LENGTHS = (4096, 8192, 16384, 32768, 65536)
+CPU_LENGTHS = (2000,)
+PLACES = {
+    "gpu": "where they were computed",
+    "ram": "pinned, next to a GPU",
+    "disk": "in files, read a layer at a time",
+    "disk_whole": "in the same files, all layers read first",
+}
+DEFAULT_BASELINE = "kv_deviation"
+
+
+def _at_least(least: int, default: int) -> Any:
+    return field(default=default, metadata={"least": least})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A line of a table: a method at a ratio, with its chunk KV in a place of `PLACES` (`None`: in no particular)."""
+
+    method: Method
+    ratio: float
+    chunks_in: str | None = None
+
+    @property
+    def through_generate(self) -> bool:
+        """Whether `generate` of a patched model can do it; other methods go through `hfblend.blend`."""
+        return self.method.algorithm is Blend and not self.method.in_context
+
+    def __str__(self) -> str:
+        return f"{self.method.name} {self.ratio:g}" + (f" from {self.chunks_in}" if self.chunks_in else "")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens of each part of a prompt."""
+
+    prefix: int = _at_least(0, 32)
+    chunk: int = _at_least(1, 512)
+    suffix: int = _at_least(1, 32)
+
+    def __post_init__(self) -> None:
+        _require_least(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Methods, ratios and seed, validated.
+
+    Args:
+        methods: names of `hfblend.lab.baselines.METHODS`.
+        ratios: recompute ratios in [0, 1].
+        seed: of everything drawn.
+
+    Raises:
+        ValueError: a value outside its bounds.
+    """
+
+    methods: tuple[str, ...]
+    ratios: tuple[float, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            raise ValueError(f"Unknown methods: {', '.join(unknown)}. The methods are {', '.join(METHODS)}.")
+        outside = [ratio for ratio in self.ratios if not 0 <= ratio <= 1]
+        if outside or not self.ratios:
+            raise ValueError(f"Ratios are shares in [0, 1], got {outside or 'none'}.")
+        _require_least(self)
+
+    def cases(self) -> list[Case]:
+        """A case per method and ratio, each once; a method that knows only one ratio has one."""
+        return [
+            Case(method, ratio)
+            for method in (METHODS[name] for name in dict.fromkeys(self.methods))
+            for ratio in (dict.fromkeys(self.ratios) if method.fixed_ratio is None else (method.fixed_ratio,))
+        ]
+
+
+def _require_least(values: Settings | Layout) -> None:
+    for one in fields(values):
+        if "least" in one.metadata:
+            whole(one.name, getattr(values, one.name), one.metadata["least"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings(Settings):
+    """Settings of a benchmark. Full prefill is always measured; a ratio of 0 is full reuse.
+
+    Args:
+        lengths: tokens of all chunks together, per prompt; `()`: `GPU_LENGTHS`, or `CPU_LENGTHS` without a GPU.
+        repeats: turns that count.
+        chunks_in: names of `PLACES`: every method that reuses chunks is measured with its chunk KV in each; `()`:
+            `"gpu"` if there is one, else `"ram"`.
+        decoded_tokens: per answer, to measure the speed of decoding; 0 measures none.
+        throughput_prompts: of a stream of prompts that share chunks; 0 measures none.
+        batch_prompts: of one batch, compared with the same prompts one by one; 0 measures none.
+    """
+
+    methods: tuple[str, ...] = ("prefix_reuse", "suffix_attention", "kv_deviation")
+    ratios: tuple[float, ...] = (0.0, 0.05, 0.15, 0.30)
+    lengths: tuple[int, ...] = ()
+    repeats: int = _at_least(1, 7)
+    layout: Layout = field(default_factory=Layout)
+    chunks_in: tuple[str, ...] = ()
+    decoded_tokens: int = _at_least(0, 64)
+    throughput_prompts: int = _at_least(0, 0)
+    batch_prompts: int = _at_least(0, 0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if nowhere := [place for place in self.chunks_in if place not in PLACES]:
+            raise ValueError(f"Chunks are in some of {', '.join(PLACES)}, got {', '.join(nowhere)}.")
+        for length in self.lengths:
+            whole("A length", length, 1)
+
+    def on(self, device: torch.device) -> BenchSettings:
+        """These settings with lengths and places filled in for a device.
+
+        Raises:
+            ValueError: chunks on a GPU that the model is not on.
+        """
+        on_gpu = device.type == "cuda"
+        if "gpu" in self.chunks_in and not on_gpu:
+            raise ValueError(f'Chunks in "gpu" need a model on a GPU, this one is on "{device}".')
+        lengths = self.lengths or (GPU_LENGTHS if on_gpu else CPU_LENGTHS)
+        return replace(self, lengths=lengths, chunks_in=self.chunks_in or ("gpu" if on_gpu else "ram",))
+
+    def cases(self) -> list[Case]:
+        """Full prefill, the methods with one ratio only, then the others by ratio; in every place if they reuse."""
+        names = ("full_prefill", *self.methods, *(("full_reuse",) if 0 in self.ratios else ()))
+        cases = Settings(methods=names, ratios=self.ratios).cases()
+        wanted = [case for case in cases if case.ratio > 0 or not case.method.takes_ratio]
+        wanted.sort(key=lambda case: case.method.takes_ratio)
+        return [one for case in wanted for one in self._in_places(case)]
+
+    def _in_places(self, case: Case) -> list[Case]:
+        if case.ratio == case.method.fixed_ratio == 1:
+            return [case]
+        places = dict.fromkeys(self.chunks_in or ("gpu",))
+        return [replace(case, chunks_in=place) for place in places if case.through_generate or place != "disk_whole"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(Settings):
+    """Settings of an evaluation.
+
+    Args:
+        seed: of methods that draw, and of the bootstrap.
+        max_context: tokens of the longest prompt.
+        answer_tokens: of the greedy answers; 0 measures none.
+        forced_tokens: P, of full prefill's own answer.
+        kv_dtype: `"int8"` or `"fp8"`: chunk KV is read as a store gives it back that keeps it in this type.
+        baseline: the method that KL is divided by; `None`: `DEFAULT_BASELINE` if it is measured, else none.
+    """
+
+    methods: tuple[str, ...] = ("full_prefill", "full_reuse", "kv_deviation", "hfblend")
+    ratios: tuple[float, ...] = (0.05, 0.15, 0.3)
+    max_context: int = _at_least(1, 6500)
+    answer_tokens: int = _at_least(0, 32)
+    forced_tokens: int = _at_least(1, 16)
+    kv_dtype: str | None = None
+    baseline: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_kv_dtype(self.kv_dtype)
+        if not self.methods:
+            raise ValueError("Name at least one method, got none.")
+        if self.baseline is None and DEFAULT_BASELINE in self.methods:
+            object.__setattr__(self, "baseline", DEFAULT_BASELINE)
+        if self.baseline not in (None, *self.methods):
+            names = ", ".join(self.methods)
+            raise ValueError(f"The baseline {self.baseline!r} is not among the methods to evaluate: {names}.")
+
+    def of_a_record(self) -> dict[str, Any]:
+        """The settings that a single measurement depends on."""
+        return {name: v for name, v in asdict(self).items() if name not in ("methods", "ratios", "baseline")}
