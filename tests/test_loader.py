@@ -20,7 +20,7 @@ from helpers import config, damage, generate, make_llama, make_prompt
 import hfblend
 from hfblend.kv.chunk import ChunkLost
 from hfblend.kv.rows import full_length_cache
-from hfblend.store import DiskStore, MemoryStore, TieredStore, loader
+from hfblend.store import DiskStore, MemoryStore, TieredStore, loader, sources
 
 PROMPT = make_prompt()
 KEYS = [f"{i:064x}" for i in range(8)]
@@ -73,7 +73,7 @@ def test_threads_are_few_however_many_chunks_are_read(tmp_path):
     for _ in range(3):
         for reader in [store.open(key) for key in KEYS]:
             reader.layer(11)
-    assert threading.active_count() <= before + loader.READERS
+    assert threading.active_count() <= before + sources.READERS
     del reader
     gc.collect()
     assert not files_in(tmp_path)
@@ -223,8 +223,8 @@ def test_a_failing_disk_costs_reuse_only(tmp_path, monkeypatch):
                 raise OSError(5, "Input/output error")
             return fill(self, buffer, start)
 
-        fill = loader.FileSource.fill
-        monkeypatch.setattr(loader.FileSource, "fill", fail)
+        fill = sources.FileSource.fill
+        monkeypatch.setattr(sources.FileSource, "fill", fail)
         output = generate(model, PROMPT.inputs())
         assert torch.equal(output.sequences, intact.sequences)
         assert blender.trace.hits == 0
@@ -276,7 +276,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import os, threading
 import torch; torch.set_num_threads(1)
 import hfblend
-from hfblend.store import DiskStore, loader
+from hfblend.store import DiskStore, sources
 from helpers import config, damage, generate, make_llama, make_prompt
 
 model, prompt = make_llama(), make_prompt()
@@ -289,7 +289,7 @@ damage(blender.store, blender.trace.chunks[0].key, 1)
 def again():
     output = generate(model, prompt.inputs())
     print(torch.equal(output.sequences, intact.sequences), [chunk.status for chunk in blender.trace.chunks])
-    print(loader._threads()._threads)
+    print(sources._threads()._threads)
 {then}
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)

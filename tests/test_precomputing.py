@@ -247,7 +247,7 @@ def test_length_dependent_models_take_chunks_one_by_one(rope, monkeypatch):
         batched_prefill, "prefill_batch", lambda host, c, *rest: sizes.append(len(c)) or batched(host, c, *rest)
     )
     precomputing.precompute(model, ids_of(50, 60, 70, 80), store=MemoryStore(), config=config(), batch_size=4)
-    assert sizes == ([4] if rope == "default" else [])
+    assert [size for size in sizes if size > 1] == ([4] if rope == "default" else [])
 
 
 def test_a_model_that_fails_the_check_takes_chunks_one_by_one(model, monkeypatch, caplog):

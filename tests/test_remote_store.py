@@ -18,7 +18,7 @@ from helpers import config, entry, generate, make_llama, make_prompt, same
 
 import hfblend
 from hfblend.kv.chunk import ChunkLost
-from hfblend.store import MemoryStore, RemoteStore, TieredStore, remote, store_at
+from hfblend.store import MemoryStore, RemoteStore, TieredStore, sources, store_at
 from hfblend.store.format import FORMAT, contents_of, dump, parse
 from hfblend.store.loader import LAYERS_A_READ
 from hfblend.store.requests import REQUESTS
@@ -249,7 +249,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_object_is_a_miss_removed_and_said(memory, fault, head_bytes, caplog, monkeypatch):
     """Whether it is seen in the header, in a layer or at the end: of an object that is read whole, or in parts."""
-    monkeypatch.setattr(remote, "HEAD_BYTES", head_bytes)
+    monkeypatch.setattr(sources, "HEAD_BYTES", head_bytes)
     store, written = RemoteStore("memory://chunks"), entry(tokens=20, behind_ids=range(50))
     store.put(KEY, written)
     assert len(memory.cat_file(PATH)) > 2**12
@@ -286,7 +286,7 @@ def test_another_version_is_passed_by(memory, monkeypatch, caplog):
 
 def in_parts(monkeypatch, **kwargs):
     """A store with one entry of 12 layers that does not come whole with its header, and the entry."""
-    monkeypatch.setattr(remote, "HEAD_BYTES", 2**12)
+    monkeypatch.setattr(sources, "HEAD_BYTES", 2**12)
     store, written = RemoteStore("faulty://chunks", **kwargs), entry(layers=12, tokens=40)
     store.put(KEY, written)
     FaultyFileSystem.calls = 0
@@ -532,7 +532,7 @@ def test_s3_damaged_objects_are_removed(s3, caplog):
 
 @pytest.mark.parametrize("fault", ["flip", "truncate", "lengthen", "empty"])
 def test_s3_objects_damaged_in_a_layer_are_lost(s3, fault, monkeypatch):
-    monkeypatch.setattr(remote, "HEAD_BYTES", 2**11)
+    monkeypatch.setattr(sources, "HEAD_BYTES", 2**11)
     store, path, written = RemoteStore("s3://bucket/chunks"), f"bucket/chunks/{KEY}.safetensors", entry(tokens=64)
     store.put(KEY, written)
     s3.pipe_file(path, FAULTS[fault](s3.cat_file(path)))
@@ -542,7 +542,7 @@ def test_s3_objects_damaged_in_a_layer_are_lost(s3, fault, monkeypatch):
 
 
 def test_s3_is_asked_once_for_a_header_and_once_for_some_layers(s3, monkeypatch):
-    monkeypatch.setattr(remote, "HEAD_BYTES", 2**11)
+    monkeypatch.setattr(sources, "HEAD_BYTES", 2**11)
     store, written, requests = RemoteStore("s3://bucket/chunks"), entry(tokens=64, layers=3), []
     store.put(KEY, written)
     call_s3 = type(store._folder.filesystem)._call_s3
@@ -600,7 +600,7 @@ def test_a_second_use_reuses_what_the_first_one_stored():
 
 @pytest.mark.parametrize("head_bytes", [2**11, 2**16])
 def test_a_second_use_reuses_what_the_first_one_stored_in_s3(s3, head_bytes, monkeypatch):
-    monkeypatch.setattr(remote, "HEAD_BYTES", head_bytes)
+    monkeypatch.setattr(sources, "HEAD_BYTES", head_bytes)
     first, cold = blended("s3://bucket/chunks")
     second, warm = blended("s3://bucket/chunks")
     assert [(trace.hits, trace.misses) for trace in (cold, warm)] == [(0, 3), (3, 0)]
@@ -663,7 +663,7 @@ class BadLine:
     + [(fault, *when) for fault in ("dies", "hangs", "other bytes") for when in ((0, True), (3, True), (2, False))],
 )
 def test_generate_answers_when_the_remote_fails_in_mid_pass(monkeypatch, caplog, fault, layer, layerwise):
-    monkeypatch.setattr(remote, "HEAD_BYTES", 2**11)
+    monkeypatch.setattr(sources, "HEAD_BYTES", 2**11)
     monkeypatch.setattr("hfblend.store.loader.LAYERS_A_READ", 1)  # so that the first layers come before the fault
     settings, model = config(0.3, layerwise=layerwise), make_llama()
     with hfblend.patch(model, config=settings, store=RemoteStore("faulty://chunks")) as blender:
@@ -685,7 +685,7 @@ def test_generate_answers_when_the_remote_fails_in_mid_pass(monkeypatch, caplog,
 
 
 def test_what_is_read_in_parts_is_in_memory_the_next_time(monkeypatch):
-    monkeypatch.setattr(remote, "HEAD_BYTES", 2**11)
+    monkeypatch.setattr(sources, "HEAD_BYTES", 2**11)
     intact, _ = blended("memory://chunks")
     tiers = TieredStore([MemoryStore(), RemoteStore("memory://chunks")])
     tokens, trace = blended(tiers)

@@ -273,7 +273,7 @@ ANSWERS = {
 def test_what_came_damaged_once_stays(kind, answer, at, tmp_path, monkeypatch, caplog):
     """Whichever of its readings it is: of the header, or of a run of layers."""
     MemoryFileSystem.store.clear()
-    monkeypatch.setattr("hfblend.store.remote.HEAD_BYTES", 2**12)
+    monkeypatch.setattr("hfblend.store.sources.HEAD_BYTES", 2**12)
     store = DiskStore(tmp_path) if kind == "disk" else RemoteStore("memory://faults/chunks")
     written = entry(layers=12, tokens=40)
     store.put(KEY, written)
@@ -317,7 +317,7 @@ def with_a_flipped_bit(data, number):
 def test_what_comes_damaged_differently_each_time_stays(kind, start, tmp_path, monkeypatch, caplog):
     """A second reading that is damaged, too, says nothing of the entry unless it brings the same bytes."""
     MemoryFileSystem.store.clear()
-    monkeypatch.setattr("hfblend.store.remote.HEAD_BYTES", 2**12)
+    monkeypatch.setattr("hfblend.store.sources.HEAD_BYTES", 2**12)
     store = DiskStore(tmp_path) if kind == "disk" else RemoteStore("memory://faults/chunks")
     written = entry(layers=12, tokens=40)
     store.put(KEY, written)
@@ -652,7 +652,7 @@ def test_threads_of_one_store_never_pass_its_budget(where, entries, tmp_path, mo
     for thread in threads:
         thread.join()
     assert max(sizes) <= budget
-    assert store._given == store._settled == store.counts.stored * SIZE
+    assert store._under_way == 0
     assert store.counts.stored == 200 or entries < 8
     assert store.counts.failed == 0
     MemoryFileSystem.store.clear()

@@ -1,12 +1,12 @@
-"""`hfblend store`: what a folder or a bucket of chunk KV holds, whether it is whole, and how to make it smaller."""
+"""`hfblend store`: lists a folder or a bucket of chunk KV, checks it, and makes it smaller."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -15,9 +15,11 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from ..display.text import visible
-from ..store import DiskStore, RemoteStore
-from ..store.upkeep import StoredEntry
 from .common import EXIT_CODES, console, in_words, print_json, store_at
+
+if TYPE_CHECKING:
+    from ..store.files import FileStore
+    from ..store.upkeep import StoredEntry
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,8 +40,7 @@ def list_entries(where: Where, model: OfModel = "", as_json: AsJson = False) -> 
 
     Example: hfblend store ls ~/.cache/hfblend/chunks --json
     """
-    with in_words():
-        entries = sorted(_of_model(_store_at(where).entries(), model), key=lambda entry: -entry.last_used)
+    entries = sorted(_entries(where, model), key=lambda entry: -entry.last_used)
     if as_json:
         print_json([asdict(entry) for entry in entries])
         return
@@ -47,12 +48,10 @@ def list_entries(where: Where, model: OfModel = "", as_json: AsJson = False) -> 
     for name in ("tokens", "dtype", "bytes", "last used", ""):
         table.add_column(name, justify="right" if name in ("tokens", "bytes") else "left", no_wrap=True)
     for one in entries:
+        model = f"[red]{escape(one.damaged)}[/red]" if one.damaged else escape(visible(one.model))
+        dtype, pinned = escape(visible(one.dtype)), "pinned" if one.pinned else ""
         used = datetime.fromtimestamp(one.last_used).strftime("%Y-%m-%d %H:%M")
-        said = f"[red]{escape(one.damaged)}[/red]" if one.damaged else escape(visible(one.model))
-        pinned = "pinned" if one.pinned else ""
-        table.add_row(
-            one.key[:12], said, f"{one.tokens:,}", escape(visible(one.dtype)), f"{one.num_bytes:,}", used, pinned
-        )
+        table.add_row(one.key[:12], model, f"{one.tokens:,}", dtype, f"{one.num_bytes:,}", used, pinned)
     console.print(table if entries else "No entries.")
 
 
@@ -62,15 +61,12 @@ def stat(where: Where, model: OfModel = "", as_json: AsJson = False) -> None:
 
     Example: hfblend store stat s3://bucket/chunks
     """
-    with in_words():
-        entries = list(_of_model(_store_at(where).entries(), model))
+    entries = _entries(where, model)
     by_model: dict[tuple[str, str], list[StoredEntry]] = {}
     for entry in entries:
         if not entry.damaged:
             by_model.setdefault((entry.model, entry.fingerprint), []).append(entry)
-    models = [
-        {"model": name, "fingerprint": fingerprint, **_sums(its)} for (name, fingerprint), its in by_model.items()
-    ]
+    models = [{"model": name, "fingerprint": digest, **_sums(its)} for (name, digest), its in by_model.items()]
     unreadable = sum(bool(entry.damaged) for entry in entries)
     found = {"store": where, **_sums(entries), "unreadable_headers": unreadable, "models": models}
     if as_json:
@@ -87,8 +83,7 @@ def stat(where: Where, model: OfModel = "", as_json: AsJson = False) -> None:
         console.print(f"[red]{unreadable} headers cannot be read[/red]; `hfblend store verify` says why.")
 
 
-def _sums(entries: Iterable[StoredEntry]) -> dict[str, Any]:
-    entries = list(entries)
+def _sums(entries: list[StoredEntry]) -> dict[str, Any]:
     sums = {name: sum(getattr(entry, name) for entry in entries) for name in ("tokens", "num_bytes")}
     return {"entries": len(entries), **sums}
 
@@ -102,8 +97,7 @@ def verify(where: Where, as_json: AsJson = False) -> None:
     with in_words():
         store = _store_at(where)
         keys = store.keys()
-    hidden = as_json or not console.is_terminal
-    shown = track(keys, "Checking", console=console, transient=True, disable=hidden)
+    shown = track(keys, "Checking", console=console, transient=True, disable=as_json or not console.is_terminal)
     damaged = {key: reason for key in shown if (reason := store.fault_of(key))}
     if as_json:
         print_json({"entries": len(keys), "damaged": damaged})
@@ -165,17 +159,20 @@ def unpin(where: Where, keys: Keys) -> None:
 
 
 def _do_to_each(
-    done: str, where: str, beginnings: list[str], act: Callable[[DiskStore | RemoteStore, str], None], model: str = ""
+    done: str, where: str, beginnings: list[str], act: Callable[[FileStore, str], None], model: str = ""
 ) -> None:
     with in_words():
         store = _store_at(where)
-        for key in _keys_of_model(store, model) if model else _keys_of(store, beginnings):
+        keys = [entry.key for entry in _entries(where, model)] if model else _keys_of(store, beginnings)
+        if not keys:
+            raise typer.BadParameter(f"no entry is of {model!r}; `hfblend store stat` lists the models.")
+        for key in keys:
             act(store, key)
             console.print(f"{done} {key}", highlight=False)
 
 
-def _store_at(where: str) -> DiskStore | RemoteStore:
-    """The store there; a folder is not made."""
+def _store_at(where: str) -> FileStore:
+    """Returns the store there; a folder is not made."""
     try:
         if "://" not in where and not Path(where).expanduser().is_dir():
             raise ValueError(f"there is no folder {where}.")
@@ -184,25 +181,20 @@ def _store_at(where: str) -> DiskStore | RemoteStore:
         raise typer.BadParameter(str(error), param_hint="STORE") from error
 
 
-def _of_model(entries: Iterable[StoredEntry], model: str) -> Iterator[StoredEntry]:
-    """Those of a model; all, if none is named."""
-    return (one for one in entries if not model or model == one.model or one.fingerprint.startswith(model))
+def _entries(where: str, model: str) -> list[StoredEntry]:
+    """Returns the entries of a model; all, if none is named."""
+    with in_words():
+        store = _store_at(where)
+        return [one for one in store.entries() if not model or model == one.model or one.fingerprint.startswith(model)]
 
 
-def _keys_of_model(store: DiskStore | RemoteStore, model: str) -> list[str]:
-    keys = [entry.key for entry in _of_model(store.entries(), model)]
-    if not keys:
-        raise typer.BadParameter(f"no entry is of {model!r}; `hfblend store stat` lists the models.")
-    return keys
-
-
-def _keys_of(store: DiskStore | RemoteStore, beginnings: list[str]) -> list[str]:
-    """The one key that begins like each of these."""
+def _keys_of(store: FileStore, beginnings: list[str]) -> list[str]:
+    """Returns the one key that begins like each of these."""
     known, keys = store.keys(), []
     for wanted in beginnings:
         found = [key for key in known if key.startswith(wanted)]
         if len(found) != 1:
-            what = "no entry" if not found else f"{len(found)} entries, name one"
-            raise typer.BadParameter(f"{wanted!r} is the beginning of {what}.", param_hint="KEYS")
+            count = "no entry" if not found else f"{len(found)} entries, name one"
+            raise typer.BadParameter(f"{wanted!r} is the beginning of {count}.", param_hint="KEYS")
         keys += found
     return keys

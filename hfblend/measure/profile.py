@@ -5,13 +5,8 @@ Shapes: T all tokens, L layers.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import hashlib
 import logging
-import os
-import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -28,8 +23,8 @@ from ..generate.blend_one import blend
 from ..kv.chunk import ChunkKV, ChunkLost, Reader
 from ..kv.streams import synchronize
 from ..prompts.prompt import Prompt
-from ..store import DiskStore, MemoryStore, RemoteStore, Store, TieredStore
-from ..store.folders import is_abandoned
+from ..store import MemoryStore, Store, file_stores_of, tiers_of
+from ..store.files import FileStore
 from ..support.registry import TestedModel, model_of
 from ..util import cache_folder
 from .divergence import describe_machine
@@ -42,8 +37,6 @@ _CHUNKS, _SUFFIX = 8, 32
 _RATIOS = (0.05, 0.3)
 _TURNS = 3  # the quickest counts
 _NAMESPACE = "hfblend profile"  # nobody's entries
-_FOLDER = "hfblend-profile"  # inside of a store's, while that is measured
-_ABANDONED = re.compile(rf"{_FOLDER}\.(\d{{1,10}})\.\w{{8}}")  # the process that made it
 
 
 def profile_of(
@@ -92,7 +85,7 @@ def _made_of(host: TestedModel, store: Store, config: BlendConfig) -> str:
     shape = [f"{host.num_layers} layers", f"{sum(p.numel() for p in host.model.parameters()):,} weights"]
     places = [
         " ".join(filter(None, (getattr(one, "url", "") or str(getattr(one, "path", "")), getattr(one, "kv_dtype", ""))))
-        for one in _stores_of(store)
+        for one in tiers_of(store)
     ]
     rule = [str(config.selection), f"check layers {config.check_layers}", f"score layers {config.score_layers}"]
     threads = [] if host.device.type == "cuda" else [f"{torch.get_num_threads()} threads"]
@@ -160,47 +153,27 @@ def _tiers(
     if device.type == "cuda":
         in_ram = [[chunk_kv.to("cpu") for chunk_kv in group.values()] for group in groups]
         yield "ram", LoadCost.fit(*zip(*((_total(g), _quickest(partial(_load, g, device), device)) for g in in_ram)))
-    for one in _stores_of(store):
-        if isinstance(one, DiskStore | RemoteStore):
-            found: dict[str, list[tuple[Load, float]]] = {}
-            try:
-                with _like(one) as like:
-                    for group in groups:
-                        for tier, load, seconds in _loads_from(like, group, device):
-                            found.setdefault(tier, []).append((load, seconds))
-            except OSError as error:  # a folder that may only be read
-                logger.warning("%s could not be measured: %s", type(one).__name__, error)
-            yield from ((tier, LoadCost.fit(*zip(*points))) for tier, points in found.items())
-
-
-@contextlib.contextmanager
-def _like(store: DiskStore | RemoteStore) -> Iterator[DiskStore | RemoteStore]:
-    """A store in the same place whose chunks push out none of its own."""
-    if isinstance(store, RemoteStore):
-        like = copy.copy(store)
-        like.max_bytes = None
-        yield like
-        return
-    for folder in store.path.iterdir():
-        name = _ABANDONED.fullmatch(folder.name)
-        with contextlib.suppress(OSError):
-            if name and not folder.is_symlink() and is_abandoned(int(name[1]), folder.lstat()):
-                DiskStore(folder).clear()
-                folder.rmdir()  # fails if something else is there
-    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}.{os.getpid()}.", dir=store.path) as made:
-        yield DiskStore(made, 2**60, kv_dtype=store.kv_dtype)
+    for one in file_stores_of(store):
+        found: dict[str, list[tuple[Load, float]]] = {}
+        try:
+            with one.apart() as apart:
+                for group in groups:
+                    for tier, load, seconds in _loads_from(apart, group, device):
+                        found.setdefault(tier, []).append((load, seconds))
+        except OSError as error:  # a folder that may only be read
+            logger.warning("%s could not be measured: %s", type(one).__name__, error)
+        yield from ((tier, LoadCost.fit(*zip(*points))) for tier, points in found.items())
 
 
 def _loads_from(
-    store: DiskStore | RemoteStore, chunks: Mapping[str, ChunkKV], device: torch.device
+    store: FileStore, chunks: Mapping[str, ChunkKV], device: torch.device
 ) -> Iterator[tuple[str, Load, float]]:
     """Tier, load and seconds: from the disk, where the system lets go of its copies, then from those copies in RAM."""
     try:
         for key, chunk_kv in chunks.items():
             store.put(key, chunk_kv)
-        if isinstance(store, DiskStore):
-            for key in chunks:
-                store.drop_from_ram(key)
+        for key in chunks:
+            store.drop_from_ram(key)
         found: dict[str, tuple[Load, float]] = {}
         for _ in range(1 + _TURNS):
             synchronize(device)
@@ -234,10 +207,6 @@ def _load(entries: Sequence[Reader], device: torch.device) -> None:
         for entry in entries:
             for states in entry.layer(i) if (rows := entry.rows(i)) is None else (rows,):
                 states.to(device, non_blocking=True)
-
-
-def _stores_of(store: Store) -> Sequence[Store]:
-    return store.stores if isinstance(store, TieredStore) else [store]
 
 
 def _prompt(host: TestedModel, tokens: int) -> Prompt:

@@ -1,4 +1,4 @@
-"""Where chunk KV is kept, and under which key."""
+"""Stores of chunk KV, and their keys."""
 
 from ..kv.chunk import Reader
 from .base import ReadsAhead, Store
@@ -6,7 +6,7 @@ from .disk import DiskStore
 from .keys import chunk_key
 from .memory import MemoryStore
 from .remote import RemoteStore
-from .tiers import TieredStore, flush, holds, store_at
+from .tiers import TieredStore, file_stores_of, flush, holds, store_at, tiers_of
 
 __all__ = [
     "DiskStore",
@@ -17,7 +17,9 @@ __all__ = [
     "Store",
     "TieredStore",
     "chunk_key",
+    "file_stores_of",
     "flush",
     "holds",
     "store_at",
+    "tiers_of",
 ]

@@ -1,4 +1,4 @@
-"""What every store offers; blending knows nothing else of it."""
+"""The methods of every store; blending uses no others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Store(Protocol):
         ...
 
     def open(self, key: str) -> Reader | None:
-        """The entry, which stays readable even if it is evicted meanwhile; `None` if there is none."""
+        """Returns the entry, which stays readable even if it is evicted meanwhile; `None` if there is none."""
         ...
 
 
@@ -29,39 +29,26 @@ class ReadsAhead(Protocol):
     """A store that can begin to read before it is asked, because an entry takes long to come."""
 
     def read_ahead(self, keys: Sequence[str]) -> None:
-        """These entries will be opened soon, in that order."""
+        """Begins to read these entries, which will be opened soon, in that order."""
         ...
 
 
 def require_store(store: Any, expected: str = "a store (an object with put and open)") -> Store:
-    """The same.
-
-    Raises:
-        TypeError: no store.
-    """
+    """Returns the store; raises `TypeError` if it is none."""
     if isinstance(store, type) or not all(callable(getattr(store, name, None)) for name in ("put", "open")):
         raise TypeError(f"store must be {expected}, got {described(store)}.")
     return store
 
 
 def require_chunk_kv(chunk_kv: Any) -> ChunkKV:
-    """The same; what another store has opened, read whole.
-
-    Raises:
-        TypeError: no chunk's KV.
-        ChunkLost: what was opened cannot be read.
-    """
+    """Returns the chunk KV, an entry opened from another store read whole; raises `TypeError` if it is none."""
     is_reader = hasattr(chunk_kv, "layer") and hasattr(chunk_kv, "tier_beside") and not isinstance(chunk_kv, type)
     return require("chunk_kv", in_memory(chunk_kv) if is_reader else chunk_kv, ChunkKV, "a hfblend.ChunkKV")
 
 
 def require_folder(where: Any) -> Path:
-    """The path of a folder that may be made.
-
-    Raises:
-        TypeError: no path.
-        ValueError: a file, nothing, or what looks like a URL, of which a folder of that name would be made.
-    """
+    """Returns the path of a folder that may be made; raises `TypeError` if it is no path, `ValueError` if it is a file
+    or looks like a URL, of which a folder of that name would be made."""
     if not isinstance(where, str | os.PathLike):
         raise TypeError(f"A store's folder must be a path, got {described(where)}.")
     name = os.fsdecode(where)

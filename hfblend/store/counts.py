@@ -1,4 +1,4 @@
-"""What a store has done since it was made."""
+"""Counters of a store."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class StoreCounts:
     Attributes:
         hits, misses: entries that were asked for, and found or not.
         stored: entries that were kept.
-        evicted: entries that had to go for others.
+        evicted: entries that made room for others.
         damaged: entries that were not what was written.
-        failed: reads and writes that the disk or the network refused.
+        failed: requests that the disk or the network refused.
         bytes_read, bytes_written: of files; memory moves none.
         read_seconds: spent in reading and checking, all threads together.
     """
@@ -39,6 +39,6 @@ class StoreCounts:
                 setattr(self, name, getattr(self, name) + count)
 
     def to_dict(self) -> dict[str, float]:
-        """Name -> count."""
+        """Returns name -> count."""
         with self._lock:
-            return {one.name: getattr(self, one.name) for one in fields(self) if not one.name.startswith("_")}
+            return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "_lock"}

@@ -1,7 +1,4 @@
-"""Folders with a file for each entry: what stores over them ask for, and those of this machine's disks.
-
-Those behind a URL are in `remote_folder.py`.
-"""
+"""Folders on this machine's disks with a file for each entry. `remote_folder.py` has the same methods for URLs."""
 
 from __future__ import annotations
 
@@ -12,97 +9,55 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeVar
 
 try:
     import fcntl
 except ImportError:  # Windows, where an open file cannot be removed
     fcntl = None  # type: ignore[assignment]
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 _READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
-_TEMPORARY = ".tmp"
 _ABANDONED = re.compile(r"[0-9a-f]{64}\.(\d{1,10})\.[0-9a-f]{32}\.tmp")  # key, process, any
 _ABANDONED_S = 3600  # a temporary file of that age was left by a process that is gone
 _AHEAD_S = 24 * 3600  # clocks of machines that share a folder may differ by less
 
 
 class File(NamedTuple):
-    """A file of a folder; `num_bytes` that it takes up; `changed` in seconds since 1970, 0 where that is not known."""
+    """A file of a folder; `num_bytes` that it takes up; `changed` in seconds since 1970, 0 if unknown."""
 
     name: str
     num_bytes: int
     changed: float
 
 
-class Folder(Protocol):
-    """Files by their names. What cannot be done is an `OSError`."""
-
-    def files(self) -> Iterable[File]:
-        """All files; other processes may add and remove some meanwhile."""
-        ...
-
-    def has(self, name: str) -> bool:
-        """Whether there is a file of that name."""
-        ...
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of a file, fewer where it ends before.
-
-        Raises:
-            FileNotFoundError: it is not there.
-        """
-        ...
-
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a file, or replaces it; nobody sees a half of it."""
-        ...
-
-    def remove(self, names: Iterable[str]) -> dict[str, OSError]:
-        """Removes files; those that are not there are left out. Returns the reason for each that cannot be removed."""
-        ...
-
-    def state(self, name: str) -> tuple[int, Any]:
-        """A file's bytes, and what is another where another file has taken its place.
-
-        Raises:
-            FileNotFoundError: it is not there.
-        """
-        ...
-
-
 class LocalFolder:
-    """A folder on a disk. Links in it are not followed. Only writing changes anything in it."""
+    """A folder on a disk. Links in it are not followed; only writing changes anything in it; errors are `OSError`s."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._is_tidy = path, False
         self.path.mkdir(parents=True, exist_ok=True)
 
     def files(self) -> Iterator[File]:
+        """All files; other processes may add and remove some meanwhile."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self.path) as found:
             for one in found:
                 with contextlib.suppress(FileNotFoundError):
                     if one.is_file(follow_symlinks=False):
                         state = one.stat(follow_symlinks=False)
-                        # What was used while a clock was ahead must not stay for years: its time is not known.
+                        # A file used while a clock was ahead must not stay for years: its time is not known.
                         is_known = 0 <= state.st_mtime <= time.time() + _AHEAD_S
-                        # A file with holes takes up less than it is long; some filesystems do not tell.
+                        # A file with holes takes up less than its length; some filesystems do not tell.
                         taken = 512 * getattr(state, "st_blocks", 0) or state.st_size
                         yield File(one.name, min(state.st_size, taken), state.st_mtime if is_known else 0.0)
 
-    def has(self, name: str) -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return stat.S_ISREG(os.lstat(self.path / name).st_mode)
-        return False
-
     def open(self, name: str) -> FileIO:
-        """A file to be read, without a buffer.
-
-        Raises:
-            OSError: what has the name is no file; nobody waits for who writes into a pipe.
-        """
+        """Opens a file for reading, without a buffer; raises `OSError` for all but regular files, waits for no pipe."""
         number = os.open(self.path / name, _READ)
         if not stat.S_ISREG(os.fstat(number).st_mode):
             os.close(number)
@@ -110,12 +65,14 @@ class LocalFolder:
         return FileIO(number)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Returns bytes [start, stop) of a file, fewer if it ends before."""
         with self.open(name) as stream:
             stream.seek(start)
             return stream.readall() if stop is None else stream.read(stop - start)
 
     def write(self, name: str, data: bytes) -> None:
-        temporary = self.path / f"{Path(name).stem}.{os.getpid()}.{uuid.uuid4().hex}{_TEMPORARY}"
+        """Writes a file, or replaces it; a half of it is never seen."""
+        temporary = self.path / f"{Path(name).stem}.{os.getpid()}.{uuid.uuid4().hex}.tmp"
         self.path.mkdir(parents=True, exist_ok=True)  # it may have been removed
         if not self._is_tidy:
             self._is_tidy = True
@@ -134,27 +91,36 @@ class LocalFolder:
             raise
 
     def remove(self, names: Iterable[str]) -> dict[str, OSError]:
+        """Removes files, those that are there. Returns the reason for each that cannot be removed."""
         refused = {}
         for name in names:
             try:
                 (self.path / name).unlink(missing_ok=True)
             except OSError as error:
-                if not self._is_folder(name):  # which is no file, and not of ours
+                if not os.path.isdir(self.path / name):  # which is none of ours
                     refused[name] = error
         return refused
 
-    def _is_folder(self, name: str) -> bool:
-        with contextlib.suppress(OSError):
-            return stat.S_ISDIR(os.lstat(self.path / name).st_mode)
-        return False
-
     def state(self, name: str) -> tuple[int, Any]:
+        """Returns a file's bytes, and a value that changes when another file takes its place."""
         state = os.lstat(self.path / name)
+        if not stat.S_ISREG(state.st_mode):
+            raise FileNotFoundError(f"{name} is no file")
         return state.st_size, (state.st_dev, state.st_ino)
 
+    def each(self, call: Callable[[T], R], many: Iterable[T]) -> Iterator[R]:
+        """The answers of a call to each, in order."""
+        return map(call, many)
+
     def touch(self, name: str) -> None:
-        """A file counts as changed now."""
+        """Makes a file count as changed now."""
         os.utime(self.path / name)
+
+    def drop_from_ram(self, name: str) -> None:
+        """Asks the system to let go of its copy of a file in RAM."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError), self.open(name) as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _sync(self) -> None:
         if os.name != "posix":  # elsewhere a folder cannot be opened
@@ -169,8 +135,8 @@ class LocalFolder:
             os.close(folder)
 
     def _remove_abandoned(self) -> None:
-        """Temporary files of processes that were killed while they wrote: named as `write` does, an hour old, and with
-        neither their process nor its lock alive."""
+        """Removes temporary files of processes killed while they wrote: named as `write` does, an hour old, process
+        and lock gone."""
         with contextlib.suppress(OSError), os.scandir(self.path) as found:
             for one in found:
                 name = _ABANDONED.fullmatch(one.name)
@@ -182,7 +148,7 @@ class LocalFolder:
 
 
 def is_abandoned(process: int, made: os.stat_result) -> bool:
-    """Whether what a process made an hour ago is left over: the process is gone, as far as this machine knows."""
+    """Whether a file or folder that a process made is left over: an hour old, the process gone from this machine."""
     if abs(time.time() - made.st_mtime) < _ABANDONED_S:  # a clock may have been ahead
         return False
     try:
@@ -196,7 +162,7 @@ def is_abandoned(process: int, made: os.stat_result) -> bool:
 
 
 def _lock(number: int) -> bool:
-    """Locks an open file until it is closed, or its process ends; whether that was possible."""
+    """Locks an open file until it is closed, or its process ends; returns whether that was possible."""
     with contextlib.suppress(OSError):  # another process has it, or the filesystem has no locks
         if fcntl is not None:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,7 +5,7 @@
     data      behind_ids, cached_positions, layer 0000, 0001, …: a layer's rows (n, W) are one contiguous block
 
 A layer in 8 bits (`hfblend/store/quantise.py`) is one block too: key scales, value scales, rows.
-The checksums find faults of disks and networks, not forgeries: whoever can write the file can write its checksums.
+The checksums find faults of disks and networks, not forgeries: who can write the file can write its checksums.
 
 Shapes: n tokens of the chunk, W width of a row, L layers.
 """
@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -43,11 +43,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class CorruptEntry(ValueError):
-    """A stored chunk is not what was written; the message says what does not fit.
-
-    Attributes:
-        came: a digest of the bytes that were read where it does not fit; empty where fewer came than were asked for.
-    """
+    """A stored chunk is not what was written; `came` is a digest of the bytes that do not fit, if enough came."""
 
     def __init__(self, reason: str, came: str = "") -> None:
         super().__init__(reason)
@@ -58,17 +54,20 @@ class OtherVersion(ValueError):
     """A stored chunk is of another version of the format, or its KV is in a form that the store does not serve."""
 
 
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
 def dump(key: str, chunk_kv: ChunkKV, kv_dtype: str | None = None) -> bytes:
-    """The file of a chunk.
+    """Returns the file of a chunk.
 
     Args:
         key: under which it is stored; read back under another one, it is refused.
         kv_dtype: `"int8"` or `"fp8"` keeps KV in 8 bits, if all of it is finite and of one dtype.
 
     Raises:
-        ValueError: KV that was quantised would be kept as if it were in another form.
+        ValueError: quantised KV would be kept as if it were in another form.
     """
-    layers = [_rows(chunk_kv.layer(i)) for i in range(chunk_kv.num_layers)]
+    layers = [rows_of(chunk_kv.layer(i)).cpu().contiguous() for i in range(chunk_kv.num_layers)]
     if len({rows.dtype for rows in layers}) > 1 or not all(map(can_be_quantised, layers)):
         kv_dtype = None
     if not takes(kv_dtype, chunk_kv.quantised):
@@ -80,39 +79,49 @@ def dump(key: str, chunk_kv: ChunkKV, kv_dtype: str | None = None) -> bytes:
     for i, (rows, layout) in enumerate(zip(layers, chunk_kv.layouts)):
         parts = (rows,) if kv_dtype is None else quantise(rows, layout, kv_dtype)
         tensors |= zip(_names_of(i, kv_dtype), parts)
-    form = {"format": FORMAT}
+    metadata = {"format": FORMAT}
     if kv_dtype is not None:
-        form = {"format": QUANTISED_FORMAT, "kv_dtype": kv_dtype, "dtype": _NAMES[layers[0].dtype]}
-    metadata = {
-        **form,
+        metadata = {"format": QUANTISED_FORMAT, "kv_dtype": kv_dtype, "dtype": _NAMES[layers[0].dtype]}
+    metadata |= {
         "key": key,
         "provenance": chunk_kv.provenance,
         "regime": str(chunk_kv.regime),
         "layouts": json.dumps([list(vars(layout).values()) for layout in chunk_kv.layouts]),
-        "checksums": json.dumps({name: _checksum_of(tensor) for name, tensor in tensors.items()}),
+        "checksums": json.dumps({name: _checksum(t.dtype, t.shape, memory_of(t)) for name, t in tensors.items()}),
         "header": _BLANK,
     }
     if chunk_kv.origin is not None:
         metadata["origin"] = json.dumps(asdict(chunk_kv.origin))
-    header = _header(metadata, tensors)
-    start, stop = _digest_place(header)
-    header[start:stop] = xxhash.xxh3_128_hexdigest(header).encode()
-    return b"".join([header, *map(memory_of, tensors.values())])
+    return b"".join([_header(metadata, tensors), *map(memory_of, tensors.values())])
 
 
 def _header(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> bytearray:
-    """What stands before the tensors. The library's `save` would sort them by dtype, and tear layers apart."""
+    """Returns the bytes before the tensors. safetensors' `save` would sort those by dtype, and tear layers apart."""
     places, stop = {}, 0
     for name, tensor in tensors.items():
         start, stop = stop, stop + tensor.nbytes
         places[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
-    header = json.dumps({"__metadata__": metadata, **places}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return bytearray(len(header).to_bytes(8, "little") + header)
+    text = json.dumps({"__metadata__": metadata, **places}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = bytearray(len(text).to_bytes(8, "little") + text)
+    start, stop = _digest_place(header)
+    header[start:stop] = xxhash.xxh3_128_hexdigest(header).encode()
+    return header
+
+
+def rows_of(kv: KV) -> torch.Tensor:
+    """Returns the rows (n, W) of K/V (1, Hkv, n, D), on their device."""
+    rows = rows_behind(kv)
+    rows = rows_behind(packed(kv)) if rows is None else rows
+    assert rows is not None
+    return rows
+
+
+# --- places of tensors --------------------------------------------------------------------------------------------
 
 
 class Place(NamedTuple):
-    """Where a tensor stands in a file, [start, stop), and what it must be."""
+    """A tensor's bytes in a file, [start, stop), and its form."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -121,47 +130,33 @@ class Place(NamedTuple):
     checksum: str
 
     def require_whole(self, memory: memoryview) -> None:
-        """Raises `CorruptEntry` where these bytes (stop − start) are not what was written."""
+        """Raises `CorruptEntry` unless these bytes (stop − start) are what was written."""
         came = _checksum(self.dtype, self.shape, memory)
         if came != self.checksum:
             reason = f"a checksum does not fit (bytes {self.start} to {self.stop})"
             raise CorruptEntry(reason, f"{self.start} {came}")
 
     def tensor(self, data: torch.Tensor) -> torch.Tensor:
-        """The tensor in these bytes (stop − start,), which have been checked."""
+        """Returns the tensor in these bytes (stop − start,), which have been checked."""
         if data.storage_offset() % self.dtype.itemsize:
             data = data.clone()
         return data.view(self.dtype).view(self.shape)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of what `tensor` returns."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 @dataclass(frozen=True)
 class QuantisedPlace:
-    """Where a layer in 8 bits stands, scales and rows side by side: a `Place` of its rows (n, W) in their `dtype`.
-
-    Args:
-        parts: key scales, value scales, rows.
-    """
+    """A layer in 8 bits: a `Place` of its rows (n, W) in their `dtype`, made of key scales, value scales and rows."""
 
     parts: tuple[Place, ...]
     layout: RowLayout
     dtype: torch.dtype
+    start: int = field(init=False)
+    stop: int = field(init=False)
+    shape: tuple[int, ...] = field(init=False)
 
-    @property
-    def start(self) -> int:
-        return self.parts[0].start
-
-    @property
-    def stop(self) -> int:
-        return self.parts[-1].stop
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.parts[-1].shape) * self.dtype.itemsize
+    def __post_init__(self) -> None:
+        start, stop, shape = self.parts[0].start, self.parts[-1].stop, self.parts[-1].shape
+        vars(self).update(start=start, stop=stop, shape=shape)
 
     def require_whole(self, memory: memoryview) -> None:
         for part in self.parts:
@@ -174,20 +169,41 @@ class QuantisedPlace:
 
 
 def views_of(places: Sequence[Place | QuantisedPlace], data: torch.Tensor) -> list[torch.Tensor] | None:
-    """Tensors of one form, one behind the other in `data`, filled or not; `None` where they are more than its bytes."""
+    """Returns adjacent tensors of one form in `data`, filled or not; `None` if they are larger than their bytes."""
     first, *others = places
     if isinstance(first, QuantisedPlace) or any(not isinstance(p, Place) or p[:2] != first[:2] for p in others):
         return None
     return list(data.view(first.dtype).view(len(places), *first.shape).unbind())
 
 
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """Returns a contiguous tensor's bytes."""
+    return tensor.flatten().view(torch.uint8).numpy().data
+
+
+def _checksum(dtype: torch.dtype, shape: Sequence[int], memory: memoryview) -> str:
+    state = xxhash.xxh3_128(f"{dtype} {tuple(shape)}".encode())
+    state.update(memory)
+    return state.hexdigest()
+
+
+@functools.cache
+def _names_of(layer_idx: int, quantised: str | None) -> tuple[str, ...]:
+    """Returns the names of a layer's tensors, in the file's order."""
+    slots = ("layer",) if quantised is None else ("key_scales", "value_scales", "layer")
+    return tuple(f"{slot}_{layer_idx:04}" for slot in slots)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds, by its header.
+    """A file's contents, by its header.
 
     Attributes:
-        origin: who computed it, of what; `None` in files of earlier versions.
-        quantised: `"int8"` or `"fp8"`, where KV is in 8 bits.
+        origin: who computed it, of which ids; `None` in files of earlier versions.
+        quantised: `"int8"` or `"fp8"`, if KV is in 8 bits.
         dtype: of such KV, when it was computed.
     """
 
@@ -201,50 +217,38 @@ class Contents:
     dtype: torch.dtype | None = None
 
     @property
-    def num_tokens(self) -> int:
-        return self.places["cached_positions"].shape[0]
-
-    @property
-    def num_behind(self) -> int:
-        return self.places["behind_ids"].shape[0]
-
-    @property
     def first_stop(self) -> int:
-        """Where header, ids and positions end."""
+        """The end of header, ids and positions."""
         return self.places["cached_positions"].stop
 
-    def positions_of(self, read: torch.Tensor) -> torch.Tensor:
-        """Positions (n,) that were read, if KV can have stood there.
+    @cached_property
+    def layers(self) -> tuple[Place | QuantisedPlace, ...]:
+        """The place of each layer's rows (n, W)."""
+        parts = [tuple(map(self.places.__getitem__, _names_of(i, self.quantised))) for i in range(len(self.layouts))]
+        if self.dtype is None:
+            return tuple(rows for (rows,) in parts)
+        return tuple(QuantisedPlace(own, layout, self.dtype) for own, layout in zip(parts, self.layouts))
 
-        Raises:
-            CorruptEntry: it cannot.
-        """
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of all rows once they are read."""
+        return sum(math.prod(layer.shape) * layer.dtype.itemsize for layer in self.layers)
+
+    def positions_of(self, read: torch.Tensor) -> torch.Tensor:
+        """Returns positions (n,) that were read; raises `CorruptEntry` if no KV can have stood there."""
         first, last = map(int, read.aminmax())
         if not 0 <= first <= last < self.regime:
             raise CorruptEntry(f"it has positions {first} to {last}, in a prompt of {self.regime} tokens")
         return read
 
-    @cached_property
-    def layers(self) -> tuple[Place | QuantisedPlace, ...]:
-        """Where each layer's rows (n, W) stand."""
-        if self.dtype is None:
-            return tuple(self.places[name] for (name,) in self.names)
-        parts = (tuple(self.places[name] for name in names) for names in self.names)
-        return tuple(QuantisedPlace(own, layout, self.dtype) for own, layout in zip(parts, self.layouts))
-
-    @cached_property
-    def names(self) -> list[tuple[str, ...]]:
-        """Each layer's tensors, as they stand in the file."""
-        return [_names_of(i, self.quantised) for i in range(len(self.layouts))]
-
     def require_served_by(self, kv_dtype: str | None) -> None:
-        """Raises `OtherVersion` where a store that keeps `kv_dtype` does not serve this KV."""
+        """Raises `OtherVersion` if a store that keeps `kv_dtype` does not serve this KV."""
         if not takes(kv_dtype, self.quantised):
             raise OtherVersion(f"its KV is in {self.quantised}, this store serves {kv_dtype or 'none in 8 bits'}")
 
 
 def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
-    """What a file of so many bytes holds, by its beginning, `header_bytes` long or more.
+    """Returns the contents of a file of so many bytes, by its beginning, `header_bytes` long or more.
 
     Raises:
         CorruptEntry: the header is not what `dump` wrote under this key, or does not fit the file's length.
@@ -270,12 +274,11 @@ def _contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
     try:
         layouts = tuple(map(_layout_of, json.loads(metadata["layouts"])))
         in_8_bits = (metadata["kv_dtype"], _KV[metadata["dtype"]]) if form == QUANTISED_FORMAT else (None, None)
-        expected = _expected(header, layouts, in_8_bits[0])
-        places = _places(header, expected, json.loads(metadata["checksums"]), _header_stop(start))
+        places = _places_of(header, layouts, in_8_bits[0], json.loads(metadata["checksums"]), len(start))
         regime, provenance, origin = int(metadata["regime"]), metadata["provenance"], origin_of(metadata)
     except CorruptEntry:
         raise
-    except Exception as error:  # whatever a header that was made to do harm makes go wrong
+    except Exception as error:  # a header that was made to do harm can make anything go wrong
         raise CorruptEntry(f"{type(error).__name__}: {error}") from error
     stop = places[next(reversed(places))].stop
     if stop != num_bytes:
@@ -288,22 +291,18 @@ def _contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
     return contents
 
 
-# A chunk in use is opened for every prompt. What a header says holds as long as it is the same to the last byte.
+# A chunk in use is opened for every prompt. A header means the same as long as it is the same to the last byte.
 _known_contents = functools.lru_cache(maxsize=512)(_contents_of)
 
 
 def parse(key: str, file: bytes) -> ChunkKV:
-    """The chunk in a file, in RAM; every byte has been checked.
-
-    Raises:
-        CorruptEntry: the file is not what `dump` wrote under this key.
-        OtherVersion: it is whole, but of another version.
-    """
+    """Returns the chunk in a file, in RAM, every byte checked; raises as `contents_of`."""
     contents = contents_of(key, file, len(file))
 
     def read(place: Place | QuantisedPlace) -> torch.Tensor:
-        data = _bytes(file[place.start : place.stop])
-        place.require_whole(memory_of(data))
+        place.require_whole(memoryview(file)[place.start : place.stop])
+        data = torch.empty(place.stop - place.start, dtype=torch.uint8)  # aligned
+        data.numpy().data[:] = file[place.start : place.stop]
         return place.tensor(data)
 
     positions = contents.positions_of(read(contents.places["cached_positions"]))
@@ -314,50 +313,38 @@ def parse(key: str, file: bytes) -> ChunkKV:
 
 
 def _layout_of(numbers: Sequence[int]) -> RowLayout:
-    """A layer's layout; 2.0 and `true` equal whole numbers, and are none."""
+    """Returns a layer's layout; 2.0 and `true` equal whole numbers, and are refused."""
     if any(type(number) is not int for number in numbers):
         raise CorruptEntry(f"it has rows of {numbers}")
     return RowLayout.shared(*numbers)
 
 
-@functools.cache
-def _names_of(layer_idx: int, quantised: str | None) -> tuple[str, ...]:
-    """A layer's tensors, as they stand in the file."""
-    slots = ("layer",) if quantised is None else ("key_scales", "value_scales", "layer")
-    return tuple(f"{slot}_{layer_idx:04}" for slot in slots)
+def _places_of(
+    header: dict[str, Any], layouts: tuple[RowLayout, ...], quantised: str | None, checksums: Any, start: int
+) -> dict[str, Place]:
+    """Returns the places of all tensors that the chunk must have: in order, adjacent, and no others.
 
-
-def _expected(
-    header: dict[str, Any], layouts: tuple[RowLayout, ...], quantised: str | None
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> dtype and shape of every tensor that the chunk must have, in the file's order."""
+    `start` is the first byte of the data.
+    """
     (num_behind,), (num_tokens,) = (header[name]["shape"] for name in ("behind_ids", "cached_positions"))
     widths = [number for layout in set(layouts) for number in vars(layout).values()]
     counts = {type(num_behind), type(num_tokens)} == {int} and 0 <= num_behind <= _MOST
     if not counts or not widths or not 0 < min(num_tokens, *widths) <= max(num_tokens, *widths) <= _MOST:
-        raise CorruptEntry(f"it has {num_tokens} tokens behind {num_behind}, and rows of {sorted(widths)[:1]}")
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "behind_ids": ("I64", (num_behind,)),
-        "cached_positions": ("I64", (num_tokens,)),
-    }
+        raise CorruptEntry(f"it has {num_tokens} tokens after {num_behind}, and rows of {sorted(widths)[:1]}")
+    expected: list[tuple[str, str, tuple[int, ...]]] = [
+        ("behind_ids", "I64", (num_behind,)),
+        ("cached_positions", "I64", (num_tokens,)),
+    ]
     for i, layout in enumerate(layouts):
         *scales, rows = _names_of(i, quantised)
-        if quantised is not None:
-            shapes = (layout.key_heads, layout.key_dim), (num_tokens, layout.value_heads)
-            expected |= {name: ("F32", shape) for name, shape in zip(scales, shapes)}
+        shapes = (layout.key_heads, layout.key_dim), (num_tokens, layout.value_heads)
+        expected += [(name, "F32", shape) for name, shape in zip(scales, shapes)]
         dtype = header[rows]["dtype"] if quantised is None else _NAMES[KV_DTYPES[quantised]]
         if quantised is None and dtype not in _KV:
             raise CorruptEntry(f"layer {i} is of dtype {dtype!r}")
-        expected[rows] = dtype, (num_tokens, layout.width)
-    return expected
-
-
-def _places(
-    header: dict[str, Any], expected: dict[str, tuple[str, tuple[int, ...]]], checksums: dict[str, str], start: int
-) -> dict[str, Place]:
-    """The tensors, one behind the other and nothing else; data begin at byte `start`."""
+        expected.append((rows, dtype, (num_tokens, layout.width)))
     places, stop = {}, 0
-    for name, (dtype, shape) in expected.items():
+    for name, dtype, shape in expected:
         begin, stop = stop, stop + math.prod(shape) * _DTYPES[dtype].itemsize
         if header[name] != {"dtype": dtype, "shape": [*shape], "data_offsets": [begin, stop]}:
             raise CorruptEntry(f"{name} is not a tensor {dtype} of shape {shape} at [{begin}, {stop})")
@@ -367,20 +354,8 @@ def _places(
     return places
 
 
-def _bytes(data: bytes) -> torch.Tensor:
-    """(N,) uint8, aligned."""
-    tensor = torch.empty(len(data), dtype=torch.uint8)
-    if data:
-        tensor.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    return tensor
-
-
 def header_of(file: bytes) -> dict[str, Any]:
-    """The header at the beginning of a file, checked: metadata under `"__metadata__"`, and each tensor's place.
-
-    Raises:
-        CorruptEntry: it is not what `dump` wrote.
-    """
+    """Returns the header at the beginning of a file; raises `CorruptEntry` if it is not what `dump` wrote."""
     header_stop = _header_stop(file)
     start, stop = _digest_place(file)
     blanked = bytearray(file[:header_stop])
@@ -398,11 +373,7 @@ def header_of(file: bytes) -> dict[str, Any]:
 
 
 def origin_of(metadata: dict[str, str]) -> Origin | None:
-    """Who computed a file's KV, of what, by its checked header; `None` in files of earlier versions.
-
-    Raises:
-        CorruptEntry: it says something else.
-    """
+    """Returns who computed a file's KV, of which ids, by its checked header; `None` in files of earlier versions."""
     if "origin" not in metadata:
         return None
     try:
@@ -413,12 +384,12 @@ def origin_of(metadata: dict[str, str]) -> Origin | None:
 
 
 def header_bytes(start: bytes) -> int:
-    """How many bytes of a file `header_of` needs, by its first 8."""
+    """Returns how many bytes of a file `header_of` needs, by its first 8."""
     return 8 + min(int.from_bytes(start, "little"), _LONGEST_HEADER)
 
 
 def _header_stop(file: bytes | bytearray) -> int:
-    """Where the data begin."""
+    """Returns where the data begin."""
     length = int.from_bytes(file[:8], "little")
     if len(file) < 8 or not 0 < length <= min(len(file) - 8, _LONGEST_HEADER):
         raise CorruptEntry(f"it has {len(file)} bytes and names a header of {length}")
@@ -426,34 +397,9 @@ def _header_stop(file: bytes | bytearray) -> int:
 
 
 def _digest_place(file: bytes | bytearray) -> tuple[int, int]:
-    """Where in the file the header's digest stands, [start, stop)."""
+    """Returns the place of the header's digest in the file, [start, stop)."""
     name = b'"header":"'
     found = file.find(name, 8, _header_stop(file))
     if found < 0:
         raise CorruptEntry("its header has no digest")
     return found + len(name), found + len(name) + len(_BLANK)
-
-
-def _rows(kv: KV) -> torch.Tensor:
-    """(n, W) in RAM."""
-    rows = rows_behind(kv)
-    if rows is None:
-        rows = rows_behind(packed(kv, "cpu"))
-    assert rows is not None
-    return rows.cpu().contiguous()
-
-
-def _checksum(dtype: torch.dtype, shape: tuple[int, ...], memory: memoryview) -> str:
-    """Of a tensor's bytes, its dtype and its shape."""
-    state = xxhash.xxh3_128(f"{dtype} {shape}".encode())
-    state.update(memory)
-    return state.hexdigest()
-
-
-def _checksum_of(tensor: torch.Tensor) -> str:
-    return _checksum(tensor.dtype, tuple(tensor.shape), memory_of(tensor))
-
-
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's bytes."""
-    return tensor.flatten().view(torch.uint8).numpy().data

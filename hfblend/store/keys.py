@@ -19,11 +19,11 @@ SUFFIX = ".safetensors"
 def chunk_key(
     fingerprint: str, dtype: torch.dtype, ids: Sequence[int], behind_ids: Sequence[int] | None, namespace: str = ""
 ) -> str:
-    """SHA-256 over model, dtype, namespace, the chunk's ids and its provenance.
+    """Returns the SHA-256 over model, dtype, namespace, the chunk's ids and its provenance.
 
     Args:
         fingerprint: of the model's weights and configuration.
-        behind_ids: the exact ids an isolated chunk was computed behind; `None` for KV captured in some context.
+        behind_ids: the exact ids before an isolated chunk; `None` for KV captured in some context.
     """
     provenance = "in_context" if behind_ids is None else "isolated"
     behind_ids = behind_ids or ()
@@ -36,16 +36,12 @@ def chunk_key(
 
 
 def file_name_of(key: str) -> str:
-    """The name of an entry's file, whatever it is kept in.
-
-    Raises:
-        ValueError: no key, and perhaps a path that leads elsewhere.
-    """
+    """Returns the name of an entry's file; raises `ValueError` for all but keys, which might be paths."""
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise ValueError(f"A key is 64 hexadecimal digits, as of hfblend.store.chunk_key; got {described(key)}.")
     return key + SUFFIX
 
 
-def is_file_name(name: str) -> bool:
-    """Whether an entry's file may have this name."""
-    return name.endswith(SUFFIX) and _KEY.fullmatch(name.removesuffix(SUFFIX)) is not None
+def is_key(text: str) -> bool:
+    """Whether this can be a key."""
+    return _KEY.fullmatch(text) is not None

@@ -32,8 +32,6 @@ class MemoryStore:
     def __init__(self, max_bytes: int | str = 4 * 2**30, device: torch.device | str | None = None) -> None:
         self.max_bytes = num_bytes_of(max_bytes)
         self.device = None if device is None else _device(device)
-        if self.device == torch.device("cuda"):  # tensors say which one they are on
-            self.device = torch.device("cuda", torch.cuda.current_device())
         self.num_bytes = 0
         self.counts = StoreCounts()
         self._entries: OrderedDict[str, ChunkKV] = OrderedDict()
@@ -41,7 +39,7 @@ class MemoryStore:
         self._lock = Mutex()
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
-        """Keeps an entry; one that does not fit, whole or beside what is pinned, is not kept, and logged."""
+        """Keeps an entry; one that does not fit, alone or with the pinned ones, is logged and not kept."""
         chunk_kv = require_chunk_kv(chunk_kv)
         if self.device is not None and chunk_kv.num_bytes <= self.max_bytes:
             chunk_kv = chunk_kv.to(self.device)
@@ -60,7 +58,7 @@ class MemoryStore:
             self._make_room(key)
 
     def open(self, key: str) -> ChunkKV | None:
-        """The entry, now the most recently used; `None` if there is none."""
+        """Returns the entry, now the most recently used; `None` if there is none."""
         found = self._entries.get(key)
         with contextlib.suppress(KeyError):  # there is none, or another thread has removed it
             self._entries.move_to_end(key)
@@ -71,18 +69,14 @@ class MemoryStore:
         return found
 
     def pin(self, key: str) -> None:
-        """An entry stays when others must go, until `unpin`.
-
-        Raises:
-            KeyError: there is none of that key.
-        """
+        """Keeps an entry when others must go, until `unpin`; raises `KeyError` if there is none of that key."""
         with self._lock:
             if key not in self._entries:
                 raise KeyError(f"There is no entry {key[:12]}… to pin; store it first.")
             self._pinned.add(key)
 
     def unpin(self, key: str) -> None:
-        """An entry may go again."""
+        """Lets an entry go again."""
         with self._lock:
             self._pinned.discard(key)
 
@@ -94,7 +88,7 @@ class MemoryStore:
             self.num_bytes = 0
 
     def keys(self) -> list[str]:
-        """The key of every entry."""
+        """Returns the key of every entry."""
         with self._lock:
             return list(self._entries)
 
@@ -105,7 +99,7 @@ class MemoryStore:
         return key in self._entries
 
     def _make_room(self, newest: str) -> None:
-        """Drops the least recently used entries, and the newest only where pinned ones leave it no room."""
+        """Drops the least recently used entries, and the newest only if pinned ones leave it no room."""
         for key in [key for key in self._entries if key not in self._pinned]:
             if self.num_bytes <= self.max_bytes:
                 return
@@ -122,6 +116,8 @@ class MemoryStore:
 
 def _device(device: Any) -> torch.device:
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f'device must be one of torch\'s, "cpu" or "cuda:0", got {described(device)}.') from error
+    # Tensors say on which GPU they are.
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..util import require
-from . import RemoteStore, Store
+from .base import Store
 from .counts import StoreCounts
+from .remote import RemoteStore
+from .tiers import tiers_of
 
 _HELP = {
     "hits": "Chunks found",
@@ -30,8 +32,8 @@ def export_to_prometheus(store: Store, name: str = "chunks", registry: Any = Non
     >>> prometheus_client.start_http_server(8000)  # doctest: +SKIP
 
     Counters are `hfblend_store_<counter>_total` (those of `StoreCounts`) with the labels `store` (`name`), `tier` (0 is
-    asked first) and `kind` (the class); `hfblend_store_bytes` is what a tier holds now, if
-    it knows without asking a network.
+    asked first) and `kind` (the class); `hfblend_store_bytes` is what a tier holds now, unless a network would have to
+    be asked.
 
     Args:
         registry: of prometheus_client; default, its own.
@@ -44,7 +46,7 @@ def export_to_prometheus(store: Store, name: str = "chunks", registry: Any = Non
         ValueError: no tier of the store has counters; or the registry has this collector's names already.
     """
     prometheus_client = require("prometheus_client", "prometheus-client", "metrics", "Metrics need")
-    tiers = list(_tiers_of(store))
+    tiers = tiers_of(store)
     if not any(map(_counts, tiers)):
         raise ValueError(f"A store with `counts` is expected, or a TieredStore of such; got {type(store).__name__}.")
     collector = _Collector(tiers, name)
@@ -52,38 +54,26 @@ def export_to_prometheus(store: Store, name: str = "chunks", registry: Any = Non
     return collector
 
 
-def _tiers_of(store: Any) -> Iterator[Any]:
-    """The stores that are no tiers of others, in the order in which they are asked."""
-    for tier in getattr(store, "stores", ()):
-        yield from _tiers_of(tier)
-    if not hasattr(store, "stores"):
-        yield store
-
-
 class _Collector:
     def __init__(self, tiers: list[Any], name: str) -> None:
-        self._tiers, self._name = tiers, name
+        self._tiers = [((name, str(i), type(tier).__name__), tier) for i, tier in enumerate(tiers)]
 
     def collect(self) -> Iterator[Any]:
         """The present counts, as Prometheus asks for them."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         labels = ("store", "tier", "kind")
-        of_tiers = [((self._name, str(i), type(tier).__name__), tier) for i, tier in enumerate(self._tiers)]
-        counted = [(values, tier.counts.to_dict()) for values, tier in of_tiers if _counts(tier)]
+        counted = [(values, tier.counts.to_dict()) for values, tier in self._tiers if _counts(tier)]
         for name, text in _HELP.items():
             family = CounterMetricFamily(f"hfblend_store_{name}", f"{text}.", labels=labels)
             for values, counts in counted:
                 family.add_metric(values, counts[name])
             yield family
         held = GaugeMetricFamily("hfblend_store_bytes", "Bytes of chunk KV held.", labels=labels)
-        for values, tier in of_tiers:
-            if isinstance(tier, RemoteStore):  # it would be listed whenever Prometheus asks
-                continue
-            with contextlib.suppress(OSError):  # a folder that is gone must not take all other metrics with it
-                num_bytes = getattr(tier, "num_bytes", None)
-                if num_bytes is not None:
-                    held.add_metric(values, num_bytes)
+        for values, tier in self._tiers:
+            with contextlib.suppress(OSError, AttributeError):  # a folder that is gone takes no other metric with it
+                if not isinstance(tier, RemoteStore):  # which would be listed each time
+                    held.add_metric(values, tier.num_bytes)
         yield held
 
 

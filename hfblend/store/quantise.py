@@ -2,7 +2,7 @@
 
     rows of a token    k₀ k₁ … v₀ v₁ …      key scales (Hkv, D), over the chunk's tokens; value scales (n, Hkv), over D
 
-Symmetric: what is stored is x / scale, and the largest |x| of a scale becomes the largest number of the 8 bits.
+Symmetric: stored is x / scale, and the largest |x| of a scale becomes the largest number of the 8 bits.
 
 Shapes: n tokens of the chunk, Hkv KV heads, D head_dim (of keys or of values), W width of a row.
 """
@@ -23,7 +23,7 @@ _HUGE = torch.finfo(torch.float32).max / 2  # so that no product with a rounded 
 
 
 class QuantisedRows(NamedTuple):
-    """What stands for rows (n, W), in the order in which a file holds it."""
+    """Stands for rows (n, W), in the order of the file."""
 
     key_scales: torch.Tensor  # (Hkv, D) float32
     value_scales: torch.Tensor  # (n, Hkv) float32
@@ -31,11 +31,7 @@ class QuantisedRows(NamedTuple):
 
 
 def require_kv_dtype(kv_dtype: str | None) -> str | None:
-    """The same.
-
-    Raises:
-        ValueError: no form in which a store can keep KV.
-    """
+    """Returns the `kv_dtype`. Raises `ValueError` if a store cannot keep KV in it."""
     if kv_dtype is not None:
         one_of("kv_dtype", kv_dtype, KV_DTYPES, ", or None (as computed)")
     return kv_dtype
@@ -52,9 +48,9 @@ def can_be_quantised(rows: torch.Tensor) -> bool:
 
 
 def quantise(rows: torch.Tensor, layout: RowLayout, kv_dtype: str) -> QuantisedRows:
-    """Rows (n, W), all finite, in 8 bits.
+    """Returns rows (n, W), all finite, in 8 bits.
 
-    int8 is off by at most half a scale; fp8 by 1/16 of the number, or 2⁻¹⁰ of a scale where that is more.
+    int8 is off by at most half a scale; fp8 by 1/16 of the number, or 2⁻¹⁰ of a scale if that is more.
     """
     dtype = KV_DTYPES[kv_dtype]
     keys, values = _by_head(rows.float(), layout)
@@ -64,7 +60,7 @@ def quantise(rows: torch.Tensor, layout: RowLayout, kv_dtype: str) -> QuantisedR
 
 
 def dequantise(quantised: QuantisedRows, layout: RowLayout, dtype: torch.dtype) -> torch.Tensor:
-    """The rows (n, W) again, in RAM (pinned beside a GPU)."""
+    """Returns the rows (n, W) again, in RAM (pinned if there is a GPU)."""
     numbers = quantised.rows.float()
     keys, values = _by_head(numbers, layout)
     keys.mul_(quantised.key_scales)
@@ -73,12 +69,12 @@ def dequantise(quantised: QuantisedRows, layout: RowLayout, dtype: torch.dtype) 
 
 
 def _by_head(rows: torch.Tensor, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values (n, Hkv, D) seen in rows (n, W)."""
+    """Returns keys and values (n, Hkv, D), views of rows (n, W)."""
     keys, values = rows.split((layout.value_offset, layout.width - layout.value_offset), -1)
     return keys.unflatten(-1, (layout.key_heads, -1)), values.unflatten(-1, (layout.value_heads, -1))
 
 
 def _scales(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scales by the largest |x| of each; 1 where that is 0, or too small for float32 to divide by: all become 0."""
+    """Returns scales by the largest |x| of each; 1 if that is 0, or too small to divide by: all become 0."""
     scales = largest / _LARGEST[dtype]
     return torch.where(scales < _TINY, 1.0, scales).contiguous()

@@ -1,8 +1,11 @@
-"""Requests to something far away: some at once, none that waits for ever, and none for a while once it fails."""
+"""Requests to a store's files: to a disk at once; to a remote in threads, none endless, and none while it fails."""
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -12,60 +15,135 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..locks import Mutex
+from .counts import StoreCounts
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 REQUESTS = 32  # of a store at once; as many again for writing. A disk's 12 would leave a line idle while they travel.
+LATE = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # one and the same from Python 3.11 on
 
 
-class Breaker:
-    """Opens for `pause_s` after so many failures in a row; the first one after that opens it again.
-
-    What was begun and still waits is dropped when it opens, and nothing is begun before it closes.
+class Requests:
+    """Reads, or writes, of one store, by the thread that asks. Failures are logged, counted, and `OSError`s.
 
     Args:
-        most: requests at once.
+        where: the store's place, for logs.
+        counts: of the store.
+        answers: exceptions that are an answer, not a failure: the file is missing, or damaged.
     """
 
-    def __init__(self, max_failures: int, pause_s: float, most: int) -> None:
-        self.max_failures, self.pause_s = max_failures, pause_s
-        self._failures, self._until = 0, 0.0
-        self._lock = Mutex()
-        self._threads = DaemonThreads(most, "hfblend-remote")
+    timeout_s: float | None = None
 
-    def begin(self, request: Callable[[], T]) -> Future[T]:
-        """Starts a request; one that is cancelled while it is open."""
-        if not self.is_open:
-            return self._threads.begin(request)
+    def __init__(self, where: str, counts: StoreCounts, answers: tuple[type[Exception], ...] = ()) -> None:
+        self._where, self._counts, self._answers = where, counts, answers
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing is asked for the time being."""
+        return False
+
+    def begin(self, call: Callable[[], T]) -> Future[T]:
+        """Starts a request; it is cancelled during a pause."""
+        return completed(call)
+
+    def ask(self, what: str, call: Callable[[], T]) -> T:
+        """Returns the answer to a request; raises as `answer`."""
+        return self.answer(what, self.begin(call))
+
+    def answer(self, what: str, begun: Future[T], within_s: float | None = None) -> T:
+        """Returns the answer to a request that has begun; `what` is its kind, as "read from".
+
+        Raises:
+            OSError: there is none within so many seconds (default, `timeout_s`), or during a pause.
+            Exception: one of `answers`.
+        """
+        within_s = within_s or self.timeout_s
+        try:
+            if self.is_paused and not begun.done():
+                raise CancelledError
+            answer = begun.result(within_s)
+        except CancelledError:
+            raise OSError(f"{self._where} is left alone") from None
+        except self._answers:
+            self._succeeded()
+            raise
+        except (Exception, asyncio.CancelledError) as error:  # every filesystem raises others
+            is_late = isinstance(error, LATE)
+            reason = f"no answer within {within_s:g} s" if is_late and within_s else f"{type(error).__name__}: {error}"
+            self._counts.add(failed=1)
+            logger.warning("A chunk's KV could not be %s %s: %s", what, self._where, reason)
+            self._failed(is_late)
+            raise OSError(reason) from error
+        finally:
+            del begun  # or a frame of what it raised would hold it, and so the whole pass
+        self._succeeded()
+        return answer
+
+    def _succeeded(self) -> None: ...
+
+    def _failed(self, is_late: bool) -> None: ...
+
+
+class RemoteRequests(Requests):
+    """Requests in threads. One late answer, or `max_failures` errors in a row, and none is made for `pause_s`.
+
+    The first error after a pause begins another. When one begins, requests that still wait are dropped.
+
+    Attributes:
+        siblings: all that pause when one of them is late.
+    """
+
+    def __init__(self, *args: Any, timeout_s: float, pause_s: float, max_failures: int) -> None:
+        super().__init__(*args)
+        self.timeout_s, self._pause_s, self._max_failures = timeout_s, pause_s, max_failures
+        self._failures, self._until = 0, 0.0
+        self._lock, self._threads = Mutex(), DaemonThreads(REQUESTS, "hfblend-remote")
+        self.siblings: tuple[RemoteRequests, ...] = (self,)
+
+    @property
+    def is_paused(self) -> bool:
+        return time.monotonic() < self._until
+
+    def begin(self, call: Callable[[], T]) -> Future[T]:
+        if not self.is_paused:
+            return self._threads.begin(call)
         dropped: Future[T] = Future()
         dropped.cancel()
         return dropped
 
-    @property
-    def is_open(self) -> bool:
-        """Whether nothing is to be asked for."""
-        return time.monotonic() < self._until
+    def _succeeded(self) -> None:
+        """Forgets earlier failures, unless a pause has begun since the request was made."""
+        with self._lock:
+            if not self.is_paused:
+                self._failures = 0
 
-    def failed(self) -> bool:
-        """Counts a failure; whether that one opens it."""
+    def _failed(self, is_late: bool) -> None:
         with self._lock:
             self._failures += 1
-        return self._failures >= self.max_failures and self.open()
+        pausing = self.siblings if is_late else (self,) if self._failures >= self._max_failures else ()
+        if sum(one._pause() for one in pausing):
+            logger.warning("%s is left alone for %g s; chunks are prefilled.", self._where, self._pause_s)
 
-    def open(self) -> bool:
-        """Opens it at once; whether it was closed, so that of several threads one tells."""
+    def _pause(self) -> bool:
+        """Begins a pause; returns whether there was none, so that of several threads one logs it."""
         with self._lock:
-            was_open = self.is_open
-            self._failures, self._until = self.max_failures, time.monotonic() + self.pause_s
+            was_paused = self.is_paused
+            self._failures, self._until = self._max_failures, time.monotonic() + self._pause_s
         self._threads.drop()
-        return not was_open
+        return not was_paused
 
-    def worked(self) -> None:
-        """Forgets the failures before, unless it has opened since that was asked."""
-        with self._lock:
-            if not self.is_open:
-                self._failures = 0
+
+def completed(call: Callable[[], T]) -> Future[T]:
+    """Makes a call; returns its answer or exception as a thread would."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(call())
+    except Exception as error:
+        future.set_exception(error.with_traceback(None))  # whose frames would hold the future, and it the error
+    return future
 
 
 def at_once(call: Callable[[T], R], many: Iterable[T]) -> Iterator[R]:
@@ -80,9 +158,9 @@ def at_once(call: Callable[[T], R], many: Iterable[T]) -> Iterator[R]:
 
 
 class DaemonThreads:
-    """Up to `most` threads, which never keep a process from ending, and end themselves when nothing waits for them.
+    """Up to `most` threads, which never keep a process from ending, and end when nothing waits for them.
 
-    A ThreadPoolExecutor's are joined when the process ends, one that hangs included.
+    A ThreadPoolExecutor's are joined when the process ends, one that hangs included, and it starts none after that.
     """
 
     def __init__(self, most: int, name: str) -> None:
@@ -92,7 +170,7 @@ class DaemonThreads:
         self._lock = Mutex()
 
     def begin(self, call: Callable[[], T]) -> Future[T]:
-        """Calls in a thread, behind what was begun before; cancelled where no thread is to be had."""
+        """Queues a call; it is cancelled if the process can start no thread for it."""
         future: Future[T] = Future()
         with self._lock:
             self._waiting.append((future, call))

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..arguments import described
 from ..kv.chunk import ChunkKV, Reader
-from .background import Background, keeps_as_it_is
+from .background import Background, keeps_unchanged
 from .base import ReadsAhead, Store, require_chunk_kv, require_store
 from .disk import DiskStore
+from .files import FileStore
 from .loader import LayerwiseChunk
 from .memory import MemoryStore
 from .remote import RemoteStore
@@ -26,19 +27,18 @@ class TieredStore:
     >>> store = TieredStore([gpu, ram, DiskStore("~/.cache/hfblend/chunks")])  # doctest: +SKIP
 
     `put` returns when the first store has the entry. A thread puts it into the others, one entry after the other; it
-    copies from the GPU beside the GPU's work, and lives as long as something waits. What waits can be opened, whatever
-    the first store has done with it; once it is written, a faster store that evicts it loses nothing. What a slower
-    store had is kept in faster ones once it was read: at once where that moves no bytes, else by the thread. A slower
-    store that fails is logged, and costs reuse only.
+    copies from the GPU during the GPU's work, and lives as long as something waits. Waiting entries can be opened, also
+    if the first store has evicted them. An entry of a slower store is kept in faster ones once it was read: at once if
+    that moves no bytes, else by the thread. A slower store that fails is logged, and costs reuse only.
 
     A process that ends, by an exception too, writes what waits; one that is killed loses it. `hfblend.patch`'s
     `remove()` and `precompute` flush.
 
     Args:
         stores: the fastest first.
-        max_waiting_bytes: of entries that may wait, on a GPU too if they were computed there; a number or `"4GB"`,
-            which is a prompt of 30,000 tokens of an 8B Llama. One entry always may. Where it is full, `put` writes the
-            entry to every store before it returns, and what was read is not copied into faster stores.
+        max_waiting_bytes: of entries that may wait, on a GPU too if they were computed there; a number or `"4GB"`, a
+            prompt of 30,000 tokens of an 8B Llama. One entry always may. Beyond that, `put` writes the entry to every
+            store before it returns, and entries that were read are not copied into faster stores.
 
     Raises:
         TypeError, ValueError: no store; bytes that are no size.
@@ -61,7 +61,7 @@ class TieredStore:
             self._background.put(key, chunk_kv, slower)
 
     def open(self, key: str) -> Reader | None:
-        """The entry of the first store that has it; what is waiting to be written comes behind the first store."""
+        """Returns the entry of the first store that has it; waiting entries come after the first store."""
         for i, store in enumerate(self.stores):
             entry = store.open(key)
             if entry is None and i == 0:
@@ -75,7 +75,7 @@ class TieredStore:
         return None
 
     def read_ahead(self, keys: Sequence[str]) -> None:
-        """Lets every store that can begin to read what those before it have not."""
+        """Lets every store that can begin to read the entries that those before it lack."""
         keys = [key for key in keys if key not in self._background]
         for store in self.stores if any(isinstance(store, ReadsAhead) for store in self.stores) else ():
             if isinstance(store, ReadsAhead):
@@ -87,8 +87,7 @@ class TieredStore:
         """Returns once all that was put so far is in every store, or has failed there."""
         self._background.flush()
         for store in self.stores:
-            if isinstance(store, TieredStore):
-                store.flush()
+            flush(store)
 
     def close(self) -> None:
         """Flushes, and returns once the thread has ended. The store may be used again."""
@@ -101,10 +100,10 @@ class TieredStore:
             key in store if isinstance(store, Container) else store.open(key) is not None for store in self.stores
         )
 
-    # --- what tiers of hfblend's own can do ---------------------------------------------------------------------------
+    # --- for tiers that have these methods ------------------------------------------------------------------------
 
     def pin(self, key: str) -> None:
-        """An entry stays, in each store that has it now, when others must go, until `unpin`. Flushes first.
+        """Keeps an entry, in each store that has it now, when others must go, until `unpin`. Flushes first.
 
         Raises:
             KeyError: no store that pins has one of that key.
@@ -120,20 +119,16 @@ class TieredStore:
             raise KeyError(f"There is no entry {key[:12]}… to pin; store it first.")
 
     def unpin(self, key: str) -> None:
-        """An entry may go again.
-
-        Raises:
-            OSError: a folder cannot be written.
-        """
+        """Lets an entry go again. Raises `OSError` if a folder cannot be written."""
         for store in self._that_can("unpin"):
             store.unpin(key)
 
     def clear(self) -> None:
-        """Removes every entry of every store, those that wait too.
+        """Removes every entry of every store, waiting ones too.
 
         Raises:
             TypeError: a store has no `clear`; nothing is removed.
-            OSError: they cannot be removed.
+            OSError: an entry cannot be removed.
         """
         able = self._that_can("clear")
         for store in self.stores:
@@ -146,11 +141,7 @@ class TieredStore:
             store.clear()
 
     def keys(self) -> list[str]:
-        """The key of every entry in some store, or waiting; of stores that list none, those are missing.
-
-        Raises:
-            OSError: a folder cannot be listed.
-        """
+        """Returns the key of every entry in some store, or waiting; stores that list none are left out."""
         known = dict.fromkeys(key for store in self._that_can("keys") for key in store.keys())  # noqa: SIM118
         return list(known | dict.fromkeys(self._background.keys()))
 
@@ -165,24 +156,22 @@ class TieredStore:
     def _that_can(self, name: str) -> list[Any]:
         return [store for store in self.stores if callable(getattr(store, name, None))]
 
-    # --- up -----------------------------------------------------------------------------------------------------------
-
     def _promote(self, key: str, found_in: int, chunk_kv: ChunkKV) -> None:
         """Keeps an entry in the stores before the one that had it."""
         faster = self.stores[:found_in]
-        as_it_is = [store for store in faster if keeps_as_it_is(store, chunk_kv)]
+        unchanged = [store for store in faster if keeps_unchanged(store, chunk_kv)]
         if not isinstance(self.stores[found_in], MemoryStore):
-            for store in as_it_is[-1:]:  # in more of them it would take room and be no faster
+            for store in unchanged[-1:]:  # in more of them it would take room and be no faster
                 store.put(key, chunk_kv)
-        to_copy = [store for store in faster if store not in as_it_is]
+        to_copy = [store for store in faster if store not in unchanged]
         if to_copy:
             self._background.offer(key, chunk_kv, to_copy)
 
 
 def store_at(where: Store | str | os.PathLike[str] | None) -> Store:
-    """A store as users name one: a store, a folder, a URL, or `None` (memory).
+    """Returns a store as users name one: a store, a folder, a URL, or `None` (memory).
 
-    A folder becomes a `DiskStore`, a URL a `RemoteStore`, each with a `MemoryStore` before it.
+    A folder becomes a `DiskStore`, a URL a `RemoteStore`, each after a `MemoryStore`.
 
     Raises:
         ImportError: fsspec or the package of the URL's protocol is missing (the message says what to install).
@@ -198,16 +187,25 @@ def store_at(where: Store | str | os.PathLike[str] | None) -> Store:
 
 
 def holds(store: Store, key: str) -> bool:
-    """Whether a store has an entry to last: of tiers, the last one. Nothing is read where the store can tell."""
+    """Whether a store has an entry to last: of tiers, the last one. Files are opened: some serve no such entry."""
     if isinstance(store, TieredStore):
         return holds(store.stores[-1], key)
-    # A file is opened, which reads its header: one of another version, or of another kv_dtype, is none.
-    if isinstance(store, Container) and not isinstance(store, (DiskStore, RemoteStore)):
+    if isinstance(store, Container) and not isinstance(store, FileStore):
         return key in store
     return store.open(key) is not None
 
 
 def flush(store: Store) -> None:
-    """Waits until everything put into a store is kept: tiers write in the background."""
+    """Returns once all that was put into a store is kept: tiers write in the background."""
     if isinstance(store, TieredStore):
         store.flush()
+
+
+def tiers_of(store: Any) -> list[Any]:
+    """Returns the stores that a store is made of, itself if of no others, in the order in which they are asked."""
+    return [one for tier in store.stores for one in tiers_of(tier)] if hasattr(store, "stores") else [store]
+
+
+def file_stores_of(store: Store) -> list[FileStore]:
+    """Returns those stores among `tiers_of` that keep files."""
+    return [one for one in tiers_of(store) if isinstance(one, FileStore)]
