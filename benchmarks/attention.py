@@ -19,7 +19,8 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from hfblend.attention.by_position import QueryRows, attend, reference_attention, sdpa_attention
+from hfblend.attention.by_position import QueryRows, attend, sdpa_attention
+from hfblend.kernels.reference import AttentionArgs, reference_attention
 from hfblend.measure.divergence import describe_machine
 
 CHECKED_ROWS = 64
@@ -46,11 +47,9 @@ def kernels(
             ),
         )
         yield "flash-attn, causal", lambda: _flash(query, key, value, scaling)
-    yield "hfblend.attend", lambda: functools.partial(attend, query, key, value, QueryRows(positions[None]), scaling)
-    yield (
-        "sdpa, mask",
-        lambda: functools.partial(sdpa_attention, query, key, value, _additive_mask(positions, key), scaling),
-    )
+    args = AttentionArgs(query, key, value, scaling)
+    yield "hfblend.attend", lambda: functools.partial(attend, args, QueryRows(positions[None]))
+    yield "sdpa, mask", lambda: functools.partial(sdpa_attention, args, _additive_mask(positions, key))
     yield "flex_attention", lambda: _flex(query, key, value, positions, scaling)
 
 
@@ -137,8 +136,8 @@ def relative_error(
 ) -> float:
     """Largest difference from fp32 attention on evenly spread rows, over the largest value there."""
     rows = torch.linspace(0, len(positions) - 1, min(CHECKED_ROWS, len(positions)), device=out.device).long()
-    tensors = (query[:, :, rows].float(), key.float(), value.float())
-    expected = reference_attention(*tensors, positions[rows][None], query.shape[-1] ** -0.5)
+    args = AttentionArgs(query[:, :, rows], key, value, query.shape[-1] ** -0.5).float()
+    expected = reference_attention(args, positions[rows][None])
     return ((out[:, :, rows].float() - expected).abs().max() / expected.abs().max()).item()
 
 

@@ -1,12 +1,12 @@
-"""Locks, and changes of a model, that no exception can leave behind.
+"""Locks, and changes of a model, that no exception leaves in force.
 
 Ctrl-C raises between any two steps of Python, also where clean-up begins or ends: `finally` alone is not enough.
 
     claim     counts while the call that made it stands on its thread's stack; a thread that waits looks every 50 ms
-    change    is noted together with its undoing before it is made; the next claim undoes what an earlier one left
+    change    is noted together with its undoing before it is made; the next claim undoes leftovers of earlier ones
     context   a pass runs in a copy of its thread's context, which Python itself leaves: a change acts in there only
 
-So what an exception leaves is without effect at once, and gone when hfblend is next reached.
+So leftovers of an exception have no effect at once, and are gone when hfblend is next reached.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ class Running:
         self.thread = threading.get_ident()
 
     def do(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-        """Returns what the work returns."""
+        """Runs the work, and returns its result."""
         return work(*args, **kwargs)
 
     @property
     def is_alive(self) -> bool:
-        return _is_on_stack(self.thread, lambda frame: _runs(frame) is self)
+        return _is_on_stack(self.thread, self._is_at)
+
+    def _is_at(self, frame: FrameType) -> bool:
+        return _runs(frame) is self
 
 
 def innermost() -> Running | None:
@@ -66,7 +69,7 @@ def _is_on_stack(thread: int, is_it: Callable[[FrameType], bool]) -> bool:
         if is_it(frame):
             return True
         last, frame = frame, frame.f_back
-    # A generator that was suspended while we looked has lost what called it: nothing is known until the next look.
+    # A generator that was suspended during this look has lost its caller: nothing is known until the next look.
     return last is not None and bool(last.f_code.co_flags & _SUSPENDED)
 
 
@@ -91,7 +94,7 @@ class _Line:
         self._claims: list[Any] = []
 
     def _enter(self, claim: Any) -> None:
-        """Returns once no claim of another thread that came before keeps this one out."""
+        """Returns once no earlier claim of another thread keeps this one out."""
         self._claims.append(claim)
         if self._claims[0] is claim:
             return
@@ -125,9 +128,9 @@ class _Line:
 class ForwardLock(_Line):
     """Many stock forwards of a model at once, or one pass that changes it.
 
-    Threads that have to wait get their turn in the order of coming: forwards of threads that decode overlap, and would
-    keep a pass out for good. The holder of a side may take the shared one again, and of the exclusive side that, too (a
-    pass may run the whole model).
+    Waiting threads get their turn in the order of coming, since overlapping forwards of threads that decode would keep
+    a pass out for good. The holder of a side may take the shared one again, and the holder of the exclusive side that,
+    too (a pass may run the whole model).
     """
 
     def __init__(self) -> None:
@@ -140,7 +143,7 @@ class ForwardLock(_Line):
         return bool(self._claims) and self._is_held()
 
     def shared(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-        """Runs some work that needs the model as it is."""
+        """Runs some work that needs the model unchanged."""
         work = functools.partial(work, *args, **kwargs)
         if self.is_mine:
             return work()
@@ -148,12 +151,12 @@ class ForwardLock(_Line):
         return claim.do(self._in_turn, claim, work)
 
     def exclusive(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-        """Runs some work in a context of its own, alone with the model; what it changes there is undone afterwards."""
+        """Runs some work in a copied context, alone with the model; its changes are undone afterwards."""
         claim = _Claim(alone=True)
         work = functools.partial(contextvars.copy_context().run, _in_pass, claim, work, *args, **kwargs)
         if not self.is_mine:
             return claim.do(self._in_turn, claim, work)
-        if not self._is_held(alone=True):  # it would wait for itself
+        if not self._is_held(alone=True):  # waiting for itself would never end
             raise RuntimeError("A prompt cannot be blended inside a forward of the same model; do it outside.")
         return claim.do(self._inside, work)
 
@@ -164,12 +167,12 @@ class ForwardLock(_Line):
         names[name] = value
 
     def undo_later(self, undo: Callable[[], None]) -> None:
-        """Notes how to undo what exclusive work is about to do; may be called twice, and before it is done."""
+        """Notes how to undo the next step of exclusive work; `undo` may run twice, and before that step."""
         _changed.add(self)
         self._undo.append(undo)
 
     def tidy(self) -> None:
-        """Undoes what interrupted work has left, unless a pass runs."""
+        """Undoes the changes of interrupted work, unless a pass runs."""
         if self._undo and not any(claim.alone and claim.is_alive for claim in tuple(self._claims)):
             self.shared(lambda: None)
 
@@ -237,28 +240,24 @@ def only_inside() -> Callable[[], bool]:
     return is_inside
 
 
-class _Held:
+class _Held(_Claim):
     """A claim on a `Mutex`, by the frame that holds it.
 
-    The frame itself would keep its variables in memory. Another one may be given the same id, but of the same function
-    in the same thread, it has to come by the mutex, and drops this claim there.
+    It keeps the frame's id, since the frame would keep its variables in memory. Another frame of the same function and
+    thread that is given that id comes to the mutex first, and drops this claim there.
     """
-
-    alone = True
 
     def __init__(self, frame: FrameType) -> None:
         assert not frame.f_code.co_flags & _SUSPENDED, "a generator may stop inside, and its frame leave the stack"
-        self.thread, self._frame, self._code = threading.get_ident(), id(frame), frame.f_code
-        self.over = threading.Lock()
-        self.over.acquire()
+        super().__init__(alone=True)
+        self._frame, self._code = id(frame), frame.f_code
 
-    @property
-    def is_alive(self) -> bool:
-        return _is_on_stack(self.thread, lambda frame: frame.f_code is self._code and id(frame) == self._frame)
+    def _is_at(self, frame: FrameType) -> bool:
+        return frame.f_code is self._code and id(frame) == self._frame
 
 
 class Mutex(_Line):
-    """As `threading.Lock`, in `with`; one that an interrupted thread has left is given to the next that comes."""
+    """`threading.Lock` for `with`, which the next thread gets if an interrupted one has left it locked."""
 
     def __enter__(self) -> None:
         if self._claims:
@@ -274,14 +273,14 @@ class Mutex(_Line):
 
 
 class Condition(Mutex):
-    """As `threading.Condition`; a thread that waits looks by itself, so no interrupted one can leave it waiting."""
+    """`threading.Condition` whose waiting threads look by themselves: no interrupted one can leave them waiting."""
 
     def __init__(self) -> None:
         super().__init__()
         self._gates: list[Any] = []
 
     def wait_for(self, is_so: Callable[[], bool]) -> None:
-        """Returns, inside `with`, once it is so; lets other threads in meanwhile."""
+        """Returns, inside `with`, once the condition holds; lets other threads in meanwhile."""
         while not is_so():
             gate = threading.Lock()
             gate.acquire()
@@ -289,7 +288,7 @@ class Condition(Mutex):
             self._drop_own()
             gate.acquire(timeout=_LOOK_S)
             self._enter(_Held(sys._getframe(1)))
-            with contextlib.suppress(ValueError):  # where nothing has opened it
+            with contextlib.suppress(ValueError):  # nothing has opened it
                 self._gates.remove(gate)
 
     def notify_all(self) -> None:
@@ -305,6 +304,6 @@ _locks: WeakValueDictionary[int, ForwardLock] = WeakValueDictionary()  # id of a
 
 
 def lock_of(config: Any) -> ForwardLock:
-    """The lock of all models that have this very config: attention is switched there."""
+    """Returns the lock of all models that share this config object, in which attention is switched."""
     with _guard:
         return _locks.setdefault(id(config), ForwardLock())

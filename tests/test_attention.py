@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hfblend.attention.by_position import QueryRows, attend, reference_attention, visible
+from hfblend.attention.by_position import QueryRows, attend
+from hfblend.kernels.reference import AttentionArgs, reference_attention, visible
 
 
 def test_visible_is_the_drawn_mask():
@@ -37,10 +38,8 @@ def test_attend_equals_the_reference(heads, kv_heads, length, which, window):
         "scattered": every[::3],
     }
     positions = rows[which][None].expand(2, -1)
-    query, key, value = states(2, heads, kv_heads, positions.shape[1], length)
-    out = attend(query, key, value, QueryRows(positions), 0.25, window)
-    expected = reference_attention(query, key, value, positions, 0.25, window)
-    assert torch.allclose(out, expected, atol=2e-6)
+    args = AttentionArgs(*states(2, heads, kv_heads, positions.shape[1], length), 0.25, window)
+    assert torch.allclose(attend(args, QueryRows(positions)), reference_attention(args, positions), atol=2e-6)
 
 
 @pytest.mark.parametrize(("softcap", "with_sinks"), [(20.0, False), (None, True), (5.0, True)])
@@ -48,7 +47,7 @@ def test_softcap_and_sinks(softcap, with_sinks):
     query, key, value = states(1, 4, 2, 3, 9)
     positions = torch.tensor([[2, 5, 8]])
     sinks = torch.tensor([0.1, -0.3, 0.5, 2.0]) if with_sinks else None
-    out = attend(query, key, value, QueryRows(positions), 0.3, None, softcap, sinks)
+    out = attend(AttentionArgs(query, key, value, 0.3, None, softcap, sinks), QueryRows(positions))
     for head in range(4):
         for row, position in enumerate(positions[0]):
             scores = key[0, head // 2, : position + 1] @ query[0, head, row] * 0.3

@@ -21,7 +21,8 @@ from test_real_models import load_smollm
 from test_self_test import PECULIAR, SOUND, WRONG_ROTATIONS, made_up
 
 import hfblend
-from hfblend.attention.by_position import QueryRows, attend, reference_attention
+from hfblend.attention.by_position import QueryRows, attend
+from hfblend.kernels.reference import AttentionArgs, reference_attention
 from hfblend.kv.rows import RowLayout, full_length_cache, rows_behind
 from hfblend.store import DiskStore, loader
 from hfblend.support.registry import TestedModel, model_of
@@ -136,11 +137,10 @@ def test_true_kv_from_elsewhere_in_bf16(name):
 @pytest.mark.parametrize("window", [None, 100])
 def test_attend_equals_the_reference(dtype, window):
     positions = torch.arange(0, 777, 7, device="cuda")[None]
-    query, key, value = (
-        torch.randn(1, h, n, 64, device="cuda", dtype=dtype) for h, n in ((8, positions.shape[1]), (2, 777), (2, 777))
-    )
-    out = attend(query, key, value, QueryRows(positions), 0.125, window).float()
-    expected = reference_attention(query.float(), key.float(), value.float(), positions, 0.125, window)
+    shapes = ((8, positions.shape[1]), (2, 777), (2, 777))
+    states = (torch.randn(1, h, n, 64, device="cuda", dtype=dtype) for h, n in shapes)
+    args = AttentionArgs(*states, 0.125, window)
+    out, expected = attend(args, QueryRows(positions)).float(), reference_attention(args.float(), positions)
     assert (out - expected).norm() <= (2e-3 if dtype == torch.float32 else 1e-2) * expected.norm()
 
 

@@ -9,17 +9,19 @@ import torch
 from helpers import MODELS, config, make_prompt
 
 import hfblend
-from hfblend.attention.by_position import AttentionRecord, mask_of
+from hfblend import kernels
+from hfblend.attention.by_position import AttentionRecord
 from hfblend.blend.model import Pass
 from hfblend.generate.blending import Blending
 from hfblend.gpu.graphs import GraphCache, PassGraphs, _rounded
+from hfblend.kernels.reference import mask_of
 from hfblend.kv.rows import RowLayout, rows_behind
 from hfblend.locks import ForwardLock
 from hfblend.model.passes import run_rows
 from hfblend.support.registry import model_of
 from hfblend.util import StopForward
 
-kernels = pytest.importorskip("hfblend.kernels", reason="needs triton")
+pytest.importorskip("triton")
 PROMPT = make_prompt(sizes=(20, 31, 13), prefix=9, suffix=11)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, tests/test_gpu.py records real graphs")

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hfblend.attention.by_position import QueryRows, attention_weights, reference_attention, sdpa_attention, visible
+from hfblend import kernels
+from hfblend.attention.by_position import QueryRows, sdpa_attention
 from hfblend.blend.rotation import rotate
+from hfblend.kernels.reference import AttentionArgs, attention_weights, reference_attention, visible
 from hfblend.kv.rows import RowLayout, empty_kv, rows_behind
 
-kernels = pytest.importorskip("hfblend.kernels", reason="needs triton")
+pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
@@ -55,9 +57,9 @@ DTYPES = [torch.float32] if not ON_GPU else [torch.bfloat16, torch.float16]
 def test_attend(heads, kv_heads, length, which):
     dtype = DTYPES[0]
     positions = rows_of(which, length)[None].expand(2, -1).contiguous()  # the interpreter is slow: few sizes there
-    query, key, value = states(2, heads, kv_heads, positions.shape[1], length, dtype=dtype)
-    out, _ = kernels.attend(query, key, value, positions, 0.25)
-    close(out, reference_attention(query, key, value, positions, 0.25), dtype)
+    args = AttentionArgs(*states(2, heads, kv_heads, positions.shape[1], length, dtype=dtype), 0.25)
+    out, _ = kernels.attend(args, positions)
+    close(out, reference_attention(args, positions), dtype)
 
 
 OPTIONS = {
@@ -71,20 +73,19 @@ OPTIONS = {
 
 
 def options_of(name, heads, positions, length):
-    options = dict(OPTIONS[name])
+    """Settings of `AttentionArgs`, and the mask of hidden keys."""
+    options, hidden = dict(OPTIONS[name]), None
     if options.get("sinks"):
         options["sinks"] = torch.linspace(-1, 2, heads, device=DEVICE)
-    if options.get("hidden"):
+    if options.pop("hidden", False):
         hidden = torch.zeros(length, dtype=torch.uint8, device=DEVICE)
         hidden[1::4] = 1
         hidden[positions.flatten().long()] = 0  # a row always sees itself
-        options["hidden"] = hidden
-    return options
+    return options, hidden
 
 
-def for_reference(options):
-    hidden = options.get("hidden")
-    return {**options, "hidden": None if hidden is None else hidden.nonzero().flatten()}
+def ids_of(hidden):
+    return None if hidden is None else hidden.nonzero().flatten()
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -93,19 +94,19 @@ def for_reference(options):
 def test_attend_with_options(name, length, which):
     dtype = DTYPES[0]
     positions = rows_of(which, length)[None]
-    query, key, value = states(1, 4, 2, positions.shape[1], length, dtype=dtype)
-    options = options_of(name, 4, positions, length)
-    out, _ = kernels.attend(query, key, value, positions, 0.3, **options)
-    close(out, reference_attention(query, key, value, positions, 0.3, **for_reference(options)), dtype)
+    options, hidden = options_of(name, 4, positions, length)
+    args = AttentionArgs(*states(1, 4, 2, positions.shape[1], length, dtype=dtype), 0.3, **options)
+    out, _ = kernels.attend(args, positions, hidden)
+    close(out, reference_attention(args, positions, ids_of(hidden)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (48, 32), (128, 128), (256, 256)])
 def test_head_dims(head_dim, value_dim, dtype):
     positions = rows_of("scattered", 70)[None]
-    query, key, value = states(1, 4, 2, positions.shape[1], 70, head_dim, value_dim, dtype)
-    out, _ = kernels.attend(query, key, value, positions, 0.2)
-    close(out, reference_attention(query, key, value, positions, 0.2), dtype)
+    args = AttentionArgs(*states(1, 4, 2, positions.shape[1], 70, head_dim, value_dim, dtype), 0.2)
+    out, _ = kernels.attend(args, positions)
+    close(out, reference_attention(args, positions), dtype)
 
 
 @pytest.mark.gpu
@@ -114,10 +115,11 @@ def test_many_rows_are_no_worse_than_sdpa(sliding_window):
     """The tuned way, of enough rows to fill the GPU, and its error against fp32."""
     query, key, value = states(1, 16, 4, 2000, 8192, 128, dtype=torch.bfloat16)
     positions = torch.randperm(8192, device=DEVICE)[:2000].sort().values
-    out, _ = kernels.attend(query, key, value, positions[None].int(), 0.09, sliding_window)
-    exact = reference_attention(query, key, value, positions[None], 0.09, sliding_window)
+    args = AttentionArgs(query, key, value, 0.09, sliding_window)
+    out, _ = kernels.attend(args, positions[None].int())
+    exact = reference_attention(args, positions[None])
     mask = QueryRows(positions[None]).additive_mask(8192, sliding_window, query.dtype, query.device)
-    theirs = sdpa_attention(query, key, value, mask, 0.09)
+    theirs = sdpa_attention(args, mask)
     error, own = ((one.float() - exact.float()).norm() / exact.float().norm() for one in (out, theirs))
     assert error <= 1.2 * own
 
@@ -142,10 +144,10 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attend_on_hopper(hopper, heads, kv_heads, head_dim, length, which, dtype):
     positions = rows_of(which, length)[None].expand(2, -1).contiguous()
-    query, key, value = states(2, heads, kv_heads, positions.shape[1], length, head_dim, dtype=dtype)
-    out, _ = kernels.attend(query, key, value, positions, 0.1)
+    args = AttentionArgs(*states(2, heads, kv_heads, positions.shape[1], length, head_dim, dtype=dtype), 0.1)
+    out, _ = kernels.attend(args, positions)
     assert hopper == [True]
-    close(out, reference_attention(query, key, value, positions, 0.1), dtype)
+    close(out, reference_attention(args, positions), dtype)
 
 
 @pytest.mark.gpu
@@ -157,9 +159,10 @@ def test_attend_on_hopper_through_a_state(hopper):
         buffer[:, :, :900] = own
     positions = rows_of("scattered", 900)[None]
     state = state_of([buffers[1], buffers[1]], 900, 300)
-    out, _ = kernels.attend(query, key, value, positions, 0.3, state=state, layer=1)
+    args = AttentionArgs(query, key, value, 0.3)
+    out, _ = kernels.attend(args, positions, state=state, layer=1)
     assert hopper == [True]
-    close(out, reference_attention(query, key, value, positions, 0.3), DTYPES[0])
+    close(out, reference_attention(args, positions), DTYPES[0])
 
 
 def compile_for_hopper():
@@ -194,18 +197,19 @@ def test_the_kernel_for_hopper_compiles():
 
 def test_rows_of_a_batch_have_positions_of_their_own():
     positions = torch.stack([rows_of("scattered", 60), rows_of("all", 20)]).contiguous()
-    query, key, value = states(2, 4, 2, 20, 60, dtype=DTYPES[0])
-    out, _ = kernels.attend(query, key, value, positions, 0.2)
-    close(out, reference_attention(query, key, value, positions, 0.2), DTYPES[0])
+    args = AttentionArgs(*states(2, 4, 2, 20, 60, dtype=DTYPES[0]), 0.2)
+    out, _ = kernels.attend(args, positions)
+    close(out, reference_attention(args, positions), DTYPES[0])
 
 
 def test_what_stands_behind_the_last_key_is_not_read():
     """Buffers have spare rows, which were never written."""
     query, key, value = states(1, 4, 2, 10, 64, dtype=DTYPES[0])
     positions = torch.arange(1, 41, 4, device=DEVICE, dtype=torch.int32)[None]
-    expected = reference_attention(query, key[:, :, :41], value[:, :, :41], positions, 0.25)
+    args = AttentionArgs(query, key[:, :, :41], value[:, :, :41], 0.25)
+    expected = reference_attention(args, positions)
     key[:, :, 41:], value[:, :, 41:] = torch.nan, torch.nan
-    out, _ = kernels.attend(query, key[:, :, :41], value[:, :, :41], positions, 0.25)
+    out, _ = kernels.attend(args, positions)
     close(out, expected, DTYPES[0])
 
 
@@ -215,14 +219,12 @@ def test_what_stands_behind_the_last_key_is_not_read():
 def test_received_is_the_mean_of_the_weights(name, rows, heads):
     length, dtype = 150, DTYPES[0]
     positions = torch.arange(length - rows, length, device=DEVICE, dtype=torch.int32)[None]
-    query, key, value = states(1, *heads, rows, length, dtype=dtype)
-    options = {} if name == "plain" else options_of(name, heads[0], positions, length)
-    _, lse = kernels.attend(query, key, value, positions, 0.3, **options, return_lse=True)
+    options, hidden = ({}, None) if name == "plain" else options_of(name, heads[0], positions, length)
+    args = AttentionArgs(*states(1, *heads, rows, length, dtype=dtype), 0.3, **options)
+    _, lse = kernels.attend(args, positions, hidden, return_lse=True)
     out = torch.empty(heads[0], length, device=DEVICE)
-    without_sinks = {k: v for k, v in options.items() if k != "sinks"}
-    kernels.received(query, key, lse, positions, 0.3, **without_sinks, out=out)
-    seen = visible(positions, length, options.get("sliding_window"), for_reference(options)["hidden"])
-    weights = attention_weights(query.float(), key.float(), seen, 0.3, options.get("softcap"), options.get("sinks"))
+    kernels.received(args, lse, positions, hidden, out=out)
+    weights = attention_weights(args.float(), visible(positions, length, args.sliding_window, ids_of(hidden)))
     close(out, weights[0].mean(1), dtype)
 
 
@@ -335,10 +337,10 @@ def test_kernels_find_the_prompt_through_a_state(dims):
         assert torch.equal(buffer[:, :, :length], expected)
     assert all(bool(b.isnan().all()) for kv in buffers[:2] for b in kv)
 
-    got, lse = kernels.attend(query, key, value, positions[None], 0.3, state=state, layer=2, return_lse=True)
-    close(got, reference_attention(query, *expected_kv, positions[None], 0.3), dtype)
-    kernels.received(query, key, lse, positions[None], 0.3, state=state, layer=2, slot=1)
-    seen = visible(positions[None, :live], length)
-    weights = attention_weights(query[:, :, :live].float(), expected_kv[0].float(), seen, 0.3)
-    close(out[1], weights[0].mean(1), dtype)
+    args, expected = (AttentionArgs(query, *kv, 0.3) for kv in ((key, value), expected_kv))
+    got, lse = kernels.attend(args, positions[None], state=state, layer=2, return_lse=True)
+    close(got, reference_attention(expected, positions[None]), dtype)
+    kernels.received(args, lse, positions[None], state=state, layer=2, slot=1)
+    counted = AttentionArgs(query[:, :, :live], *expected_kv, 0.3).float()
+    close(out[1], attention_weights(counted, visible(positions[None, :live], length))[0].mean(1), dtype)
     assert not out[0].any()

@@ -236,7 +236,7 @@ class PassOff(proof.Pass):
 
 
 def blind_to(monkeypatch, name):
-    monkeypatch.setattr(switching, "attend_in_pass", without(switching.attend_in_pass, name))
+    monkeypatch.setattr(switching, "AttentionArgs", without(switching.AttentionArgs, name))
 
 
 WRONG_ATTENTION = {

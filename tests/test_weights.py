@@ -14,10 +14,12 @@ from helpers import MODELS, config, generate, largest_difference, make_llama, ma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, Trainer, TrainingArguments
 
 import hfblend
+from hfblend import kernels
 from hfblend.gpu.fused_norms import find_norms
+from hfblend.model.structure import Structure
 from hfblend.model.weights.contents import Samples, digest, digests, reference_views
 from hfblend.model.weights.fingerprint import Fingerprint
 from hfblend.model.weights.offloading import OffloadedWeights
@@ -331,6 +333,26 @@ def test_equal_weights_in_modules_that_compute_otherwise_have_other_kv(kind):
         assert blender.trace.hits == 1  # of the changed model's, not of the first one's
 
 
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_the_fingerprint_alone_sees_modules_that_compute_otherwise(kind):
+    model = made_of_blocks()
+    taken = Fingerprint(model)
+    before = taken.digest
+    in_each_layer(OTHERWISE[kind])(model)
+    assert taken.current(model) == Fingerprint(model).digest != before
+
+
+def test_a_config_inside_a_config_counts():
+    model = make_llama()
+    model.config.inner = LlamaConfig(rms_norm_eps=0.1)
+    taken, structure = Fingerprint(model), Structure(model)
+    before = taken.digest
+    assert structure.is_as_it_was()
+    model.config.inner.rms_norm_eps = 0.2
+    assert not structure.is_as_it_was()
+    assert taken.current(model) != before
+
+
 def test_a_write_that_the_sample_misses_is_seen_after_refresh():
     model = make_llama(vocab_size=300)
     with hfblend.patch(model, config=config(0.0)) as blender:
@@ -575,7 +597,7 @@ def test_a_sample_of_memory_of_any_form(device):
 
 
 def test_the_kernel_takes_the_reference_sample():
-    kernels = pytest.importorskip("hfblend.kernels", reason="needs triton")
+    pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
         tensors = [torch.randint(-99, 99, (n, 7), dtype=dtype, device=device) for n in (1, 50, 900)]

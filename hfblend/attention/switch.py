@@ -1,4 +1,4 @@
-"""Our attention in the place of a model's own, for the length of a pass, through Transformers' own interface.
+"""Attention by position instead of a model's own during a pass, through Transformers' interface.
 
 Shapes: B batch, H query heads, Hkv KV heads, S query rows, T keys, D head_dim.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..kernels.reference import AttentionArgs
 from ..locks import ForwardLock, only_inside
 from .by_position import QueryRows, attend_in_pass
 
@@ -28,12 +30,12 @@ Predicate = Callable[..., torch.Tensor]  # (batch, head, query, key) indices -> 
 
 
 class AttentionNotReplaceable(Exception):
-    """A layer's own attention does more than ours can; the message says what."""
+    """A layer's own attention does more than ours can; the message names it."""
 
 
 @dataclass(frozen=True)
 class _Scope:
-    """How a pass attends."""
+    """The rows and windows of a pass that attends by position."""
 
     rows: QueryRows
     windows: Mapping[int, int | None]
@@ -53,12 +55,12 @@ def attend_by_position(
 ) -> None:
     """Lets layers of the model with this `config` attend through `attend`, as these rows, in exclusive work of `lock`.
 
-    `attend_as` changes the rows in the middle. The setting is that of the config: another thread that meets it is
-    served by the model's own attention and masks.
+    `attend_as` changes the rows midway. The config's setting changes for all threads; others that meet it get the
+    model's own attention and masks.
 
     Args:
-        windows: layer -> the window of its mask, as a `WindowLearner` found it; what a layer says itself counts for the
-            others, and for flash attention, which takes no mask.
+        windows: layer -> the window of its mask, as a `WindowLearner` found it. Other layers, and all of flash
+            attention, which takes no mask, have the window that they name themselves.
         learner: finds the windows in this pass.
     """
     own = config._attn_implementation
@@ -88,26 +90,26 @@ class WindowLearner:
         self.windows: dict[int, int | None] = {}
 
     def marker(self, predicate: Predicate) -> torch.Tensor:
-        """What stands for a mask, (1, 1, 1, 1)."""
+        """Returns a stand-in for a mask, (1, 1, 1, 1)."""
         self._predicates.append(predicate)
         return torch.full((1, 1, 1, 1), len(self._predicates) - 1)
 
     def note(self, layer: int, mask: torch.Tensor | None) -> None:
-        """A layer attends with this mask.
+        """Notes the mask with which a layer attends.
 
         Raises:
             AttentionNotReplaceable: the mask is neither causal nor a window, or not the one that was given out.
         """
         is_marker = mask is not None and mask.shape == (1, 1, 1, 1) and not mask.is_floating_point()
         if mask is not None and not is_marker:
-            raise AttentionNotReplaceable(f"layer {layer} makes an attention mask of its own")
+            raise AttentionNotReplaceable(f"layer {layer} makes its own attention mask")
         window = None if mask is None else window_of(self._predicates[int(mask)])
         if self.windows.setdefault(layer, window) != window:
             raise AttentionNotReplaceable(f"layer {layer} attends in several ways")
 
 
 def window_of(predicate: Predicate) -> int | None:
-    """W if a row sees exactly the W last keys up to itself, `None` if it sees all of them.
+    """Returns W if a row sees exactly the W last keys up to itself, `None` if it sees all of them.
 
     Raises:
         AttentionNotReplaceable: it sees anything else.
@@ -118,12 +120,9 @@ def window_of(predicate: Predicate) -> int | None:
         index = [torch.tensor(i) for i in (0, 0, row, key)]
         return key >= 0 and bool(predicate(*index))
 
-    hidden, seen = -1, far
-    while seen - hidden > 1:
-        middle = (seen + hidden) // 2
-        hidden, seen = (hidden, middle) if sees(far, middle) else (middle, seen)
-    window = None if seen == 0 else far - seen + 1
-    steps = {0, 1, 2, 3, 5, 8, far // 3} | {n for w in (window,) if w for n in (w - 1, w, w + 1, 2 * w)}
+    first = bisect_left(range(far), True, key=lambda key: sees(far, key))
+    window = None if first == 0 else far - first + 1
+    steps = {0, 1, 2, 3, 5, 8, far // 3} | ({window - 1, window, window + 1, 2 * window} if window else set())
     for row in (*steps, far - 1):
         for key in {max(0, row + sign * step) for step in steps for sign in (1, -1)}:
             if sees(row, key) != (key <= row and (window is None or key > row - window)):
@@ -158,7 +157,7 @@ def _mask_for_others(own_mask: Callable[..., Any] | None) -> Callable[..., Any]:
 
 
 def _own_attention(implementation: str, module: nn.Module) -> Callable[..., Any]:
-    """What a layer calls under this name; `"eager"` stands beside the layer's class, under no name."""
+    """The function that a layer calls under this name; for `"eager"`, that in the module of the layer's class."""
     spaces = (vars(sys.modules[kind.__module__]) for kind in type(module).__mro__)
     eager = next((space[_EAGER] for space in spaces if _EAGER in space), None)
     found = ALL_ATTENTION_FUNCTIONS.get(implementation, eager)
@@ -168,7 +167,7 @@ def _own_attention(implementation: str, module: nn.Module) -> Callable[..., Any]
 
 
 def _attention_forward(implementation: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What layers call while `implementation` is replaced: ours within a pass, else their own."""
+    """The attention of layers while `implementation` is replaced: ours within a pass, else their own."""
     scope = _current()
     if scope is None:
         return _own_attention(implementation, module)(module, *args, **kwargs)
@@ -195,9 +194,9 @@ def _attend_in_scope(
     if scope.learner is not None:
         scope.learner.note(layer, attention_mask)
     rows = scope.rows
-    if query.shape[2] < rows.positions.shape[1]:  # a model may go on with the rows that are read, where K/V are shared
+    if query.shape[2] < rows.positions.shape[1]:  # models that share K/V may go on with the last rows only
         rows = rows.last(query.shape[2])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = scope.windows.get(layer, sliding_window)
-    out = attend_in_pass(query, key, value, rows, layer, scaling, window, softcap, s_aux)
+    out = attend_in_pass(AttentionArgs(query, key, value, scaling, window, softcap, s_aux), rows, layer)
     return out.transpose(1, 2).contiguous(), None

@@ -64,7 +64,7 @@ def _instead(run: Callable[..., Any], own: Callable[..., Any], *args: Any) -> An
 def _run(
     module: nn.Module, name: str, epsilon: str, offset: float, late: bool, hidden_states: torch.Tensor
 ) -> torch.Tensor:
-    return kernels.rms_norm(hidden_states, module._parameters[name], getattr(module, epsilon), offset, late)
+    return kernels.rms_norm(hidden_states, getattr(module, name), getattr(module, epsilon), offset, late)
 
 
 def _weight_name(module: nn.Module) -> str | None:

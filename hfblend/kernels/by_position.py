@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .state import FIRST_LAYER, State
+from .reference import AttentionArgs
+from .state import FIRST_LAYER, Placed, State
 
 hopper: Any  # None where Triton has no Gluon
 try:
@@ -55,6 +56,17 @@ def _logits(q, k, scaling, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _seen(key, at, position, HIDDEN, window, WINDOW: tl.constexpr, HAS_HIDDEN: tl.constexpr):
+    """Which keys the rows at `position` see; `at` is `key`, but never past the last one."""
+    seen = key[None, :] <= position[:, None]
+    if WINDOW:
+        seen = seen & (key[None, :] > position[:, None] - window)
+    if HAS_HIDDEN:
+        seen = seen & (tl.load(HIDDEN + at) == 0)[None, :]
+    return seen
+
+
+@triton.jit
 def _visit(
     top, total, out, q, K, V, HIDDEN, position, begin, end, length, k_token, v_token, scaling, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, D_BLOCK: tl.constexpr, DV_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
@@ -69,12 +81,7 @@ def _visit(
         k = tl.load(k_at) if D == D_BLOCK else tl.load(k_at, mask=d[:, None] < D, other=0.0)
         x, unit = _logits(q, k, scaling, softcap, SOFTCAP)
         if MASKED:
-            seen = key[None, :] <= position[:, None]
-            if WINDOW:
-                seen = seen & (key[None, :] > position[:, None] - window)
-            if HAS_HIDDEN:
-                seen = seen & (tl.load(HIDDEN + at) == 0)[None, :]
-            x = tl.where(seen, x, _HIDDEN)
+            x = tl.where(_seen(key, at, position, HIDDEN, window, WINDOW, HAS_HIDDEN), x, _HIDDEN)
         higher = tl.maximum(top, tl.max(x, 1) * unit)
         weight = tl.exp2(x * unit - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -98,7 +105,7 @@ def _attend_kernel(
 ):  # fmt: skip
     """One program: ROWS rows = some positions x the query heads of one KV head, over one split of the keys.
 
-    Rows are rising, so a tile's keys end at its last position, and only keys behind its first one need a mask. The
+    Rows are rising, so a tile's keys end at its last position, and only keys after its first one need a mask. The
     longest tiles, those of the last rows, come first, so that the short ones fill the gaps at the end.
     """
     PER_TILE: tl.constexpr = ROWS // GROUP_BLOCK
@@ -186,14 +193,8 @@ def _combine_kernel(PARTS, LSE, OUT, count, DV: tl.constexpr, DV_BLOCK: tl.const
 
 
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    args: AttentionArgs,
     positions: torch.Tensor,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
     *,
     state: State | None = None,
@@ -203,16 +204,17 @@ def attend(
     """Attention of rows at rising positions over all keys up to each row's own.
 
     Args:
-        query: (B, H, S, D), last dimension contiguous; key: (B, Hkv, T, D); value: (B, Hkv, T, Dv).
+        args: with last dimensions contiguous.
         positions: (B, S) int32, rising: the last key that each row sees.
         hidden: (T,) uint8, 1 at keys that no row sees.
-        state: read K/V of `layer`, T and hidden keys from there; `key`, `value` and `hidden` only tell what there is.
+        state: read K/V of `layer`, T and hidden keys from there; keys, values and `hidden` then give shapes only.
 
     Returns:
         (B, H, S, Dv), and the log2 of each row's softmax denominator (S, H) in fp32 if asked for.
     """
+    query, sinks = args.query, args.sinks
     batch, heads, rows, head_dim = query.shape
-    kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    kv_heads, value_dim = args.key.shape[1], args.value.shape[3]
     group = heads // kv_heads
     group_block = triton.next_power_of_2(group)
     out = query.new_empty(batch, rows, heads, value_dim)
@@ -224,27 +226,20 @@ def attend(
     def grid(config: dict[str, Any]) -> tuple[int, int, int]:
         return triton.cdiv(rows, config["ROWS"] // group_block) * kv_heads, batch, splits
 
-    where = (key, value, key.stride(), value.stride(), 0)
-    if state is not None:
-        layout = state.layouts[layer]
-        where = (state.numbers, state.numbers, layout.strides("key"), layout.strides("value"), layout.value_offset)
-    k, v, k_strides, v_strides, value_offset = where
-    is_plain = not needs_lse and all(option is None for option in (sliding_window, softcap, sinks, hidden))
-    if is_plain and hopper is not None and head_dim == value_dim:
-        strides = (*k_strides[:3], *v_strides[:3])
-        at = (strides, value_offset, layer, state is not None)
-        if hopper.attend(query, k, v, positions, out, scaling, length, kv_heads, *at):
-            return out.transpose(1, 2), None
+    at = Placed.of(args, state, layer)
+    is_plain = args.is_plain and hidden is None and not needs_lse and head_dim == value_dim
+    if is_plain and hopper is not None and hopper.attend(args, at, positions, out):
+        return out.transpose(1, 2), None
     few = splits > 1 or _INTERPRETED
     kernel = _attend_kernel if few else _tuned_attend_kernel
     stages = 3 if max(head_dim, value_dim) <= 128 else 2
     kernel[grid](
-        query, k, v, parts, lse, positions, out if sinks is None else sinks, out if hidden is None else hidden,
-        length, rows, layer, value_offset, scaling, softcap or 1.0, sliding_window or 0, kv_heads,
-        *query.stride()[:3], *k_strides[:3], *v_strides[:3],
+        query, at.key, at.value, parts, lse, positions, out if sinks is None else sinks,
+        out if hidden is None else hidden, args.length, rows, layer, at.value_offset, args.scaling, args.softcap or 1.0,
+        args.sliding_window or 0, kv_heads, *query.stride()[:3], *at.key_strides, *at.value_strides,
         D=head_dim, DV=value_dim, D_BLOCK=triton.next_power_of_2(head_dim), DV_BLOCK=triton.next_power_of_2(value_dim),
-        GROUP=group, GROUP_BLOCK=group_block, SPLITS=splits, IN_STATE=state is not None,
-        WINDOW=sliding_window is not None, SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
+        GROUP=group, GROUP_BLOCK=group_block, SPLITS=splits, IN_STATE=at.in_state,
+        WINDOW=args.sliding_window is not None, SOFTCAP=args.softcap is not None, HAS_SINKS=sinks is not None,
         HAS_HIDDEN=hidden is not None, WRITE_LSE=needs_lse,
         **({"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": stages} if few else {}),
     )  # fmt: skip
@@ -297,11 +292,7 @@ def _received_kernel(
             at = tl.minimum(key, length - 1)
             k_at = tl.multiple_of(K + at[None, :] * k_token + d[:, None], [16, 1])
             k = tl.load(k_at) if D == D_BLOCK else tl.load(k_at, mask=d[:, None] < D, other=0.0)
-            seen = key[None, :] <= position[:, None]
-            if WINDOW:
-                seen = seen & (key[None, :] > position[:, None] - window)
-            if HAS_HIDDEN:
-                seen = seen & (tl.load(HIDDEN + at) == 0)[None, :]
+            seen = _seen(key, at, position, HIDDEN, window, WINDOW, HAS_HIDDEN)
             x, unit = _logits(q, k, scaling, softcap, SOFTCAP)
             weight = tl.where(seen, tl.exp2(x * unit - lse[:, None]), 0.0)
             received = tl.sum(tl.reshape(weight, [PER_TILE, GROUP_BLOCK, KEYS]), 0) / counted
@@ -312,13 +303,9 @@ def _received_kernel(
 
 
 def received(
-    query: torch.Tensor,
-    key: torch.Tensor,
+    args: AttentionArgs,
     lse: torch.Tensor,
     positions: torch.Tensor,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
     hidden: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
@@ -329,22 +316,22 @@ def received(
     """The mean, over the rows, of the attention weights that each key receives, written to `out` (H, T) in fp32.
 
     Args:
-        query: (1, H, S, D); key: (1, Hkv, T, D); positions: (1, S) int32.
+        args: of one prompt; values are not read.
         lse: (S, H) from `attend`; sinks are in it.
+        positions: (1, S) int32.
         state: read K of `layer`, T and the number of rows that count from there, and write to the `slot`-th (H, T) at
             the state's address.
     """
-    _, heads, rows, head_dim = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    group_block = triton.next_power_of_2(group)
-    k, k_strides = (key, key.stride()) if state is None else (state.numbers, state.layouts[layer].strides("key"))
+    _, heads, rows, head_dim = args.query.shape
+    kv_heads = args.key.shape[1]
+    group_block = triton.next_power_of_2(heads // kv_heads)
+    at = Placed.of(args, state, layer)
     _received_kernel[(max(1, _PROGRAMS // kv_heads), kv_heads)](
-        query, k, lse, positions, lse if out is None else out, lse if hidden is None else hidden,
-        key.shape[2], rows, layer, slot, scaling, softcap or 1.0, sliding_window or 0,
-        heads, *query.stride()[1:3], *k_strides[1:3],
-        D=head_dim, D_BLOCK=triton.next_power_of_2(head_dim), GROUP=group, GROUP_BLOCK=group_block,
-        IN_STATE=state is not None, WINDOW=sliding_window is not None, SOFTCAP=softcap is not None,
+        args.query, at.key, lse, positions, lse if out is None else out, lse if hidden is None else hidden,
+        args.length, rows, layer, slot, args.scaling, args.softcap or 1.0, args.sliding_window or 0,
+        heads, *args.query.stride()[1:3], *at.key_strides[1:],
+        D=head_dim, D_BLOCK=triton.next_power_of_2(head_dim), GROUP=heads // kv_heads, GROUP_BLOCK=group_block,
+        IN_STATE=at.in_state, WINDOW=args.sliding_window is not None, SOFTCAP=args.softcap is not None,
         HAS_HIDDEN=hidden is not None, KEYS=64, num_warps=4,
         ROWS=max(16, group_block, min(128, triton.next_power_of_2(rows) * group_block)),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention of many rows on a Hopper GPU: what `by_position.attend` computes, a third faster.
+"""Attention of many rows on a Hopper GPU, as `by_position.attend` computes it, a third faster.
 
 Written in Gluon, Triton's language in which warps can do different work. A program has 128 rows. One warp copies blocks
 of keys and values into four places in shared memory; two groups of four warps take 64 rows each, and keep the matrix
@@ -29,7 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .state import FIRST_LAYER
+from .reference import AttentionArgs
+from .state import FIRST_LAYER, Placed
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +46,13 @@ _compiles = True
 
 @gluon.constexpr_function
 def _result(columns):
-    """How a group of warps holds the result of a product, 64 rows of so many columns."""
+    """The layout in which a group of warps holds the result of a product, 64 rows of so many columns."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.constexpr_function
 def _left(columns):
-    """How it holds the left side of a product with that result."""
+    """The layout of the left side of a product with that result."""
     return gl.DotOperandLayout(0, _result(columns), 2)
 
 
@@ -66,7 +67,7 @@ def _copy(source, block, number, places, filled, free, KEYS: gl.constexpr, D: gl
 
 @gluon.jit
 def _copy_all(keys, values, blocks, places, filled, free, KEYS: gl.constexpr, D: gl.constexpr):
-    """What the copying warp does."""
+    """The work of the copying warp."""
     for block in range(0, blocks):
         _copy(keys, block, 2 * block, places, filled, free, KEYS, D)
         _copy(values, block, 2 * block + 1, places, filled, free, KEYS, D)
@@ -124,7 +125,7 @@ def _attend_rows(
     first_row, q, Q, OUT, POSITIONS, num_rows, kv_head, kv_heads, unit, q_head, q_row, open_blocks, blocks, places,
     filled, free, GROUP: gl.constexpr, GROUP_BLOCK: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """What a group of warps does: 64 rows = some positions x the query heads of one KV head.
+    """The work of a group of warps: 64 rows = some positions x the query heads of one KV head.
 
     Args:
         q: its place for the queries in shared memory.
@@ -191,7 +192,7 @@ def _attend_kernel(
     first, last = gl.load(POSITIONS + row), gl.load(POSITIONS + gl.minimum(row + 2 * PER_GROUP, num_rows) - 1)
 
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    # What lies behind the last key is read as zeros.
+    # Rows after the last key are read as zeros.
     keys = tma.make_tensor_descriptor(
         K + batch * k_batch + kv_head * k_head, [length, D], [k_token, 1], [KEYS, D], layout
     )
@@ -225,60 +226,48 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _takes(query: torch.Tensor, kv_heads: int, strides: tuple[int, ...], addresses: tuple[int, ...]) -> bool:
+def _takes(args: AttentionArgs, at: Placed) -> bool:
     """Whether these rows are enough to fill the GPU, and K/V lie as it copies them: at multiples of 16 bytes."""
-    batch, heads, rows, head_dim = query.shape
+    batch, heads, rows, head_dim = args.query.shape
+    kv_heads = args.key.shape[1]
     group = triton.next_power_of_2(heads // kv_heads)
     return (
         _compiles
-        and _is_hopper(query.device)
-        and query.dtype.itemsize == 2
+        and _is_hopper(args.query.device)
+        and args.query.dtype.itemsize == 2
         and head_dim in _HEAD_DIMS
         and group <= 64
         and batch * kv_heads * triton.cdiv(rows * group, 128) >= _FEWEST_PROGRAMS
-        and all(stride % 8 == 0 for stride in strides)
-        and all(address % 16 == 0 for address in addresses)
+        and all(stride % 8 == 0 for stride in (*at.key_strides, *at.value_strides))
+        and (at.in_state or at.key.data_ptr() % 16 == at.value.data_ptr() % 16 == 0)
     )
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor,
-    out: torch.Tensor,
-    scaling: float,
-    length: int,
-    kv_heads: int,
-    strides: tuple[int, ...],
-    value_offset: int,
-    layer: int,
-    in_state: bool,
-) -> bool:
+def attend(args: AttentionArgs, at: Placed, positions: torch.Tensor, out: torch.Tensor) -> bool:
     """Attention of rows at rising positions over all keys up to each row's own, if the kernel takes them.
 
     Args:
-        query: (B, H, S, D); positions: (B, S) int32; out: (B, S, H, D).
-        key, value: (B, Hkv, T, D); or twice the numbers of a state, which tell where those of `layer` are.
-        strides: of keys, then of values: batch, head, token.
+        args: without window, softcap or sinks; keys and values are read as they are placed.
+        positions: (B, S) int32.
+        out: (B, S, H, D).
 
     Returns:
         Whether `out` is filled.
     """
     global _compiles
-    if not _takes(query, kv_heads, strides, () if in_state else (key.data_ptr(), value.data_ptr())):
+    if not _takes(args, at):
         return False
+    query, kv_heads = args.query, args.key.shape[1]
     batch, heads, rows, head_dim = query.shape
-    group = heads // kv_heads
-    group_block = triton.next_power_of_2(group)
+    group_block = triton.next_power_of_2(heads // kv_heads)
 
     def launch() -> None:
         triton.set_allocator(_scratch)
         _attend_kernel[(triton.cdiv(rows * group_block, 128) * kv_heads, batch)](
-            query, key, value, out, positions, length, rows, layer, value_offset, scaling * _LOG2_E, kv_heads,
-            *query.stride()[:3], *strides,
-            D=head_dim, KEYS=128 if head_dim <= 128 else 64, GROUP=group, GROUP_BLOCK=group_block, IN_STATE=in_state,
-            num_warps=4,
+            query, at.key, at.value, out, positions, args.length, rows, at.layer, at.value_offset,
+            args.scaling * _LOG2_E, kv_heads, *query.stride()[:3], *at.key_strides, *at.value_strides,
+            D=head_dim, KEYS=128 if head_dim <= 128 else 64, GROUP=heads // kv_heads, GROUP_BLOCK=group_block,
+            IN_STATE=at.in_state, num_warps=4,
         )  # fmt: skip
 
     try:

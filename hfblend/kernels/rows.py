@@ -14,7 +14,6 @@ from ..kv.rows import RowLayout
 from .state import FIRST_LAYER, State
 
 _TOKENS = 32  # a program moves that many rows
-_TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit(do_not_specialize=["num_rows", "layer"])
@@ -126,11 +125,11 @@ def _move_heads(
 
 
 def tiles_of(pieces: list[tuple[int, int, int]]) -> torch.Tensor:
-    """How `load_rows` divides its work, (tiles, 5) int64: piece, its row, the buffer's row, tokens, row of the tables.
+    """The tiles of `load_rows`, (tiles, 5) int64: piece, its row, the buffer's row, tokens, row of the tables.
 
     Args:
         pieces: of each, in the order of the sources: tokens, first row in the buffer, and first row in the rotary
-            tables or −1 for a piece that is copied as it is.
+            tables or −1 for a piece that is copied unchanged.
     """
     tokens, to_row, turn = torch.tensor(pieces).T
     counts = (tokens + _TOKENS - 1) // _TOKENS
@@ -158,14 +157,15 @@ def load_rows(
         sources: (n, pieces) int64, address of each piece's first row: elsewhere, or its own place in the buffer.
         tiles: from `tiles_of`, on the GPU.
         dtype: of the rows.
-        tables: cos and sin (N, R) in fp32, as for `rope.rotate`.
+        tables: cos and sin (N, R) in fp32, as for `rotation.rotate`.
         rotates: 0 if keys turn, 1 if values do, −1 if nothing.
         half: dimension i turns with i + R, else 2i with 2i + 1.
     """
     cos, sin = (tiles, tiles) if tables is None else tables
+    triton_type = getattr(tl, str(dtype).removeprefix("torch."))
     pairs = 8 if tables is None else cos.shape[1]
     _load_rows_kernel[(len(tiles), 2, len(targets))](
-        targets, sources, tiles, cos, sin, sources.shape[1], layout.width, pairs, _TRITON_TYPES[dtype],
+        targets, sources, tiles, cos, sin, sources.shape[1], layout.width, pairs, triton_type,
         HEADS=layout.key_heads, D=layout.key_dim, VALUE_HEADS=layout.value_heads, DV=layout.value_dim,
         PAIRS=triton.next_power_of_2(pairs), TOKENS=_TOKENS, ROTATES=rotates, HALF=half,
         ALIGNED=layout.key_dim % 8 == layout.value_dim % 8 == pairs % 8 == 0,

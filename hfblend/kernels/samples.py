@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 _BLOCK = 1024
-_TRITON_TYPES = {torch.int8: tl.int8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64}
 
 
 @triton.jit
@@ -35,5 +34,5 @@ def sample(table: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
     """
     out = torch.empty(count, dtype=dtype, device=table.device)
     with torch.cuda.device_of(table):
-        _sample_kernel[(len(table),)](table, out, dtype=_TRITON_TYPES[dtype], BLOCK=_BLOCK)
+        _sample_kernel[(len(table),)](table, out, dtype=getattr(tl, str(dtype).removeprefix("torch.")), BLOCK=_BLOCK)
     return out

@@ -57,6 +57,6 @@ class Ids(Sequence[int]):
 
 
 def _one_for_all(ids: array[int]) -> array[int]:
-    """The array of these ids that others use, or this one."""
+    """Returns the array of equal ids that is in use, or this one."""
     found = _shared.setdefault(xxhash.xxh3_128_digest(ids), ids)
     return found if found == ids else ids

@@ -1,7 +1,7 @@
-"""Where chunk KV comes from, for people and for tools that look after a store.
+"""The origin of chunk KV, for people and for tools that look after a store.
 
-An entry is found by its key, a hash that tells nothing. This tells of which model it is and behind what it was
-computed, and so which entries nobody will ask for again.
+An entry is found by its key, a hash that tells nothing. Its origin says which model computed it and after which tokens,
+and so which entries no prompt will ask for again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Origin:
-    """Who computed a chunk's KV, of what.
+    """The model and the tokens that a chunk's KV was computed from.
 
     Attributes:
         model: its name, or its class if it has none.
         fingerprint: of its weights, adapters and configuration.
         rope: its RoPE, as its configuration has it, in JSON.
-        ids, behind: digests of the chunk's token ids, and of those it was computed behind (`digest_of`).
+        ids, behind: digests (`digest_of`) of the chunk's token ids, and of the ids before it when it was computed.
     """
 
     model: str

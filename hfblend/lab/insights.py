@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..attention.by_position import AttentionRecord, attention_weights
+from ..attention.by_position import AttentionRecord
 from ..blend.caches import BlendingCache, RecordingCache
 from ..blend.model import Pass
 from ..blend.selection import kv_deviation
 from ..config import BlendConfig
 from ..display import palette
 from ..generate.blending import Blending
+from ..kernels.reference import AttentionArgs, attention_weights
 from ..kv.rows import KV
 from ..measure.calibrate import with_ratio
 from ..model.hf_model import CACHE
@@ -186,8 +187,8 @@ class _SuffixAttention(AttentionRecord):
         super().__init__(range(num_layers))
         self.reference, self.found = reference, dict[int, Any]()
 
-    def add(self, layer: int, query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, *how: Any) -> None:
-        weights = attention_weights(query, key, seen, *how)[0]
+    def add(self, layer: int, args: AttentionArgs, seen: torch.Tensor) -> None:
+        weights = attention_weights(args, seen)[0]
         if self.reference is None:
             self.found[layer] = weights.cpu()
         else:

@@ -1,4 +1,4 @@
-"""The settings with the smallest ratio that keeps blending within a bound of full prefill, for one's own prompts."""
+"""The settings with the smallest ratio that keeps blending within a bound of full prefill, for your prompts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CalibrationRow:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The settings with the smallest ratio that meets the bound, and what was measured on the way there."""
+    """The settings with the smallest ratio that meets the bound, and a row for each that was tried."""
 
     config: BlendConfig
     max_kl: float
@@ -101,18 +101,16 @@ def calibrate(
     require_bound(max_kl)
     prompts, store = require_prompts(prompts, "calibrate"), store_at(store)
     candidates, ratios = _candidates(as_config(config), layers), _ratios(ratios)
-    full = [FullAnswer.of(model, prompt, num_tokens) for prompt in prompts]
+    answers = [(prompt, FullAnswer.of(model, prompt, num_tokens)) for prompt in prompts]
     rows: list[CalibrationRow] = []
     for ratio in ratios:
-        measured = [
-            (_measure(model, prompts, full, store, settings), settings)
-            for settings in (with_ratio(candidate, ratio) for candidate in candidates)
-        ]
-        rows += [row for row, _ in measured]
-        best, settings = min(measured, key=lambda pair: _no_nan(pair[0].kl))
+        settings = [with_ratio(candidate, ratio) for candidate in candidates]
+        rows += [_verified(model, answers, store, one) for one in settings]
+        of_ratio = rows[-len(settings) :]
+        best = min(of_ratio, key=_distance)
         if best.kl <= max_kl:
-            return Calibration(settings, max_kl, rows)
-    best = min(rows, key=lambda row: _no_nan(row.kl))
+            return Calibration(settings[of_ratio.index(best)], max_kl, rows)
+    best = min(rows, key=_distance)
     raise ValueError(
         f"No ratio of {tuple(ratios)} meets max_kl={max_kl}: the smallest mean KL is {best.kl:.3g} nats, "
         f"at ratio {best.recompute_ratio}. Ratio 1.0 is a full prefill up to the dtype's rounding; raise max_kl or add "
@@ -131,11 +129,11 @@ def with_ratio(config: BlendConfig, ratio: float) -> BlendConfig:
     return replace(config, recompute_ratios=(ratio,) * len(config.check_layers))
 
 
-def _measure(
-    model: nn.Module, prompts: list[Prompt], full: list[FullAnswer], store: Store, config: BlendConfig
+def _verified(
+    model: nn.Module, answers: list[tuple[Prompt, FullAnswer]], store: Store, config: BlendConfig
 ) -> CalibrationRow:
     kls, agreements, shares = [], [], []
-    for prompt, answer in zip(prompts, full):
+    for prompt, answer in answers:
         result = blend(model, prompt, store=store, config=config)
         logits = teacher_forced_logits(model, prompt.input_ids, answer.ids, result.cache)
         kls.append(kl_divergence(answer.logits, logits).mean().item())
@@ -146,13 +144,13 @@ def _measure(
 
 
 def _layers_field(config: BlendConfig) -> str | None:
-    """The field with the layers that a selection rule looks at, if it has just one."""
+    """The field with the layers that a selection rule looks at; `None` if it has none, or several."""
     fields = {"kv_deviation": "check_layers", "suffix_attention": "score_layers"}
     return None if callable(config.selection) else fields.get(config.selection)
 
 
 def _candidates(config: BlendConfig, layers: Sequence[Layers] | None) -> list[BlendConfig]:
-    """The settings with each of the given layers; only themselves if none are given."""
+    """The settings with each of the given layers; unchanged if none are given."""
     if layers is None:
         return [config]
     name = _layers_field(config)
@@ -163,26 +161,25 @@ def _candidates(config: BlendConfig, layers: Sequence[Layers] | None) -> list[Bl
             'layers needs one or more candidates, and selection "kv_deviation" or "suffix_attention", got '
             f"layers={layers!r} with selection={config.selection!r}."
         )
-    found = []
-    for wanted in layers:
-        chosen = (wanted,) if isinstance(wanted, int) else None if wanted is None else tuple(wanted)
-        if name == "check_layers":
-            if not chosen:
-                raise ValueError(f"Each of layers must name check layers for kv_deviation, got {wanted!r}.")
-            ratios = (config.fixed_ratios or (1.0,))[:1] * len(chosen)
-            found.append(replace(config, check_layers=chosen, recompute_ratios=ratios))
-        else:
-            found.append(replace(config, score_layers=chosen))
-    return found
+    return [_with_layers(config, name, wanted) for wanted in layers]
 
 
-def _no_nan(kl: float) -> float:
-    """A KL to compare by: broken logits (NaN) are the farthest."""
-    return math.inf if math.isnan(kl) else kl
+def _with_layers(config: BlendConfig, name: str, wanted: Layers) -> BlendConfig:
+    chosen = (wanted,) if isinstance(wanted, int) else None if wanted is None else tuple(wanted)
+    if name == "score_layers":
+        return replace(config, score_layers=chosen)
+    if not chosen:
+        raise ValueError(f"Each of layers must name check layers for kv_deviation, got {wanted!r}.")
+    return replace(config, check_layers=chosen, recompute_ratios=(config.fixed_ratios or (1.0,))[:1] * len(chosen))
+
+
+def _distance(row: CalibrationRow) -> float:
+    """Its KL; broken logits (NaN) are the farthest."""
+    return math.inf if math.isnan(row.kl) else row.kl
 
 
 def _ratios(ratios: Sequence[float]) -> list[float]:
-    """Those to try, the smallest first."""
+    """The ratios to try, the smallest first."""
     if isinstance(ratios, str | bytes | Mapping) or not isinstance(ratios, Iterable):
         raise TypeError(f"ratios must be a list of ratios to try, got {described(ratios)}.")
     found = sorted({number_in("Each of ratios", ratio, 0, 1) for ratio in ratios})

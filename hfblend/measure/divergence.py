@@ -1,4 +1,4 @@
-"""How close blended output is to a full prefill's: pure functions, and the logits that they compare.
+"""Distances between blended output and a full prefill's, and the logits that they compare.
 
 Shapes: P predicted tokens, T tokens of the prompt, V vocabulary.
 """
@@ -53,7 +53,7 @@ def _require_same_shape(full_logits: torch.Tensor, other_logits: torch.Tensor) -
 def teacher_forced_logits(
     model: Any, prompt_ids: torch.Tensor, forced_ids: Sequence[int], cache: Cache | None = None
 ) -> torch.Tensor:
-    """The logits with which a model predicts each of `forced_ids` behind a prompt, in one stock forward.
+    """The logits with which a model predicts each of `forced_ids` after a prompt, in one stock forward.
 
     >>> full = teacher_forced_logits(model, prompt.input_ids, answer_ids)  # doctest: +SKIP
     >>> blended = hfblend.blend(model, prompt, store=store)  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""What the controller has to know of a machine, measured once: prefills, blends, and what chunk KV is loaded from.
+"""The costs of a machine that the controller decides by, measured once: prefills, blends, loading from each tier.
 
 Shapes: T all tokens, L layers.
 """
@@ -36,7 +36,7 @@ _LONG_ENOUGH_S = 0.5  # no prompt longer than one that takes so long
 _CHUNKS, _SUFFIX = 8, 32
 _RATIOS = (0.05, 0.3)
 _TURNS = 3  # the quickest counts
-_NAMESPACE = "hfblend profile"  # nobody's entries
+_NAMESPACE = "hfblend profile"  # of entries that no prompt asks for
 
 
 def profile_of(
@@ -47,10 +47,9 @@ def profile_of(
     refresh: bool = False,
     file: Path | None = None,
 ) -> Profile:
-    """The profile of a model and its store on this machine: the one that was kept, or measured now, and kept.
+    """Returns the profile of a model and its store on this machine, from its file, or measured now and kept there.
 
-    Measuring takes some seconds, and puts a few chunks into a folder inside the store's, or behind its URL, and removes
-    them again.
+    Measuring takes some seconds, puts a few chunks into the store apart from its own, and removes them again.
 
     >>> profile = profile_of(model, DiskStore("~/.cache/hfblend/chunks"))  # doctest: +SKIP
 
@@ -58,8 +57,8 @@ def profile_of(
         model: a causal LM in eval mode; patched or not.
         config: its rule is profiled; default `BlendConfig()`.
         refresh: measure again.
-        file: where it is kept; default, `$HFBLEND_CACHE/profiles/…` (`~/.cache/hfblend`), a file per machine, model,
-            dtype, rule and store.
+        file: default, `$HFBLEND_CACHE/profiles/…` (`~/.cache/hfblend`), a file per machine, model, dtype, rule and
+            store.
 
     Raises:
         UnsupportedModel: the model cannot be blended.
@@ -80,16 +79,17 @@ def profile_of(
 
 
 def _made_of(host: TestedModel, store: Store, config: BlendConfig) -> str:
-    """In words, everything that a profile holds for."""
-    of_model = [getattr(host.config, "_name_or_path", "") or type(host.model).__name__, str(host.dtype)]
-    shape = [f"{host.num_layers} layers", f"{sum(p.numel() for p in host.model.parameters()):,} weights"]
+    """Everything that a profile holds for, as text: machine, model, rule and stores."""
+    threads = "" if host.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = getattr(host.config, "_name_or_path", "") or type(host.model).__name__
+    shape = f"{host.num_layers} layers, {sum(p.numel() for p in host.model.parameters()):,} weights"
+    rule = f"{config.selection}, check layers {config.check_layers}, score layers {config.score_layers}"
     places = [
-        " ".join(filter(None, (getattr(one, "url", "") or str(getattr(one, "path", "")), getattr(one, "kv_dtype", ""))))
+        f"{getattr(one, 'url', '') or getattr(one, 'path', '')} {getattr(one, 'kv_dtype', None) or ''}".strip()
         for one in tiers_of(store)
     ]
-    rule = [str(config.selection), f"check layers {config.check_layers}", f"score layers {config.score_layers}"]
-    threads = [] if host.device.type == "cuda" else [f"{torch.get_num_threads()} threads"]
-    return ", ".join([describe_machine(host.device), *threads, *of_model, *shape, *rule, *filter(None, places)])
+    parts = [describe_machine(host.device), threads, name, str(host.dtype), shape, rule, *places]
+    return ", ".join(filter(None, parts))
 
 
 def _file_of(made_of: str) -> Path:
@@ -105,8 +105,7 @@ def measure(model: nn.Module, store: Store, config: BlendConfig) -> Profile:
     prefill_s = dict(_prefills(host))
     layers, check_layer = host.num_layers, check_layer_of(config)
     prefill = Cost.fit([Work.of_prefill(n, layers) for n in prefill_s], list(prefill_s.values()))
-    works, lengths, seconds, memory = [], [], [], MemoryStore(2**60)
-    chunks: dict[int, dict[str, ChunkKV]] = {}  # tokens of the prompt -> key -> entry
+    works, lengths, seconds, chunks, memory = [], [], [], [], MemoryStore(2**60)
     for tokens in [n for n in prefill_s if n >= 4 * _CHUNKS][-2:]:
         prompt = _prompt(host, tokens)
         shape = BlendShape(tokens, (tokens - _SUFFIX) // _CHUNKS, _SUFFIX)
@@ -115,18 +114,19 @@ def measure(model: nn.Module, store: Store, config: BlendConfig) -> Profile:
                 config, recompute_ratios=(ratio,), check_layers=config.check_layers[:1], namespace=_NAMESPACE,
                 min_reused_tokens=0, chunk_prefix="none",
             )  # fmt: skip
-            seconds.append(_quickest(lambda: blend(model, prompt, store=memory, config=at_ratio), host.device))  # noqa: B023
+            run = partial(blend, model, prompt, store=memory, config=at_ratio)
+            seconds.append(_quickest(run, host.device))
             works.append(Work.of_blend(shape, ratio, layers, check_layer))
             lengths.append(tokens)
-        keys = [chunk.key for chunk in blend(model, prompt, store=memory, config=at_ratio).trace.chunks]
-        chunks[tokens] = {key: entry for key in keys if (entry := memory.open(key)) is not None}
+        keys = [chunk.key for chunk in run().trace.chunks]
+        chunks.append({key: entry for key in keys if (entry := memory.open(key)) is not None})
     blended = BlendCost.fit(prefill, works, lengths, seconds)
-    tiers = dict(_tiers(store, list(chunks.values()), host.device))
+    tiers = dict(_tiers(store, chunks, host.device))
     return Profile(_made_of(host, store, config), layers, check_layer, prefill, blended, tiers)
 
 
 def check_layer_of(config: BlendConfig) -> int | None:
-    """The layer at which a rule selects while later layers still load; `None`: it waits for late layers first."""
+    """Returns the layer at which a rule selects while later layers still load; `None` if it waits for late layers."""
     if config.selection in ("suffix_attention", "mixed") or callable(config.selection):
         return None
     return config.check_layers[0] if config.selection == "kv_deviation" and config.check_layers else 0
@@ -149,7 +149,7 @@ def _prefills(host: TestedModel) -> Iterator[tuple[int, float]]:
 def _tiers(
     store: Store, groups: Sequence[Mapping[str, ChunkKV]], device: torch.device
 ) -> Iterator[tuple[str, LoadCost]]:
-    """Tier -> what loading from it takes, measured with every group: short chunks and longer ones."""
+    """Tier -> the cost of loading from it, measured with every group: short chunks and longer ones."""
     if device.type == "cuda":
         in_ram = [[chunk_kv.to("cpu") for chunk_kv in group.values()] for group in groups]
         yield "ram", LoadCost.fit(*zip(*((_total(g), _quickest(partial(_load, g, device), device)) for g in in_ram)))
@@ -158,38 +158,33 @@ def _tiers(
         try:
             with one.apart() as apart:
                 for group in groups:
-                    for tier, load, seconds in _loads_from(apart, group, device):
-                        found.setdefault(tier, []).append((load, seconds))
-        except OSError as error:  # a folder that may only be read
+                    for tier, load in _loads_from(apart, group, device).items():
+                        found.setdefault(tier, []).append(load)
+        except (OSError, ChunkLost) as error:  # a folder that may only be read, say
             logger.warning("%s could not be measured: %s", type(one).__name__, error)
-        yield from ((tier, LoadCost.fit(*zip(*points))) for tier, points in found.items())
+        yield from ((tier, LoadCost.fit(*zip(*loads))) for tier, loads in found.items())
 
 
-def _loads_from(
-    store: FileStore, chunks: Mapping[str, ChunkKV], device: torch.device
-) -> Iterator[tuple[str, Load, float]]:
-    """Tier, load and seconds: from the disk, where the system lets go of its copies, then from those copies in RAM."""
+def _loads_from(store: FileStore, chunks: Mapping[str, ChunkKV], device: torch.device) -> dict[str, tuple[Load, float]]:
+    """Tier -> load and seconds: from the disk, if the system lets go of its copies, then from those copies in RAM."""
+    found: dict[str, tuple[Load, float]] = {}
     try:
         for key, chunk_kv in chunks.items():
             store.put(key, chunk_kv)
         for key in chunks:
             store.drop_from_ram(key)
-        found: dict[str, tuple[Load, float]] = {}
         for _ in range(1 + _TURNS):
             synchronize(device)
             began = time.perf_counter()
             entries = [entry for key in chunks if (entry := store.open(key)) is not None]
             if len(entries) < len(chunks):
-                logger.warning("%s does not have what was just put into it; it is not measured.", type(store).__name__)
-                return
+                raise ChunkLost(next(iter(chunks)), "the store does not have all that was just put into it")
             tier = entries[0].tier_beside(device)
             _load(entries, device)
             synchronize(device)
             seconds = time.perf_counter() - began
             found[tier] = _total(entries), min(seconds, found[tier][1] if tier in found else seconds)
-        yield from ((tier, *load) for tier, load in found.items())
-    except ChunkLost as error:
-        logger.warning("%s could not be measured: %s", type(store).__name__, error)
+        return found
     finally:
         for key in chunks:
             store.remove(key)

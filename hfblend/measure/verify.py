@@ -1,7 +1,7 @@
-"""How far blending is from full prefill on prompts of your own: asked for, or on every k-th prompt in use.
+"""The distance of blending from full prefill on your prompts: verified on request, or at every k-th prompt in use.
 
-Compared is full prefill's own greedy answer: the same tokens are given to both (teacher forcing), and the two
-distributions of each next token are held against each other.
+Both are given the tokens of full prefill's greedy answer (teacher forcing), and the two distributions of each next
+token are compared.
 
     full prefill    prompt ──► a b c d …        greedy; its logits are P(next)
     blended         prompt ──► ? ? ? ?          shown a, b, c …: its logits are Q(next)       KL(P ‖ Q), nats
@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Verification:
-    """How close a blended prompt came to its full prefill, over the first tokens of full prefill's greedy answer.
+    """Distances of a blended prompt from its full prefill, over the first tokens of full prefill's greedy answer.
 
     Attributes:
         kl: KL(full prefill ‖ blended) in nats, mean over the tokens.
         largest_logit_difference: over all tokens and the whole vocabulary.
         top1_agreement: share in [0, 1] of tokens whose most likely token is the same.
         first_difference: index of the first token at which the two greedy answers part; `None` if they are equal.
-        full_answer_ids, blended_answer_ids: the greedy answers, each going its own way.
+        full_answer_ids, blended_answer_ids: the two greedy answers, not forced.
         recomputed_pairs_share: computed (token, layer) pairs over those of a full prefill.
         trace: of the blended prompt.
     """
@@ -86,7 +86,7 @@ def verify_prompt(
     config: BlendConfig | None = None,
     num_tokens: int = 16,
 ) -> Verification:
-    """Prefills a prompt in full and blends it, and says how far the two are apart.
+    """Prefills a prompt in full and blends it, and returns how far the two are apart.
 
     >>> print(verify_prompt(model, prompt, store=store))  # doctest: +SKIP
 
@@ -124,31 +124,20 @@ class FullAnswer:
 
     @classmethod
     def of(cls, model: nn.Module, prompt: Prompt, num_tokens: int) -> FullAnswer:
-        """One full prefill; prefilling and decoding are the model's own."""
+        """Prefills and decodes once, by the model's stock code."""
         return cls(*_greedy(model, prompt, whole("num_tokens", num_tokens, 1)))
 
 
 def _greedy(model: nn.Module, prompt: Prompt, num_tokens: int, **kwargs: Any) -> tuple[list[int], torch.Tensor]:
-    """Greedy ids, and the logits (P, V) before any processor changed them, of stock `generate`.
-
-    The class's own `generate` is called, past a wrapper on the instance: it neither blends nor leaves a trace.
-    """
+    """Greedy ids, and the logits (P, V) before any processor changed them, of the class's stock `generate`."""
     input_ids = prompt.input_ids.to(model_of(model).device)
     kind: Any = type(model)
+    unused = dict.fromkeys(("temperature", "top_p", "top_k"))  # settings of sampling, which warn without it
     output = kind.generate(
-        model,
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        min_new_tokens=num_tokens,
-        max_new_tokens=num_tokens,
-        do_sample=False,
-        **dict.fromkeys(("temperature", "top_p", "top_k")),  # settings of sampling, which warn without it
-        num_beams=1,
-        num_return_sequences=1,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **kwargs,
-    )
+        model, input_ids, attention_mask=torch.ones_like(input_ids), min_new_tokens=num_tokens,
+        max_new_tokens=num_tokens, do_sample=False, num_beams=1, num_return_sequences=1, output_logits=True,
+        return_dict_in_generate=True, **unused, **kwargs,
+    )  # fmt: skip
     return output.sequences[0, input_ids.shape[1] :].tolist(), torch.cat(output.logits).float()
 
 
@@ -158,14 +147,14 @@ def _greedy(model: nn.Module, prompt: Prompt, num_tokens: int, **kwargs: Any) ->
 @known_fields({"k": "every", "bound": "max_kl", "kl": "max_kl", "tokens": "num_tokens"})
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Which blended calls of a patched model are checked against full prefill, once they are done.
+    """Settings of verifying: every how many blended prompts of a patched model are compared with full prefill.
 
     >>> hfblend.patch(model, verify=hfblend.Verify(every=50, max_kl=0.1))  # doctest: +SKIP
 
     Args:
-        every: the k-th, 2k-th, … prompt that the blender has blended is checked; a batch has several.
+        every: the k-th, 2k-th, … blended prompt is verified when its call is done; a batch has several prompts.
         max_kl: in nats; a mean KL above it is logged as a warning.
-        num_tokens: answer tokens that are compared. A check costs a full prefill, a blended one, and these.
+        num_tokens: answer tokens that are compared. Verifying costs a full prefill, a blended one, and these.
 
     Raises:
         ValueError, TypeError: `every` or `num_tokens` below 1, a negative bound, or no numbers.
@@ -187,7 +176,7 @@ def require_bound(max_kl: Any) -> None:
 
 
 class Verifier:
-    """Counts the blended calls of one blender, in all threads together, and checks those that are due.
+    """Counts the blended prompts of one blender, in all threads together, and verifies those that are due.
 
     Args:
         settings: or k, for `Verify(every=k)`.
@@ -200,7 +189,7 @@ class Verifier:
         self._lock, self._calls = Mutex(), 0
 
     def after(self, model: nn.Module, prompt: Prompt, store: Store, config: BlendConfig, trace: BlendTrace) -> None:
-        """Checks a finished call if its turn has come, and notes the outcome in its trace. Never raises."""
+        """Verifies a finished call if its turn has come, and notes the outcome in its trace. Never raises."""
         with self._lock:
             self._calls += 1
             due = self._calls % self.settings.every == 0
@@ -209,21 +198,19 @@ class Verifier:
         try:
             found = verify_prompt(model, prompt, store=store, config=config, num_tokens=self.settings.num_tokens)
         except Exception as error:  # the user's call has its output already, and keeps it
-            self._note(trace, {"error": f"{type(error).__name__}: {error}"}, "Could not be verified", error)
+            trace.verification = {"error": f"{type(error).__name__}: {error}"}
+            _note(trace, logging.WARNING, f"Could not be verified: {trace.verification['error']}", error)
             return
+        max_kl = self.settings.max_kl
         outcome = {name: value for name, value in vars(found).items() if name != "trace"}
-        outcome |= {"max_kl": self.settings.max_kl, "within_bound": found.kl <= self.settings.max_kl}
-        if outcome["within_bound"]:
-            self._note(trace, outcome, f"Verified: {found}.")
+        trace.verification = {**outcome, "max_kl": max_kl, "within_bound": found.kl <= max_kl}
+        if found.kl <= max_kl:
+            _note(trace, logging.INFO, f"Verified: {found}.")
         else:
             cure = "Raise the ratio (Blender.calibrate finds one), or look at what the store holds"
-            self._note(
-                trace, outcome, f"Verified, and above the bound of {self.settings.max_kl} nats: {found}. {cure}."
-            )
+            _note(trace, logging.WARNING, f"Verified, and above the bound of {max_kl} nats: {found}. {cure}.")
 
-    @staticmethod
-    def _note(trace: BlendTrace, outcome: dict[str, Any], note: str, error: Exception | None = None) -> None:
-        trace.verification = outcome
-        trace.notes.append(note if error is None else f"{note}: {outcome['error']}")
-        level = logging.INFO if outcome.get("within_bound") else logging.WARNING
-        logger.log(level, "%s", trace.notes[-1], exc_info=error)
+
+def _note(trace: BlendTrace, level: int, note: str, error: Exception | None = None) -> None:
+    trace.notes.append(note)
+    logger.log(level, "%s", note, exc_info=error)

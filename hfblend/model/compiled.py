@@ -1,4 +1,4 @@
-"""Compiled code of a model, set aside while a prompt is blended: inside it nothing of hfblend is reached.
+"""Compiled code of a model, set aside while a prompt is blended: it calls nothing of hfblend.
 
 `module.compile()` leaves its code in one attribute of the instance, `torch.compile(module.forward)` in another. Both
 are taken off until the prompt is in the cache; decoding is compiled again.
@@ -20,15 +20,11 @@ T = TypeVar("T")
 
 @dataclass
 class _Aside:
-    """A module's compiled attributes, what stands there meanwhile, and the work that wants them aside."""
+    """A module's compiled attributes, those that replace them meanwhile, and the work that wants them aside."""
 
     compiled: dict[str, Any]
     written: dict[str, Any]
     owners: list[Running]
-
-    def put_back(self, module: nn.Module) -> None:
-        for name, value in self.written.items():
-            put_back(vars(module), name, value, self.compiled[name])
 
 
 _lock = Mutex()
@@ -36,12 +32,12 @@ _aside: WeakKeyDictionary[nn.Module, _Aside] = WeakKeyDictionary()
 
 
 def as_written(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What `torch.compile` was given, if this is what it made."""
+    """The function that `torch.compile` was given, if it made this one; else this one."""
     return getattr(forward, "_torchdynamo_orig_callable", forward)
 
 
 def run_as_written(modules: tuple[nn.Module, ...], work: Callable[..., T], /, **kwargs: Any) -> T:
-    """Runs some work in which these modules run their code as it was written, in other threads too."""
+    """Runs some work in which these modules run their code uncompiled, in other threads too."""
     if not _aside and not any(map(_compiled, modules)):
         return work(**kwargs)
     owner = Running()
@@ -57,7 +53,7 @@ def _run(owner: Running, modules: tuple[nn.Module, ...], work: Callable[..., T],
 
 
 def set_aside(owner: Running, *modules: nn.Module) -> None:
-    """Has these modules run their code as it was written, until `give_back`, or until the owner's work is over."""
+    """Has these modules run their code uncompiled, until `give_back`, or until the owner's work is over."""
     tidy()
     for module in modules:
         with _lock:
@@ -70,24 +66,24 @@ def set_aside(owner: Running, *modules: nn.Module) -> None:
 
 
 def give_back(owner: Running) -> None:
-    """Ends what `set_aside` began. The last owner's modules get back what the first one took."""
+    """Ends the owner's `set_aside`. A module without owners gets its compiled code back."""
     for module, aside in list(_aside.items()):
         with _lock:
             aside.owners = [one for one in aside.owners if one is not owner and one.is_alive]
             if not aside.owners and _aside.get(module) is aside:
-                aside.put_back(module)
+                for name, value in aside.written.items():
+                    put_back(vars(module), name, value, aside.compiled[name])
                 del _aside[module]
 
 
 def tidy() -> None:
-    """Gives back what interrupted work has left aside."""
+    """Gives compiled code back that interrupted work has set aside."""
     if _aside:
         give_back(Running())
 
 
 def _compiled(module: nn.Module) -> dict[str, Any]:
     """The compiled attributes of a module, by name."""
-    own = vars(module)
-    found = {name: own.get(name) for name in ("_compiled_call_impl", "forward")}
-    written = {"_compiled_call_impl": None, "forward": as_written(found["forward"])}  # type: ignore[arg-type]
-    return {name: value for name, value in found.items() if value not in (None, written[name])}
+    call, forward = (vars(module).get(name) for name in ("_compiled_call_impl", "forward"))
+    found = {} if call is None else {"_compiled_call_impl": call}
+    return found if forward is None or as_written(forward) is forward else {**found, "forward": forward}

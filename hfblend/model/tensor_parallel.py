@@ -1,7 +1,7 @@
 """The processes that hold one model together, each a part of every layer (tensor parallel).
 
-Each rank has K/V of its own heads and a store of its own, but a forward is one step of all of them: what decides which
-forwards run, and over which tokens, must be the same everywhere. That is settled here.
+Each rank has the K/V of its heads, and its store, but a forward is one step of all of them. So the ranks agree here on
+everything that decides which forwards run, and over which tokens.
 
 Shapes: H heads of one rank.
 """
@@ -19,7 +19,7 @@ class Ranks:
 
     Args:
         group: their process group; `None`: one process.
-        device: where the group exchanges tensors.
+        device: on which the group exchanges tensors.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
@@ -36,7 +36,7 @@ class Ranks:
         """
         if self.are_several:
             raise ValueError(
-                f'recompute_ratios="auto" is settled by what one process measures; this model is tensor-parallel over '
+                f'recompute_ratios="auto" rests on what one process measures; this model is tensor-parallel over '
                 f"{self.size} ranks, which must recompute the same tokens. Give a ratio."
             )
 
@@ -49,7 +49,7 @@ class Ranks:
         return bool(agreed)
 
     def gathered(self, states: torch.Tensor, dim: int) -> torch.Tensor:
-        """The heads of all ranks, in order, of states that have H of them in dimension `dim`."""
+        """Returns the heads of all ranks, in order, of states that have H of them in dimension `dim`."""
         if not self.are_several:
             return states
         parts = [torch.empty_like(states, memory_format=torch.contiguous_format) for _ in range(self.size)]
@@ -57,7 +57,7 @@ class Ranks:
         return torch.cat(parts, dim)
 
     def as_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What the first rank has: a last bit that differs would choose other tokens."""
+        """Returns the first rank's tensor: a last bit that differs would choose other tokens."""
         if not self.are_several:
             return tensor
         tensor = tensor.contiguous()

@@ -1,7 +1,7 @@
 """peft's adapters: which of them act in a forward, and which weights they bring.
 
-What does not act is left out of the fingerprint: a model whose adapters are disabled has the keys it had without them,
-and an adapter's entries are found again when it is switched back on, whatever was loaded or deleted in between.
+The fingerprint leaves out adapters that do not act: a model whose adapters are disabled has the keys it had without
+them, and an adapter's entries are found again when it is switched back on, whatever was loaded or deleted in between.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ class Adapters:
         self._configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
 
     def state(self) -> tuple[Any, ...]:
-        """Of each layer where an adapter acts: which ones, and how strongly."""
+        """Returns the adapters that act in each layer, and their strengths."""
         found = ((plain_name(path), acting(layer), _strengths(layer), _unmerges(layer)) for path, layer in self._layers)
         return tuple(of_layer for of_layer in found if of_layer[1] or of_layer[3])
 
     def merged(self) -> list[tuple[str, ...]]:
-        """Of each layer, the adapters that have gone into its base weights; peft writes those past version counters."""
+        """Returns each layer's adapters that are merged into its base weights; peft writes past version counters."""
         return [tuple(getattr(layer, "merged_adapters", ())) for _, layer in self._layers]
 
     def configs(self) -> str:
         """The settings of those that act: some change a forward and no weight."""
         names = sorted({name for _, layer in self._layers for name in acting(layer)} & self._configs.keys())
-        return json.dumps([(name, _settings(self._configs[name])) for name in names], sort_keys=True, default=_text)
+        told = [
+            (name, {key: value for key, value in self._configs[name].to_dict().items() if key not in _CONFIG_NOISE})
+            for name in names
+        ]
+        return json.dumps(told, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v))
 
     def unread(self) -> tuple[str, ...]:
-        """What names of weights begin with, a dot behind them, that no forward reads: of adapters that do not act."""
+        """Returns prefixes of the names of weights that no forward reads: those of adapters that do not act."""
         return tuple(
             f"{path}.{container}.{name}."
             for path, layer in self._layers
@@ -49,19 +53,19 @@ class Adapters:
 
 
 def plain_name(name: str) -> str:
-    """A weight's name as it is without adapters."""
+    """The name that a weight has without adapters."""
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")
     return name
 
 
 def is_part_of_peft(module: nn.Module) -> bool:
-    """Whether it is there because of an adapter; the model's own modules inside it are not."""
+    """Whether an adapter brought it; the model's own modules inside it are not part of peft."""
     return type(module).__module__.partition(".")[0] == "peft"
 
 
 def acting(layer: nn.Module) -> list[str]:
-    """The adapters whose own weights a layer's forward reads; what is merged has gone into the base weights."""
+    """The adapters whose own weights a layer's forward reads; merged ones are part of the base weights."""
     if layer.disable_adapters or getattr(layer, "merged", False):
         return []
     active: Any = layer.active_adapters
@@ -76,14 +80,14 @@ def _held(layer: nn.Module) -> dict[str, Collection[str]]:
 
 
 def reason_against(model: nn.Module, kwargs: Mapping[str, Any] | None = None) -> str | None:
-    """Why no chunk of this model can be computed alone, as its adapters are; `None` if nothing is against it.
+    """Returns why a chunk of this model, with its adapters, cannot be computed alone; `None` if it can.
 
     Args:
         kwargs: of a call of `generate`.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return (
-            "The adapter puts virtual tokens, or K/V of its own, before every prompt (prompt, prefix or p-tuning): a "
+            "The adapter puts virtual tokens, or its own K/V, before every prompt (prompt, prefix or p-tuning): a "
             "chunk computed alone does not see them. Adapters of layers (LoRA, DoRA, IA3, …) are blended."
         )
     configs = getattr(model, "peft_config", None) or {}
@@ -102,7 +106,7 @@ def reason_against(model: nn.Module, kwargs: Mapping[str, Any] | None = None) ->
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    """A tuner's layer, or a whole module that peft has a copy of for each adapter; not the model around them."""
+    """Whether it is a tuner's layer, or a whole module that each adapter has a copy of; not the model around them."""
     return hasattr(module, "adapter_layer_names") and isinstance(getattr(module, "disable_adapters", None), bool)
 
 
@@ -112,13 +116,5 @@ def _strengths(layer: nn.Module) -> str:
 
 
 def _unmerges(layer: nn.Module) -> bool:
-    """Whether the next forward takes merged adapters out of the weights, which are then others."""
+    """Whether the next forward takes merged adapters out of the weights, which then change."""
     return bool(layer.disable_adapters and getattr(layer, "merged", False))
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in _CONFIG_NOISE}
-
-
-def _text(value: Any) -> Any:
-    return sorted(map(str, value)) if isinstance(value, set) else str(value)

@@ -81,7 +81,7 @@ class Samples:
     On a CPU, this holds the tensors' memory; on a GPU, only its addresses, so that moving a model frees the GPU.
 
     Args:
-        tensors: `None` has no sample, and neither has what is empty.
+        tensors: `None` and empty ones have no sample.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor | None]) -> None:

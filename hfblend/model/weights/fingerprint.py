@@ -1,4 +1,4 @@
-"""What makes a model's KV its own: a digest of every weight and buffer, and of what the modules are, and of configs."""
+"""The digest of everything that a model's KV depend on: every weight and buffer, its structure and its configs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import logging
 import operator
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,15 +16,14 @@ from torch import nn
 from ...kv.streams import synchronize
 from ...locks import Mutex
 from ..rotary_tables import find_rotary_sources
+from ..structure import Members, Structure, plain_tensors
 from . import adapters
 from . import quantised as quantised_weights
 from .contents import Samples, digests
-from .description import CONFIG_NOISE, config_text, described, hooks_described, is_foreign, plain_tensors
+from .description import config_text
 from .offloading import OffloadedWeights
 
 logger = logging.getLogger(__name__)
-
-_NUMBERS = ("is_causal", "sliding_window")  # of modules, besides all floats: scaling, epsilon, softcap
 
 State = tuple[Any, ...]
 _IS_META = operator.attrgetter("is_meta")
@@ -38,10 +36,8 @@ class Fingerprint:
 
     A weight or buffer counts as changed when its memory, its shape or its version counter does: after assignment,
     in-place operations, moving, casting. Writes past the counter (fused optimizers, `.data`, NumPy views) are
-    found in a sample of every tensor's elements, which is compared at each call; what misses all of them is not found
-    (`contents.Samples`), so call `refresh()` after such a write.
-
-    What else it covers (`description.described`) is read once; `hfblend.model.structure` finds when that changes.
+    found in a sample of every tensor's elements, which is compared at each call. A write that misses the sample
+    (`contents.Samples`) is not found, so call `refresh()` after it. `hfblend.model.structure` finds all other changes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,7 +55,7 @@ class Fingerprint:
 
     @property
     def devices(self) -> frozenset[torch.device]:
-        """Where the weights are, as `current` last found them."""
+        """The devices of the weights, as `current` last found them."""
         return self._taken.devices
 
     @property
@@ -68,13 +64,14 @@ class Fingerprint:
         return self._taken.generation
 
     def current(self, model: nn.Module) -> str:
-        """The fingerprint as a hex digest. Costs a look at every weight; only what has changed is read whole."""
+        """Returns the fingerprint as a hex digest. Looks at every weight, and reads only those that have changed."""
         with self._lock:
             if not self._inside.is_as_it_was():
+                self._taken = replace(self._taken, state=None)
                 self._inside = _Inside(model)
             if self._taken.samples.has_lost_memory():
                 self._forget()
-            state = self._inside.state(model.config)
+            state = self._inside.state()
             if state != self._taken.state or not self._taken.samples.are_as_they_were():
                 self._taken = self._take(state, model.config)
             return self.digest
@@ -88,13 +85,13 @@ class Fingerprint:
         self._taken = _Taken(generation=self._taken.generation)
 
     def _take(self, state: State, config: Any) -> _Taken:
-        """Sample first: what is written while the weights are read differs from it, and is read at the next call."""
+        """Samples first: weights written while they are read differ from the sample, and are read at the next call."""
         inside, before = self._inside, self._taken
         samples = Samples(inside.tensors())
         seen = dict(zip(inside.keys, zip(map(_state_of, inside.tensors()), samples.of_each())))
         known = {key: digest for key, digest in before.digests.items() if seen.get(key) == before.seen[key]}
-        silent = [key for key in seen if key in before.seen and _changed_silently(before.seen[key], seen[key])]
-        if silent:
+        changed = [key for key in seen if key in before.seen and seen[key] != before.seen[key]]
+        if silent := [key for key in changed if seen[key][0] == before.seen[key][0]]:
             logger.info("Weights were written past their version counters (%s, …): all are read again.", silent[0])
             known = {}
         known |= inside.read([key for key in inside.acting() if key not in known])
@@ -107,7 +104,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A fingerprint, and what it was taken of.
+    """A fingerprint, and the weights as it was taken.
 
     Attributes:
         seen: key of each weight -> its state, its sample.
@@ -123,13 +120,9 @@ class _Taken:
     digests: dict[str, bytes | None] = field(default_factory=dict)
 
 
-def _changed_silently(before: tuple[State | None, bytes], now: tuple[State | None, bytes]) -> bool:
-    return before[0] == now[0] and before[1] != now[1]
-
-
 @dataclass
 class _Weight:
-    """A plain tensor that the model's output depends on; `note` is all of it that is not in its numbers."""
+    """A plain tensor that the model's output depends on; `note` tells everything of it but its numbers."""
 
     name: str
     note: str
@@ -146,62 +139,35 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
     for source in find_rotary_sources(model):
         at_rest.setdefault(source.module, {}).update(source.at_rest())
     for path, module in model.named_modules():
-        for name, tensor in {**module._parameters, **module._buffers, **at_rest.get(module, {})}.items():
-            if tensor is not None:
-                for note, part in quantised_weights.plain_parts(tensor):
+        members = {**module._parameters, **module._buffers, **at_rest.get(module, {}), **dict(plain_tensors(module))}
+        for name, value in (*members.items(), *quantised_weights.scales(module)):
+            if torch.is_tensor(value):
+                for note, part in quantised_weights.plain_parts(value):
                     yield _Weight(f"{path}.{name}", f"{note} {tuple(part.shape)} {part.dtype}", part)
-        yield from (
-            _Weight(f"{path}.{name}", f"{note} {tuple(part.shape)} {part.dtype}", part)
-            for name, tensor in plain_tensors(module)
-            for note, part in quantised_weights.plain_parts(tensor)
-        )
-        for name, value in quantised_weights.beside(module):
-            is_tensor = torch.is_tensor(value)
-            note = f"{tuple(value.shape)} {value.dtype}" if is_tensor else str(value)
-            yield _Weight(f"{path}.{name}", note, value if is_tensor else torch.empty(0))
+            elif value is not None:
+                yield _Weight(f"{path}.{name}", str(value), torch.empty(0))
 
 
 class _Inside:
-    """What a model consists of. Asked before every blended prompt, where a millisecond is one of the first token's."""
+    """The parts of a model. Compared before every blended prompt, where each millisecond delays the first token."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._dicts: list[dict[str, Any]] = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
-        self._dicts += [d for m in modules for d in quantised_weights.holders(m)]
-        self._members = list(chain.from_iterable(d.values() for d in self._dicts))  # held, so that no id is given twice
-        self._filled = [d for d in self._dicts if d]
-        self._seen = self._look()
-        self._hooks = [
-            (path, hooks)
-            for path, module in model.named_modules()
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        ]
-        self._hook_dicts = [hooks for _, hooks in self._hooks]
-        self._described = described(model)
+        holders: list[dict[str, Any]] = [d for m in model.modules() for d in (m._parameters, m._buffers)]
+        self._members = Members([*holders, *(d for m in model.modules() for d in quantised_weights.holders(m))])
+        self._structure = Structure(model)
+        self._described = self._structure.described(model)
         self._weights = {weight.key: weight for weight in _weights(model)}
         self.keys = list(self._weights)
         self._tensors: list[Any] = [weight.tensor for weight in self._weights.values()]
-        self.adapters = adapters.Adapters(model)
+        self._adapters = adapters.Adapters(model)
         self._offloaded = OffloadedWeights(model)
-        self._numbers = [
-            (f"{path}.{name}", vars(module), name)
-            for path, module in model.named_modules()
-            if not adapters.is_part_of_peft(module)
-            for name, value in vars(module).items()
-            if isinstance(value, float) or name in _NUMBERS
-        ]
 
     def is_as_it_was(self) -> bool:
-        """Whether every module still holds the same modules, parameters and buffers."""
-        return self._look() == self._seen
-
-    def _look(self) -> tuple[list[int], list[str], list[int]]:
-        """How many members each module has, their names and identities."""
-        members = chain.from_iterable(map(dict.values, self._filled))
-        return list(map(len, self._dicts)), list(chain.from_iterable(self._filled)), list(map(id, members))
+        """Whether every module still holds the same members, and computes as it did."""
+        return self._members.are_as_they_were() and self._structure.is_as_it_was()
 
     def devices(self) -> frozenset[torch.device]:
-        """Where the weights are."""
+        """The devices of all weights."""
         return frozenset(weight.tensor.device for weight in self._weights.values())
 
     def tensors(self) -> list[torch.Tensor | None]:
@@ -211,20 +177,14 @@ class _Inside:
         weights = self._weights.values()
         return [self._offloaded.in_ram(w.name) if w.tensor.is_meta else w.tensor for w in weights]
 
-    def state(self, config: Any) -> State:
-        """Changes when a weight is written in place, moved or cast, an adapter switched, a number or the config set."""
-        numbers = [owner.get(name) for _, owner, name in self._numbers]
-        of_adapters = self.adapters.merged(), self.adapters.state()
-        hooks = [hook for _, hook in self._foreign_hooks()] if any(self._hook_dicts) else []
-        return _states_of(self.tensors()), of_adapters, numbers, _settings(config), hooks
-
-    def _foreign_hooks(self) -> list[tuple[str, Any]]:
-        held = ((path, hook) for path, hooks in self._hooks if hooks for hook in tuple(hooks.values()))
-        return [(path, hook) for path, hook in held if is_foreign(hook)]
+    def state(self) -> State:
+        """Changes when a weight is written in place, moved or cast, an adapter switched, or a hook set."""
+        of_adapters = self._adapters.merged(), self._adapters.state()
+        return _states_of(self.tensors()), of_adapters, [hook for _, hook in self._structure.foreign_hooks()]
 
     def acting(self) -> list[str]:
         """The keys of the weights that forwards read."""
-        unread = self.adapters.unread()
+        unread = self._adapters.unread()
         return [key for key, weight in self._weights.items() if not f"{weight.name}.".startswith(unread)]
 
     def read(self, keys: list[str]) -> dict[str, bytes | None]:
@@ -244,17 +204,14 @@ class _Inside:
 
     def described(self, config: Any, digests: dict[str, bytes | None], unreadable: str) -> list[Any]:
         """All that the output depends on, the same for every copy of the model."""
-        unread = self.adapters.unread()
         weights = [(self._weights[key], digests[key] or unreadable) for key in self.acting()]
-        numbers = [(name, owner.get(key)) for name, owner, key in self._numbers if not name.startswith(unread)]
         return [
             config_text(config),
             self._described,
-            hooks_described(self._foreign_hooks()),
+            self._structure.described_hooks(),
             [(adapters.plain_name(weight.name), weight.note, content) for weight, content in weights],
-            [(adapters.plain_name(name), value) for name, value in numbers],
-            self.adapters.state(),
-            self.adapters.configs(),
+            self._adapters.state(),
+            self._adapters.configs(),
         ]
 
 
@@ -271,9 +228,3 @@ def _state_of(tensor: torch.Tensor | None) -> State | None:
         return None
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _settings(config: Any) -> list[Any]:
-    """The config as it stands, without the time that `to_dict` takes."""
-    named = ((name, value) for name, value in vars(config).items() if name[0] != "_" and name not in CONFIG_NOISE)
-    return [(name, _settings(value) if hasattr(value, "to_dict") else repr(value)) for name, value in named]

@@ -1,7 +1,7 @@
-"""What accelerate has moved away: where a module computes, and its weights that are not in memory.
+"""Weights that accelerate has moved out of memory, and the devices where modules compute.
 
 Between forwards, an offloaded parameter is on `meta`. A hook on the module that owns it, or on one around it, brings it
-for a forward, to the module's device, and knows where it lies: in RAM or in a file.
+to the module's device for a forward, and knows its place in RAM or in a file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights are, or where its hooks bring them. Asked often: one is looked at."""
+    """The device where a module computes: that of its weights, or where its hooks bring them. Looks at one weight."""
     first = next(module.parameters(), None)
     if first is not None and not first.is_meta:
         return first.device
@@ -28,7 +28,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 class OffloadedWeights:
-    """A model's weights that are on `meta`, each read when it is asked for.
+    """A model's weights that are on `meta`, each read on request.
 
     >>> weight = OffloadedWeights(model).read("model.layers.0.mlp.up_proj.weight")  # doctest: +SKIP
     """
@@ -39,17 +39,17 @@ class OffloadedWeights:
         }
 
     def read(self, name: str) -> torch.Tensor | None:
-        """The weight, from RAM or from its file; `None` if no hook knows it."""
-        found = self._find(name)
-        return None if found is None else found[0][found[1]]
+        """Returns the weight, from RAM or from its file; `None` if no hook knows it."""
+        weights, key = self._find(name)
+        return weights[key] if weights else None
 
     def in_ram(self, name: str) -> torch.Tensor | None:
-        """The weight, if it is in RAM; files are taken not to change while they are used."""
-        found = self._find(name)
-        return None if found is None else in_ram(*found)
+        """Returns the weight, if it is in RAM; files are taken not to change while they are used."""
+        weights, key = self._find(name)
+        return getattr(weights, "state_dict", weights).get(key)
 
-    def _find(self, name: str) -> tuple[Mapping[str, torch.Tensor], str] | None:
-        """The innermost map that has the weight, and what it is called there."""
+    def _find(self, name: str) -> tuple[Mapping[str, torch.Tensor], str]:
+        """The innermost map that has the weight, and its name there; an empty map if there is none."""
         parts = name.split(".")
         for depth in reversed(range(len(parts))):
             weights, key = self._maps.get(".".join(parts[:depth])), ".".join(parts[depth:])
@@ -57,17 +57,10 @@ class OffloadedWeights:
                 weights, key = weights.dataset, weights.prefix + key
             if weights is not None and key in weights:
                 return weights, key
-        return None
-
-
-def in_ram(weights: Any, key: str) -> torch.Tensor | None:
-    """The weight, if the map has it in memory: no file is read."""
-    return getattr(weights, "state_dict", weights).get(key)
+        return {}, name
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
     """accelerate's hooks on a module that move it or its inputs."""
     hook = module.__dict__.get("_hf_hook")
-    for one in getattr(hook, "hooks", (hook,)):
-        if hasattr(one, "execution_device"):
-            yield one
+    yield from (one for one in getattr(hook, "hooks", (hook,)) if hasattr(one, "execution_device"))

@@ -1,4 +1,4 @@
-"""What quantised layers keep outside parameters and buffers, though their output depends on it: scales, zero points.
+"""Scales and zero points that quantised layers compute with and keep outside parameters and buffers.
 
 | library | where |
 | --- | --- |
@@ -24,15 +24,15 @@ def is_quantised(model: nn.Module) -> bool:
     if getattr(model, "hf_quantizer", None) is not None:
         return True
     return any(
-        any(True for _ in beside(module)) or any(_is_quantised_tensor(p) for p in module._parameters.values())
+        any(True for _ in scales(module)) or any(_is_quantised_tensor(p) for p in module._parameters.values())
         for module in model.modules()
     )
 
 
 def plain_parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The plain tensors that a tensor is made of, each with what tells it from others of equal numbers.
+    """The plain tensors that a tensor is made of, each with a note that tells it from others of equal numbers.
 
-    For a plain tensor: itself. For a shard of a tensor-parallel model: what this process holds, and which part it is.
+    For a plain tensor: itself. For a shard of a tensor-parallel model: this process's part, and its place in the whole.
     """
     if not hasattr(tensor, "__tensor_flatten__"):
         yield "", tensor
@@ -48,17 +48,17 @@ def plain_parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{type(tensor).__qualname__}.{name} {context} {inner_note}", part
 
 
-def beside(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Tensors, and numbers and names, that a quantised layer keeps beside its parameters and buffers."""
+def scales(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Tensors, and numbers and names, that a quantised layer keeps outside its parameters and buffers."""
     for name, parameter in module._parameters.items():
-        yield from _inside(f"{name}.quant_state", getattr(parameter, "quant_state", None))
-        yield from _inside(f"{name}.SCB", getattr(parameter, "SCB", None))
+        for attribute in ("quant_state", "SCB"):
+            yield from _inside(f"{name}.{attribute}", getattr(parameter, attribute, None))
     yield from _inside("state.SCB", getattr(module.__dict__.get("state"), "SCB", None))
     yield from _inside("meta", module.__dict__.get("meta"))
 
 
 def holders(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """The dicts that hold them: where one holds another object, the layer has changed."""
+    """The dicts that hold them: if one holds another object, the layer has changed."""
     for parameter in module._parameters.values():
         if _is_quantised_tensor(parameter) or hasattr(parameter, "quant_state"):
             yield from _dicts_in(parameter)
@@ -76,9 +76,8 @@ def _dicts_in(holder: Any) -> Iterator[dict[str, Any]]:
 
 def _inside(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The tensors and plain values in nested dicts and objects."""
-    if value is None or torch.is_tensor(value) or isinstance(value, (bool, int, float, str, torch.dtype, torch.Size)):
-        if value is not None:
-            yield name, value
+    if isinstance(value, (torch.Tensor, bool, int, float, str, torch.dtype, torch.Size)):
+        yield name, value
         return
     members = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
     for key, member in members.items():
@@ -90,5 +89,5 @@ def _is_quantised_tensor(tensor: torch.Tensor | None) -> bool:
 
 
 def _is_shard(tensor: torch.Tensor | None) -> bool:
-    """Whether it is a DTensor, without importing what not every build of PyTorch has."""
+    """Whether it is a DTensor, which not every build of PyTorch has."""
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
