@@ -7,6 +7,7 @@ import io
 import re
 import unicodedata
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from rich.console import Console
 
 import hfblend
 from hfblend.display import Display, view
-from hfblend.display.text import clipped, escaped, visible
+from hfblend.display.html import rendered
+from hfblend.display.text import clipped, visible
 from hfblend.lab import plots
 from hfblend.trace.timeline import Interval, SavedTimeline
 from hfblend.trace.trace import BlendTrace, ChunkTrace, LayerMaps
@@ -235,8 +237,26 @@ def test_visible():
     assert visible("a\x1b[31mb\u202ec\u200b") == "a␛[31mb⟨U+202E⟩c⟨U+200B⟩"
     assert visible("né 日本 👩\u200d🔬 ‌") == "né 日本 👩\u200d🔬 ‌"
     assert visible("a\nb\t\r") == "a↵b⇥␍"
-    assert escaped("<a href='\"'>&") == "&lt;a href=&#x27;&quot;&#x27;&gt;&amp;"
     assert clipped("x" * 100, 5) == "xxxx…"
+
+
+def test_templates_escape_every_text_and_make_it_visible():
+    answer = type("Answer", (), {"method": "\u202e<i>", "text": "<a href='\"'>&\x1b", "ttft_ms": 1.0})()
+    answer.compared = lambda full: "\x00<b>"
+    page = rendered("demo/playground/templates/answers.html.jinja", answers=[answer], slowest=1.0)
+    found = Tags(page)
+    assert {"<a href='\"'>&␛", "⟨U+202E⟩<i>", "⟨U+0000⟩<b>"} <= set(found.text)
+    assert found.attributes == {"class", "style"}
+    assert found.tags == {"div", "article", "h3", "p", "i", "b"}
+
+
+def test_every_data_file_travels_in_a_wheel():
+    root, tomllib = Path(hfblend.__file__).parent, pytest.importorskip("tomllib")
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    globs = project["tool"]["setuptools"]["package-data"]["hfblend"]
+    data = {file for file in root.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert len(data) >= 8
+    assert data == {file for pattern in globs for file in root.glob(pattern)}
 
 
 def test_hostile_text_is_inert_in_html():

@@ -22,18 +22,8 @@ from hfblend import BlendConfig
 from hfblend.cli import app
 from hfblend.config import Selection
 from hfblend.demo import playground as logic
-from hfblend.demo.playground import (
-    MAX_CHARACTERS,
-    MAX_CHUNKS,
-    Playground,
-    Setup,
-    answers_html,
-    chunk_line,
-    prompt_of,
-    store_line,
-)
+from hfblend.demo.playground import MAX_CHARACTERS, MAX_CHUNKS, Playground, Setup, presets
 from hfblend.demo.playground import page as playground_page
-from hfblend.demo.playground.presets import presets
 from hfblend.display.view import RULE_WORDS
 
 HOSTILE = "<script>window.ran=1</script><img src=x onerror=window.ran=2> </i></div><svg onload=alert(3)>"
@@ -71,10 +61,10 @@ def test_first_run_misses_and_the_second_hits(playground):
     assert first.found == (False, False, False)
     assert first.storing_ms > 0
     assert first.trace.misses == 0  # its time is that of a call which found everything
-    assert "0 of 3 chunks were in the store (hits), 3 were not (misses)" in store_line(first)
+    assert "0 of 3 chunks were in the store (hits), 3 were not (misses)" in first.store_line
     assert second.found == (True, True, True)
     assert second.storing_ms is None
-    assert store_line(second) == "All 3 chunks were in the store (hits)."
+    assert second.store_line == "All 3 chunks were in the store (hits)."
     assert second.repeated
     assert texts(first) == texts(second)
 
@@ -108,9 +98,9 @@ def test_order_ratio_and_rule_change_what_is_recomputed(playground):
     reordered = playground.run(Setup(CHUNKS[::-1], SETUP.question, 0.3))
     assert all(reordered.found)
     assert not reordered.repeated
-    line = chunk_line(reordered.trace.chunks[1], found=True)
+    first, line, _ = reordered.chunk_lines
     assert re.fullmatch(r"hit · \d+ → \d+ · 20 tokens", line)
-    assert "exact at" in chunk_line(reordered.trace.chunks[0], found=True)
+    assert "hit · exact at" in first
 
 
 @pytest.mark.parametrize(
@@ -140,7 +130,7 @@ def test_hostile_text_is_escaped(playground):
     outcome = playground.run(Setup((HOSTILE, CHUNKS[0]), f"w8 {HOSTILE}"))
     answers = list(outcome.answers)
     answers[0] = type(answers[0])(**{**vars(answers[0]), "text": HOSTILE})
-    shown = answers_html(type(outcome)(**{**vars(outcome), "answers": tuple(answers)})) + outcome.tokens_html
+    shown = type(outcome)(**{**vars(outcome), "answers": tuple(answers)}).answers_html + outcome.tokens_html
     assert "&lt;script&gt;" in shown
     for tag in ("<script", "<img", "<svg onload"):
         assert tag not in shown
@@ -150,7 +140,7 @@ def test_a_question_may_say_documents(word_tokenizer):
     word_tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w6{% endif %}"
     )
-    prompt = prompt_of(word_tokenizer, Setup(CHUNKS, "{documents} w8 {documents}"))
+    prompt = Setup(CHUNKS, "{documents} w8 {documents}").prompt(word_tokenizer)
     assert [stop - start for start, stop in prompt.chunk_spans] == [20, 20, 20]
 
 
@@ -161,8 +151,9 @@ def test_close_leaves_the_model_as_it_was(word_tokenizer):
 
 
 def test_presets_fit():
-    for preset in presets():
-        assert Setup(preset.chunks, preset.question).config == BlendConfig(min_reused_tokens=0)
+    assert len(presets()) == 3
+    for preset in presets().values():
+        assert preset.config == BlendConfig(min_reused_tokens=0)
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -209,7 +200,7 @@ def tiny_folder(tmp_path):
         vocab_size=600, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )  # fmt: skip
-    inner.train_from_iterator([chunk for preset in presets() for chunk in preset.chunks], trainer)
+    inner.train_from_iterator([chunk for preset in presets().values() for chunk in preset.chunks], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
     config = LlamaConfig(

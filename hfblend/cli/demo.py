@@ -1,4 +1,4 @@
-"""`hfblend demo` and `hfblend playground`: what blending does, on the demo's passages and on your own."""
+"""`hfblend demo` and `hfblend playground`: the effect of blending on the demo's passages and on yours."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from typing import Annotated
 
 import typer
 
-from ..demo import model as demo_model
-from ..demo.demo import run_demo
-from ..demo.playground.page import serve
 from ..util import require_folders_of
 from .common import Device, JsonFile, Model, console, in_words
 
 
-def demo(
-    model: Model = None,
-    json_file: JsonFile = None,
-    device: Device = None,
-) -> None:
+def demo(model: Model = None, json_file: JsonFile = None, device: Device = None) -> None:
     """Answer a question about twelve passages by full prefill, full reuse and blending, and compare them.
 
     Example: hfblend demo --json demo.json
     """
     with in_words():
         require_folders_of(json_file)
+
+        from ..demo import model as demo_model
+        from ..demo.demo import run_demo
+
         loaded, tokenizer = demo_model.load(model, device)
         results = run_demo(loaded, tokenizer, model or demo_model.HUB_NAME, console)
     if json_file is not None:
@@ -35,11 +32,14 @@ def demo(
 def playground(
     model: Model = None,
     device: Device = None,
-    port: Annotated[int, typer.Option(help="Of 127.0.0.1, where the page is served.", min=1, max=65535)] = 8017,
+    port: Annotated[int, typer.Option(help="Port of 127.0.0.1 that serves the page.", min=1, max=65535)] = 8017,
 ) -> None:
     """Serve a page on this machine: reorder chunks, move the ratio, see tokens, answers and times.
 
     Example: hfblend playground --model path/or/hub-id --port 9000
     """
     with in_words():
+        from ..demo import model as demo_model
+        from ..demo.playground.page import serve
+
         serve(lambda: demo_model.load(model, device), model or demo_model.HUB_NAME, port)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from ..config import BlendConfig
-from ..demo import model as demo_model
-from ..display import Display
-from ..display.text import visible
-from ..measure.verify import Verification
-from ..patching import Blender, patch
-from ..prompts.prompt import Prompt
-from ..store import Store
-from ..trace.trace import BlendTrace, Level
 from ..util import require_folders_of
 from .common import (
     Device,
@@ -36,19 +28,21 @@ from .common import (
     print_json,
     store_at,
 )
-from .prompts import read_prompts
+
+if TYPE_CHECKING:
+    from ..display import Display
+    from ..measure.verify import Verification
+    from ..patching import Blender
+    from ..prompts.prompt import Prompt
+    from ..trace.trace import BlendTrace
 
 COMPARED_TOKENS = 16
 
-PromptFiles = Annotated[
-    list[str], typer.Argument(metavar="PROMPT_FILE…", help="JSON: prefix, chunks, question; - is standard input.")
-]
+_PROMPT_HELP = "JSON: prefix, chunks, question; - is standard input."
 
 
 def explain(
-    prompt_file: Annotated[
-        str, typer.Argument(metavar="PROMPT_FILE", help="JSON: prefix, chunks, question; - is standard input.")
-    ],
+    prompt_file: Annotated[str, typer.Argument(metavar="PROMPT_FILE", help=_PROMPT_HELP)],
     html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
     model: Model = None,
     ratio: Ratio = 0.15,
@@ -69,26 +63,31 @@ def explain(
     with in_words():
         require_folders_of(html)
         config, kept_in = config_of(ratio, selection), None if store is None else store_at(store)
-        loaded, tokenizer = demo_model.load(model, device, dtype_of(dtype))
-        prompt, *others = read_prompts(prompt_file, tokenizer)
+        loaded, tokenizer, (prompt, *others) = _read([prompt_file], model, device, dtype)
         if others:
             raise ValueError(f"explain takes one prompt, {prompt_file} holds {1 + len(others)}.")
-        with stderr.status("Blending, and prefilling in full …"):
-            explained = _explain(loaded, tokenizer, prompt, config, kept_in, max_new_tokens)
+
+        from ..patching import patch
+
+        with (
+            stderr.status("Blending, and prefilling in full …"),
+            patch(loaded, config, tokenizer, kept_in, trace="full") as blender,
+        ):
+            explained = Explained.of(blender, prompt, max_new_tokens, prefill_before=kept_in is None)
         if html is not None:
             explained.display().save(html)
     if as_json:
         print_json(explained.to_dict())
     else:
         console.print(explained.display())
-        for label, answer in explained.display().answers.items():
-            print_answer(console, label, answer)
+        for label, answer in explained.answers.items():
+            print_answer(label, answer)
     if html is not None:
         stderr.print(f"Wrote {html}", highlight=False, soft_wrap=True)
 
 
 def run(
-    prompt_files: PromptFiles,
+    prompt_files: Annotated[list[str], typer.Argument(metavar="PROMPT_FILE…", help=_PROMPT_HELP)],
     trace: Annotated[bool, typer.Option("--trace", help="Show what was reused and recomputed.")] = False,
     model: Model = None,
     ratio: Ratio = 0.15,
@@ -106,24 +105,40 @@ def run(
     Example: echo '{"chunks": ["Ann was born in Hull.", "Bo is Ann's son."], "question": "Where was Bo's mother born?"}'
     | hfblend run -
     """
-    found = []
+    found: list[dict[str, Any]] = []
     with in_words():
         config, kept_in = config_of(ratio, selection), None if store is None else store_at(store)
-        loaded, tokenizer = demo_model.load(model, device, dtype_of(dtype))
-        prompts = [prompt for file in prompt_files for prompt in read_prompts(file, tokenizer)]
-        level: Any = "tokens" if trace else "summary"
-        for answer, done in _answers(loaded, tokenizer, prompts, config, kept_in, max_new_tokens, level):
-            found.append({"answer": answer, "trace": done.to_dict()})
-            if not as_json:
-                print_answer(console, "", answer)
-                if trace:
-                    console.print(Display(done))
+        loaded, tokenizer, prompts = _read(prompt_files, model, device, dtype)
+
+        from ..demo.demo import greedy_answer
+        from ..display import Display
+        from ..patching import patch
+
+        with patch(loaded, config, tokenizer, kept_in, trace="tokens" if trace else "summary") as blender:
+            for prompt in prompts:
+                answer = greedy_answer(blender, prompt, max_new_tokens)
+                found.append({"answer": answer, "trace": blender.trace.to_dict()})
+                if not as_json:
+                    print_answer("", answer)
+                    if trace:
+                        console.print(Display(blender.trace))
     if as_json:
         print_json(found)
 
 
+def _read(
+    files: Sequence[str], model: str | None, device: str | None, dtype: str | None
+) -> tuple[Any, Any, list[Prompt]]:
+    """Loads a model with its tokenizer, and reads the prompts of files."""
+    from ..demo import model as demo_model
+    from .prompts import read_prompts
+
+    loaded, tokenizer = demo_model.load(model, device, dtype_of(dtype))
+    return loaded, tokenizer, [prompt for file in files for prompt in read_prompts(file, tokenizer)]
+
+
 def config_of(ratio: float, selection: str | None) -> BlendConfig:
-    """The settings; a prompt that is given to be blended is blended, however short."""
+    """The settings; without a lower limit on the length of a prompt."""
     chosen: dict[str, Any] = {} if selection is None else {"selection": selection}
     return BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=0, **chosen)
 
@@ -136,8 +151,8 @@ class Explained:
         trace: of the blended call, level `"full"`.
         answer, full_answer: greedy, after blending and after a full prefill.
         full_ttft_ms: of the full prefill.
-        verification: how far apart they are.
-        prefilled_before: whether the chunks were stored by this command before the call that is shown.
+        verification: the distance between the two.
+        prefilled_before: whether this command stored the chunks before the call that is shown.
     """
 
     trace: BlendTrace
@@ -147,18 +162,35 @@ class Explained:
     verification: Verification
     prefilled_before: bool
 
+    @classmethod
+    def of(cls, blender: Blender, prompt: Prompt, max_new_tokens: int, prefill_before: bool) -> Explained:
+        """Blends a prompt, and prefills it in full; `prefill_before` stores its chunks first."""
+        from ..demo.demo import greedy_answer, greedy_ids
+
+        if prefill_before:
+            greedy_ids(blender, prompt, 1)
+        full_answer = greedy_answer(blender, prompt, max_new_tokens, replace(blender.config, enabled=False))
+        full_ttft_ms = blender.trace.ttft_ms
+        answer = greedy_answer(blender, prompt, max_new_tokens)
+        trace = blender.trace
+        verification = blender.verify(prompt, num_tokens=COMPARED_TOKENS)
+        return cls(trace, answer, full_answer, full_ttft_ms, verification, prefill_before)
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """Labels and texts: both answers, and their distance."""
+        full_ms = "" if self.full_ttft_ms is None else f", first token after {self.full_ttft_ms:,.0f} ms"
+        distance = {"how far apart": str(self.verification)}
+        return {f"full prefill{full_ms}": self.full_answer, "blended": self.answer, **distance}
+
     def display(self) -> Display:
         """The view, with the answers."""
-        full_ms = "" if self.full_ttft_ms is None else f", first token after {self.full_ttft_ms:,.0f} ms"
-        answers = {
-            f"full prefill{full_ms}": self.full_answer,
-            "blended": self.answer,
-            "how far apart": str(self.verification),
-        }
-        return Display(self.trace, title="hfblend explain", answers=answers)
+        from ..display import Display
+
+        return Display(self.trace, title="hfblend explain", answers=self.answers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain, for JSON."""
+        """Plain numbers, strings and lists, for JSON."""
         return {
             "answer": self.answer,
             "full_prefill_answer": self.full_answer,
@@ -169,50 +201,10 @@ class Explained:
         }
 
 
-def _explain(
-    model: Any, tokenizer: Any, prompt: Prompt, config: BlendConfig, store: Store | str | None, max_new_tokens: int
-) -> Explained:
-    """Blends a prompt, and prefills it in full.
+def print_answer(label: str, answer: str) -> None:
+    """Prints an answer; nothing in it acts on the terminal."""
+    from ..display.text import visible
 
-    Args:
-        store: where chunks are looked up. `None`: one of its own, in which they are stored first, so that what is shown
-            is a call that finds them.
-    """
-    with patch(model, config, tokenizer, store, trace="full") as blender:
-        if store is None:
-            _answer(blender, prompt, 1)
-        full_answer = _answer(blender, prompt, max_new_tokens, replace(config, enabled=False))
-        full_ttft_ms = blender.trace.ttft_ms
-        answer = _answer(blender, prompt, max_new_tokens)
-        trace = blender.trace
-        verification = blender.verify(prompt, num_tokens=COMPARED_TOKENS)
-    return Explained(trace, answer, full_answer, full_ttft_ms, verification, store is None)
-
-
-def _answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    config: BlendConfig,
-    store: Store | str | None,
-    max_new_tokens: int,
-    level: Level,
-) -> Iterator[tuple[str, BlendTrace]]:
-    """Answers prompts one after the other, chunks shared between them."""
-    with patch(model, config, tokenizer, store, trace=level) as blender:
-        for prompt in prompts:
-            yield _answer(blender, prompt, max_new_tokens), blender.trace
-
-
-def _answer(blender: Blender, prompt: Prompt, max_new_tokens: int, config: BlendConfig | None = None) -> str:
-    output = blender.model.generate(
-        **prompt.inputs(blender.model.device), blend_config=config, max_new_tokens=max_new_tokens, do_sample=False
-    )
-    return blender.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
-
-
-def print_answer(console: Console, label: str, answer: str) -> None:
-    """An answer, none of which acts on the terminal."""
     text = Text(f"{label}: " if label else "", style="bold")
     text.append("\n".join(visible(line) for line in answer.split("\n")), style="not bold")
     console.print(text, soft_wrap=True)

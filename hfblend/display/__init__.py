@@ -1,8 +1,8 @@
 """A trace, shown: in a terminal, in a notebook, as an HTML page, as matplotlib figures.
 
-view.py        what is shown, as plain lists: bins, shades, which tokens are written out
+view.py        the content, as plain lists: parts, bins, shades, tokens to write out
 text.py        text of prompts made harmless
-html.py        for notebooks and pages: HTML, CSS and inline SVG, no JavaScript
+html.py        for notebooks and pages: HTML, CSS and inline SVG, no JavaScript; `templates/` holds the markup
 terminal.py    for rich
 plots.py       for matplotlib
 """
@@ -30,8 +30,8 @@ def show(trace: BlendTrace, tokenizer: Any = None, *, console: Console | None = 
 
     Args:
         trace: of any level of detail; with `"tokens"` the prompt's text is shown, with `"full"` layers too.
-        tokenizer: for the text, where `patch` was given none.
-        console: of rich, to print on in any case.
+        tokenizer: for the text, if `patch` was given none.
+        console: a rich console to print on, also in a notebook.
 
     Returns:
         The display: `save(path)` writes it as a page, `to_html()` is that page; notebooks draw it.
@@ -44,7 +44,7 @@ def show(trace: BlendTrace, tokenizer: Any = None, *, console: Console | None = 
 
 
 class Display:
-    """A trace as others draw it: rich, a notebook, a browser.
+    """The view of a trace that rich, a notebook and a browser draw.
 
     Args:
         trace, tokenizer: as in `show`.
@@ -66,26 +66,27 @@ class Display:
         yield from renderables(self.trace, self.tokenizer, options.max_width)
 
     def _repr_html_(self) -> str:
-        from .html import fragment
-
-        return fragment(self.trace, self.tokenizer, self.title, self.answers)
+        return self._html("trace")
 
     def to_html(self) -> str:
-        """A page of its own."""
-        from .html import page
-
-        return page(self._repr_html_(), self.title)
+        """The view as a separate page."""
+        return self._html("page")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the page."""
         Path(path).write_text(self.to_html(), encoding="utf-8")
+
+    def _html(self, template: str) -> str:
+        from .html import html_of
+
+        return html_of(self.trace, self.tokenizer, self.title, self.answers, template)
 
     def __repr__(self) -> str:
         return f"<hfblend.display of: {self.trace}>"
 
 
 def _in_notebook() -> bool:
-    """Whether a notebook will draw what a cell ends with."""
+    """Whether a notebook draws the last value of a cell."""
     try:
         from IPython import get_ipython  # type: ignore[import-not-found,unused-ignore]
     except ImportError:

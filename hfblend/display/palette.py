@@ -1,4 +1,4 @@
-"""The colours of every picture: Okabe and Ito's, told apart with any colour vision. No picture relies on them alone."""
+"""The colours of every picture: Okabe and Ito's, distinct with any colour vision. No picture relies on them alone."""
 
 from __future__ import annotations
 
@@ -13,3 +13,6 @@ VERMILION = "#D55E00"
 
 LINES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)  # one after the other, for lines of a plot
 STROKES = ("-", "--", "-.", ":")
+ORIGINS = {
+    "exact": BLUE, "hit": GREEN, "miss": VERMILION, "fresh": GREY, "unused": PURPLE, "computed": "#8b949e",
+}  # fmt: skip

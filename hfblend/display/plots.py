@@ -1,16 +1,19 @@
 """A trace as matplotlib figures.
 
-They are apart from pyplot and its global state: `figure.savefig(...)`, or the last line of a notebook's cell.
+They are independent of pyplot and its global state: `figure.savefig(...)`, or the last line of a notebook's cell.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..arguments import require
 from ..trace.trace import BlendTrace
 from ..util import figure_class
 from . import palette
+from .view import lanes_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,24 +32,25 @@ def plot_scores(trace: BlendTrace) -> Figure:
     if trace.scores is None or trace.candidate_idx is None or not len(trace.scores):
         raise ValueError("No token of this trace was ranked; it needs chunks that are reused, and a ratio below 1.")
     idx, scores = trace.candidate_idx.cpu(), trace.scores.detach().float().cpu()
-    chosen = set([] if trace.selected_idx is None else trace.selected_idx.tolist())
-    is_chosen = [i in chosen for i in idx.tolist()]
+    is_chosen = torch.isin(idx, idx.new_empty(0) if trace.selected_idx is None else trace.selected_idx.cpu())
+    rule = str(trace.settings.get("selection", "")).replace("_", " ")
     figure = figure_class("plots")(figsize=(9.6, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    for wanted, marker, colour, label in (
-        (False, ".", palette.GREY, "reused"),
-        (True, "^", palette.VERMILION, "recomputed"),
+    for mask, marker, colour, label in (
+        (~is_chosen, ".", palette.GREY, "reused"),
+        (is_chosen, "^", palette.VERMILION, "recomputed"),
     ):
-        points = [(i, score) for i, score, one in zip(idx.tolist(), scores.tolist(), is_chosen) if one is wanted]
-        left.plot(*(zip(*points) if points else ((), ())), marker, color=colour, markersize=4, label=label)
+        left.plot(idx[mask].tolist(), scores[mask].tolist(), marker, color=colour, markersize=4, label=label)
     for chunk in trace.chunks:
         left.axvline(chunk.span[0], color="0.85", linewidth=0.8, zorder=0)
-    left.set(xlabel="position in the prompt; lines: chunks begin", ylabel=f"score, {_rule(trace)}")
+    left.set(xlabel="position in the prompt; lines: chunks begin", ylabel=f"score, {rule}")
     left.legend(frameon=False)
     falling = scores.sort(descending=True).values
     percent = [100 * (i + 1) / len(falling) for i in range(len(falling))]
     right.plot(percent, falling.tolist(), color=palette.BLUE)
-    right.axvline(100 * len(chosen) / len(falling), color=palette.VERMILION, linestyle="--", label="recomputed")
+    right.axvline(
+        100 * trace.selected_tokens / len(falling), color=palette.VERMILION, linestyle="--", label="recomputed"
+    )
     right.set(xlabel="scored tokens, highest first (%)")
     right.legend(frameon=False)
     for axes in (left, right):
@@ -57,14 +61,12 @@ def plot_scores(trace: BlendTrace) -> Figure:
 
 
 def plot_timeline(trace: BlendTrace) -> Figure:
-    """Phases, and at level `"full"` the layers below them: loaded, computed.
+    """Phases, and at level `"full"` the layers loaded and computed below them.
 
     Raises:
         ValueError: a trace without phases.
         ImportError: matplotlib is missing.
     """
-    from .view import lanes_of
-
     lanes = lanes_of(require("trace", trace, BlendTrace, "a hfblend.BlendTrace, say blender.trace"))
     if not lanes:
         raise ValueError("This trace has no phases: the call was not blended.")
@@ -83,7 +85,3 @@ def plot_timeline(trace: BlendTrace) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     return figure
-
-
-def _rule(trace: BlendTrace) -> str:
-    return str(trace.settings.get("selection", "")).replace("_", " ")

@@ -1,4 +1,4 @@
-"""A trace for a terminal, as rich draws it: no line is longer than the terminal is wide, no text of a prompt acts."""
+"""A trace for a terminal, drawn by rich: no line is longer than the terminal is wide, no text of a prompt acts."""
 
 from __future__ import annotations
 
@@ -19,34 +19,31 @@ from .view import Grid, Part
 CHUNK_ROWS = 24
 TOP_TOKENS = 8
 _SHADES = " ▁▂▃▄▅▆█"  # by level
-_STYLES = {
-    "exact": f"bold {palette.BLUE}", "hit": f"bold {palette.GREEN}", "miss": f"bold {palette.VERMILION}",
-    "fresh": f"bold {palette.GREY}", "unused": f"bold {palette.PURPLE}", "computed": "dim",
-}  # fmt: skip
+_STYLES = {name: f"bold {colour}" for name, colour in palette.ORIGINS.items()} | {"computed": "dim"}
 _FILLS = {"exact": "=", "hit": "█", "miss": "▒", "fresh": "░", "unused": "▓", "computed": "·"}
 
 
 def renderables(trace: BlendTrace, tokenizer: Any, width: int) -> Iterator[RenderableType]:
-    """What is printed, from top to bottom."""
+    """The parts of the view, from top to bottom."""
+    across = max(20, min(width - 14, 120))
     yield Rule("hfblend", style="dim")
     if not trace.blended:
         yield Text(f"Not blended. {visible(view.fallback_of(trace))}", style=palette.VERMILION)
     yield _figures(trace, width)
     if trace.num_tokens:
         columns, parts = trace.token_columns(tokenizer), view.parts_of(trace)
-        across = max(20, min(width - 14, 120))
         yield _strips(trace, parts, columns, across)
         yield from _chunks(trace, parts)
         yield from _top_tokens(columns)
         yield from _maps(trace, across)
         yield from _mask(trace, across)
-    yield from _time(trace, max(20, min(width - 14, 120)))
+    yield from _time(trace, across)
     for note in trace.notes[:20]:
         yield Text(f"note: {visible(clipped(note, 500))}", style="dim")
 
 
 def _figures(trace: BlendTrace, width: int) -> Text:
-    """Names and figures, none of them torn apart at the end of a line."""
+    """Names and figures; a line never ends between a name and its figure."""
     lines = [Text()]
     for name, figure in view.figures_of(trace):
         shown = Text.assemble((f"{name} ", "dim"), (visible(figure), "bold"))
@@ -61,63 +58,57 @@ def _strips(trace: BlendTrace, parts: Sequence[Part], columns: dict[str, list[An
     grid = Table.grid(padding=(0, 1))
     grid.add_column(style="dim", width=12)
     grid.add_column(no_wrap=True)
-    of_token = [part for part in parts for _ in range(part.tokens)]
-    prompt = Text()
-    for part in view.binned(of_token, across, lambda some: some[len(some) // 2]):
-        prompt.append(_FILLS[part.origin], style=_STYLES[part.origin])
-    grid.add_row("prompt", prompt)
+    of_token = [part.origin for part in parts for _ in range(part.tokens)]
+    origins = view.binned(of_token, across, lambda some: some[len(some) // 2])
+    grid.add_row("prompt", Text.assemble(*((_FILLS[origin], _STYLES[origin]) for origin in origins)))
+    key = Text.assemble(*((f"{_FILLS[name]} {name}  ", _STYLES[name]) for name in dict.fromkeys(of_token)), style="dim")
     if trace.scores is not None:
-        levels = view.binned(view.score_levels(columns["score"]), across, max)
-        grid.add_row("score", Text("".join(_SHADES[level] for level in levels), style=palette.ORANGE))
-        shares = view.binned(columns["selected"], across, lambda some: sum(some) / len(some))
+        levels, shares = view.score_strip(columns, across)
+        grid.add_row("score", _shades([levels]))
         marks = "".join("▲" if share > 0.5 else "△" if share else " " for share in shares)
         grid.add_row("recomputed", Text(marks, style=palette.SKY))
-    key = Text(style="dim")
-    for name in dict.fromkeys(part.origin for part in parts):
-        key.append(f"{_FILLS[name]} {name}  ", style=_STYLES[name])
-    if trace.scores is not None:
         key.append("△ some, ▲ most of them recomputed")
     grid.add_row("", key)
     return grid
 
 
+def _shades(grid: Grid) -> Text:
+    return Text("\n".join("".join(_SHADES[level] for level in row) for row in grid), style=palette.ORANGE)
+
+
 def _chunks(trace: BlendTrace, parts: Sequence[Part]) -> Iterator[RenderableType]:
-    pieces = [part for part in parts if part.piece is not None]
-    if not pieces:
+    rows = view.looked_up(trace, parts)
+    if not rows:
         return
-    selected = set([] if trace.selected_idx is None else trace.selected_idx.tolist())
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name, justify in (("part", "left"), ("origin", "left"), ("tokens", "right"), ("keys from → to", "right")):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("recomputed", justify="right", no_wrap=True)
-    table.add_column("store key", no_wrap=True)
-    for part in pieces[:CHUNK_ROWS]:
-        assert part.piece is not None
-        recomputed = sum(i in selected for i in range(part.start, part.stop))
-        origin = f"{part.origin}, {part.piece.quantised}" if part.piece.quantised else part.origin
+    for name in ("part", "origin", "tokens", "keys from → to", "recomputed", "store key"):
+        is_figure = name in ("tokens", "keys from → to", "recomputed")
+        table.add_column(name, justify="right" if is_figure else "left", no_wrap=True)
+    for part, piece, recomputed in rows[:CHUNK_ROWS]:
+        origin = f"{part.origin}, {piece.quantised}" if piece.quantised else part.origin
         table.add_row(
             part.name,
-            Text(visible(origin), style=_STYLES[part.origin]),
+            Text(visible(origin), _STYLES[part.origin]),
             f"{part.tokens:,}",
-            view.moved_text(part.piece),
+            view.moved_text(piece),
             f"{recomputed:,}" if recomputed else "–",
-            Text(visible(part.piece.key[:8]), style="dim"),
+            Text(visible(piece.key[:8]), "dim"),
         )
     yield Padding(table, (1, 0, 0, 0))
-    if len(pieces) > CHUNK_ROWS:
-        yield Text(f"… and {len(pieces) - CHUNK_ROWS:,} more", style="dim")
+    if len(rows) > CHUNK_ROWS:
+        yield Text(f"… and {len(rows) - CHUNK_ROWS:,} more", style="dim")
 
 
 def _top_tokens(columns: dict[str, list[Any]]) -> Iterator[RenderableType]:
     """The highest scores, each with the text around it."""
-    scored = [i for i, score in enumerate(columns["score"]) if score is not None]
-    if not scored or columns["text"][0] is None:
+    highest = view.highest_first(columns["score"])[:TOP_TOKENS]
+    if not highest or columns["text"][0] is None:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=True)
     for name, width in (("score", 8), ("token", 7), ("where", 10)):
         table.add_column(name, justify="right", no_wrap=True, width=width)
     table.add_column("text, highest scores first", overflow="ellipsis", no_wrap=True, ratio=1)
-    for i in sorted(scored, key=lambda i: -view._rank_value(columns["score"][i]))[:TOP_TOKENS]:
+    for i in highest:
         text = Text()
         for j in range(max(0, i - 6), min(len(columns["text"]), i + 7)):
             text.append(clipped(visible(columns["text"][j])), style="bold underline" if i == j else "")
@@ -128,31 +119,22 @@ def _top_tokens(columns: dict[str, list[Any]]) -> Iterator[RenderableType]:
 
 
 def _maps(trace: BlendTrace, across: int) -> Iterator[RenderableType]:
-    if trace.maps is None:
-        return
-    for name, values in trace.maps.items().items():
-        grid = view.map_levels(values, name)
-        down = view.binned(grid, 12, lambda rows: [max(column) for column in zip(*rows)])
-        shown = [view.binned(row, across, max) for row in down]
-        lines = Text("\n".join("".join(_SHADES[level] for level in row) for row in shown), style=palette.ORANGE)
+    for name, values in ({} if trace.maps is None else trace.maps.items()).items():
+        down = view.binned(view.map_levels(values, name), 12, lambda rows: [max(column) for column in zip(*rows)])
         yield Text(f"\n{name.replace('_', ' ')}, layers 0 … {trace.num_layers - 1} downwards", style="dim")
-        yield Padding(lines, (0, 0, 0, 13))
+        yield Padding(_shades([view.binned(row, across, max) for row in down]), (0, 0, 0, 13))
 
 
 def _mask(trace: BlendTrace, across: int) -> Iterator[RenderableType]:
-    if trace.level != "full" or not trace.blended:
-        return
-    grid: Grid = view.mask_of(trace, 10, min(across, 64))
+    grid = view.mask_of(trace, 10, min(across, 64)) if trace.level == "full" and trace.blended else []
     if grid:
-        lines = "\n".join("".join("⬚□▨■"[kind] for kind in row) for row in grid)
         yield Text("\nwho sees whom: computed rows × keys; □ reused, ▨ some computed, ■ computed", style="dim")
-        yield Padding(Text(lines), (0, 0, 0, 13))
+        yield Padding(Text("\n".join("".join("⬚□▨■"[kind] for kind in row) for row in grid)), (0, 0, 0, 13))
 
 
 def _time(trace: BlendTrace, across: int) -> Iterator[RenderableType]:
     lanes = view.lanes_of(trace)
-    end = max((one.stop_ms for _, intervals in lanes for one in intervals), default=0.0)
-    if not end:
+    if not (end := view.end_of(lanes)):
         return
     grid = Table.grid(padding=(0, 1))
     grid.add_column(style="dim", width=14)
@@ -160,14 +142,12 @@ def _time(trace: BlendTrace, across: int) -> Iterator[RenderableType]:
     grid.add_column(justify="right", style="dim")
     across -= 14
     for name in dict.fromkeys(one.name for one in lanes[0][1]):
-        mine = [one for one in lanes[0][1] if one.name == name]
-        cells = [" "] * across
-        for one in mine:
-            first, last = (min(max(across * ms / end, 0), across) for ms in (one.start_ms, one.stop_ms))
-            start = min(across - 1, int(first))
-            stop = max(start + 1, int(last))
-            cells[start:stop] = "━" * (stop - start)
-        grid.add_row(
-            Text(visible(name.replace("_", " "))), Text("".join(cells[:across])), f"{sum(o.ms for o in mine):,.1f} ms"
-        )
+        cells, total = [" "] * across, 0.0
+        for one in lanes[0][1]:
+            if one.name == name:
+                first, last = (int(min(max(across * ms / end, 0), across)) for ms in (one.start_ms, one.stop_ms))
+                start = min(across - 1, first)
+                cells[start : max(start + 1, last)] = "━" * (max(start + 1, last) - start)
+                total += one.ms
+        grid.add_row(Text(visible(name.replace("_", " "))), Text("".join(cells[:across])), f"{total:,.1f} ms")
     yield Group(Text(), grid)

@@ -1,23 +1,22 @@
-"""Text of prompts, which nobody vouches for, made harmless to show: nothing hides in it, and nothing in it acts."""
+"""Text of prompts, which may come from anybody, made harmless to show: nothing in it is hidden, nothing in it acts."""
 
 from __future__ import annotations
 
-import html
 import unicodedata
 
 LONGEST = 60  # characters of a token
 
 _SHOWN = {"\n": "↵", "\t": "⇥", "\r": "␍", "\x1b": "␛"}
-_JOINERS = "\u200c\u200d"  # part of ordinary words and emoji, and without effect on what stands around them
+_JOINERS = "\u200c\u200d"  # part of ordinary words and emoji, without effect on the text around them
 
 
 def visible(text: str) -> str:
-    """The text with every character seen: controls, escapes and marks of writing direction are written out.
+    """Writes out controls, escapes and marks of writing direction, so that every character is seen.
 
     >>> visible("a\\x1b[31mb\\u202ec")
     'a␛[31mb⟨U+202E⟩c'
     """
-    return "".join(_shown(character) for character in text)
+    return text if text.isprintable() else "".join(map(_shown, text))
 
 
 def _shown(character: str) -> str:
@@ -28,10 +27,5 @@ def _shown(character: str) -> str:
 
 
 def clipped(text: str, longest: int = LONGEST) -> str:
-    """The text, or as much of it as fits."""
+    """The text, shortened to `longest` characters."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def escaped(text: object) -> str:
-    """For HTML, between tags and inside quotes."""
-    return html.escape(visible(str(text)), quote=True)

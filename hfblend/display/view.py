@@ -1,6 +1,6 @@
-"""What is shown of a trace, as plain lists: parts, levels of shade, bins, which tokens are written out, the mask.
+"""The content of every view of a trace, as plain lists: parts, table rows, shades, bins, tokens to write out, the mask.
 
-A long prompt is binned, and few of its tokens are written out, so that no picture grows with it.
+A long prompt is binned, and only some of its tokens are written out, so that no picture grows with it.
 
 Shapes: T all tokens, L layers.
 """
@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -21,16 +21,15 @@ from ..generate.fallbacks import Fallback
 from ..trace.timeline import Interval
 from ..trace.trace import BlendTrace, ChunkTrace
 
-COLUMNS = 160  # of a map
-ROWS = 40
+COLUMNS, ROWS = 160, 40  # of a map
 TOKENS = 2500  # written out
 SHORTEST = 4  # tokens that are worth leaving out
-HEAD, AROUND = 12, 5  # tokens of a long part that are written out: the first ones, and those around a high score
+HEAD, AROUND = 12, 5  # tokens written out of a long part: its first ones, and those around a high score
 SHARES = (0.01, 0.03, 0.08, 0.15, 0.30, 0.50)  # of the scored tokens, from the highest down: levels 7 … 1
 DEVIATIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # relative; levels 1 … 7
 ATTENTION = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # times the mean over all tokens; levels 1 … 7
 
-# What each rule of `BlendConfig(selection=...)` recomputes.
+# The tokens that each rule of `BlendConfig(selection=...)` recomputes.
 RULE_WORDS: dict[Selection, str] = {
     "suffix_attention": "the tokens that the question attends to",
     "kv_deviation": "CacheBlend's: the tokens whose KV differs most from what is stored",
@@ -40,12 +39,12 @@ RULE_WORDS: dict[Selection, str] = {
     "last": "the last tokens of the context: a control",
 }
 
-Grid = list[list[int]]  # rows of levels, 0 … 7; 0: nothing is known
+Grid = list[list[int]]  # rows of levels, 0 … 7; 0: unknown
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of the prompt: its name, `[start, stop)`, and what is known of it if it was looked up."""
+    """A stretch of the prompt, `[start, stop)`; `piece` is its record if it was looked up in the store."""
 
     name: str
     start: int
@@ -54,23 +53,22 @@ class Part:
 
     @property
     def tokens(self) -> int:
-        """How many."""
+        """The number of its tokens."""
         return self.stop - self.start
 
     @property
     def origin(self) -> str:
-        """exact, hit, miss, fresh or unused; `computed` where nothing was looked up."""
+        """exact, hit, miss, fresh or unused; `computed` if it was not looked up."""
         if self.piece is None:
             return "computed"
         return "exact" if self.piece.exact else self.piece.status
 
 
 def parts_of(trace: BlendTrace) -> list[Part]:
-    """prefix, chunks, gaps, suffix, in their order."""
+    """Prefix, chunks, gaps and suffix, in their order."""
     parts, at = [], 0
-    pieces: list[tuple[str, ChunkTrace]] = [("prefix", trace.prefix)] if trace.prefix else []
-    pieces += [(f"chunk {i}", chunk) for i, chunk in enumerate(trace.chunks)]
-    for name, piece in pieces:
+    pieces = [("prefix", trace.prefix)] if trace.prefix else []
+    for name, piece in [*pieces, *((f"chunk {i}", chunk) for i, chunk in enumerate(trace.chunks))]:
         start, stop = piece.span
         if at < start:
             parts.append(Part("gap", at, start))
@@ -81,24 +79,28 @@ def parts_of(trace: BlendTrace) -> list[Part]:
     return parts
 
 
+def few(parts: Sequence[Part], most: int) -> Sequence[Part]:
+    """The first `most` parts, and the rest as one."""
+    return parts if len(parts) <= most else [*parts[:most], Part("…", parts[most].start, parts[-1].stop)]
+
+
 def figures_of(trace: BlendTrace) -> list[tuple[str, str]]:
-    """Name and figure, what matters first."""
+    """Names and figures, the most important first."""
     figures = [("tokens", f"{trace.num_tokens:,}")]
+    first_token = [] if trace.ttft_ms is None else [("first token", f"{trace.ttft_ms:,.0f} ms")]
     if not trace.blended:
-        return figures + ([("first token", f"{trace.ttft_ms:,.0f} ms")] if trace.ttft_ms is not None else [])
+        return figures + first_token
     candidates = 0 if trace.candidate_idx is None else len(trace.candidate_idx)
     exact = sum(chunk.exact for chunk in trace.chunks)
-    figures += [
+    return [
+        *figures,
         ("chunks", f"{len(trace.chunks)}: {trace.hits} found, {exact} exact"),
         ("recomputed", f"{trace.selected_tokens:,} of {candidates:,} moved tokens"),
         ("computed", f"{trace.recomputed_pairs_share:.1%} of a full prefill"),
         ("read", f"{trace.bytes_reused / 1e6:,.1f} MB"),
+        *first_token,
+        *([("rule", rule_of(trace))] if trace.settings else []),
     ]
-    if trace.ttft_ms is not None:
-        figures.append(("first token", f"{trace.ttft_ms:,.0f} ms"))
-    if trace.settings:
-        figures.append(("rule", rule_of(trace)))
-    return figures
 
 
 def rule_of(trace: BlendTrace) -> str:
@@ -109,18 +111,16 @@ def rule_of(trace: BlendTrace) -> str:
 
 def rule_in_words(trace: BlendTrace) -> str:
     """suffix_attention 0.15: the tokens that the question attends to"""
-    rule = rule_of(trace)
-    said = RULE_WORDS.get(trace.settings.get("selection"))  # type: ignore[arg-type]  # a rule of one's own is not in it
-    return f"{rule}: {said}" if said else rule
+    said = RULE_WORDS.get(trace.settings.get("selection"))  # type: ignore[arg-type]  # a user's rule is not in it
+    return f"{rule_of(trace)}: {said}" if said else rule_of(trace)
 
 
 def fallback_of(trace: BlendTrace) -> str:
-    """Why a call was not blended, as a sentence."""
+    """The reason why a call was not blended, as a sentence."""
     if trace.fallback is None:
         return "Nothing was blended yet."
     name = trace.fallback.upper()
-    known = Fallback[name].reason if name in Fallback.__members__ else ""
-    said = trace.fallback_reason or known
+    said = trace.fallback_reason or (Fallback[name].reason if name in Fallback.__members__ else "")
     return f"{trace.fallback}: {said}" if said else trace.fallback
 
 
@@ -133,38 +133,52 @@ def moved_text(piece: ChunkTrace) -> str:
     return f"{piece.cached_start:,} → {now:,}" + (f" ({shift:+,})" if shift else "")
 
 
+def looked_up(trace: BlendTrace, parts: Sequence[Part]) -> list[tuple[Part, ChunkTrace, int]]:
+    """The parts that were looked up, each with its record and the number of its recomputed tokens."""
+    selected = [] if trace.selected_idx is None else sorted(trace.selected_idx.tolist())
+    counted = [(part, bisect_left(selected, part.stop) - bisect_left(selected, part.start)) for part in parts]
+    return [(part, part.piece, recomputed) for part, recomputed in counted if part.piece is not None]
+
+
 # --- shades -----------------------------------------------------------------------------------------------------------
 
 
 def score_levels(scores: Sequence[float | None]) -> list[int]:
     """Scores as levels 1 … 7 by their rank; 0 without a score. A NaN ranks highest, as it does in selection."""
-    values = [math.inf if math.isnan(score) else score for score in scores if score is not None]
-    rising = sorted(values)
+    rising = sorted(_rank(score) for score in scores if score is not None)
 
-    def level(score: float | None) -> int:
-        if score is None:
-            return 0
-        above = len(rising) - bisect_right(rising, math.inf if math.isnan(score) else score)
+    def level(score: float) -> int:
+        above = len(rising) - bisect_right(rising, _rank(score))
         return 7 - bisect_right(SHARES, above / len(rising))
 
-    return [level(score) for score in scores]
+    return [0 if score is None else level(score) for score in scores]
 
 
-def _value_levels(values: torch.Tensor, bounds: Sequence[float]) -> Grid:
-    levels = 1 + torch.bucketize(values.nan_to_num(nan=-1.0).contiguous(), torch.tensor(bounds, dtype=values.dtype))
-    return levels.masked_fill(values.isnan(), 0).tolist()
+def _rank(score: float) -> float:
+    return math.inf if math.isnan(score) else score
 
 
-def binned(values: Sequence[Any], most: int, combine: Callable[[Sequence[Any]], Any]) -> list[Any]:
-    """At most that many values, each of as many neighbours as the others, give or take one."""
-    edges = edges_of(len(values), most)
-    return [combine(values[start:stop]) for start, stop in pairwise(edges)]
+def highest_first(scores: Sequence[float | None]) -> list[int]:
+    """The scored tokens, the highest score first."""
+    ranks = {i: _rank(score) for i, score in enumerate(scores) if score is not None}
+    return sorted(ranks, key=ranks.__getitem__, reverse=True)
+
+
+def binned(values: Any, most: int, combine: Callable[[Any], Any]) -> list[Any]:
+    """At most that many values, each combined from an equal number (± 1) of neighbours."""
+    return [combine(values[start:stop]) for start, stop in pairwise(edges_of(len(values), most))]
 
 
 def edges_of(count: int, most: int) -> list[int]:
-    """Where bins begin, and where the last one ends."""
+    """The first index of each bin, and the end of the last one."""
     bins = min(count, most)
     return [i * count // bins for i in range(bins + 1)] if bins else [0]
+
+
+def score_strip(columns: dict[str, list[Any]], most: int) -> tuple[list[int], list[float]]:
+    """All tokens in bins: the level of a bin's highest score, and the share of it that was recomputed."""
+    levels = binned(score_levels(columns["score"]), most, max)
+    return levels, binned(columns["selected"], most, lambda some: sum(some) / len(some))
 
 
 def map_levels(values: torch.Tensor, name: str) -> Grid:
@@ -172,11 +186,11 @@ def map_levels(values: torch.Tensor, name: str) -> Grid:
     values = values.float().cpu()
     if name == "attention":
         values = values * values.shape[1]
-    low = torch.nan_to_num(values, nan=-torch.inf)
-    for dim, most in ((0, ROWS), (1, COLUMNS)):
-        edges = edges_of(low.shape[dim], most)
-        low = torch.stack([low.narrow(dim, a, b - a).amax(dim) for a, b in pairwise(edges)], dim)
-    return _value_levels(low.masked_fill(low.isinf(), torch.nan), ATTENTION if name == "attention" else DEVIATIONS)
+    values = values.nan_to_num(nan=-torch.inf)
+    for most in (ROWS, COLUMNS):  # layers, then tokens
+        values = torch.stack(binned(values, most, lambda some: some.amax(0))).T
+    bounds = torch.tensor(ATTENTION if name == "attention" else DEVIATIONS)
+    return (1 + torch.bucketize(values.contiguous(), bounds)).masked_fill(values.isinf(), 0).tolist()
 
 
 # --- the mask ---------------------------------------------------------------------------------------------------------
@@ -191,14 +205,12 @@ def computed_rows(trace: BlendTrace) -> list[int]:
 
 
 def mask_of(trace: BlendTrace, most_rows: int = ROWS, most_columns: int = COLUMNS) -> Grid:
-    """Who sees whom: a row per computed token (or several), a column per key (or several).
+    """The attention mask: a row per computed token (or several), a column per key (or several).
 
     0: not seen; 1: seen, all reused; 2: seen, some computed; 3: seen, computed for the most part. A row of several
     tokens is shown as its last one. Sliding windows are not drawn.
     """
     rows = computed_rows(trace)
-    if not rows:
-        return []
     edges = edges_of(trace.num_tokens, most_columns)
     kinds = []
     for start, stop in pairwise(edges):
@@ -211,63 +223,44 @@ def mask_of(trace: BlendTrace, most_rows: int = ROWS, most_columns: int = COLUMN
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Run:
-    """Neighbouring tokens of a part that are written out, or left out."""
-
-    start: int
-    stop: int
-    shown: bool
-
-
-def runs_of(part: Part, wanted: Sequence[bool]) -> Iterator[Run]:
-    """A part's tokens in runs."""
-    start = part.start
-    for i in range(part.start + 1, part.stop + 1):
-        if i == part.stop or wanted[i] != wanted[start]:
-            yield Run(start, i, wanted[start])
-            start = i
+def runs_of(part: Part, wanted: Sequence[bool]) -> Iterator[tuple[bool, list[int]]]:
+    """Runs of neighbouring tokens of a part: whether they are written out, and their indices."""
+    for shown, tokens in groupby(range(part.start, part.stop), wanted.__getitem__):
+        yield shown, list(tokens)
 
 
 def wanted_tokens(parts: Sequence[Part], scores: Sequence[float | None], most: int = TOKENS) -> list[bool]:
-    """Which tokens are written out: all, if there is room; else each part's first ones, and those around the highest
+    """Marks the tokens to write out: all, if there is room; else each part's first ones, and those around the highest
     scores until the room is used up."""
     count = parts[-1].stop if parts else 0
     if count <= most:
         return [True] * count
-    wanted = [False] * count
     head = min(HEAD, max(1, most // (2 * len(parts))))
-    room = most
-    for part in parts:
-        for i in range(part.start, min(part.start + head, part.stop)):
-            if room > 0:
-                wanted[i] = True
-                room -= 1
-    falling = sorted((i for i in range(count) if scores[i] is not None), key=lambda i: -_rank_value(scores[i]))
-    for peak in falling:
-        for i in range(max(0, peak - AROUND), min(count, peak + AROUND + 1)):
-            if not wanted[i]:
-                wanted[i] = True
-                room -= 1
-        if room <= 0:
+    first = [i for part in parts for i in range(part.start, min(part.start + head, part.stop))]
+    chosen = set(first[:most])
+    for peak in highest_first(scores):
+        chosen.update(range(max(0, peak - AROUND), min(count, peak + AROUND + 1)))
+        if len(chosen) >= most:
             break
+    wanted = [i in chosen for i in range(count)]
     for part in parts:
-        for run in list(runs_of(part, wanted)):
-            if not run.shown and run.stop - run.start < SHORTEST:
-                wanted[run.start : run.stop] = [True] * (run.stop - run.start)
+        for shown, tokens in list(runs_of(part, wanted)):
+            if not shown and len(tokens) < SHORTEST:
+                wanted[tokens[0] : tokens[-1] + 1] = [True] * len(tokens)
     return wanted
-
-
-def _rank_value(score: float | None) -> float:
-    return -math.inf if score is None else math.inf if math.isnan(score) else score
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
 def lanes_of(trace: BlendTrace) -> list[tuple[str, list[Interval]]]:
-    """Heading -> intervals, phases first; lanes of which nothing was noted are left out."""
+    """Heading -> intervals, phases first; empty lanes are left out."""
     headings = (("phase", "phases"), ("compute", "layers computed"), ("load", "layers loaded"), ("ask", "asked for"))
     timeline = trace.timeline
     lanes = [(heading, [one for one in timeline if one.lane == lane]) for lane, heading in headings]
     return [(heading, intervals) for heading, intervals in lanes if intervals]
+
+
+def end_of(lanes: Sequence[tuple[str, Sequence[Interval]]]) -> float:
+    """Milliseconds until the last interval ends; 0 without any."""
+    return max((one.stop_ms for _, intervals in lanes for one in intervals), default=0.0)

@@ -1,37 +1,35 @@
-"""What the playground does, without its page: chunks, a question and settings in; answers, times and a trace out.
+"""The playground without its page: chunks, a question and settings in; answers, times and a trace out.
 
-    Setup ──► Playground.run ──► Outcome ──► answers_html, store_line, chunk_line     (page.py shows these)
+    Setup ──► Playground.run ──► Outcome     (page.py shows both)
 
-Nothing here knows a browser. All text that comes from people is escaped where it becomes HTML.
+Nothing here knows a browser.
 """
 
 from __future__ import annotations
 
 import threading
-import uuid
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from ...config import BlendConfig, Selection
 from ...display import Display
-from ...display.text import escaped
+from ...display.html import rendered
 from ...patching import patch
 from ...prompts.prompt import Prompt
-from ...trace.trace import BlendTrace, ChunkTrace
-from ..demo import demo_data
+from ...trace.trace import BlendTrace
+from ..demo import FULL_PREFILL, NOTHING_RECOMPUTED, data_file, demo_data, greedy_answer, passage_texts, question_prompt
 
 ANSWER_TOKENS = 32
 MAX_CHUNKS = 24
 MAX_CHARACTERS = 100_000  # of a text, in units of UTF-16 as browsers count; messages to the server end at a million
 
 _BLEND = BlendConfig(min_reused_tokens=0)
-_FULL_PREFILL = BlendConfig(enabled=False)
-_FULL_REUSE = replace(_BLEND, check_layers=(), recompute_ratios=())
+_FULL_REUSE = replace(_BLEND, **NOTHING_RECOMPUTED)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a person has chosen.
+    """A user's choice of chunks, question and settings.
 
     Raises:
         ValueError: something is missing or out of bounds; the message is shown on the page.
@@ -45,13 +43,11 @@ class Setup:
     def __post_init__(self) -> None:
         if not 1 <= len(self.chunks) <= MAX_CHUNKS:
             raise ValueError(f"The playground takes 1 to {MAX_CHUNKS} chunks, got {len(self.chunks)}.")
-        for i, chunk in enumerate(self.chunks):
+        texts = {f"Chunk {i}": chunk for i, chunk in enumerate(self.chunks)}
+        for name, chunk in texts.items():
             if not chunk.strip():
-                raise ValueError(f"Chunk {i} is empty. Write something into it, or remove it.")
-        for name, text in (
-            *((f"Chunk {i}", chunk) for i, chunk in enumerate(self.chunks)),
-            ("The question", self.question),
-        ):
+                raise ValueError(f"{name} is empty. Write something into it, or remove it.")
+        for name, text in (*texts.items(), ("The question", self.question)):
             if len(text.encode("utf-16-le", "surrogatepass")) // 2 > MAX_CHARACTERS:
                 raise ValueError(
                     f"{name} is longer than {MAX_CHARACTERS:,} characters; its end may be missing. Shorten it."
@@ -68,20 +64,25 @@ class Setup:
         """The settings of the blended answer."""
         return replace(_BLEND, selection=self.rule, recompute_ratios=(self.ratio,))
 
-
-def prompt_of(tokenizer: Any, setup: Setup) -> Prompt:
-    """The chunks in their order behind hfblend's system text; a chat where the tokenizer has a template."""
-    documents = [chunk.strip() + "\n\n" for chunk in setup.chunks]
-    system, ask = demo_data()["system"], f"Question: {setup.question.strip()}\nAnswer with a few words."
-    if tokenizer.chat_template is None:
-        texts = {"prefix": f"{system}\n\nPassages:\n", "suffix": f"{ask}\nAnswer:"}
-        return Prompt.from_texts(tokenizer, chunks=documents, add_special_tokens=True, **texts)
-    place = f"{{documents {uuid.uuid4().hex}}}"  # a question may say {documents}
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": f"Passages:\n{place}{ask}"}]
-    return Prompt.from_chat(tokenizer, messages, documents, placeholder=place)
+    def prompt(self, tokenizer: Any) -> Prompt:
+        """The chunks in their order after hfblend's system text, then the question."""
+        chunks = [chunk.strip() for chunk in self.chunks]
+        return question_prompt(tokenizer, demo_data()["system"], chunks, self.question.strip())
 
 
-# --- results ------------------------------------------------------------------------------------------------------
+def presets() -> dict[str, Setup]:
+    """The setups that the page offers to begin with, by name; all written for hfblend.
+
+    The first asks a question of the demo that SmolLM2-135M-Instruct answers right after full prefill and blended, and
+    wrong after full reuse (notebook 1 says how it was found); the others have texts that depend on those before them.
+    """
+    data = demo_data()
+    first = Setup(tuple(passage_texts(data, (0, 5, 4, 1))), data["questions"][3]["question"])
+    others = data_file("playground.json").items()
+    return {"The island's flag": first, **{name: Setup(tuple(p["chunks"]), p["question"]) for name, p in others}}
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,29 +92,39 @@ class Answer:
     Attributes:
         method: `"full_prefill"`, `"full_reuse"` or `"blended"`.
         ttft_ms: from the call of `generate` to the first new token, once, on the wall clock, every chunk stored.
-        computed_share: computed (token, layer) pairs over those of a full prefill.
         trace: of the call.
     """
 
     method: str
     text: str
     ttft_ms: float
-    computed_share: float
     trace: BlendTrace
+
+    @property
+    def computed_share(self) -> float:
+        """Computed (token, layer) pairs over those of a full prefill."""
+        return self.trace.recomputed_pairs_share if self.trace.blended else 1.0
+
+    def compared(self, full: Answer) -> str:
+        """This answer against full prefill's: work, speed, words."""
+        computed = f"{self.computed_share:.0%} of the (token, layer) pairs computed"
+        if self is full:
+            return computed
+        words = "same words" if self.text == full.text else "other words"
+        return f"{computed} · {full.ttft_ms / self.ttft_ms:.1f}× as fast as full prefill · {words}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `Playground.run` found.
+    """The result of `Playground.run`.
 
     Attributes:
         answers: full prefill, full reuse, blended.
-        found: for each chunk, whether its KV lay in the store when the button was pressed.
+        found: for each chunk, whether its KV lay in the store when the run began.
         storing_ms: time to first token of the call that stored the missing chunks; `None` if none was missing.
         repeated: whether full prefill and full reuse are those of the run before, as their prompt is the same.
     """
 
-    setup: Setup
     prompt: Prompt
     answers: tuple[Answer, Answer, Answer]
     found: tuple[bool, ...]
@@ -122,16 +133,47 @@ class Outcome:
 
     @property
     def trace(self) -> BlendTrace:
-        """Of the blended call."""
+        """The trace of the blended call."""
         return self.answers[-1].trace
 
     @property
+    def answers_html(self) -> str:
+        """The texts of full prefill, full reuse and blending, their times, and a comparison with full prefill."""
+        slowest = max(answer.ttft_ms for answer in self.answers)
+        return rendered("demo/playground/templates/answers.html.jinja", answers=self.answers, slowest=slowest)
+
+    @property
     def tokens_html(self) -> str:
-        """The blended call's trace, with every token: HTML without a script, all text escaped."""
+        """The blended call's trace, with every token."""
         return Display(self.trace, title="What became of each token")._repr_html_()
 
+    @property
+    def store_line(self) -> str:
+        """How many chunks the store held, and the cost of storing the rest."""
+        total, hits = len(self.found), sum(self.found)
+        if self.storing_ms is None:
+            return f"All {total} chunks were in the store (hits)."
+        return (
+            f"{hits} of {total} chunks were in the store (hits), {total - hits} were not (misses). The call that "
+            f"stored them took {self.storing_ms:.0f} ms to its first token; the times above are of the call after it."
+        )
 
-# --- running ------------------------------------------------------------------------------------------------------
+    @property
+    def run_line(self) -> str:
+        """The size of the prompt, and the number of recomputed tokens."""
+        candidates = 0 if self.trace.candidate_idx is None else len(self.trace.candidate_idx)
+        recomputed = f"{self.trace.selected_tokens} of {candidates} reused tokens recomputed."
+        return f"{len(self.prompt)} tokens in {len(self.found)} chunks; {recomputed}"
+
+    @property
+    def chunk_lines(self) -> list[str]:
+        """`"hit · 38 → 120 · 74 tokens"`: how each chunk was found, old and new position of its keys, its length."""
+        lines = []
+        for chunk, found in zip(self.trace.chunks, self.found):
+            start, stop = chunk.span
+            place = f"exact at {start}" if chunk.exact else f"{chunk.cached_start} → {start}"
+            lines.append(f"{'hit' if found else 'miss, stored now'} · {place} · {stop - start} tokens")
+        return lines
 
 
 class Playground:
@@ -141,7 +183,6 @@ class Playground:
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
         self.blender = patch(model, _BLEND, tokenizer=tokenizer, trace="tokens")
         self._one_at_a_time = threading.Lock()
         self._latest: tuple[Prompt, tuple[Answer, Answer]] | None = None
@@ -152,7 +193,7 @@ class Playground:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a setup is running, say of another page."""
+        """Whether a setup is running, for instance another page's."""
         return self._one_at_a_time.locked()
 
     def run(self, setup: Setup) -> Outcome:
@@ -161,32 +202,28 @@ class Playground:
         Raises:
             ValueError: the prompt is longer than the model takes.
         """
-        prompt = prompt_of(self.tokenizer, setup)
+        prompt = setup.prompt(self.blender.tokenizer)
         self._require_room(prompt)
         with self._one_at_a_time:
             blended = self._answer("blended", prompt, setup.config)
             found = tuple(chunk.status != "miss" for chunk in blended.trace.chunks)
             storing_ms = None if all(found) else blended.ttft_ms
-            if storing_ms is not None:  # once more, as every later call
+            if storing_ms is not None:  # the time to show is that of a later call
                 blended = self._answer("blended", prompt, setup.config)
             repeated = self._latest is not None and _same(self._latest[0], prompt)
             if self._latest is None or not repeated:
                 full_reuse = self._answer("full_reuse", prompt, _FULL_REUSE)
-                self._latest = prompt, (self._answer("full_prefill", prompt, _FULL_PREFILL), full_reuse)
+                self._latest = prompt, (self._answer("full_prefill", prompt, FULL_PREFILL), full_reuse)
             answers = (*self._latest[1], blended)
-        return Outcome(setup, prompt, answers, found, storing_ms, repeated)
+        return Outcome(prompt, answers, found, storing_ms, repeated)
 
     def _answer(self, method: str, prompt: Prompt, config: BlendConfig) -> Answer:
-        model = self.blender.model
-        output = model.generate(
-            **prompt.inputs(model.device), blend_config=config, max_new_tokens=ANSWER_TOKENS, do_sample=False
-        )
+        text = greedy_answer(self.blender, prompt, ANSWER_TOKENS, config)
         trace = self.blender.trace
-        text = self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
         if config.enabled and not trace.blended:
             raise ValueError(f"This prompt is {trace}.")
         assert trace.ttft_ms is not None
-        return Answer(method, text, trace.ttft_ms, trace.recomputed_pairs_share if trace.blended else 1.0, trace)
+        return Answer(method, text, trace.ttft_ms, trace)
 
     def _require_room(self, prompt: Prompt) -> None:
         room = getattr(self.blender.model.config, "max_position_embeddings", None)
@@ -199,48 +236,3 @@ class Playground:
 
 def _same(one: Prompt, other: Prompt) -> bool:
     return one.ids == other.ids and one.chunk_spans == other.chunk_spans
-
-
-# --- what the page shows ------------------------------------------------------------------------------------------
-
-
-def answers_html(outcome: Outcome) -> str:
-    """Full prefill, full reuse, blended: each one's words, time, and how it compares with full prefill."""
-    slowest = max(answer.ttft_ms for answer in outcome.answers)
-    full = outcome.answers[0]
-    cards = "".join(
-        f'<article class="answer {answer.method}"><h3>{answer.method.replace("_", " ")}</h3>'
-        f'<p class="text">{escaped(answer.text) or "(nothing)"}</p>'
-        f'<div class="bar"><i style="width:{100 * answer.ttft_ms / slowest:.0f}%"></i></div>'
-        f'<p class="ttft"><b>{answer.ttft_ms:.0f} ms</b> to the first token</p>'
-        f'<p class="note">{escaped(comparison(answer, full))}</p></article>'
-        for answer in outcome.answers
-    )
-    return f'<div class="answers">{cards}</div>'
-
-
-def comparison(answer: Answer, full: Answer) -> str:
-    """An answer beside full prefill's: work, speed, words."""
-    computed = f"{answer.computed_share:.0%} of the (token, layer) pairs computed"
-    if answer is full:
-        return computed
-    words = "same words" if answer.text == full.text else "other words"
-    return f"{computed} · {full.ttft_ms / answer.ttft_ms:.1f}× as fast as full prefill · {words}"
-
-
-def chunk_line(chunk: ChunkTrace, found: bool) -> str:
-    """`"hit · 38 → 120 · 74 tokens"`: how the chunk was found, where its keys were and are, its length."""
-    start, stop = chunk.span
-    place = f"exact at {start}" if chunk.exact else f"{chunk.cached_start} → {start}"
-    return f"{'hit' if found else 'miss, stored now'} · {place} · {stop - start} tokens"
-
-
-def store_line(outcome: Outcome) -> str:
-    """What the store held, and what storing the rest cost."""
-    total, hits = len(outcome.found), sum(outcome.found)
-    if outcome.storing_ms is None:
-        return f"All {total} chunks were in the store (hits)."
-    return (
-        f"{hits} of {total} chunks were in the store (hits), {total - hits} were not (misses). The call that stored "
-        f"them took {outcome.storing_ms:.0f} ms to its first token; the times above are of the call after it."
-    )
