@@ -1,7 +1,7 @@
 # Each target sets up what it needs in .venv; a second run starts at once.
 
 PYTHON ?= python3
-# Installed first where there is no GPU: say TORCH="torch==2.13.0+cpu" where your index has the smaller build.
+# Installed first on a machine without a GPU: say TORCH="torch==2.13.0+cpu" if your index has the smaller build.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -49,7 +49,7 @@ docs: $(VENV)/.docs
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-# Written beside the scripts.
+# Written next to the scripts.
 notebooks: $(VENV)/.notebooks
 	$(BIN)/jupytext --quiet --to ipynb examples/notebooks/*.py
 	@echo "To open them: $(BIN)/jupyter lab examples/notebooks"

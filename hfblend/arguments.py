@@ -1,4 +1,5 @@
-"""Checks of what callers pass: each raises `TypeError` or `ValueError` that says what was got and what is expected."""
+"""Checks of arguments. Each raises a `TypeError` (another type) or a `ValueError` (out of bounds), which says what
+was got and what is expected."""
 
 from __future__ import annotations
 
@@ -7,11 +8,10 @@ import functools
 import numbers
 import re
 import reprlib
+import sys
 from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import fields
 from typing import Any, TypeVar
-
-from torch import nn
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ _short.maxstring = _short.maxother = 60
 
 
 def described(value: Any) -> str:
-    """A value as errors name it, in a line: long ones by type, or shortened.
+    """Returns a value as errors name it, in one line: long ones by type, or shortened.
 
     >>> described("text"), described(2.5), described([1, 2]), described(dict)
     ("'text'", '2.5', '[1, 2]', 'the class dict')
@@ -28,7 +28,7 @@ def described(value: Any) -> str:
     kind = type(value).__name__
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if isinstance(value, nn.Module):
+    if is_model(value):
         return f"a model ({kind})"
     if is_tokenizer(value):
         return f"a tokenizer ({kind})"
@@ -41,18 +41,23 @@ def described(value: Any) -> str:
     return f"an object of type {kind}"
 
 
+def is_model(value: Any) -> bool:
+    """Whether it is a PyTorch module; told without importing PyTorch, which no command line mistake needs."""
+    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].nn.Module)
+
+
 def is_tokenizer(value: Any) -> bool:
-    """Whether it has what Transformers' tokenizers have."""
+    """Whether it has the methods of Transformers' tokenizers."""
     return not isinstance(value, type) and hasattr(value, "decode") and hasattr(value, "convert_ids_to_tokens")
 
 
 def is_function(value: Any) -> bool:
     """Whether it is meant to be called: no class, model or tokenizer, which can be called too."""
-    return callable(value) and not isinstance(value, type | nn.Module) and not is_tokenizer(value)
+    return callable(value) and not (isinstance(value, type) or is_model(value) or is_tokenizer(value))
 
 
 def closest(name: str, known: Iterable[str], least: float = 0.6) -> str:
-    """The known name that is spelt most like this one; empty where none is close (difflib's ratio below `least`)."""
+    """Returns the known name with the nearest spelling; empty if none is close (difflib's ratio below `least`)."""
     return next(iter(difflib.get_close_matches(name.lower(), list(known), 1, least)), "")
 
 
@@ -65,27 +70,16 @@ def one_of(name: str, value: Any, choices: Collection[str], also: str = "") -> N
 
 
 def whole(name: str, value: Any, least: int = 0) -> int:
-    """A whole number, also one of NumPy's, as Python's.
-
-    Raises:
-        TypeError: no whole number.
-        ValueError: one below `least`.
-    """
+    """Returns a whole number of at least `least`, NumPy's too, as a Python `int`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, {least} or more, got {described(value)}.")
-    number = int(value)
-    if number < least:
-        raise ValueError(f"{name} must be {least} or more, got {number}.")
-    return number
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}.")
+    return int(value)
 
 
 def number_in(name: str, value: Any, least: float, most: float) -> float:
-    """A number between bounds, also one of NumPy's, as Python's.
-
-    Raises:
-        TypeError: no number.
-        ValueError: one out of bounds, or NaN.
-    """
+    """Returns a number between bounds, NumPy's too, as a Python `float`; refuses NaN."""
     expected = f"a number in [{least:g}, {most:g}]" if most < float("inf") else f"a number, {least:g} or more"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {expected}, got {described(value)}.")
@@ -95,22 +89,14 @@ def number_in(name: str, value: Any, least: float, most: float) -> float:
 
 
 def require(name: str, value: Any, kind: Any, expected: str) -> Any:
-    """The value, of this type or one of several.
-
-    Raises:
-        TypeError: it is of another.
-    """
+    """Returns the value if it has this type, or one of several."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {expected}, got {described(value)}.")
     return value
 
 
 def require_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer of Transformers', or what can be called and asked as one.
-
-    Raises:
-        TypeError: the name of one, a processor, or something else.
-    """
+    """Returns a tokenizer of Transformers, or an object with its methods; refuses names and processors."""
     if isinstance(tokenizer, type) or not callable(tokenizer) or not hasattr(tokenizer, "decode"):
         hint = f": load it, AutoTokenizer.from_pretrained({tokenizer!r})" if isinstance(tokenizer, str) else ""
         raise TypeError(f"tokenizer must be a Transformers tokenizer, got {described(tokenizer)}{hint}.")
@@ -120,14 +106,8 @@ def require_tokenizer(tokenizer: Any) -> Any:
 
 
 def require_text(name: str, text: Any, expected: str = "a text") -> str:
-    """A text that can be encoded.
-
-    Raises:
-        TypeError: no text.
-        ValueError: half of a surrogate pair in it.
-    """
-    if not isinstance(text, str):
-        raise TypeError(f"{name} must be {expected}, got {described(text)}.")
+    """Returns a text that can be encoded: it holds no half of a surrogate pair."""
+    require(name, text, str, expected)
     if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
         raise ValueError(
             f"{name} must be valid Unicode, got half of a surrogate pair, {half[0]!r}, at character {half.start()}; "
@@ -137,12 +117,7 @@ def require_text(name: str, text: Any, expected: str = "a text") -> str:
 
 
 def token_ids(name: str, ids: Any, vocab_size: int | None = None, expected: str = "a list of token ids") -> list[int]:
-    """Token ids of a list, an array or a tensor (n,).
-
-    Raises:
-        TypeError: no ids; a text.
-        ValueError: ids that the vocabulary does not have.
-    """
+    """Returns the token ids of a list, an array or a tensor (n,); refuses ids outside the vocabulary."""
     plain = ids.tolist() if hasattr(ids, "tolist") else ids
     is_list = isinstance(plain, Collection) and not isinstance(plain, str | bytes | Mapping | Set)
     if not is_list or any(isinstance(i, bool) or not isinstance(i, numbers.Integral) for i in plain):
@@ -154,10 +129,10 @@ def token_ids(name: str, ids: Any, vocab_size: int | None = None, expected: str 
 
 
 def known_fields(aliases: Mapping[str, str]) -> Any:
-    """Decorates a dataclass of keywords: an unknown one is refused with the field that was meant.
+    """Decorates a dataclass of keywords: refuses an unknown one, and says which field was probably meant.
 
     Args:
-        aliases: other projects' names, and frequent ones, with what to write here.
+        aliases: other projects' names and frequent mistakes -> the field, or advice.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -180,6 +155,6 @@ def known_fields(aliases: Mapping[str, str]) -> Any:
 
 
 def field_meant(name: str, names: Collection[str], aliases: Mapping[str, str]) -> str:
-    """The field that an unknown name stands for, or advice in its place; empty where none is close."""
+    """Returns the field that an unknown name stands for, or advice instead; empty if none is close."""
     known = name.lower().removeprefix("lmcache_").removeprefix("hfblend_").removeprefix("blend_")
     return aliases.get(known) or closest(known, names)

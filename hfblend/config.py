@@ -1,4 +1,4 @@
-"""What a user decides about blending, validated once, and where it is read from the environment."""
+"""The settings of blending, validated once, and how the environment sets them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from .arguments import described, field_meant, is_function, known_fields, number_in, one_of, require, whole
@@ -18,7 +18,7 @@ ChunkPrefix = Literal["prompt", "filler", "bos", "none"]
 Selection = Literal["suffix_attention", "kv_deviation", "chunk_start", "mixed", "random", "last"]
 OnMiss = Literal["isolated", "in_context"]
 
-# What else people write: the paper's, LMCache's and earlier names, and arguments of `patch`.
+# Other names for the fields (the paper's, LMCache's, earlier ones), and arguments of `patch`.
 _OF_PATCH = "It is an argument of hfblend.patch."
 _ALIASES = {
     **dict.fromkeys(("recompute_ratio", "recomp_ratio", "recomp_ratios", "ratio", "ratios", "r"), "recompute_ratios"),
@@ -41,7 +41,7 @@ _ALIASES = {
 @known_fields(_ALIASES)
 @dataclass(frozen=True, kw_only=True)
 class BlendConfig:
-    """How a prompt is blended. Immutable; every value is checked when it is made.
+    """The settings of blending. Immutable; checks every value.
 
     >>> BlendConfig(recompute_ratios=(0.05,)).recompute_ratios
     (0.05,)
@@ -50,12 +50,12 @@ class BlendConfig:
         enabled: `False` sends every call to stock `generate`.
         separator: text, or token ids, at which plain `input_ids` are split into prefix, chunks and suffix.
             `None` splits nothing: only prompts that bring their `chunk_spans` are blended.
-        selection: the rule that scores reused tokens; the highest are recomputed. `"suffix_attention"`: what the
-            suffix attends to. `"kv_deviation"`: CacheBlend's. `"chunk_start"`, `"mixed"`, `"random"`, `"last"`, or a
-            function of your own: see `hfblend.blend.selection`.
+        selection: the rule that scores reused tokens; the highest are recomputed. `"suffix_attention"`: the suffix's
+            attention to them. `"kv_deviation"`: CacheBlend's. `"chunk_start"`, `"mixed"`, `"random"`, `"last"`, or your
+            function: see `hfblend.blend.selection`.
         recompute_ratios: the share in [0, 1] of reused tokens that is recomputed, `ceil(ratio * reused tokens)` of
             them; 1.0 recomputes every token of the prompt. With several check layers one each, never rising. `"auto"`:
-            as many as loading chunk KV hides, `least_ratio` or more, and a full prefill where that is quicker: see
+            as many as loading chunk KV hides, `least_ratio` or more, and a full prefill if that is quicker: see
             `hfblend.controller`.
         least_ratio: in [0, 1], the paper's r*, for `"auto"`.
         check_layers: 0-based layers at which `"kv_deviation"` ranks tokens, rising, one per ratio. Several mean the
@@ -64,19 +64,19 @@ class BlendConfig:
         deviation: what `"kv_deviation"` ranks: squared L2 distance (fp32) of the fresh from the reused `"value"`, of
             the realigned `"key"`, or `"key_value"`, the sum of both, each divided by its mean.
         min_reused_tokens: prompts with fewer chunk tokens go through stock `generate` (blending would not pay).
-        force_chunk_start: that many first tokens of every chunk are selected first, inside the budget.
-        chunk_prefix: what a chunk's KV is computed behind (those rows are then dropped): the `"prompt"`'s own prefix,
+        force_chunk_start: this many first tokens of every chunk are selected first, inside the budget.
+        chunk_prefix: the text that a chunk's KV is computed after (its rows are then dropped): the `"prompt"`'s prefix,
             that prefix and a `"filler"` text, `"bos"` alone, or `"none"`.
-        filler_ids: ids of the filler; `patch(..., tokenizer=)` fills them in, `hfblend.filler_ids(tokenizer)` gives
-            them for everything else.
+        filler_ids: ids of the filler; `patch(..., tokenizer=)` fills them in, elsewhere take
+            `hfblend.filler_ids(tokenizer)`.
         on_miss: `"isolated"` prefills a missing chunk alone, stores it, and then treats it like a hit, so that an
             answer never depends on what the store held. `"in_context"` computes it inside the prompt.
         layerwise: assemble each layer's reused KV when the pass reaches it; `False` assembles all layers first.
-        cuda_graphs: on a GPU, run passes as CUDA graphs, without Python, where a model allows it.
+        cuda_graphs: on a GPU, run passes as CUDA graphs, without Python, if the model allows it.
         namespace: keeps one tenant's entries apart from another's in a shared store.
 
     Raises:
-        ValueError, TypeError: for any value outside these bounds, saying what was got and what is expected.
+        ValueError, TypeError: a value outside these bounds; the message says what was got and what is expected.
 
     Source: CacheBlend (arXiv 2405.16444) sections 4.3 (selection, gradual filtering) and 7 (15 %).
     """
@@ -152,10 +152,9 @@ class BlendConfig:
                 f"separator must hold visible text, got {self.separator!r}: white space alone would match anywhere. "
                 "Use a string such as ' # # ', token ids, or None."
             )
-        ids = _numbers("separator", self.separator, whole, "text, a tuple of token ids or None")
-        if not ids:
-            raise ValueError(f"separator must be text or one or more token ids, got {self.separator!r}.")
-        self._set("separator", ids)
+        self._set("separator", _numbers("separator", self.separator, whole, "text, a tuple of token ids or None"))
+        if not self.separator:
+            raise ValueError("separator must be text or one or more token ids, got ().")
 
     def _check_selection(self) -> None:
         if not is_function(self.selection):
@@ -208,23 +207,20 @@ class BlendConfig:
 
         Raises:
             TypeError: a name or a value that is no text.
-            ValueError: a variable that cannot be read, named with its value; one that looks misspelt.
+            ValueError: a variable that cannot be read, with its value; a name that looks misspelt.
         """
         environ = os.environ if environ is None else environ
         require("environ", environ, Mapping, "a mapping of texts")
         for name, text in environ.items():
             require("Each name in environ", name, str, "text")
             require(f"environ[{name!r}]", text, str, "text")
-        values: dict[str, Any] = {}
-        read_from: dict[str, str] = {}
-        for field, (lmcache_name, read) in _ENVIRONMENT.items():
-            for name in (f"HFBLEND_{field.upper()}", lmcache_name):
-                if name in environ:
-                    values[field], read_from[field] = (
-                        _read(name, environ[name], read),
-                        f"{name}={described(environ[name])}",
-                    )
-                    break
+        read_from = {
+            field.name: variable
+            for field in fields(cls)
+            for variable in _variables(field.name)[::-1]
+            if variable in environ
+        }
+        values = {field: _read(name, environ[name], _READ.get(field, str)) for field, name in read_from.items()}
         ratios = values.get("recompute_ratios", (0.15,))
         if "check_layers" in values and ratios != "auto" and len(ratios) == 1:
             values["recompute_ratios"] = ratios * len(values["check_layers"])
@@ -235,12 +231,13 @@ class BlendConfig:
         try:
             return cls(**values)
         except ValueError as error:
-            said = [text for field, text in read_from.items() if field in str(error)]
-            raise ValueError(f"{error} Read from {', '.join(said or read_from.values())}.") from error
+            said = {field: f"{name}={described(environ[name])}" for field, name in read_from.items()}
+            at_fault = [text for field, text in said.items() if field in str(error)] or said.values()
+            raise ValueError(f"{error} Read from {', '.join(at_fault)}.") from error
 
 
 def as_config(config: BlendConfig | None, name: str = "config") -> BlendConfig:
-    """The settings, default ones for `None`.
+    """Returns the settings; default ones for `None`.
 
     Raises:
         TypeError: something else.
@@ -257,7 +254,7 @@ def _ratio(name: str, value: Any) -> float:
 def _numbers(
     name: str, values: Any, check: Callable[[str, Any], Any], expected: str = "a tuple of numbers"
 ) -> tuple[Any, ...]:
-    """A tuple of numbers, each checked, of a sequence or an array."""
+    """Checks each number of a sequence or an array."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, int | float) and not isinstance(values, bool):
         raise TypeError(f"{name} must be {expected}, got {values}: write ({check(name, values)},).")
@@ -268,50 +265,52 @@ def _numbers(
 
 # --- the environment ----------------------------------------------------------------------------------------------
 
+_LMCACHE = {
+    "enabled": "LMCACHE_ENABLE_BLENDING",
+    "separator": "LMCACHE_BLEND_SPECIAL_STR",
+    "check_layers": "LMCACHE_BLEND_CHECK_LAYERS",
+    "recompute_ratios": "LMCACHE_BLEND_RECOMPUTE_RATIOS",
+    "min_reused_tokens": "LMCACHE_BLEND_MIN_TOKENS",
+    "layerwise": "LMCACHE_USE_LAYERWISE",
+}
+_OTHER_VARIABLES = {"HFBLEND_CACHE", "HFBLEND_SHORT", "HFBLEND_CHROMIUM", "LMCACHE_BLEND_THRESHOLDS"}
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
 
 def _flag(text: str) -> bool:
-    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if text.strip().lower() not in words:
+    if text.strip().lower() not in _WORDS:
         raise ValueError("expected true or false")
-    return words[text.strip().lower()]
+    return _WORDS[text.strip().lower()]
 
 
 def _separator(text: str) -> str | None:
     return None if text.strip().lower() == "none" or not text else text
 
 
-def _list_of(kind: type) -> Any:
-    return lambda text: tuple(kind(part) for part in text.strip().strip("[]()").split(",") if part.strip())
-
-
 def _ratios(text: str) -> Any:
-    return "auto" if text.strip().lower() == "auto" else _list_of(float)(text)
+    return "auto" if text.strip().lower() == "auto" else _list_of(text, float)
 
 
-_ENVIRONMENT: dict[str, tuple[str, Any]] = {
-    "enabled": ("LMCACHE_ENABLE_BLENDING", _flag),
-    "separator": ("LMCACHE_BLEND_SPECIAL_STR", _separator),
-    "selection": ("", str),
-    "check_layers": ("LMCACHE_BLEND_CHECK_LAYERS", _list_of(int)),
-    "score_layers": ("", _list_of(int)),
-    "recompute_ratios": ("LMCACHE_BLEND_RECOMPUTE_RATIOS", _ratios),
-    "least_ratio": ("", float),
-    "deviation": ("", str),
-    "min_reused_tokens": ("LMCACHE_BLEND_MIN_TOKENS", int),
-    "force_chunk_start": ("", int),
-    "chunk_prefix": ("", str),
-    "filler_ids": ("", _list_of(int)),
-    "on_miss": ("", str),
-    "layerwise": ("LMCACHE_USE_LAYERWISE", _flag),
-    "cuda_graphs": ("", _flag),
-    "namespace": ("", str),
+def _list_of(text: str, kind: Callable[[str], Any] = int) -> tuple[Any, ...]:
+    return tuple(kind(part) for part in text.strip().strip("[]()").split(",") if part.strip())
+
+
+_READ: dict[str, Callable[[str], Any]] = {  # the other fields are text
+    **dict.fromkeys(("enabled", "layerwise", "cuda_graphs"), _flag),
+    **dict.fromkeys(("check_layers", "score_layers", "filler_ids"), _list_of),
+    **dict.fromkeys(("min_reused_tokens", "force_chunk_start"), int),
+    "separator": _separator,
+    "recompute_ratios": _ratios,
+    "least_ratio": float,
 }
 
 
-_OTHER_VARIABLES = ("HFBLEND_CACHE", "HFBLEND_SHORT", "HFBLEND_CHROMIUM", "LMCACHE_BLEND_THRESHOLDS")
+def _variables(field: str) -> list[str]:
+    """The variables that set a field, the one that counts first."""
+    return [f"HFBLEND_{field.upper()}", *([_LMCACHE[field]] if field in _LMCACHE else [])]
 
 
-def _read(name: str, text: str, read: Any) -> Any:
+def _read(name: str, text: str, read: Callable[[str], Any]) -> Any:
     try:
         return read(text)
     except (ValueError, RecursionError) as error:  # the second, of JSON that is nested without end
@@ -319,18 +318,17 @@ def _read(name: str, text: str, read: Any) -> Any:
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    """A misspelt variable would leave its default in force without a word.
+    """Refuses a misspelt variable, which would leave its default in force unnoticed.
 
     Raises:
-        ValueError: a variable that is close to one of a field; others are logged, as they may be somebody else's.
+        ValueError: a variable close to a field's; others, which another program may read, are logged.
     """
-    known = {*_OTHER_VARIABLES, *(name for name, _ in _ENVIRONMENT.values())}
-    known |= {f"HFBLEND_{field.upper()}" for field in _ENVIRONMENT}
-    for name in sorted(environ):
-        if name in known or not name.startswith(("HFBLEND_", "LMCACHE_BLEND_")):
+    names = [field.name for field in fields(BlendConfig)]
+    known = _OTHER_VARIABLES.union(*map(_variables, names))
+    for name in sorted(environ.keys() - known):
+        if not name.startswith(("HFBLEND_", "LMCACHE_BLEND_")):
             continue
-        field = field_meant(name, _ENVIRONMENT, _ALIASES)
-        if field in _ENVIRONMENT:
+        if (field := field_meant(name, names, _ALIASES)) in names:
             raise ValueError(f"No setting is read from {name}. Did you mean HFBLEND_{field.upper()}?")
         logger.warning("The environment variable %s is no setting of BlendConfig; it is ignored.", name)
 
@@ -338,8 +336,7 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
 def _log_unused(environ: Mapping[str, str]) -> None:
     if "LMCACHE_BLEND_THRESHOLDS" in environ:
         logger.info("LMCACHE_BLEND_THRESHOLDS is accepted and not used: tokens are chosen by ratio.")
-    text = environ.get("LMCACHE_EXTRA_CONFIG", "").strip()
-    if not text:
+    if not (text := environ.get("LMCACHE_EXTRA_CONFIG", "").strip()):
         return
     extra = _read("LMCACHE_EXTRA_CONFIG", text, json.loads)
     if isinstance(extra, dict) and "enable_sparse" in extra:

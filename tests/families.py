@@ -207,6 +207,9 @@ def as_trained(model: Any) -> Any:
     return model
 
 
+_made: dict[str, Any] = {}  # models that nothing has run, by the family's name
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table.
@@ -228,6 +231,11 @@ class Family:
         Raises:
             MemoryError: its settings do not make it small.
         """
+        if self.name not in _made:
+            _made[self.name] = self._make()
+        return copy.deepcopy(_made[self.name])
+
+    def _make(self) -> Any:
         config = self._config()
         auto = AutoModelForCausalLM if self.kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
         with torch.device("meta"):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_script
 
 from hfblend.demo import model as demo_model
 
@@ -19,9 +18,7 @@ needs_packaged_model = pytest.mark.skipif(demo_model.packaged_gguf() is None, re
 
 def run(script, *arguments, **environment):
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment}
-    outcome = subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments], env=settings, capture_output=True, text=True, check=False
-    )
+    outcome = run_script(ROOT / script, *arguments, environment=settings)
     assert outcome.returncode == 0, outcome.stderr
     return outcome.stdout
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_script
 
 from hfblend.demo import model as demo_model
 
@@ -26,9 +25,7 @@ needs_packages = pytest.mark.skipif(
 def run(notebook: Path, short: bool) -> None:
     """Runs it as a script, with stock warnings and nothing shown."""
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HFBLEND_SHORT": "1" if short else "0"}
-    outcome = subprocess.run(
-        [sys.executable, str(notebook)], env=settings, capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    outcome = run_script(notebook, environment=settings, folder=ROOT)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 

@@ -72,9 +72,13 @@ def stock_run(model, prompt, **kwargs):
     return generate(model, {"input_ids": prompt.input_ids}, max_new_tokens=12, **kwargs)
 
 
-def test_ratio_1_equals_full_prefill(real):
+@pytest.fixture(scope="module")
+def stock(real):
+    return stock_run(*real)
+
+
+def test_ratio_1_equals_full_prefill(real, stock):
     model, prompt = real
-    stock = stock_run(model, prompt)
     with hfblend.patch(model, config=config(1.0)) as blender:
         for hits in (0, 3):
             blended = generate(model, prompt.inputs(), max_new_tokens=12)
@@ -85,9 +89,8 @@ def test_ratio_1_equals_full_prefill(real):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5])
-def test_true_kv_from_elsewhere_is_exact(real, ratio):
+def test_true_kv_from_elsewhere_is_exact(real, stock, ratio):
     model, prompt = real
-    stock = stock_run(model, prompt)
     with hfblend.patch(model, config=config(ratio), store=store_of_true_kv(model, prompt, shift=1000)) as blender:
         blended = generate(model, prompt.inputs(), max_new_tokens=12)
         assert blender.trace.hits == 3
@@ -96,9 +99,9 @@ def test_true_kv_from_elsewhere_is_exact(real, ratio):
         assert largest_difference(blended, stock) <= 1e-3
 
 
-def test_recomputing_more_comes_closer_to_full_prefill(real):
+def test_recomputing_more_comes_closer_to_full_prefill(real, stock):
     model, prompt = real
-    stock = stock_run(model, prompt).logits[0].log_softmax(-1)
+    stock = stock.logits[0].log_softmax(-1)
     divergence = []
     with hfblend.patch(model) as blender:
         for ratio in (0.0, 0.5, 1.0):
@@ -109,9 +112,8 @@ def test_recomputing_more_comes_closer_to_full_prefill(real):
     assert divergence[2] < 1e-6
 
 
-def test_cold_equals_warm_and_removal_is_bit_equal(real):
+def test_cold_equals_warm_and_removal_is_bit_equal(real, stock):
     model, prompt = real
-    stock = stock_run(model, prompt)
     with hfblend.patch(model, config=config(0.15)) as blender:
         cold, warm = (generate(model, prompt.inputs(), max_new_tokens=12) for _ in range(2))
         assert blender.trace.hits == 3

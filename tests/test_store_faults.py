@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import run_script
 from typer.testing import CliRunner
 
 import hfblend
@@ -216,7 +218,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("needs /proc")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = run_script(script)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) < 100  # MiB
 
@@ -596,8 +598,9 @@ assert (store.counts.stored, store.counts.failed) == (200, 0)
     pinned.put(KEY, entry())
     pinned.pin(KEY)
     os.utime(pinned._path(KEY), (0, 0))
-    running = [subprocess.Popen([sys.executable, "-c", script, str(i)]) for i in range(3)]
-    assert [one.wait() for one in running] == [0] * 3
+    with ThreadPoolExecutor(3) as threads:
+        running = threads.map(lambda i: run_script(script, str(i)), range(3))
+        assert [(one.returncode, one.stderr) for one in running] == [(0, "")] * 3
     store = DiskStore(tmp_path, budget)
     store.put(KEYS[1], entry())
     assert store.num_bytes <= budget

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..demo import model as demo_model
-from ..lab.bench import BenchSettings, random_model, run
+from ..lab.bench import run
+from ..lab.bench.synthetic import random_model
 from ..lab.report import Results, cells, notes, title
-from ..lab.settings import Layout
+from ..lab.settings import BenchSettings, Layout
 from .common import Device, DType, JsonFile, Markdown, Model, console, dtype_of, in_words, names, numbers
 from .results import Outputs
 

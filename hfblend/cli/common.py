@@ -1,4 +1,4 @@
-"""What the commands share: options, words for errors, and how text from the command line is read."""
+"""The options that commands share, their errors and output, and the reading of values."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import torch
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..store import DiskStore, RemoteStore
+if TYPE_CHECKING:
+    import torch
 
-EXIT_CODES = "Exit codes: 0 done; 1 it failed, or something is missing; 2 an option, a file or a model will not do."
+    from ..store import DiskStore, RemoteStore
+
+EXIT_CODES = "Exit codes: 0 success; 1 failure or missing dependency; 2 invalid option, file or model."
 
 console = Console()
 
@@ -40,23 +42,18 @@ PrintJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 @contextmanager
 def in_words() -> Iterator[None]:
-    """An error that a person can mend is said on stderr, without a stack trace, and ends the command."""
+    """Prints an error that the user can mend to stderr, without a stack trace, and ends the command."""
     try:
         yield
     except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
-        stderr = Console(stderr=True)
-        stderr.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
+        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
 
 
 def store_at(where: str, max_bytes: str | None = None, kv_dtype: str | None = None) -> DiskStore | RemoteStore:
-    """Where chunk KV is to last: no memory stands before it.
+    """Opens the store in a folder or at a URL, without a memory in front; raises what `in_words` prints."""
+    from ..store import DiskStore, RemoteStore
 
-    Raises:
-        ImportError: a package that the URL needs is missing.
-        OSError: the folder cannot be made.
-        ValueError: no size, no `kv_dtype`, no URL that can be opened.
-    """
     if "://" in where:
         return RemoteStore(where, max_bytes, kv_dtype=kv_dtype)
     return DiskStore(where, *([] if max_bytes is None else [max_bytes]), kv_dtype=kv_dtype)
@@ -67,17 +64,25 @@ def print_json(values: Any) -> None:
     console.print_json(json.dumps(values), ensure_ascii=True)
 
 
+def write_json(file: Path | None, values: Any) -> None:
+    """Writes JSON to a file and says so; does nothing without one."""
+    if file is not None:
+        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        console.print(f"Wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given: all but `None`."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def names(text: str) -> list[str]:
-    """What stands between commas."""
+    """Splits text at commas."""
     return [name for part in text.split(",") if (name := part.strip())]
 
 
 def numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:
-    """The numbers that stand between commas.
-
-    Raises:
-        ValueError: something else stands there; `option` is named.
-    """
+    """Reads numbers separated by commas; a `ValueError` names the option."""
     try:
         return [kind(name) for name in names(text)]
     except ValueError as error:
@@ -85,12 +90,12 @@ def numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Numbe
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """The floating-point type that torch knows by this name.
+    """Returns torch's floating-point type of this name; raises `ValueError` if there is none."""
+    if name is None:
+        return None
+    import torch
 
-    Raises:
-        ValueError: there is none.
-    """
-    dtype = None if name is None else getattr(torch, name, None)
-    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    dtype = getattr(torch, name, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"--dtype must be a floating-point type of torch such as float32 or bfloat16, got {name!r}.")
     return dtype

@@ -1,4 +1,4 @@
-"""`hfblend precompute`: a corpus into a store, before the first question."""
+"""`hfblend precompute`: stores the chunks of a corpus before the first question."""
 
 from __future__ import annotations
 
@@ -6,25 +6,84 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..config import BlendConfig
-from ..demo import model as demo_model
-from ..generate import precompute as precomputing
-from ..generate.precompute import Precomputed
-from ..prompts.filler import filler_ids
-from .common import Device, DType, KVDType, Model, console, dtype_of, in_words, print_json, store_at
+from .common import Device, DType, KVDType, Model, console, dtype_of, given, in_words, print_json, store_at
+
+if TYPE_CHECKING:
+    from ..generate.precompute import Precomputed
+
+
+def precompute(
+    corpus: Annotated[
+        Path, typer.Option(help="JSON lines: strings, or objects with a text.", exists=True, dir_okay=False)
+    ],
+    store: Annotated[str, typer.Option(help="Folder or URL that keeps the chunk KV.")],
+    model: Model = None,
+    prefix: Annotated[str | None, typer.Option(help="The text before the first chunk.")] = None,
+    prefix_file: Annotated[
+        Path | None, typer.Option(help="The same, from a file.", exists=True, dir_okay=False)
+    ] = None,
+    field: Annotated[str, typer.Option(help="Of an object, the text.")] = "text",
+    chunk_prefix: Annotated[
+        str | None, typer.Option(help="The text that chunks are computed after.", show_default="BlendConfig's")
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="As in BlendConfig.")] = "",
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(help="Of the store; the oldest go.", show_default="50GB; of a URL, none"),
+    ] = None,
+    kv_dtype: KVDType = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Chunks in one forward.", min=1, show_default="1 on a CPU, else 8")
+    ] = None,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+) -> None:
+    """Compute and store the KV of a corpus' chunks. Stopped and started again, it goes on where it was.
+
+    Example: hfblend precompute --corpus passages.jsonl --store chunks --prefix-file system.txt
+    """
+    stderr = Console(stderr=True)
+    try:
+        with in_words():
+            config = BlendConfig(namespace=namespace, **given(chunk_prefix=chunk_prefix))
+            before, total = prefix_of(prefix, prefix_file), count_texts(corpus, field)
+
+            from ..demo import model as demo_model
+            from ..generate.precompute import precompute as precompute_texts
+            from ..prompts.filler import filler_ids
+
+            kept_in = store_at(store, max_bytes, kv_dtype)
+            loaded, tokenizer = demo_model.load(model, device, dtype_of(dtype))
+            if chunk_prefix == "filler":
+                config = replace(config, filler_ids=filler_ids(tokenizer))
+            options: dict[str, Any] = {"prefix": before, "batch_size": batch_size, "store": kept_in, "config": config}
+            with _bar(stderr) as bar:
+                options["progress"] = _advance(bar, total)
+                report = precompute_texts(loaded, texts_of(corpus, field), tokenizer=tokenizer, **options)
+    except KeyboardInterrupt as error:
+        stderr.print("Stopped. The stored chunks stay; the same command goes on from there.")
+        raise typer.Exit(130) from error
+    if as_json:
+        print_json(asdict(report) | {"tokens_per_s": report.tokens_per_s})
+    else:
+        console.print(str(report), highlight=False, soft_wrap=True)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 def count_texts(corpus: Path, field: str) -> int:
-    """How many texts a corpus has; the whole file is checked, before any model is loaded.
+    """Counts the texts of a corpus, and checks the whole file before any model is loaded.
 
     Raises:
-        ValueError: a line that holds no text, with its number; no text at all; a pipe, which can be read once only.
+        ValueError: a line without text, by number; no text at all; a pipe, which can be read only once.
     """
     if not corpus.is_file():
         raise ValueError(f"{corpus} is no file, and the corpus is read twice; write it to one.")
@@ -35,7 +94,7 @@ def count_texts(corpus: Path, field: str) -> int:
 
 
 def texts_of(corpus: Path, field: str) -> Iterator[str]:
-    """The texts of a JSONL file: lines are strings, or objects with that field. Blank lines are left out.
+    """Yields the texts of a JSONL file: lines are strings, or objects with that field. Skips blank lines.
 
     Raises:
         ValueError: as `count_texts`.
@@ -62,7 +121,7 @@ def _text_of(line: bytes, field: str, where: str) -> str:
 
 
 def _without_halves(text: str, where: str) -> str:
-    """The same text; JSON and command lines may hold half of a surrogate pair, which no tokenizer takes."""
+    """Returns the text; JSON and command lines may hold half of a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -71,29 +130,16 @@ def _without_halves(text: str, where: str) -> str:
 
 
 def prefix_of(prefix: str | None, prefix_file: Path | None) -> str:
-    """The prefix, from either option; a file is taken as it is, with its last newline, but without a byte order mark.
+    """Returns the prefix from either option; a file's text keeps its last newline, and loses its byte order mark.
 
     Raises:
-        ValueError: both are given, or one that is not UTF-8.
+        ValueError: both are given, or a text that is not UTF-8.
     """
     if prefix is not None and prefix_file is not None:
         raise ValueError("--prefix and --prefix-file are two ways to give the prefix; use one.")
     if prefix_file is not None:
         return prefix_file.read_bytes().decode("utf-8-sig")
     return _without_halves(prefix or "", "--prefix")
-
-
-def precompute_corpus(
-    model: Any, corpus: Path, field: str, total: int, console: Console, **options: Any
-) -> Precomputed:
-    """Stores the corpus' `total` texts, with a progress bar where `console` is a terminal.
-
-    Args:
-        options: of `hfblend.generate.precompute.precompute`.
-    """
-    with _bar(console) as bar:
-        progress = _advance(bar, total)
-        return precomputing.precompute(model, texts_of(corpus, field), progress=progress, **options)
 
 
 def _bar(console: Console) -> Progress:
@@ -113,57 +159,3 @@ def _advance(bar: Progress, total: int) -> Callable[[Precomputed], None]:
         bar.update(task, completed=done, rate=f"{report.tokens_per_s:,.0f} tokens/s{failed}")
 
     return show
-
-
-def precompute(
-    corpus: Annotated[
-        Path, typer.Option(help="JSON lines: strings, or objects with a text.", exists=True, dir_okay=False)
-    ],
-    store: Annotated[str, typer.Option(help="Folder or URL that keeps the chunk KV.")],
-    model: Model = None,
-    prefix: Annotated[str | None, typer.Option(help="What will stand before the first chunk.")] = None,
-    prefix_file: Annotated[
-        Path | None, typer.Option(help="The same, from a file.", exists=True, dir_okay=False)
-    ] = None,
-    field: Annotated[str, typer.Option(help="Of an object, the text.")] = "text",
-    chunk_prefix: Annotated[
-        str | None, typer.Option(help="What chunks are computed behind.", show_default="BlendConfig's")
-    ] = None,
-    namespace: Annotated[str, typer.Option(help="As in BlendConfig.")] = "",
-    max_bytes: Annotated[
-        str | None,
-        typer.Option(help="Of the store; the oldest go.", show_default="50GB; of a URL, none"),
-    ] = None,
-    kv_dtype: KVDType = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Chunks in one forward.", min=1, show_default="1 on a CPU, else 8")
-    ] = None,
-    device: Device = None,
-    dtype: DType = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
-) -> None:
-    """Compute and store the KV of a corpus' chunks. Stopped and started again, it goes on where it was.
-
-    Example: hfblend precompute --corpus passages.jsonl --store chunks --prefix-file system.txt
-    """
-    stderr = Console(stderr=True)
-    try:
-        with in_words():
-            chosen: dict[str, Any] = {} if chunk_prefix is None else {"chunk_prefix": chunk_prefix}
-            config = BlendConfig(namespace=namespace, **chosen)
-            options: dict[str, Any] = {"prefix": prefix_of(prefix, prefix_file), "batch_size": batch_size}
-            total = count_texts(corpus, field)
-            options["store"] = store_at(store, max_bytes, kv_dtype)
-            loaded, options["tokenizer"] = demo_model.load(model, device, dtype_of(dtype))
-            if chunk_prefix == "filler":
-                config = replace(config, filler_ids=filler_ids(options["tokenizer"]))
-            report = precompute_corpus(loaded, corpus, field, total, stderr, config=config, **options)
-    except KeyboardInterrupt as error:
-        stderr.print("Stopped. What is stored stays; the same command goes on from there.")
-        raise typer.Exit(130) from error
-    if as_json:
-        print_json(asdict(report) | {"tokens_per_s": report.tokens_per_s})
-    else:
-        console.print(str(report), highlight=False, soft_wrap=True)
-    if report.failed:
-        raise typer.Exit(1)

@@ -1,61 +1,22 @@
-"""`hfblend profile`: what this machine takes, and what the controller would decide."""
+"""`hfblend profile`: measures this machine, and shows what the controller would decide."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..config import BlendConfig
-from ..controller import TIERS, BlendShape, Controller, Load, Profile
-from ..demo import model as demo_model
-from ..measure.profile import profile_of
-from ..store import MemoryStore
-from ..support.registry import model_of
 from .common import Device, DType, Model, console, dtype_of, in_words, numbers, print_json, store_at
 
-CHUNK, SUFFIX = 512, 32  # tokens, of the prompts that are looked at
+if TYPE_CHECKING:
+    from ..controller import Controller, Profile
 
-
-def forecasts(controller: Controller, tokens: Sequence[int], bytes_per_token: int) -> list[dict[str, Any]]:
-    """A row per length and tier: what is decided where all chunk KV lies there, in ms.
-
-    Args:
-        tokens: T of each prompt, in chunks of 512 and a suffix of 32, none of them exact.
-    """
-    tiers = [tier for tier in reversed(TIERS) if tier == "memory" or tier in controller.profile.tiers]
-    rows = []
-    for length in tokens:
-        shape, reused = BlendShape(length, 0, SUFFIX), length - SUFFIX
-        load = Load(-(-reused // CHUNK), reused * bytes_per_token)
-        cheapest = controller.cheapest_tier(shape, load)
-        for tier in tiers:
-            decision = asdict(controller.decide(shape, {tier: load}))
-            rows.append({"tokens": length, "tier": tier, "cheapest_that_hides": tier == cheapest, **decision})
-    return rows
-
-
-def show(profile: Profile, rows: list[dict[str, Any]], console: Console) -> None:
-    """The tiers, and a table of forecasts."""
-    console.print(profile.made_of, highlight=False, soft_wrap=True)
-    for tier, cost in profile.tiers.items():
-        rate = f"{1e3 * cost.per_entry:.2f} ms a chunk and {cost.bytes_per_s / 1e9:.2f} GB/s"
-        console.print(f"Loading from {tier}: {rate}", highlight=False)
-    table = Table(caption="* the cheapest tier whose loading is hidden")
-    headings = ("tokens", "chunk KV in", "full prefill, ms", "computing, ms", "loading, ms", "decision", "TTFT, ms")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("chunk KV in", "decision") else "right")
-    for row in rows:
-        decided = "full prefill" if row["ratio"] is None else f"recompute {row['ratio']:.0%}"
-        table.add_row(
-            f"{row['tokens']:,}", row["tier"] + (" *" if row["cheapest_that_hides"] else ""),
-            *(f"{row[name]:.0f}" for name in ("full_ms", "compute_ms", "load_ms")), decided, f"{row['ttft_ms']:.0f}",
-        )  # fmt: skip
-    console.print(table)
+CHUNK, SUFFIX = 512, 32  # tokens of the forecast prompts' chunks and suffix
 
 
 def profile(
@@ -78,13 +39,58 @@ def profile(
         if not lengths or min(lengths) <= SUFFIX:
             raise ValueError(f"--tokens must be above {SUFFIX}, got {tokens!r}.")
         config = BlendConfig(selection=selection, recompute_ratios="auto", least_ratio=least_ratio)  # type: ignore[arg-type]
+
+        from ..controller import Controller
+        from ..demo import model as demo_model
+        from ..measure.profile import profile_of
+        from ..store import MemoryStore
+        from ..support.registry import model_of
+
         where = MemoryStore() if store is None else store_at(store)
         loaded, _ = demo_model.load(model, device, dtype_of(dtype))
         with Console(stderr=True).status("Measuring …"):
             found = profile_of(loaded, where, config, refresh=refresh)
-        bytes_per_token = model_of(loaded).kv_bytes_per_token
-        rows = forecasts(Controller(found, least_ratio), lengths, bytes_per_token)
+        rows = _forecasts(Controller(found, least_ratio), lengths, model_of(loaded).kv_bytes_per_token)
     if as_json:
         print_json({"profile": asdict(found), "forecasts": rows})
     else:
-        show(found, rows, console)
+        _show(found, rows)
+
+
+def _forecasts(controller: Controller, tokens: Sequence[int], bytes_per_token: int) -> list[dict[str, Any]]:
+    """A row per length and tier: the decision if all chunk KV lies there, in ms.
+
+    Args:
+        tokens: T of each prompt, in chunks of 512 and a suffix of 32, none of them exact.
+    """
+    from ..controller import TIERS, BlendShape, Load
+
+    tiers = [tier for tier in reversed(TIERS) if tier == "memory" or tier in controller.profile.tiers]
+    rows = []
+    for length in tokens:
+        shape, reused = BlendShape(length, 0, SUFFIX), length - SUFFIX
+        load = Load(-(-reused // CHUNK), reused * bytes_per_token)
+        cheapest = controller.cheapest_tier(shape, load)
+        for tier in tiers:
+            decision = asdict(controller.decide(shape, {tier: load}))
+            rows.append({"tokens": length, "tier": tier, "cheapest_that_hides": tier == cheapest, **decision})
+    return rows
+
+
+def _show(profile: Profile, rows: list[dict[str, Any]]) -> None:
+    """Prints the tiers and a table of forecasts."""
+    console.print(profile.made_of, highlight=False, soft_wrap=True)
+    for tier, cost in profile.tiers.items():
+        rate = f"{1e3 * cost.per_entry:.2f} ms a chunk and {cost.bytes_per_s / 1e9:.2f} GB/s"
+        console.print(f"Loading from {tier}: {rate}", highlight=False)
+    table = Table(caption="* the cheapest tier whose loading is hidden")
+    headings = ("tokens", "chunk KV in", "full prefill, ms", "computing, ms", "loading, ms", "decision", "TTFT, ms")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("chunk KV in", "decision") else "right")
+    for row in rows:
+        decided = "full prefill" if row["ratio"] is None else f"recompute {row['ratio']:.0%}"
+        table.add_row(
+            f"{row['tokens']:,}", row["tier"] + (" *" if row["cheapest_that_hides"] else ""),
+            *(f"{row[name]:.0f}" for name in ("full_ms", "compute_ms", "load_ms")), decided, f"{row['ttft_ms']:.0f}",
+        )  # fmt: skip
+    console.print(table)

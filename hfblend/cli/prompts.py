@@ -1,4 +1,4 @@
-"""Prompts from files."""
+"""Reads prompts from files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..prompts.prompt import Prompt
 
 
 def read_prompts(source: str, tokenizer: Any) -> list[Prompt]:
-    """The prompts of a JSON file, one object or a list of them; `-` is standard input.
+    """Reads the prompts of a JSON file, one object or a list of them; `-` is standard input.
 
         {"prefix": "…", "chunks": ["…", "…"], "suffix": "…"}         "question" says the same as "suffix"
-        {"question": "…", "ctxs": [{"title": "…", "text": "…"}]}     a chat about passages, where there is a template
+        {"question": "…", "ctxs": [{"title": "…", "text": "…"}]}     a chat about passages, if there is a template
 
     Raises:
-        ValueError: a source that does not have this form; the message names it.
+        ValueError: a source of another form; the message names it.
     """
     name = "standard input" if source == "-" else source
     try:
@@ -36,18 +36,19 @@ def read_prompts(source: str, tokenizer: Any) -> list[Prompt]:
 
 
 def _complete(row: Any) -> Any:
-    """With a prefix, and a suffix in the place of a question about chunks."""
+    """Adds an empty prefix to a row of chunks, and takes its question for the suffix."""
     if not isinstance(row, dict) or "chunks" not in row:
         return row
     return {"prefix": "", **({"suffix": row["question"]} if "question" in row else {}), **row}
 
 
 def _prompt_of_row(row: Any, where: str, tokenizer: Any) -> Prompt:
-    """The prompt of an object in a file of prompts; errors say `where` it stands."""
+    """Builds the prompt of one object; errors say `where` it stands."""
     names = set(row) if isinstance(row, dict) else set()
     try:
         if {"prefix", "chunks", "suffix"} <= names:
-            return _of_pieces(tokenizer, row["prefix"], _texts(row["chunks"]), row["suffix"])
+            pieces = {"prefix": row["prefix"], "chunks": _texts(row["chunks"]), "suffix": row["suffix"]}
+            return Prompt.from_texts(tokenizer, **pieces, add_special_tokens=True)
         if {"question", "ctxs"} <= names:
             question = require("question", row["question"], str, "a text")
             return prompt_of(tokenizer, Example(question, (), tuple(_texts(row["ctxs"]))))
@@ -56,21 +57,13 @@ def _prompt_of_row(row: Any, where: str, tokenizer: Any) -> Prompt:
     raise ValueError(f'{where} needs "prefix", "chunks" and "suffix", or "question" and "ctxs"; got {sorted(names)}.')
 
 
-def _of_pieces(tokenizer: Any, prefix: str, chunks: list[str], suffix: str) -> Prompt:
-    require("prefix", prefix, str, "a text")
-    require("suffix", suffix, str, "a text")
-    return Prompt.from_texts(tokenizer, prefix=prefix, chunks=chunks, suffix=suffix, add_special_tokens=True)
-
-
 def _texts(passages: Any) -> list[str]:
-    """Passages as texts; one with a title is headed by it."""
-    texts = []
-    for passage in passages if isinstance(passages, list) else [passages]:
-        if isinstance(passage, dict) and isinstance(passage.get("text"), str):
-            passage = titled(passage)
-        if not isinstance(passages, list) or not isinstance(passage, str):
+    """Returns passages as texts, each after its title if it has one."""
+    listed = passages if isinstance(passages, list) else [passages]
+    texts = [titled(one) if isinstance(one, dict) and isinstance(one.get("text"), str) else one for one in listed]
+    for text in texts:
+        if not (isinstance(passages, list) and isinstance(text, str)):
             raise TypeError(
-                f'chunks and ctxs must be lists of texts, or of {{"title", "text"}}, got {described(passage)}.'
+                f'chunks and ctxs must be lists of texts, or of {{"title", "text"}}, got {described(text)}.'
             )
-        texts.append(passage)
     return texts

@@ -1,4 +1,4 @@
-"""Documents in a chat template's text, and where their borders are in it."""
+"""Documents in the text of a chat template, and their borders."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Chat:
 
     Args:
         encode: of that tokenizer, `marked`.
-        documents: as they were given.
-        placeholder: the text in the messages that the documents replace; `None` for the template's own `documents`.
+        documents: the caller's.
+        placeholder: the text in the messages that the documents replace; `None` for the template's `documents`.
         options: other arguments of `apply_chat_template`.
     """
 
@@ -56,7 +56,7 @@ class Chat:
         self.messages = messages if placeholder is None else with_placeholder(messages, placeholder)
 
     def render(self, texts: Sequence[str]) -> str:
-        """Returns the prompt's text with these texts for documents."""
+        """Returns the prompt's text with these texts as documents."""
         if parses_nothing(self.tokenizer):  # mistral-common's own text is not what it reads
             return self.encode.decode(self.ids(texts))
         return self._apply(texts, tokenize=False)
@@ -74,7 +74,7 @@ class Chat:
 
 
 def with_placeholder(messages: Messages, placeholder: str) -> Messages:
-    """Returns messages that hold the placeholder once; where none did, it opens the last user message.
+    """Returns messages that hold the placeholder once; if none did, it opens the last user message.
 
     Raises:
         ValueError: several placeholders, or none and no user message with text.
@@ -87,11 +87,8 @@ def with_placeholder(messages: Messages, placeholder: str) -> Messages:
     content = None if last is None else messages[last].get("content")
     if last is None or not isinstance(content, (str, Sequence)):
         raise ValueError("from_chat needs a user message with text, or the placeholder in some message; got neither.")
-    return [
-        *messages[:last],
-        {**messages[last], "content": _opened(content, f"{placeholder}\n")},
-        *messages[last + 1 :],
-    ]
+    opened = {**messages[last], "content": _opened(content, f"{placeholder}\n")}
+    return [*messages[:last], opened, *messages[last + 1 :]]
 
 
 def cut(
@@ -99,17 +96,17 @@ def cut(
 ) -> tuple[list[str], list[str]]:
     """Cuts the rendered prompt at the documents' borders: `gaps[0] + chunks[0] + gaps[1] + … + gaps[-1]` is its text.
 
-    Chunks are the documents as the template writes them: one that trims or escapes text does so to documents.
+    Chunks are the documents as the template writes them: trimmed or escaped, if it trims or escapes text.
 
     Args:
         readable: makes text fit for a message.
-        if_none: what to say of a template that writes no document.
+        if_none: opens the error for a template that writes no document.
 
     Raises:
         ValueError: the template drops, repeats or moves documents, or changes the text around them.
     """
     text, letters = render(documents), _marks(documents)
-    # As long as the documents, for a template that looks at lengths; then in letters, for one that escapes others.
+    # Marks as long as the documents, for a template that looks at lengths; then letters, for one that escapes others.
     gaps = None
     for marks in (_as_long(documents, letters), letters):
         gaps = _split(render(marks), marks) or gaps
@@ -120,7 +117,7 @@ def cut(
             f"{if_none}The chat template must write each document once and in order; got another text. "
             "Build the prompt with Prompt.from_texts instead."
         )
-    # Marks between the documents only: at the outer ends the template is to see their own first and last letters.
+    # Marks between the documents only: at the outer ends the template has to see the documents' first and last letters.
     pieces = _split(render([f"{d}{m}" for d, m in zip(documents, letters[:-1])] + [*documents[-1:]]), letters[:-1])
     if pieces is None:
         raise ValueError(_CHANGES.format("it drops or moves documents when their neighbours change"))
@@ -132,12 +129,12 @@ def cut(
 
 
 def _marks(documents: Sequence[str]) -> list[str]:
-    """A mark for each document, of letters that stand in no text."""
+    """Returns a mark for each document, of letters that no text contains."""
     return [uuid.uuid4().hex[: max(12, min(len(document), 32))] for document in documents]
 
 
 def _as_long(documents: Sequence[str], marks: Sequence[str]) -> list[str]:
-    """Marks as long as the documents: letters, and for a short document one private character, as often as needed."""
+    """Returns marks as long as the documents: letters; for a short document, one private character, repeated."""
     first = 0xE000
     return [
         mark.ljust(len(document), "x") if len(document) >= len(mark) else chr(first + i % 6400) * len(document)
@@ -151,7 +148,7 @@ def woven(gaps: Sequence[str], chunks: Sequence[str]) -> str:
 
 
 def parting(ours: str, theirs: str, names: tuple[str, str] = ("the documents as given", "the template")) -> str:
-    """Returns, as a message, the place where two texts part."""
+    """Returns the place where two texts differ, as a message."""
     at = next((i for i, (one, other) in enumerate(zip(ours, theirs)) if one != other), min(len(ours), len(theirs)))
     return (
         f"after {ours[max(at - 20, 0) : at]!r} (character {at}), {names[0]} read {ours[at : at + 20]!r}, "
@@ -160,7 +157,7 @@ def parting(ours: str, theirs: str, names: tuple[str, str] = ("the documents as 
 
 
 def _split(text: str, marks: Sequence[str]) -> list[str] | None:
-    """The text cut at the marks; `None` unless they stand in it once each, in their order."""
+    """Returns the text cut at the marks; `None` unless it holds each once, in their order."""
     if not marks:
         return [text]
     found = re.findall("|".join(marks), text)
@@ -168,7 +165,7 @@ def _split(text: str, marks: Sequence[str]) -> list[str] | None:
 
 
 def _opened(content: str | Sequence[Any], text: str) -> str | list[Any]:
-    """A message's content with `text` in front: of a list of parts, in front of its first text."""
+    """Returns a message's content with `text` in front; in a list of parts, in front of its first text."""
     if isinstance(content, str):
         return text + content
     parts = list(content)
@@ -197,7 +194,7 @@ def _replaced(value: Any, old: str, new: str) -> Any:
 
 
 def _with_text(document: Any, text: str) -> dict[str, Any]:
-    """A document for a template's `documents`: a dict keeps its other fields."""
+    """Returns a document for a template's `documents`; a dict keeps its other fields."""
     if not isinstance(document, Mapping):
         return {"title": "", "text": text}
     name = next(name for name in FIELDS if isinstance(document.get(name), str))

@@ -1,9 +1,9 @@
-"""A fixed text that chunks may be computed behind: `BlendConfig(chunk_prefix="filler")`.
+"""A fixed text that chunks may be computed after: `BlendConfig(chunk_prefix="filler")`.
 
-A chunk that is computed right behind the prefix takes itself for the beginning of the text. Its first tokens draw the
-attention that beginnings draw, and all its keys and values carry that; in the prompt it stands in the middle. Behind a
-text, any text, it is computed as what it will be: one passage among others. The filler is the same for every chunk and
-every user, so nothing of one request reaches another, and its rows are dropped like the prefix's.
+A chunk that is computed right after the prefix takes itself for the beginning of the text. Its first tokens draw the
+attention that beginnings draw, and all its keys and values carry that; in the prompt it stands in the middle. After a
+text, any text, it is computed as one passage among others. The filler is the same for every chunk and every user, so
+that nothing of one request reaches another, and its rows are dropped like the prefix's.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _known: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def filler_text() -> str:
-    """The text: entries as of an encyclopaedia, on unrelated subjects, some of them invented; written for this."""
+    """Returns the text: entries of an encyclopaedia on unrelated subjects, some invented, written for this package."""
     return (resources.files("hfblend") / "data" / "filler.txt").read_text(encoding="utf-8")
 
 
 def filler_ids(tokenizer: Any, repeats: int = 2) -> tuple[int, ...]:
-    """The filler's token ids, for `BlendConfig(chunk_prefix="filler", filler_ids=...)`.
+    """Returns the filler's token ids, for `BlendConfig(chunk_prefix="filler", filler_ids=...)`.
 
-    Its length matters more than what it says: `docs/quality.md` has the numbers for other texts and lengths.
+    Its length matters more than its content: `docs/quality.md` has the numbers for other texts and lengths.
 
     >>> config = BlendConfig(chunk_prefix="filler", filler_ids=filler_ids(tokenizer))  # doctest: +SKIP
 
     Args:
         tokenizer: the model's; no special tokens are added.
-        repeats: how often the text stands there; once is about 1,900 tokens.
+        repeats: of the text, which is about 1,900 tokens.
     """
     known, repeats = _known.setdefault(require_tokenizer(tokenizer), {}), whole("repeats", repeats, 1)
     if repeats not in known:
@@ -41,7 +41,7 @@ def filler_ids(tokenizer: Any, repeats: int = 2) -> tuple[int, ...]:
 
 
 def require_filler(ids: tuple[int, ...]) -> tuple[int, ...]:
-    """`ids`, or a `ValueError` that says where they come from."""
+    """Returns `ids`; without any, raises a `ValueError` that says how to get them."""
     if not ids:
         raise ValueError(
             'chunk_prefix="filler" needs the filler\'s token ids, got none. Give patch() a tokenizer, or write '

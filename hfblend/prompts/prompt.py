@@ -1,7 +1,7 @@
 """A prompt as token ids and the spans of its chunks: prefix | chunk | gap | chunk | … | suffix.
 
-Text exists only here. Each piece is tokenised alone and never decoded again, so a chunk has the same ids wherever it
-stands; after this module a prompt is ids and spans.
+Text exists only here. Each piece is tokenised alone and never decoded again, so that a chunk has the same ids at every
+position; after this module a prompt is ids and spans.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 
 from ..arguments import described, require, require_text, require_tokenizer, token_ids, whole
 from .chat import Chat, as_messages, cut, parting, texts_within, woven
-from .separator import Separator, Span
+from .separator import Separator, Span, require_a_token
 from .tokenize import Encoder, texts_in
 
 logger = logging.getLogger(__name__)
 
 
 class ChunkSpans(tuple[Span, ...]):
-    """The `[start, stop)` spans of a prompt's chunks, as they travel through `generate(chunk_spans=...)`.
+    """The `[start, stop)` spans of a prompt's chunks, as `generate(chunk_spans=...)` takes them.
 
     Attributes:
         differs_from_joined_text: whether the joined text would tokenise to other ids (`None`: not known). It nearly
             always would, as tokens merge across the chunks' borders; that is harmless.
-        note: where the prompt reads otherwise than the joined text; empty if it does not.
+        note: the place where the prompt reads differently from the joined text; empty if it does not.
     """
 
     differs_from_joined_text: bool | None
@@ -53,7 +53,7 @@ class ChunkSpans(tuple[Span, ...]):
             stop_before = stop
 
     def moved(self, by: int) -> ChunkSpans:
-        """The same spans `by` tokens later.
+        """Returns the spans `by` tokens later.
 
         Raises:
             ValueError: a span would begin before the prompt does.
@@ -64,62 +64,52 @@ class ChunkSpans(tuple[Span, ...]):
 
 
 def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSpans]:
-    """The spans of each row of a batch.
+    """Returns the spans of each row of a batch.
 
     Args:
-        chunk_spans: of one prompt, which all rows are; or a list of them, one a row.
+        chunk_spans: of one prompt, if all rows are that prompt; or a list of them, one a row.
         rows: (B, T) ids.
 
     Raises:
         ValueError: neither.
     """
-    if isinstance(chunk_spans, ChunkSpans):
-        return [_of_equal_rows(chunk_spans, rows)] * len(rows)
-    listed = _listed(chunk_spans)
-    if any(isinstance(one, int | float) for one in listed):
-        raise _no_spans(chunk_spans)
-    given = [one if isinstance(one, ChunkSpans) else _listed(one, chunk_spans) for one in listed]
-    if not given or (given[0] and isinstance(given[0][0], numbers.Number)):
-        return [_of_equal_rows(ChunkSpans(given), rows)] * len(rows)
-    if len(given) != len(rows):
-        raise ValueError(f"Got chunk_spans of {len(given)} prompts for a batch of {len(rows)}; pass one list a row.")
-    return [one if isinstance(one, ChunkSpans) else ChunkSpans(one) for one in given]
-
-
-def _of_equal_rows(spans: ChunkSpans, rows: torch.Tensor) -> ChunkSpans:
-    """One prompt's spans, if all rows are that prompt."""
-    if spans and len(rows) > 1 and bool((rows != rows[:1]).any()):
+    if not isinstance(chunk_spans, ChunkSpans):
+        given = [one if isinstance(one, ChunkSpans) else _listed(one, chunk_spans) for one in _listed(chunk_spans)]
+        if given and not (given[0] and isinstance(given[0][0], numbers.Number)):
+            if len(given) == len(rows):
+                return [one if isinstance(one, ChunkSpans) else ChunkSpans(one) for one in given]
+            raise ValueError(
+                f"Got chunk_spans of {len(given)} prompts for a batch of {len(rows)}; pass one list a row."
+            )
+        chunk_spans = ChunkSpans(given)
+    if chunk_spans and len(rows) > 1 and bool((rows != rows[:1]).any()):
         raise ValueError(
             f"Got chunk_spans of one prompt for a batch of {len(rows)} different ones. Pass a list with the spans "
             "of each row, or make all inputs with hfblend.Prompt.batch."
         )
-    return spans
+    return [chunk_spans] * len(rows)
 
 
 def _listed(values: Any, given: Any = None) -> list[Any]:
-    """Spans, lists of them, or one span's ends, as a list: from arrays and tensors too.
+    """Returns spans, lists of them, or one span's ends, as a list; arrays and tensors too.
 
     Args:
-        given: what the values are a part of, for the error.
+        given: the argument that holds the values, for the error.
     """
     plain = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(plain, str | bytes | Mapping) or not isinstance(plain, Iterable):
-        raise _no_spans(values if given is None else given)
+        given = values if given is None else given
+        hint = ": write prompt.chunk_spans" if isinstance(given, Prompt) else ""
+        raise ValueError(
+            "chunk_spans must be a list of (start, stop) in whole token indices, or such a list for each row, "
+            f"got {described(given)}{hint}."
+        )
     return [value.tolist() if hasattr(value, "tolist") else value for value in plain]
-
-
-def _no_spans(given: Any) -> ValueError:
-    """The error for what is neither spans nor a list of spans for each row."""
-    hint = ": write prompt.chunk_spans" if isinstance(given, Prompt) else ""
-    return ValueError(
-        "chunk_spans must be a list of (start, stop) in whole token indices, or such a list for each row, "
-        f"got {described(given)}{hint}."
-    )
 
 
 def _as_span(span: Any, given: Any) -> Span:
     if type(span) is tuple and len(span) == 2 and type(span[0]) is type(span[1]) is int:
-        return span  # of every chunk of every prompt
+        return span  # the fast path: each chunk of each prompt
     ends = _listed(span, given)
     if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int) for end in ends):
         raise ValueError(f"A chunk span is (start, stop) in whole token indices, got {described(span)}.")
@@ -128,8 +118,8 @@ def _as_span(span: Any, given: Any) -> Span:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Token ids (1, T) with the spans of their chunks. What stands before the first chunk is the prefix, what stands
-    between chunks is a gap, what stands after the last one is the suffix.
+    """Token ids (1, T) with the spans of their chunks. The ids before the first chunk are the prefix, those between
+    chunks are gaps, those after the last one are the suffix.
 
     >>> prompt = Prompt.from_ids([1, 2], [[3, 4, 5], [6, 7]], [8, 9])
     >>> prompt.chunk_spans
@@ -155,7 +145,7 @@ class Prompt:
 
     @property
     def prefix_ids(self) -> list[int]:
-        """Ids of all that stands before the first chunk (all ids, if there is no chunk)."""
+        """Ids before the first chunk (all ids, if there is no chunk)."""
         return self.ids[: self.chunk_spans[0][0]] if self.chunk_spans else self.ids
 
     @property
@@ -165,39 +155,35 @@ class Prompt:
 
     @property
     def suffix_ids(self) -> list[int]:
-        """Ids of all that stands after the last chunk."""
+        """Ids after the last chunk."""
         return self.ids[self.chunk_spans[-1][1] :] if self.chunk_spans else []
 
     def inputs(self, device: torch.device | str | None = None) -> dict[str, Any]:
-        """Arguments for `model.generate(**prompt.inputs())` on a patched model.
+        """Returns the arguments for `model.generate(**prompt.inputs())` on a patched model.
 
         Returns:
             `input_ids` (1, T), `attention_mask` (1, T) of ones, `chunk_spans`, which the wrapped `generate` takes off.
         """
-        input_ids = self.input_ids.to(device)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "chunk_spans": self.chunk_spans,
-        }
+        ids = self.input_ids.to(device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "chunk_spans": self.chunk_spans}
 
     @staticmethod
     def batch(
         prompts: Iterable[Prompt], *, pad_token_id: int | None, device: torch.device | str | None = None
     ) -> dict[str, Any]:
-        """Arguments for `model.generate(**...)` of several prompts at once, each padded on its left.
+        """Returns the arguments for `model.generate(**...)` of several prompts at once, each padded on its left.
 
         >>> inputs = Prompt.batch([prompt, other], pad_token_id=tokenizer.pad_token_id)  # doctest: +SKIP
 
         Args:
-            pad_token_id: any id will do where a tokenizer has none; the mask tells padding from text.
+            pad_token_id: any id, if the tokenizer has none; the mask tells padding from text.
 
         Returns:
             `input_ids` (B, T), `attention_mask` (B, T), `chunk_spans`, those of each row.
 
         Raises:
-            TypeError: something else than prompts, or than an id.
-            ValueError: no prompt, or no id.
+            TypeError: no list of prompts, or no whole number.
+            ValueError: an empty list, or no id.
         """
         if isinstance(prompts, Prompt | Mapping | str) or not isinstance(prompts, Iterable):
             hint = "; write [prompt]" if isinstance(prompts, Prompt) else ""
@@ -206,7 +192,7 @@ class Prompt:
         if not prompts or pad_token_id is None:
             raise ValueError(
                 f"A batch needs at least one prompt and a pad_token_id, got {len(prompts)} prompts and {pad_token_id}. "
-                "Where the tokenizer has no padding token, pass its eos_token_id."
+                "If the tokenizer has no padding token, pass its eos_token_id."
             )
         pad_token_id = whole("pad_token_id", pad_token_id)
         longest = max(map(len, prompts))
@@ -234,8 +220,8 @@ class Prompt:
         """Joins pieces of token ids: `prefix chunk … chunk suffix`, with `separator_ids` between them if given.
 
         Raises:
-            TypeError: something else than ids; text.
-            ValueError: an empty chunk, or nothing at all.
+            TypeError: no ids, but text or something else.
+            ValueError: an empty chunk, or no ids at all.
         """
         if isinstance(chunks, str | bytes | Mapping | Set) or not isinstance(chunks, Iterable):
             raise TypeError(f"chunks must be a list of lists of token ids, got {described(chunks)}.")
@@ -279,15 +265,12 @@ class Prompt:
         prefix, suffix = require_text("prefix", prefix), require_text("suffix", suffix)
         require("add_special_tokens", add_special_tokens, bool, "True or False")
         between = "" if separator is None else separator
-        separator_ids = (
-            encode.after(require_text("separator", between))
-            if isinstance(between, str)
-            else token_ids("separator", between, expected="a text, a list of token ids or None")
-        )
-        if separator is not None and not separator_ids:
-            raise ValueError(
-                f"separator must have a token, got {separator!r}, which tokenises to nothing; choose another."
-            )
+        if isinstance(between, str):
+            separator_ids = encode.after(require_text("separator", between))
+        else:
+            separator_ids = token_ids("separator", between, expected="a text, a list of token ids or None")
+        if separator is not None:
+            require_a_token(separator, separator_ids)
         begin = _begin(encode, prefix, add_special_tokens)
         gaps = _gaps(begin + encode(prefix), len(texts), encode.after(suffix), separator_ids)
         if not isinstance(between, str):
@@ -308,9 +291,9 @@ class Prompt:
     ) -> Prompt:
         """Renders a chat template with `documents` as chunks.
 
-        The documents stand where the messages say `{documents}`; if they do not, the documents open the last user
-        message. The prompt's text is what the template writes for messages with the joined documents: where it trims
-        or escapes them, the chunks are trimmed or escaped.
+        The documents replace `{documents}` in the messages; without it, they open the last user message. The prompt's
+        text is the template's for messages with the joined documents: if it trims or escapes them, the chunks are
+        trimmed or escaped.
 
         >>> Prompt.from_chat(tok, [{"role": "user", "content": "{documents}\\nWho?"}], docs)  # doctest: +SKIP
 
@@ -328,13 +311,8 @@ class Prompt:
         _check_template_arguments(placeholder, add_generation_prompt, template_kwargs)
         encode = Encoder(require_tokenizer(tokenizer), marked=True, template=template_kwargs.get("chat_template"))
         options = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
-        chat = Chat(
-            encode,
-            as_messages(messages),
-            documents if isinstance(documents, Sequence) else texts,
-            placeholder,
-            **options,
-        )
+        listed = documents if isinstance(documents, Sequence) else texts
+        chat = Chat(encode, as_messages(messages), listed, placeholder, **options)
         gaps, chunks = cut(chat.render, texts, encode.readable, _DOCUMENTS_OF_TEMPLATE if placeholder is None else "")
         _begin(encode, gaps[0], False)
         gap_ids = [encode(gaps[0]), *map(encode.after, gaps[1:])]
@@ -345,7 +323,7 @@ class Prompt:
     def _of_texts(
         cls, encode: Encoder, gaps: list[list[int]], chunks: list[str], joined: str, joined_ids: list[int]
     ) -> Prompt:
-        """A prompt of encoded gaps and the texts of chunks, compared with the joined text and its ids."""
+        """Builds a prompt of encoded gaps and the texts of chunks, compared with the joined text and its ids."""
         ids, spans = _joined(gaps, [encode.plain(chunk) for chunk in chunks])
         note = "" if ids == joined_ids else _note(encode, ids, joined, joined_ids)
         return cls(torch.tensor([ids], dtype=torch.long), ChunkSpans(spans, ids != joined_ids, note))
@@ -399,14 +377,14 @@ def _check_template_arguments(placeholder: Any, add_generation_prompt: Any, more
 
 
 def _gaps(prefix: list[int], num_chunks: int, suffix: list[int], separator: list[int]) -> list[list[int]]:
-    """What stands before, between and after the chunks."""
+    """Returns the ids before, between and after the chunks."""
     if not num_chunks:
         return [prefix + suffix]
     return [prefix + separator, *[separator] * (num_chunks - 1), separator + suffix]
 
 
 def _joined(gaps: list[list[int]], chunks: list[list[int]]) -> tuple[list[int], list[Span]]:
-    """The ids `gaps[0] chunks[0] gaps[1] … gaps[-1]`, and the chunks' spans in them."""
+    """Returns the ids `gaps[0] chunks[0] gaps[1] … gaps[-1]`, and the chunks' spans in them."""
     ids, spans = list(gaps[0]), []
     for i, (chunk, gap) in enumerate(zip(chunks, gaps[1:])):
         if not chunk:
@@ -419,7 +397,7 @@ def _joined(gaps: list[list[int]], chunks: list[list[int]]) -> tuple[list[int], 
 
 
 def _begin(encode: Encoder, prefix: str, add_special_tokens: bool) -> list[int]:
-    """The special tokens to put before the prefix. A tokenizer that wants some and gets none is logged."""
+    """Returns the special tokens to put before the prefix; logs a tokenizer that puts some and gets none."""
     leading = encode.leading_special_tokens
     if not leading or encode(prefix)[: len(leading)] == leading:
         return []
@@ -434,7 +412,7 @@ def _begin(encode: Encoder, prefix: str, add_special_tokens: bool) -> list[int]:
 
 
 def _note(encode: Encoder, ids: list[int], joined: str, joined_ids: list[int]) -> str:
-    """The place where the prompt's text and the joined text part; empty where only tokens differ, not text."""
+    """Returns the place where the prompt's text and the joined text differ; empty if only their tokens do."""
     ours = encode.decode(ids)
     if ours == joined or ours == (theirs := encode.decode(joined_ids)):
         return ""

@@ -1,9 +1,9 @@
-"""Separators in plain token ids: what stands between them are the chunks."""
+"""Separators in plain token ids; the chunks are the ids between them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,15 +18,15 @@ Span = tuple[int, int]  # [start, stop) in token indices
 class Separator:
     """A separator as token ids, found in plain ids.
 
-    Many tokenisers fuse a separator's last space with the next word, so both its encoding and its encoding without
-    trailing white space are looked for, the longer one first. Matches are taken from the left and do not overlap: where
-    a separator overlaps itself (`# #` in `# # #`), the leftmost is it, and the rest belongs to the chunk.
+    Many tokenisers fuse a separator's last space with the next word, so `matches` looks for its encoding with and
+    without trailing white space, the longer one first. Matches are taken from the left and do not overlap: if a
+    separator overlaps itself (`# #` in `# # #`), the leftmost counts, and the rest belongs to the chunk.
 
     Args:
         separator: text (needs `tokenizer`) or token ids.
 
     Raises:
-        TypeError: neither, or a tokenizer that is none.
+        TypeError: neither, or an invalid tokenizer.
         ValueError: text without a tokenizer, or text that tokenises to nothing.
     """
 
@@ -43,10 +43,7 @@ class Separator:
             variants = {tuple(encode.after(separator)), tuple(encode.after(separator.rstrip()))} - {()}
         else:
             variants = {tuple(token_ids("separator", separator, expected="a text or a list of token ids"))} - {()}
-        if not variants:
-            raise ValueError(
-                f"separator must have a token, got {separator!r}, which tokenises to nothing; choose another."
-            )
+        require_a_token(separator, variants)
         self.variants = sorted(variants, key=len, reverse=True)
         self._firsts = {ids[0] for ids in self.variants}
         self._warned = False
@@ -60,14 +57,14 @@ class Separator:
         return f"A passage.{self.text}Another passage.{self.text}A question"
 
     def is_found_in_joined_text(self) -> bool:
-        """Whether the separator's ids are found where its text stands in joined text."""
+        """Whether the separator's ids are found at its text in joined text."""
         return len(self._in_sample()) == 2
 
     def _in_sample(self) -> list[Span]:
         return self.matches(Encoder(self.tokenizer)(self._sample))
 
     def matches(self, ids: Sequence[int]) -> list[Span]:
-        """Spans of the separators in `ids`, from the left."""
+        """Returns the spans of the separators in `ids`, from the left."""
         ids, found, stop = list(ids), [], 0
         for i in [i for i, token in enumerate(ids) if token in self._firsts]:
             length = next((len(v) for v in self.variants if tuple(ids[i : i + len(v)]) == v), 0)
@@ -77,12 +74,12 @@ class Separator:
         return found
 
     def chunk_spans(self, ids: Sequence[int]) -> list[Span]:
-        """Spans of the chunks between separators."""
+        """Returns the spans of the chunks between separators."""
         cuts = self.matches(ids)
         return [(left[1], right[0]) for left, right in pairwise(cuts) if left[1] < right[0]]
 
     def warn_if_hidden(self, ids: Sequence[int]) -> None:
-        """Warns, once, when the text of `ids` holds the separator more often than its ids are found."""
+        """Warns, once, if the text of `ids` holds the separator more often than its ids are found."""
         if self.text and not self._warned:
             written = Encoder(self.tokenizer).decode(ids).count(self.text.rstrip() or self.text)
             if written > (found := len(self.matches(ids))):
@@ -92,14 +89,16 @@ class Separator:
         self._warned = True
         logger.warning(
             "The text of %s holds the separator %r %d times, its token ids %s only %d times: this tokenizer fuses it "
-            "with its neighbours (such as a document's last space), and there nothing is split. Choose another "
+            "with its neighbours (such as a document's last space), and does not split there. Choose another "
             "separator, strip the documents, or use Prompt.from_texts.",
-            where,
-            self.text,
-            written,
-            self.variants,
-            found,
-        )
+            where, self.text, written, self.variants, found,
+        )  # fmt: skip
+
+
+def require_a_token(separator: Any, ids: Collection[Any]) -> None:
+    """Raises `ValueError` for a separator without ids."""
+    if not ids:
+        raise ValueError(f"separator must have a token, got {separator!r}, which tokenises to nothing; choose another.")
 
 
 def _overlaps_itself(ids: Sequence[int]) -> bool:

@@ -1,4 +1,4 @@
-"""Text to token ids, a piece at a time."""
+"""Tokenises text, one piece at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIELDS = ("page_content", "text", "content")  # of LangChain, LlamaIndex, Haysta
 
 
 def text_in(document: Any) -> str | None:
-    """Returns a document's text: a string, or an object or dict with one as `page_content`, `text` or `content`."""
+    """Returns a document's text: a string, or the `page_content`, `text` or `content` of an object or dict."""
     if isinstance(document, str):
         return document
     get = document.get if isinstance(document, Mapping) else lambda name: getattr(document, name, None)
@@ -33,22 +33,17 @@ def texts_in(documents: Any, name: str) -> list[str]:
     if isinstance(documents, Mapping | Set) or text_in(documents) is not None or not isinstance(documents, Iterable):
         one = f"; write [{name[:-1]}]" if text_in(documents) is not None else ""
         raise TypeError(f"{name} must be a list of texts, got {described(documents)}{one}.")
-    return [
-        require_text(
-            f"{name}[{i}]",
-            document if (text := text_in(document)) is None else text,
-            "a text, or hold one as page_content, text or content",
-        )
-        for i, document in enumerate(documents)
-    ]
+    expected, listed = "a text, or hold one as page_content, text or content", list(documents)
+    texts = [document if (text := text_in(document)) is None else text for document in listed]
+    return [require_text(f"{name}[{i}]", text, expected) for i, text in enumerate(texts)]
 
 
 class Encoder:
-    """Text to ids, without special tokens added; for a document, without control tokens parsed.
+    """Turns text into ids: adds no special tokens, and in a document parses no control tokens.
 
     Args:
-        marked: of a tokenizer that parses nothing: control tokens are written and read as marks that no text holds,
-            so that their names in a message stay text.
+        marked: for a tokenizer that parses nothing, writes and reads control tokens as marks that no text contains, so
+            that their names in a message stay text.
         template: see `control_tokens`.
     """
 
@@ -57,15 +52,15 @@ class Encoder:
         self.tokenizer, self._mark = tokenizer, uuid.uuid4().hex if marked and parses_nothing(tokenizer) else ""
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of text at the beginning of a prompt, control tokens parsed."""
+        """Returns the ids of text at the beginning of a prompt; parses control tokens."""
         return self._parsed(text, self._encode)
 
     def after(self, text: str) -> list[int]:
-        """The ids of text that follows other text, control tokens parsed."""
+        """Returns the ids of text that follows other text; parses control tokens."""
         return self._parsed(text, self._after)
 
     def plain(self, text: str) -> list[int]:
-        """The ids of a document: control tokens written in it are plain text.
+        """Returns the ids of a document; control tokens written in it are plain text.
 
         Raises:
             ValueError: a control token that cannot be split.
@@ -73,7 +68,7 @@ class Encoder:
         ids = self._after(text, plain=True)
         if self.controls.ids.isdisjoint(ids):
             return ids
-        cuts = [0, *self.controls.insides(text), len(text)]  # this tokenizer parses it all the same
+        cuts = [0, *self.controls.insides(text), len(text)]  # this tokenizer parses them anyway
         ids = [i for start, stop in pairwise(cuts) for i in self._halved(text[start:stop])]
         if found := self.controls.never.intersection(ids):
             names = self.tokenizer.convert_ids_to_tokens(sorted(found))
@@ -81,12 +76,12 @@ class Encoder:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, nothing left out or cleaned up: `__call__` would parse control tokens in it."""
+        """Returns the text of ids, complete and not cleaned up; `__call__` would parse control tokens in it."""
         if not parses_nothing(self.tokenizer):
             return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         names = {i: name for name, i in self._written.names.items()}
         runs = [(control, list(run)) for control, run in groupby(ids, names.__contains__)]
-        decoded = self.tokenizer.decode  # of a run with control tokens, it would write the pieces' inner form
+        decoded = self.tokenizer.decode  # over control tokens, it would write the inner form of pieces
         return "".join(
             "".join(names[i] for i in run) if control else decoded(run, skip_special_tokens=True)
             for control, run in runs
@@ -97,10 +92,9 @@ class Encoder:
         """The tokenizer's control tokens."""
         tokenizer = self.tokenizer
         state = (len(tokenizer), tuple(tokenizer.all_special_ids), str(getattr(tokenizer, "chat_template", None)))
-        known, by_template = _known.get(tokenizer, (None, {}))
-        if known != state:
-            by_template = {}
-            _known[tokenizer] = (state, by_template)
+        if tokenizer not in _known or _known[tokenizer][0] != state:
+            _known[tokenizer] = (state, {})
+        by_template = _known[tokenizer][1]
         if self.template not in by_template:
             unknown = tokenizer.unk_token_id
             only_unknown = unknown not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -109,8 +103,8 @@ class Encoder:
         return by_template[self.template]
 
     def count_as_control(self, ids: Sequence[int], text: str) -> None:
-        """Takes added tokens for control tokens as well, for this prompt: those that stand more often in `ids`, which
-        a template wrote, than in `text`, which the caller did."""
+        """Counts more added tokens as control tokens in this prompt: those that are more frequent in `ids`, written by
+        a template, than in `text`, written by the caller."""
         if parses_nothing(self.tokenizer):
             return
         added, found = getattr(self.tokenizer, "added_tokens_decoder", {}), Counter(ids)
@@ -125,13 +119,13 @@ class Encoder:
 
     @cached_property
     def _written(self) -> Controls:
-        """The control tokens as they stand in the text of a tokenizer that parses nothing."""
+        """The control tokens as a tokenizer that parses nothing writes them in text."""
         if not self._mark:
             return self.controls
         return Controls({f"<{self._mark}:{name}>": i for name, i in self.controls.names.items()}, None)
 
     def readable(self, text: str) -> str:
-        """Text with control tokens by name, for messages."""
+        """Returns text with control tokens by name, for messages."""
         return re.sub(f"<{self._mark}:(.*?)>", r"\1", text, flags=re.DOTALL) if self._mark else text
 
     @property
@@ -142,7 +136,7 @@ class Encoder:
         return with_special[: next(starts, 0)]
 
     def _parsed(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """The ids of text, its first part by `encode`; for a tokenizer that parses nothing, parsed here."""
+        """Returns the ids of text, its first part by `encode`; parses for a tokenizer that does not."""
         if not parses_nothing(self.tokenizer):
             return encode(text)
         first, *others = self._written.split(text)
@@ -155,7 +149,7 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"] if text else []
 
     def _after(self, text: str, plain: bool = False) -> list[int]:
-        """Some tokenizers put a space in front of any text: it is encoded after a line break, which is taken off."""
+        """Encodes text after a line break, then drops that: some tokenizers put a space in front of any text."""
         if text and (opening := self._line_break):
             ids = self._encode(f"\n{text}", plain)
             if ids[: len(opening)] == opening:
@@ -163,7 +157,7 @@ class Encoder:
         return self._encode(text, plain)
 
     def _halved(self, text: str) -> list[int]:
-        """The ids of text that is halved as often as it takes for no control token to be left."""
+        """Returns the ids of text halved until no control token is left."""
         ids, half = self._after(text, plain=True), len(text) // 2
         if not half or self.controls.never.isdisjoint(ids):
             return ids
@@ -171,15 +165,15 @@ class Encoder:
 
     @cached_property
     def _line_break(self) -> list[int]:
-        """The ids of a line break, of a tokenizer that puts a space in front of text; else none."""
+        """The ids of a line break, if the tokenizer puts a space in front of text; else none."""
         opening, alone, after = map(self._encode, ("\n", "a", "\na"))
         return opening if after == opening + after[len(opening) :] != opening + alone else []
 
 
 class Controls:
-    """Control tokens by name, and where their names stand in a text.
+    """Control tokens by name, and the places of their names in a text.
 
-    `never`: ids that no document gives; an unknown letter may give `unknown`, though its name does not.
+    `never`: ids that no document may give; an unknown letter may give `unknown`, though its name may not.
     """
 
     def __init__(self, names: Mapping[str, int], unknown: int | None) -> None:
@@ -189,11 +183,11 @@ class Controls:
         self._any = "|".join(map(re.escape, sorted(filter(None, names), key=len, reverse=True))) or r"(?!)"
 
     def split(self, text: str) -> list[str]:
-        """The text cut at control tokens: text, token, text, …, text."""
+        """Cuts text at control tokens: text, token, text, …, text."""
         return re.split(f"({self._any})", text)
 
     def insides(self, text: str) -> list[int]:
-        """The places after the first letter of every control token's name, overlapping ones too."""
+        """Returns the place after the first letter of every control token's name, overlapping ones too."""
         return [match.start() + 1 for match in re.finditer(f"(?=(?:{self._any}))", text)]
 
 
@@ -202,17 +196,17 @@ _known: WeakKeyDictionary[Any, tuple[Any, dict[str | None, Controls]]] = WeakKey
 
 # An added token that is a control token by its shape.
 _MARKER = re.compile(r"<[|｜].+>|<.+[|｜]>|</?(?:think|tool)\w*>|\[/?[A-Z_]+\]", re.DOTALL)
-_MARKUP = re.compile(r"</?[^<>\s'\"]+>|\[/?[A-Z_]+\]")  # what may be one, where a template writes it
+_MARKUP = re.compile(r"</?[^<>\s'\"]+>|\[/?[A-Z_]+\]")  # perhaps one, if a template writes it
 _WORDS = re.compile(r"[\w\s.,'’&+/-]+")  # ordinary, unless a template writes it as a literal
 _NAMES = re.compile(r"[a-z_]+|[\d\s]+")  # ordinary always: roles, fields and functions stand in templates as well
 
 
 def control_tokens(tokenizer: Any, template: str | None = None) -> dict[str, int]:
-    """Returns the control tokens, by text: special ones, those shaped as such, and those that the tokenizer's templates
+    """Returns the control tokens by text: special ones, those shaped as such, and those that the tokenizer's templates
     write. Other added tokens, such as words, runs of spaces or HTML tags, are ordinary.
 
     Args:
-        template: a chat template, or the name of one, that is used in place of the tokenizer's own.
+        template: a chat template, or the name of one, that replaces the tokenizer's.
     """
     controls = {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
     if parses_nothing(tokenizer):
@@ -232,13 +226,13 @@ def control_tokens(tokenizer: Any, template: str | None = None) -> dict[str, int
 
 
 def _either(name: str, written: str) -> bool:
-    """Whether templates write a token, or the one that closes or opens what it does."""
+    """Whether templates write a token, or its closing or opening partner."""
     partner = name[0] + name[2:] if name[1:2] == "/" else f"{name[:1]}/{name[1:]}"
     return name in written or (len(partner) > 3 and partner in written)
 
 
 def _literals(tokenizer: Any, template: str | None) -> list[str]:
-    """The texts that stand in the tokenizer's templates as they are: no names, comments or words of the language."""
+    """Returns the literal texts of the tokenizer's templates: no names, comments or keywords."""
     options = getattr(tokenizer, "init_kwargs", {})
     texts = [str(value) for name, value in options.items() if re.search(r"schema|(?<!added)_tokens?$", name)]
     own = [value for name, value in options.items() if "template" in name]
@@ -249,7 +243,7 @@ def _literals(tokenizer: Any, template: str | None) -> list[str]:
 
 
 def _pieces(source: str) -> list[str]:
-    """A Jinja template's raw text and string literals; all of it, if it cannot be read."""
+    """Returns a Jinja template's raw text and string literals; all of it, if it cannot be read."""
     try:
         from jinja2 import Environment, TemplateError
     except ImportError:
@@ -273,7 +267,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "obser
 
 
 def _samples(tokenizer: Any, template: str | None) -> list[str]:
-    """What a chat template writes for each role, tool calls and several turns: some compose a marker of such names."""
+    """Renders a chat template with each role, tool calls and several turns: some templates compose markers of names."""
     texts, options = [], {} if template is None else {"chat_template": template}
     alone: list[list[dict[str, Any]]] = [[{"role": role, "content": "a"}] for role in _ROLES]
     with_calls = {"tools": [_TOOL], "documents": [{"title": "a", "text": "a"}]}
@@ -287,5 +281,5 @@ def _samples(tokenizer: Any, template: str | None) -> list[str]:
 
 
 def parses_nothing(tokenizer: Any) -> bool:
-    """Whether a tokenizer takes control tokens in text for plain text always, as mistral-common's do."""
+    """Whether a tokenizer takes control tokens in text for plain text, as mistral-common's do."""
     return type(tokenizer).__name__.startswith("MistralCommon")

@@ -1,0 +1,54 @@
+"""Scripts in processes that begin as copies of one that has imported PyTorch and Transformers.
+
+Starting Python anew and importing them takes five seconds of a core. A script whose exit is the thing under test (what
+it writes at its end, threads that outlive it) needs a new Python: `subprocess.run`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+_FORKING = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+_IMPORTED = ("torch", "transformers.generation", "transformers.models.llama.modeling_llama", "hfblend.patching")
+
+
+def run_script(
+    script: str | Path,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    folder: str | Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a file, or code, as `python` would; returns its exit code, output and errors."""
+    if hasattr(_FORKING, "set_forkserver_preload"):
+        _FORKING.set_forkserver_preload([*_IMPORTED])  # read when the first copy is made
+    with tempfile.TemporaryDirectory() as said:
+        files = [str(Path(said) / name) for name in ("stdout", "stderr")]
+        environment, folder = {**(os.environ if environment is None else environment)}, str(folder or Path.cwd())
+        process = _FORKING.Process(target=_run, args=(script, arguments, environment, folder, files))
+        process.start()
+        process.join()
+        texts = [Path(file).read_text(encoding="utf-8") if Path(file).exists() else "" for file in files]
+    return subprocess.CompletedProcess([str(script), *arguments], process.exitcode or 0, *texts)
+
+
+def _run(
+    script: str | Path, arguments: tuple[str, ...], environment: dict[str, str], folder: str, files: list[str]
+) -> None:
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = [str(script) if isinstance(script, Path) else "-c", *arguments]
+    if isinstance(script, Path):
+        sys.path.insert(0, str(script.parent))
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})

@@ -1,0 +1,168 @@
+"""The package and its command at start-up: what they load, and which names they show."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import hfblend
+import hfblend.blend.caches
+from hfblend import cli
+
+ROOT = Path(hfblend.__path__[0]).parent
+HEAVY = ("torch", "transformers", "numpy")
+
+
+def fresh(code: str) -> object:
+    """The JSON that code prints as its last line in a new process."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "exit_code", "says"),
+    [
+        (["--help"], 0, "precompute"),
+        (["--version"], 0, f"hfblend {hfblend.__version__}"),
+        (["--verison"], 2, "No such option: --verison"),
+        (["bnech"], 2, "Did you mean 'bench'?"),
+        (["verify", "--help"], 0, "--max-kl"),
+        (["precompute", "--corpsu", "a.jsonl"], 2, "No such option: --corpsu"),
+        (["profile", "--tokens", "5"], 2, "--tokens must be above 32"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_mistakes_load_no_torch(command, exit_code, says):
+    found = fresh(
+        "import contextlib, io, json, sys\n"
+        "from hfblend.cli import app\n"
+        "said = io.StringIO()\n"
+        "with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):\n"
+        f"    try: app({command!r})\n"
+        "    except SystemExit as end: code = end.code\n"
+        f"print(json.dumps([code, said.getvalue(), [name for name in {HEAVY} if name in sys.modules]]))"
+    )
+    assert found[0] == exit_code
+    assert says in " ".join(found[1].replace("│", " ").split())
+    assert found[2] == []
+
+
+def test_every_command_is_listed_and_has_its_own_help():
+    listed = " ".join(CliRunner().invoke(cli.app, ["--help"]).output.replace("│", " ").split())
+    for name, (_, line) in cli._COMMANDS.items():
+        assert f"{name} {line}" in listed
+        shown = " ".join(CliRunner().invoke(cli.app, [name, "--help"]).output.split())
+        assert f"{name} [OPTIONS]" in shown
+        assert "--show-completion" not in shown
+
+
+# --- the package ------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_loads_nothing_of_it():
+    loaded = fresh("import hfblend, json, sys; print(json.dumps([*sys.modules]))")
+    assert not {*HEAVY} & {*loaded}
+    assert [name for name in loaded if name.startswith("hfblend")] == ["hfblend"]
+
+
+def test_tab_shows_the_public_names_only():
+    assert "hfblend.blend.caches" in sys.modules
+    assert {name for name in dir(hfblend) if not name.startswith("_")} == {*hfblend.__all__}
+
+
+def test_types_and_names_agree():
+    """Type checkers read the imports under TYPE_CHECKING, Python the table."""
+    tree = ast.parse((ROOT / "hfblend" / "__init__.py").read_text(encoding="utf-8"))
+    typed = {
+        alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == hfblend._MODULES
+    assert sorted(typed) == sorted(hfblend.__all__)
+
+
+FIRST = [
+    "import hfblend.blend",
+    "from hfblend.blend import selection",
+    "from hfblend import blend, store",
+    "import hfblend.store; import hfblend.blend.rotation",
+]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_blend_is_the_function_whatever_is_imported_first():
+    """In copies of a process that has imported what hfblend needs."""
+    codes = fresh(f"""
+import json, os, sys, types
+import torch, transformers, rich.console
+from transformers import GenerationMixin, LlamaForCausalLM
+
+def look(first):
+    exec(first)
+    import hfblend
+    from hfblend import blend
+    import hfblend.blend.caches
+    assert hfblend.blend is blend and isinstance(blend, types.FunctionType)
+    assert isinstance(sys.modules["hfblend.blend"], types.ModuleType)
+    assert hfblend.store.DiskStore and hfblend.generate.fallbacks.Fallback
+    assert {{name for name in dir(hfblend) if name[0] != "_"}} == {{*hfblend.__all__}}
+
+codes = []
+for first in {FIRST!r}:
+    if not (child := os.fork()):
+        look(first)
+        os._exit(0)
+    codes.append(os.waitpid(child, 0)[1])
+print(json.dumps(codes))""")
+    assert codes == [0] * len(FIRST)
+
+
+def test_public_names_are_pickled_and_unknown_ones_refused():
+    config = hfblend.BlendConfig(namespace="a")
+    assert pickle.loads(pickle.dumps([config, hfblend.blend])) == [config, hfblend.blend]
+    with pytest.raises(AttributeError, match="module 'hfblend' has no attribute 'blendd'"):
+        hfblend.blendd  # noqa: B018
+    assert not hasattr(hfblend, "_wrong")
+
+
+def test_a_public_name_can_be_replaced(monkeypatch):
+    monkeypatch.setattr(hfblend, "blend", len)
+    assert hfblend.blend("ab") == 2
+
+
+def test_a_clone_next_to_a_script_is_no_package(tmp_path):
+    """An editable install, as pip makes it, is found from a script in the folder of a clone called hfblend."""
+    clone, site = tmp_path / "hfblend", tmp_path / "site"
+    shutil.copytree(ROOT / "hfblend", clone / "hfblend", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    site.mkdir()
+    build = f"from setuptools import build_meta; build_meta.build_editable({str(site)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)
+    zipfile.ZipFile(next(site.glob("*.whl"))).extractall(site)
+    (tmp_path / "script.py").write_text(
+        f"import site; site.addsitedir({str(site)!r})\nimport hfblend; print(hfblend.__file__)", encoding="utf-8"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(clone / "hfblend" / "__init__.py")
