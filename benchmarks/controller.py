@@ -10,6 +10,7 @@ those forecast here. Files are read cold: the system's copies in RAM are dropped
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import tempfile
@@ -52,7 +53,7 @@ class Point:
 
 def points(model: Any, lengths: list[int], ratios: list[float], turns: int, folder: Path) -> Iterator[Point]:
     """Measures, rule by rule and length by length."""
-    host, on_disk = model_of(model), DiskStore(folder)
+    hf_model, on_disk = model_of(model), DiskStore(folder)
     for rule in RULES:
         config = BlendConfig(selection=rule, min_reused_tokens=0)
         controller = Controller(measure(model, on_disk, config))
@@ -60,7 +61,7 @@ def points(model: Any, lengths: list[int], ratios: list[float], turns: int, fold
         for tokens in lengths:
             prompt = PromptMaker(model.config.vocab_size, Layout(chunk=256), seed=tokens).prompt(tokens)
             stores: dict[str, Store] = {"memory": MemoryStore(2**50), "page_cache": on_disk, "disk": on_disk}
-            if host.device.type == "cuda":
+            if hf_model.device.type == "cuda":
                 stores["ram"] = MemoryStore(2**50, "cpu")
             first = hfblend.blend(model, prompt, store=stores["memory"], config=config)
             chunks = [chunk for chunk in (first.trace.prefix, *first.trace.chunks) if chunk is not None]
@@ -70,9 +71,10 @@ def points(model: Any, lengths: list[int], ratios: list[float], turns: int, fold
             os.sync()
             exact = len(prompt) - first.trace.candidate_idx.numel() - first.trace.fresh_idx.numel()
             shape = BlendShape(len(prompt), exact, first.trace.fresh_idx.numel())
-            ids = prompt.input_ids.to(host.device)
+            ids = prompt.input_ids.to(hf_model.device)
             with torch.no_grad():
-                ms = median(timed(lambda: host.last_logits(input_ids=ids), host.device)[0] for _ in range(1 + turns))  # noqa: B023
+                run = functools.partial(hf_model.last_logits, input_ids=ids)
+                ms = median(timed(run, hf_model.device)[0] for _ in range(1 + turns))
             full = 1e3 * controller.full_s(replace(shape, exact=0))
             yield Point(len(prompt), rule, "full prefill", 1.0, full, ms)
             for place, store in stores.items():
@@ -84,7 +86,7 @@ def points(model: Any, lengths: list[int], ratios: list[float], turns: int, fold
                             for chunk in chunks:
                                 on_disk.drop_from_ram(chunk.key)
                         ms, _, result = timed(
-                            lambda: hfblend.blend(model, prompt, store=store, config=at_ratio), host.device  # noqa: B023
+                            lambda: hfblend.blend(model, prompt, store=store, config=at_ratio), hf_model.device  # noqa: B023
                         )  # fmt: skip
                         if turn >= 0:
                             times.append(ms)

@@ -114,7 +114,7 @@ class Blender:
         self.tokenizer: Any = None if tokenizer is None else require_tokenizer(tokenizer)
         self._level = as_level(trace)
         self._verifier = None if verify is None else Verifier(verify)
-        self.host = model_of(model)
+        self.hf_model = model_of(model)
         if not hasattr(model, "generate"):
             raise UnsupportedModel(f"model must be a causal LM, got {described(model)}, which has no generate.")
         self._require_unpatched()
@@ -129,7 +129,7 @@ class Blender:
             self._wrap()
         except BaseException:  # an interrupt: the user gets no handle
             self._unwrap()
-            self.host.unwrapped_forward = None
+            self.hf_model.unwrapped_forward = None
             raise
 
     # --- settings and results -------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class Blender:
     def _settled(self, config: BlendConfig, name: str = "config") -> BlendConfig:
         """The settings, checked against the model, with the filler's ids filled in."""
         config = as_config(config, name)
-        config.require_layers(self.host.num_kv_layers)
+        config.require_layers(self.hf_model.num_kv_layers)
         self._controller_of(config)
         if config.chunk_prefix != "filler" or config.filler_ids:
             return config
@@ -232,7 +232,7 @@ class Blender:
         """What settles `"auto"`; the first time, the machine is measured, or what was measured before is read."""
         if not config.is_auto:
             return None
-        self.host.ranks.require_one()
+        self.hf_model.ranks.require_one()
         key = (id(self.store), config.selection, config.check_layers, config.score_layers, config.least_ratio)
         if key not in self._controllers:
             self._controllers[key] = Controller(profile_of(self.model, self.store, config), config.least_ratio)
@@ -244,7 +244,7 @@ class Blender:
         >>> model.lm_head.weight.data[0, 0] = 1  # doctest: +SKIP
         >>> blender.refresh()  # doctest: +SKIP
         """
-        self.host.fingerprint.refresh()
+        self.hf_model.fingerprint.refresh()
 
     # --- ahead of time --------------------------------------------------------------------------------------------
 
@@ -269,21 +269,21 @@ class Blender:
     # --- in and out -----------------------------------------------------------------------------------------------
 
     def _require_unpatched(self) -> None:
-        if self.host.unwrapped_forward is not None:
+        if self.hf_model.unwrapped_forward is not None:
             raise ValueError(
                 "This model is already patched. Use its blender, or call remove() on model.generate.blender first."
             )
         if any(module in _patched for module in self._shared_modules()):
             raise ValueError(
-                f"This {type(self.host.model).__name__} has decoder layers of another model that is patched already. "
-                "Generate with that model, or call remove() on its blender first."
+                f"This {type(self.hf_model.model).__name__} has decoder layers of another model that is patched "
+                "already. Generate with that model, or call remove() on its blender first."
             )
 
     def _shared_modules(self) -> list[nn.Module]:
-        return [self.host.decoder, self.host.layer_owner, *self.host.layers]
+        return [self.hf_model.decoder, self.hf_model.layer_owner, *self.hf_model.layers]
 
     def _wrap(self) -> None:
-        model, decoder = self.host.model, self.host.decoder
+        model, decoder = self.hf_model.model, self.hf_model.decoder
         runs = [(self.model, "generate", self._generate), (decoder, "forward", self._forward)]
         runs += [(model, "forward", self._model_forward)]
         if hasattr(type(model), _BATCHING):
@@ -303,7 +303,7 @@ class Blender:
             self._wrappers.append(self._wrapper(*run))
             setattr(*run[:2], self._wrappers[-1])
         _patched.update(self._taken)
-        self.host.unwrapped_forward = unwrapped_forward  # last: before, the wrappers do nothing
+        self.hf_model.unwrapped_forward = unwrapped_forward  # last: before, the wrappers do nothing
 
     @staticmethod
     def _wrapper(module: nn.Module, name: str, run: Any) -> MethodType:
@@ -321,10 +321,10 @@ class Blender:
         if self._is_removed:
             return
         self._unwrap()
-        self.host.graphs.clear()  # and their memory
+        self.hf_model.graphs.clear()  # and their memory
         self._tidy()
         forget(self.model)
-        self.host.unwrapped_forward = None  # last: a removal that was interrupted can be repeated
+        self.hf_model.unwrapped_forward = None  # last: a removal that was interrupted can be repeated
         if isinstance(self.store, TieredStore):
             self.store.flush()
 
@@ -349,7 +349,7 @@ class Blender:
 
     @property
     def _is_removed(self) -> bool:
-        return self.host.unwrapped_forward is None
+        return self.hf_model.unwrapped_forward is None
 
     # --- generate -------------------------------------------------------------------------------------------------
 
@@ -366,17 +366,21 @@ class Blender:
             return self._stock_generate(*args, **kwargs, **{k: v for k, v in given.items() if v is not None})
         self._tidy()
         require_token_ids(self.model, args, kwargs)
-        args, kwargs = self.host.named_behind_the_ids(args, kwargs)
+        args, kwargs = self.hf_model.named_behind_the_ids(args, kwargs)
         config = self.config if blend_config is None else self._settled(blend_config, "blend_config")
         controller = self._controller_of(config)
         started = time.perf_counter()
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
             args, kwargs = self._on_device(args), self._on_device(kwargs)
-        inside_its_own = self._running_call() is not None or self.host.lock.is_mine
-        planned = Request(self.host, self.model, args, kwargs, chunk_spans, config, separator, inside_its_own).plan()
+        inside_its_own = self._running_call() is not None or self.hf_model.lock.is_mine
+        planned = Request(
+            self.hf_model, self.model, args, kwargs, chunk_spans, config, separator, inside_its_own
+        ).plan()
         by_stock = kwargs.get("custom_generate") is None and self._runs_stock_loops()
-        call = Call(self.host, planned, by_stock, config, self.store, controller, started, self._level, self.tokenizer)
+        call = Call(
+            self.hf_model, planned, by_stock, config, self.store, controller, started, self._level, self.tokenizer
+        )
         nested = planned.fallback is Fallback.NESTED
         if not nested:  # the traces are those of the call which the user made
             self._traces.last = call.traces
@@ -399,7 +403,7 @@ class Blender:
             if self._runs_beside_python():
                 call.blend_ahead(kwargs)
             if call.is_blended:
-                set_aside(call, self.host.model, self.host.decoder)
+                set_aside(call, self.hf_model.model, self.hf_model.decoder)
             return self._stock_generate(*args, **kwargs)
         finally:
             call.give_up_ahead()
@@ -408,20 +412,20 @@ class Blender:
     def _running_call(self) -> Call | None:
         """The call of this model that this thread is inside of; work of a blended prefill is part of none."""
         running = innermost()
-        return running if isinstance(running, Call) and running.host is self.host else None
+        return running if isinstance(running, Call) and running.hf_model is self.hf_model else None
 
     def _tidy(self) -> None:
         """Ends what an exception has left of earlier work."""
         switch_back()
-        self.host.lock.tidy()
+        self.hf_model.lock.tidy()
         tidy()
 
     def _runs_beside_python(self) -> bool:
-        return self.host.device.type == "cuda"
+        return self.hf_model.device.type == "cuda"
 
     def _on_device(self, values: Any) -> Any:
         def move(value: Any) -> Any:
-            return value.to(self.host.device) if torch.is_tensor(value) else value
+            return value.to(self.hf_model.device) if torch.is_tensor(value) else value
 
         if isinstance(values, dict):
             return {name: move(value) for name, value in values.items()}
@@ -429,7 +433,7 @@ class Blender:
 
     def _runs_stock_loops(self) -> bool:
         """Whether `generate` is Transformers' own, which reads the last row of a prompt's forward."""
-        kind: Any = type(self.host.model)
+        kind: Any = type(self.hf_model.model)
         home = kind.generate.__module__
         own = [before for module, name, before in self._before if name == "generate"]
         return home.startswith("transformers.") and own == [None]
@@ -443,7 +447,7 @@ class Blender:
         """Says so once, in the log, and in the trace of this thread."""
         fallback = Fallback.CONTINUOUS_BATCHING
         name, said = fallback.name.lower(), fallback.reason
-        self._traces.last = [BlendTrace(fallback=name, fallback_reason=said, num_layers=self.host.num_layers)]
+        self._traces.last = [BlendTrace(fallback=name, fallback_reason=said, num_layers=self.hf_model.num_layers)]
         if not self._has_noted_batching:
             self._has_noted_batching = True
             logger.log(fallback.level, "Not blended, stock runs: %s", fallback.reason)
@@ -463,7 +467,7 @@ class Blender:
             return self._stock_forward(*args, **kwargs)
         call = self._running_call()
         if call is not None:
-            kwargs.update(zip(self.host.decoder_parameters, args))
+            kwargs.update(zip(self.hf_model.decoder_parameters, args))
             args = ()
             ids = kwargs.get("input_ids")
             call.note_forward(0 if ids is None else ids.shape[1])
@@ -471,7 +475,7 @@ class Blender:
                 return self._blended_forward(call, kwargs)
         elif is_paged(cache_given(kwargs)):
             self._note_continuous_batching()
-        return self.host.lock.shared(self._stock_forward, *args, **kwargs)
+        return self.hf_model.lock.shared(self._stock_forward, *args, **kwargs)
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The whole model's forward: whether all of a prompt's logits are wanted is said here."""
@@ -480,7 +484,7 @@ class Blender:
         call = self._running_call()
         if call is None or not call.is_waiting:
             return self._stock_model_forward(*args, **kwargs)
-        asked = {**dict(zip(self.host.model_parameters, args)), **kwargs}
+        asked = {**dict(zip(self.hf_model.model_parameters, args)), **kwargs}
         return call.run_model(self._written_model_forward, asked, args, kwargs)
 
     @torch.compiler.disable
@@ -489,7 +493,7 @@ class Blender:
             output = Running().do(call.blended_forward, kwargs)  # the passes' own forwards are none of the call's
         finally:
             give_back(call)
-        if has_inner_hooks(self.host):
+        if has_inner_hooks(self.hf_model):
             self._note_hooks(call)
         return output
 

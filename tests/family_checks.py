@@ -29,7 +29,7 @@ def ratio_1(family: Family, implementation: str | None = None) -> float:
     with hfblend.patch(model, config=config(1.0)) as blender:
         blended = _run(model, PROMPT.inputs())
         assert blender.trace.blended
-        assert blender.trace.computed_pairs == len(PROMPT) * blender.host.num_layers
+        assert blender.trace.computed_pairs == len(PROMPT) * blender.hf_model.num_layers
     return _difference(blended, stock)
 
 
@@ -50,10 +50,10 @@ def true_kv(family: Family, ratio: float, rule: str = "suffix_attention") -> tup
 
 def realign_error(family: Family) -> float:
     """Keys moved by the rotation that the self-test found, against keys computed there, in the worst layer."""
-    host = model_of(family.make())
+    hf_model = model_of(family.make())
     old, distance = torch.arange(20), 30
-    kv, truth = host.record(old), host.record(old + distance)
-    found = moved_kv(host, kv, (old, old + distance, 20), 20 + distance)
+    kv, truth = hf_model.record(old), hf_model.record(old + distance)
+    found = moved_kv(hf_model, kv, (old, old + distance, 20), 20 + distance)
     pairs = [pair for i in kv for pair in zip(found[i], truth[i])]
     return max(((moved - there).norm() / there.norm()).item() for moved, there in pairs)
 
@@ -62,7 +62,7 @@ def realign_error(family: Family) -> float:
 def future_leak(family: Family) -> float:
     """How much the early rows of a pass change when everything reused behind them does; the late ones must change."""
     model, first_changed = family.make(), 41
-    host = model_of(model)
+    hf_model = model_of(model)
 
     def rows_of_last_layer(change: float) -> tuple[torch.Tensor, torch.Tensor]:
         store = store_of_true_kv(model, PROMPT, SHIFT)
@@ -73,8 +73,8 @@ def future_leak(family: Family) -> float:
                 states[:, :, late] += change * states.abs().max()
             cache = full_length_cache(kv)
             store.put(key, hfblend.ChunkKV(cache, entry.cached_positions, entry.behind_ids, "isolated", entry.regime))
-        state = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.0))
-        blend = state.stopped_at("realigned", host.decoder_forward)
+        state = Blending(hf_model, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.0))
+        blend = state.stopped_at("realigned", hf_model.decoder_forward)
         rows = torch.cat([blend.reuse.candidate_idx[::5], blend.reuse.fresh_idx]).sort().values
         blend.rows_pass("recompute", rows)
         return rows, torch.cat([t[0, :, rows].transpose(0, 1).flatten(1) for t in state.buffers[max(state.buffers)]], 1)
@@ -120,9 +120,9 @@ def _from_alone(batch: Any, alone: list[Any], steps: int) -> float:
 
 
 def window(family: Family) -> str:
-    """What the last row sees of the prompt, by the host's own masks, where that is not all."""
-    host, length = model_of(family.make()), len(PROMPT)
-    masks = host._mask_rows(torch.tensor([length - 1]), length)
+    """What the last row sees of the prompt, by the model's own masks, where that is not all."""
+    hf_model, length = model_of(family.make()), len(PROMPT)
+    masks = hf_model._mask_rows(torch.tensor([length - 1]), length)
     masks = masks if isinstance(masks, dict) else {"": masks}
     seen = {int((mask if mask.dtype == torch.bool else mask == 0).sum()) for mask in masks.values()} - {length}
     return ", ".join(f"{count} of {length}" for count in sorted(seen)) or "–"
@@ -143,20 +143,20 @@ def attention(family: Family, implementation: str) -> float | str:
 
 def keys_turn(family: Family) -> str:
     """How cached keys depend on position, as the self-test found it."""
-    host = model_of(family.make())
+    hf_model = model_of(family.make())
     found = []
-    for layer, rotation in enumerate(host.rotations):
+    for layer, rotation in enumerate(hf_model.rotations):
         if rotation is None:
             found.append("not")
             continue
-        layout = host.layouts[layer]
-        cos, _ = host.rotary_tables(rotation.source, torch.arange(1), 1)
+        layout = hf_model.layouts[layer]
+        cos, _ = hf_model.rotary_tables(rotation.source, torch.arange(1), 1)
         turned = cos.shape[-1] * (2 if rotation.layout == "single" else 1)
         whole = layout.key_dim if rotation.slot == 0 else layout.value_dim
         slot, sign = "KV"[rotation.slot], "" if rotation.sign == 1 else ", reversed"
         found.append(f"{slot}, {rotation.pairing}{sign}, {turned} of {whole}")
-    shared = host.num_layers - host.num_kv_layers
-    return "; ".join(dict.fromkeys(found)) + (f"; {shared} of {host.num_layers} layers have none" if shared else "")
+    shared = hf_model.num_layers - hf_model.num_kv_layers
+    return "; ".join(dict.fromkeys(found)) + (f"; {shared} of {hf_model.num_layers} layers have none" if shared else "")
 
 
 def _make(family: Family, implementation: str | None = None) -> Any:

@@ -130,9 +130,9 @@ def config(ratio: float = 0.15, **kwargs) -> hfblend.BlendConfig:
 @torch.no_grad()
 def full_prefill_kv(model, input_ids: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """K/V of every layer from one stock forward."""
-    host = model_of(model)
-    cache = RecordingCache(host.num_layers)
-    host.decoder_forward(input_ids=input_ids.to(host.device), use_cache=True, **{CACHE: cache})
+    hf_model = model_of(model)
+    cache = RecordingCache(hf_model.num_layers)
+    hf_model.decoder_forward(input_ids=input_ids.to(hf_model.device), use_cache=True, **{CACHE: cache})
     return cache.recorded
 
 
@@ -147,7 +147,7 @@ def store_of_true_kv(
 
     Blended back, they must give exactly what a full prefill gives, whatever is selected.
     """
-    host, kv = model_of(model), full_prefill_kv(model, prompt.input_ids)
+    hf_model, kv = model_of(model), full_prefill_kv(model, prompt.input_ids)
     store = hfblend.MemoryStore() if store is None else store
     now = len(prompt)
     prefix_stop = prompt.chunk_spans[0][0]
@@ -157,22 +157,22 @@ def store_of_true_kv(
         positions = torch.arange(start, stop)
         then = regime or now + shift
         pieces = {i: tuple(t[:, :, start:stop] for t in kv[i]) for i in sorted(kv)}
-        moved = list(moved_kv(host, pieces, (positions, positions + shift, now), then).values())
+        moved = list(moved_kv(hf_model, pieces, (positions, positions + shift, now), then).values())
         behind = () if start == 0 else tuple(prompt.prefix_ids)
-        key = chunk_key(host.fingerprint.current(host.model), host.dtype, prompt.ids[start:stop], behind)
+        key = chunk_key(hf_model.fingerprint.current(hf_model.model), hf_model.dtype, prompt.ids[start:stop], behind)
         entry = hfblend.ChunkKV(full_length_cache(moved), positions + shift, behind, "isolated", then)
         store.put(key, entry)
     return store
 
 
-def moved_kv(host, kv, move, regime):
+def moved_kv(hf_model, kv, move, regime):
     """Layer -> K/V (B, Hkv, n, D) moved by a `Realigner`.
 
     Args:
         move: cached positions (n,), new ones, and the regime of the cached ones.
         regime: of the new ones.
     """
-    realigner = Realigner(host.rotary_tables_of_pieces, host.rotations, [move], regime)
+    realigner = Realigner(hf_model.rotary_tables_of_pieces, hf_model.rotations, [move], regime)
     moved = {layer: tuple(torch.empty_like(states) for states in own) for layer, own in kv.items()}
     for layer, own in kv.items():
         realigner.move(layer, [(own, moved[layer])])

@@ -45,8 +45,8 @@ def with_adapters(*names, kind="lora", **settings):
 
 
 def key_of(model):
-    host = model_of(model)
-    return host.fingerprint.current(host.model)
+    hf_model = model_of(model)
+    return hf_model.fingerprint.current(hf_model.model)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -329,7 +329,7 @@ def test_generate_inside_a_forward_does_not_wait_for_itself():
         handle.remove()
         assert blender.trace.num_tokens == 0
         with pytest.raises(RuntimeError, match="inside a forward"):
-            blender.host.lock.shared(hfblend.blend, model, PROMPT)
+            blender.hf_model.lock.shared(hfblend.blend, model, PROMPT)
     assert torch.equal(found[1], stock)
 
 

@@ -31,17 +31,17 @@ def run(model, name, ratio=0.25, store=None, tokenizer=None):
 def keys_seen(model, run_pass):
     """Per decoder forward that attends by position: (positions of the rows, what they see from)."""
     seen = []
-    host, own = model_of(model), type(model_of(model)).see_rows
+    hf_model, own = model_of(model), type(model_of(model)).see_rows
 
     def spy(self, rows, length):
         seen.append(rows.positions[0].tolist())
         return own(self, rows, length)
 
-    host.see_rows = spy.__get__(host)
+    hf_model.see_rows = spy.__get__(hf_model)
     try:
         result = run_pass()
     finally:
-        del host.see_rows
+        del hf_model.see_rows
     return seen, result
 
 

@@ -190,9 +190,9 @@ def test_what_passes_do_to_a_model_is_no_change(monkeypatch):
     model, tests = make_llama(), []
     with hfblend.patch(model, config=config(0.2, selection="kv_deviation")) as blender:
         monkeypatch.setattr(hfblend.support.registry, "_proved", lambda model: tests.append(1))
-        host = blender.host
+        hf_model = blender.hf_model
         seen = []
-        handle = model.model.layers[3].register_forward_pre_hook(lambda m, a: seen.append(host.look()[1]))
+        handle = model.model.layers[3].register_forward_pre_hook(lambda m, a: seen.append(hf_model.look()[1]))
         for _ in range(2):
             generate(model, PROMPT.inputs())
         handle.remove()
@@ -394,9 +394,9 @@ def test_a_manager_from_before_patch_is_noticed(caplog):
 def test_hosts_notice_a_change_without_patch():
     model = make_llama()
     hfblend.blend(model, PROMPT)
-    host = model_of(model)
-    digest = host.fingerprint.digest
+    hf_model = model_of(model)
+    digest = hf_model.fingerprint.digest
     model.model.layers[0].self_attn = other().model.layers[0].self_attn
-    assert model_of(model) is host
-    assert host.fingerprint.current(model) != digest
-    assert not host.attends_by_position
+    assert model_of(model) is hf_model
+    assert hf_model.fingerprint.current(model) != digest
+    assert not hf_model.attends_by_position

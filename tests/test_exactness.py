@@ -93,7 +93,7 @@ def test_rows_of_the_hosts_own_masks_are_exact_too(monkeypatch, attention, make)
     monkeypatch.setattr(type(model), "_supports_attention_backend", False)
     stock = generate(model, stock_inputs(PROMPT))
     with hfblend.patch(model, config=config(0.15), store=store_of_true_kv(model, PROMPT)) as blender:
-        assert not blender.host.attends_by_position
+        assert not blender.hf_model.attends_by_position
         blended = generate(model, PROMPT.inputs())
         assert blender.trace.blended
         assert blender.trace.hits == 3
@@ -105,7 +105,7 @@ def test_eager_models_blend_through_our_attention():
     model.set_attn_implementation("eager")
     stock = generate(model, stock_inputs(PROMPT))
     with hfblend.patch(model, config=config(0.15), store=store_of_true_kv(model, PROMPT)) as blender:
-        assert blender.host.attends_by_position
+        assert blender.hf_model.attends_by_position
         assert largest_difference(generate(model, PROMPT.inputs()), stock) <= 3e-4
         assert blender.trace.hits == 3
 
@@ -126,14 +126,14 @@ def test_every_layer_holds_reused_or_fresh_rows(ratio, selection):
     check_layer = 3 if selection is deviation_first else 1
     settings = config(ratio, selection=selection, check_layers=(check_layer,))
     hfblend.blend(model, PROMPT, store=store, config=settings)
-    host = model_of(model)
+    hf_model = model_of(model)
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
         with torch.no_grad():
-            state = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, settings)
-            state.run(host.last_logits)
-            again = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, settings)
-            again = again.stopped_at("realigned", host.last_logits)
+            state = Blending(hf_model, PROMPT.input_ids, PROMPT.chunk_spans, store, settings)
+            state.run(hf_model.last_logits)
+            again = Blending(hf_model, PROMPT.input_ids, PROMPT.chunk_spans, store, settings)
+            again = again.stopped_at("realigned", hf_model.last_logits)
             reuse, reused = again.reuse, again.reused
     finally:
         torch.use_deterministic_algorithms(False)
@@ -261,7 +261,7 @@ def test_missing_chunks_are_prefilled_together_where_that_is_quicker(monkeypatch
             patched.setattr(
                 hfblend.model.prefill,
                 "prefill_batch",
-                lambda host, chunks, *rest: sizes.append(len(chunks)) or prefill_batch(host, chunks, *rest),
+                lambda hf_model, chunks, *rest: sizes.append(len(chunks)) or prefill_batch(hf_model, chunks, *rest),
             )
             outputs.append(generate(model, prompt.inputs()))
             assert [chunk.status for chunk in blender.trace.chunks] == ["miss", "miss", "miss", "hit", "miss"]
@@ -360,7 +360,7 @@ def test_little_that_is_exact_is_computed_again_rather_than_attended_by_position
 def test_no_selected_token_sees_a_later_position(make):
     """Rows of a pass do not change when everything reused behind them does."""
     model = make()
-    host = model_of(model)
+    hf_model = model_of(model)
     first_poisoned = 41
 
     def keys_of_rows(poison):
@@ -375,8 +375,8 @@ def test_no_selected_token_sees_a_later_position(make):
             cache = full_length_cache(kv)
             store.put(key, hfblend.ChunkKV(cache, entry.cached_positions, entry.behind_ids, "isolated", entry.regime))
         with torch.no_grad():
-            state = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.0))
-            blend = state.stopped_at("realigned", host.decoder_forward)
+            state = Blending(hf_model, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.0))
+            blend = state.stopped_at("realigned", hf_model.decoder_forward)
             rows = torch.cat([blend.reuse.candidate_idx[::5], blend.reuse.fresh_idx]).sort().values
             blend.rows_pass("recompute", rows)
         return rows, state.buffers[3][0][:, :, rows]

@@ -317,7 +317,7 @@ def test_autocast_falls_back_and_leaves_the_store_as_it_is(caplog):
         with bf16:
             stock = generate(model, {"input_ids": IDS})
             blender = hfblend.patch(model, config=config(1.0))  # its self-test runs without
-        assert blender.host.dtype == dtype
+        assert blender.hf_model.dtype == dtype
         for hits in (0, 3):
             generate(model, PROMPT.inputs())
             assert (blender.trace.blended, blender.trace.hits) == (True, hits)

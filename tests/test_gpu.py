@@ -62,8 +62,8 @@ def tf32():
 
 
 def self_tested(model, dtype=torch.float32):
-    host = TestedModel(model.to("cuda", dtype))
-    return host.rotations, host.windows, host.attends_by_position, host.layers_stand_alone
+    hf_model = TestedModel(model.to("cuda", dtype))
+    return hf_model.rotations, hf_model.windows, hf_model.attends_by_position, hf_model.layers_stand_alone
 
 
 @pytest.mark.parametrize("name", SOUND)

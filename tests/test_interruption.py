@@ -355,7 +355,7 @@ def test_an_exception_anywhere_on_a_gpu(records):
 
         def prepare():
             if records:
-                blender.host.graphs = None
+                blender.hf_model.graphs = None
                 generate(model, PROMPT.inputs(), max_new_tokens=2)  # the next call records
 
         for _ in range(3):

@@ -461,7 +461,7 @@ def test_options_of_filesystems_are_passed_on(monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     options = dict.fromkeys(
         ["anon", "endpoint_url", "key", "secret", "token", "profile", "client_kwargs", "config_kwargs", "use_ssl",
-         "read_timeout", "connect_timeout", "max_concurrency", "max_paths", "retries", "skip_instance_cache", "host",
+         "read_timeout", "connect_timeout", "max_concurrency", "max_paths", "retries", "skip_instance_cache", "model",
          "port", "username", "password", "account_name", "connection_string", "auto_mkdir", "use_listings_cache"]
     )  # fmt: skip
     found, opened = {}, fsspec.core.url_to_fs

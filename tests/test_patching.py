@@ -234,7 +234,7 @@ def test_one_edited_weight_makes_every_entry_a_miss():
         with torch.no_grad():
             model.model.layers[2].mlp.up_proj.weight[3, 4] -= 0.5
         model.model.layers[1].self_attn.q_proj.weight.data[0, 0] += 0.5  # unseen by version counters ...
-        blender.host.fingerprint.refresh()  # ... so one says so
+        blender.hf_model.fingerprint.refresh()  # ... so one says so
         generate(model, PROMPT.inputs())
         assert blender.trace.misses == 3
 

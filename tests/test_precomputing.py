@@ -222,11 +222,11 @@ def test_what_a_store_does_not_keep_is_counted_and_one_too_small_is_said(model, 
 @pytest.mark.parametrize("make", [make_llama, make_mistral], ids=["llama", "mistral with a window"])
 def test_a_batch_is_as_one_by_one(make, behind):
     model, chunks = make(), ids_of(5, 17, 29, 41)
-    host = model_of(model)
-    continues = prefill(host, behind, (), None) if behind else None
-    batch = prefill_batch(host, chunks, behind, continues)
+    hf_model = model_of(model)
+    continues = prefill(hf_model, behind, (), None) if behind else None
+    batch = prefill_batch(hf_model, chunks, behind, continues)
     for ids, chunk_kv in zip(chunks, batch):
-        alone = prefill(host, ids, behind, continues)
+        alone = prefill(hf_model, ids, behind, continues)
         assert largest_kv_difference(chunk_kv, alone) < 1e-5
         assert chunk_kv.cached_positions.tolist() == alone.cached_positions.tolist()
         assert (chunk_kv.behind_ids, chunk_kv.regime) == (alone.behind_ids, alone.regime)
@@ -244,7 +244,7 @@ def test_length_dependent_models_take_chunks_one_by_one(rope, monkeypatch):
     model, sizes = make_llama(rope), []
     batched = batched_prefill.prefill_batch
     monkeypatch.setattr(
-        batched_prefill, "prefill_batch", lambda host, c, *rest: sizes.append(len(c)) or batched(host, c, *rest)
+        batched_prefill, "prefill_batch", lambda hf_model, c, *rest: sizes.append(len(c)) or batched(hf_model, c, *rest)
     )
     precomputing.precompute(model, ids_of(50, 60, 70, 80), store=MemoryStore(), config=config(), batch_size=4)
     assert [size for size in sizes if size > 1] == ([4] if rope == "default" else [])
@@ -256,7 +256,7 @@ def test_a_model_that_fails_the_check_takes_chunks_one_by_one(model, monkeypatch
     monkeypatch.setattr(
         batched_prefill,
         "prefill_batch",
-        lambda host, batch, *rest: [prefill(host, [*ids[1:], 7], *rest) for ids in batch],
+        lambda hf_model, batch, *rest: [prefill(hf_model, [*ids[1:], 7], *rest) for ids in batch],
     )
     report = precomputing.precompute(model, chunks, store=store, config=config(), batch_size=3)
     assert report.computed == 5

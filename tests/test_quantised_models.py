@@ -84,7 +84,7 @@ def test_a_quantised_model_blends(kind, tmp_path):
             assert blender.trace.hits == (3 if store else 0)
             assert torch.equal(output.sequences, stock.sequences)
             assert largest_difference(output, stock) <= bound
-            assert blender.host.dtype == torch.float32
+            assert blender.hf_model.dtype == torch.float32
             generate(model, PROMPT.inputs(), max_new_tokens=1)
             assert blender.trace.hits == 3
 
@@ -102,12 +102,12 @@ def test_keys_of_a_quantised_model(kind, tmp_path):
         scaled.model.layers[2].mlp.up_proj.weight.mul_(2)  # the same integers, other scales
     others = [load(model, kind, tmp_path / f"{i}") for i, model in enumerate((tuned, scaled), 2)]
     assert len({digest(model) for model in (one, make_wide(), *others)}) == 4
-    host, before = model_of(one), digest(one)
+    hf_model, before = model_of(one), digest(one)
     generate(one, STOCK)
-    assert host.fingerprint.current(one) == before
+    assert hf_model.fingerprint.current(one) == before
     with torch.no_grad():
         one.model.layers[1].input_layernorm.weight[3] += 1
-    assert host.fingerprint.current(one) != before
+    assert hf_model.fingerprint.current(one) != before
 
 
 def test_a_weight_inside_a_tensor_subclass_that_changes_is_seen(tmp_path):
@@ -140,6 +140,6 @@ def test_hqq_layers_put_in_by_hand():
         output = generate(model, PROMPT.inputs())
         assert blender.trace.hits == 3
         assert largest_difference(output, stock) <= EXACT
-        digest = blender.host.fingerprint.digest
+        digest = blender.hf_model.fingerprint.digest
     assert model_of(quantised()).fingerprint.digest == digest
     assert model_of(quantised(2.0)).fingerprint.digest != digest

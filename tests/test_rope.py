@@ -41,19 +41,19 @@ def from_config(kind, **kwargs):
 def test_realigned_keys_equal_keys_computed_there(rope, dtype, tolerance):
     """Layer 0: its keys depend on ids and positions alone, so the truth at any position is one forward away."""
     model = make_llama(rope, dtype=dtype)
-    host = model_of(model)
+    hf_model = model_of(model)
     ids = PROMPT.input_ids[:, :30]
 
     def keys_at(positions):
-        cache = RecordingCache(host.num_layers)
+        cache = RecordingCache(hf_model.num_layers)
         with torch.no_grad():
-            host.decoder_forward(input_ids=ids, position_ids=positions[None], past_key_values=cache, use_cache=True)
-        return cache.recorded[0], host.regime(int(positions[-1]) + 1)
+            hf_model.decoder_forward(input_ids=ids, position_ids=positions[None], past_key_values=cache, use_cache=True)
+        return cache.recorded[0], hf_model.regime(int(positions[-1]) + 1)
 
     old, new = torch.arange(30), torch.arange(90, 120)  # across the short context of dynamic and longrope
     for cached_positions, positions in ((old, new), (new, old), (old, old + 17)):
         (cached, then), (truth, now) = keys_at(cached_positions), keys_at(positions)
-        moved = moved_kv(host, {0: cached}, (cached_positions, positions, then), now)[0]
+        moved = moved_kv(hf_model, {0: cached}, (cached_positions, positions, then), now)[0]
         assert (moved[0].float() - truth[0].float()).norm() <= tolerance * truth[0].float().norm()
         assert torch.equal(moved[1], cached[1])
         assert (cached[0].float() - truth[0].float()).norm() > 0.1 * truth[0].float().norm()
@@ -62,7 +62,7 @@ def test_realigned_keys_equal_keys_computed_there(rope, dtype, tolerance):
 def test_bf16_is_moved_no_worse_than_the_model_itself_rounds():
     model = make_llama(dtype=torch.bfloat16)
     exact = make_llama().to(torch.bfloat16).to(torch.float32)  # the same rounded weights, computed in fp32
-    host = model_of(model)
+    hf_model = model_of(model)
     keys = {}
     for name, m in (("bf16", model), ("fp32", exact)):
         for start in (0, 400):
@@ -72,7 +72,7 @@ def test_bf16_is_moved_no_worse_than_the_model_itself_rounds():
             with torch.no_grad():
                 m.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
             keys[name, start] = cache.recorded[0]
-    moved = moved_kv(host, {0: keys["bf16", 0]}, (torch.arange(64), torch.arange(400, 464), 64), 464)[0]
+    moved = moved_kv(hf_model, {0: keys["bf16", 0]}, (torch.arange(64), torch.arange(400, 464), 64), 464)[0]
     truth = keys["fp32", 400][0]
     own_error = (keys["bf16", 400][0].float() - truth).norm()
     assert (moved[0].float() - truth).norm() <= 1.25 * own_error
@@ -154,7 +154,7 @@ def test_tables_are_read_without_changing_the_models_rotary_state():
     module = model.model.rotary_emb
     before = module.inv_freq.clone(), int(module.max_seq_len_cached)
     with hfblend.patch(model) as blender:
-        blender.host.rotary_tables(0, torch.arange(5), 500)
+        blender.hf_model.rotary_tables(0, torch.arange(5), 500)
     assert before[1] > 64
     assert torch.equal(module.inv_freq, before[0])
     assert int(module.max_seq_len_cached) == before[1]
@@ -172,8 +172,8 @@ def test_tables_are_read_without_changing_the_models_rotary_state():
 )  # fmt: skip
 def test_other_layouts_are_found_and_exact(kind, settings, pairing, layout):
     model = from_config(kind, **settings)
-    host = model_of(model)
-    assert {(r.pairing, r.layout) for r in host.rotations} == {(pairing, layout)}
+    hf_model = model_of(model)
+    assert {(r.pairing, r.layout) for r in hf_model.rotations} == {(pairing, layout)}
     stock = generate(model, {"input_ids": PROMPT.input_ids}, max_new_tokens=3)
     with hfblend.patch(model, config=config(0.15), store=store_of_true_kv(model, PROMPT)) as blender:
         blended = generate(model, PROMPT.inputs(), max_new_tokens=3)
@@ -236,7 +236,7 @@ def test_values_do_not_move():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                                          num_attention_heads=4)).eval()  # fmt: skip
     full = full_prefill_kv(model, PROMPT.input_ids)
-    host = model_of(model)
+    hf_model = model_of(model)
     positions = torch.arange(len(PROMPT))
-    moved = moved_kv(host, {1: full[1]}, (positions, positions + 5, 0), 0)
+    moved = moved_kv(hf_model, {1: full[1]}, (positions, positions + 5, 0), 0)
     assert torch.equal(moved[1][1], full[1][1])

@@ -204,11 +204,11 @@ def test_suffix_attention_over_true_kv_is_the_stock_models(make):
 def test_gaps_and_chunks_not_yet_computed_are_hidden_from_the_suffix():
     """With them masked out, what the suffix gives to all other keys sums to one."""
     model = make_llama()
-    host, store = model_of(model), hfblend.MemoryStore()
+    hf_model, store = model_of(model), hfblend.MemoryStore()
     hfblend.blend(model, make_prompt(order=(1, 0)), store=store, config=config(on_miss="in_context"))
-    state = Blending(host, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.2, on_miss="in_context"))
+    state = Blending(hf_model, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.2, on_miss="in_context"))
     with torch.no_grad():
-        blend = state.stopped_at("realigned", host.last_logits)
+        blend = state.stopped_at("realigned", hf_model.last_logits)
         reuse, received = blend.reuse, blend.suffix_attention((1, 3))
     assert sum(chunk.status == "fresh" for chunk in state.trace.chunks) >= 1
     suffix_start = PROMPT.chunk_spans[-1][1]

@@ -77,20 +77,20 @@ def found_in_fp32(name):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", SOUND)
 def test_every_precision_finds_what_fp32_finds(name, precision):
-    host, exact = self_tested(SOUND[name](), precision), found_in_fp32(name)
-    assert host.rotations == exact.rotations
-    assert host.windows == exact.windows
-    assert host.attends_by_position
-    assert host.layers_stand_alone == exact.layers_stand_alone
+    hf_model, exact = self_tested(SOUND[name](), precision), found_in_fp32(name)
+    assert hf_model.rotations == exact.rotations
+    assert hf_model.windows == exact.windows
+    assert hf_model.attends_by_position
+    assert hf_model.layers_stand_alone == exact.layers_stand_alone
 
 
 @pytest.mark.smollm
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_real_weights_pass_in_every_precision(precision):
-    host = self_tested(load_smollm()[0], precision)
-    assert {(r.slot, r.pairing, r.sign) for r in host.rotations} == {(0, "half", 1)}
-    assert host.attends_by_position
-    assert host.layers_stand_alone
+    hf_model = self_tested(load_smollm()[0], precision)
+    assert {(r.slot, r.pairing, r.sign) for r in hf_model.rotations} == {(0, "half", 1)}
+    assert hf_model.attends_by_position
+    assert hf_model.layers_stand_alone
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -98,11 +98,11 @@ def test_what_is_allowed_is_a_few_times_what_stock_differs_from_itself(precision
     """Moved to other positions, layers of a sound model change about as much as by the noise that was measured."""
     dtype, mode = PRECISIONS[precision]
     model = SOUND["deep"]().to(dtype)
-    host = HFModel(model)
+    hf_model = HFModel(model)
     with mode():
-        stock = layerwise.stock_steps(host)
-        _, shifted = host.self_test_positions(layerwise.LENGTH)
-        moved = layerwise.run_steps(host, lambda: host.run_stock(shifted), [None, *stock.hidden[1:]])
+        stock = layerwise.stock_steps(hf_model)
+        _, shifted = hf_model.self_test_positions(layerwise.LENGTH)
+        moved = layerwise.run_steps(hf_model, lambda: hf_model.run_stock(shifted), [None, *stock.hidden[1:]])
     assert all(torch.equal(moved.kv[i][1], stock.kv[i][1]) for i in stock.kv)
     for step in range(1, len(stock.hidden)):
         change = layerwise.apart(moved.hidden[step], stock.hidden[step])
@@ -212,8 +212,8 @@ def test_dimensions_that_turn_are_seen_where_biases_dwarf_them(precision):
             layer.self_attn.k_proj.bias.view(2, 16)[:, [7, 15]] = 300.0
             layer.self_attn.q_proj.weight.view(4, 16, 64)[:, [7, 15]] *= 1e-3
             layer.self_attn.q_proj.bias.view(4, 16)[:, [7, 15]] *= 1e-3
-    host = self_tested(model, precision)
-    assert all(rotation is not None for rotation in host.rotations)
+    hf_model = self_tested(model, precision)
+    assert all(rotation is not None for rotation in hf_model.rotations)
 
 
 def without(function, name):
@@ -248,8 +248,8 @@ WRONG_ATTENTION = {
 }
 
 
-def narrow(host):
-    return dict.fromkeys(range(host.num_layers), 3)
+def narrow(hf_model):
+    return dict.fromkeys(range(hf_model.num_layers), 3)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -274,8 +274,8 @@ def test_layers_stand_alone_also_where_rounding_sends_a_row_to_other_experts(
     """The last row of the first passes that are shortened comes out of a layer as another one; not so in fp32."""
     own, shortened = proof._run_rows, []
 
-    def run_rows(host, stock, kv, of=proof.ROWS, entered=None):
-        steps = own(host, stock, kv, of, entered)
+    def run_rows(hf_model, stock, kv, of=proof.ROWS, entered=None):
+        steps = own(hf_model, stock, kv, of, entered)
         if entered is not None and len(shortened) < passes:
             shortened.append(of)
             steps.hidden[step] = steps.hidden[step].clone()
@@ -283,9 +283,9 @@ def test_layers_stand_alone_also_where_rounding_sends_a_row_to_other_experts(
         return steps
 
     monkeypatch.setattr(proof, "_run_rows", run_rows)
-    host = self_tested(SOUND["gpt_oss"](), precision)
-    assert host.attends_by_position
-    assert host.layers_stand_alone == (is_rounding and precision == "bf16")
+    hf_model = self_tested(SOUND["gpt_oss"](), precision)
+    assert hf_model.attends_by_position
+    assert hf_model.layers_stand_alone == (is_rounding and precision == "bf16")
     assert shortened
 
 
@@ -307,16 +307,16 @@ def test_rows_at_other_positions_are_refused(by, precision, monkeypatch):
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "deep"])
 def test_a_batch_of_chunks_is_taken_where_only_rounding_differs(name, precision, monkeypatch):
     model = SOUND[name]()
-    host = self_tested(model, precision)
+    hf_model = self_tested(model, precision)
     chunks = [list(range(3, 3 + count)) for count in (9, 14)]
     with PRECISIONS[precision][1]():
-        batched_prefill.prefill_together(host, chunks, (), None)
-        assert host.prefills_in_batches
-        own, host.prefills_in_batches = batched_prefill.prefill_batch, None
-        wrong = lambda host, ids, *rest: own(host, other_ids(ids) if len(ids) > 1 else ids, *rest)  # noqa: E731
+        batched_prefill.prefill_together(hf_model, chunks, (), None)
+        assert hf_model.prefills_in_batches
+        own, hf_model.prefills_in_batches = batched_prefill.prefill_batch, None
+        wrong = lambda hf_model, ids, *rest: own(hf_model, other_ids(ids) if len(ids) > 1 else ids, *rest)  # noqa: E731
         monkeypatch.setattr(batched_prefill, "prefill_batch", wrong)
-        batched_prefill.prefill_together(host, chunks, (), None)
-        assert host.prefills_in_batches is False
+        batched_prefill.prefill_together(hf_model, chunks, (), None)
+        assert hf_model.prefills_in_batches is False
 
 
 def other_ids(chunks):

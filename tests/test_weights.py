@@ -613,12 +613,12 @@ def test_moving_a_patched_model_away_frees_the_gpu():
     model = make_llama().to("cuda")
     with hfblend.patch(model, config=config(0.0)) as blender:
         generate(model, PROMPT.inputs())
-        key = blender.host.fingerprint.digest
+        key = blender.hf_model.fingerprint.digest
         weight = model.model.layers[1].mlp.up_proj.weight
         memory = torch.multiprocessing.reductions.StorageWeakRef(weight.untyped_storage())
         model.to("cpu")
         assert memory.expired()
-        assert blender.host.fingerprint.current(model) == key  # the same numbers, elsewhere
+        assert blender.hf_model.fingerprint.current(model) == key  # the same numbers, elsewhere
 
 
 @pytest.mark.gpu
@@ -654,10 +654,10 @@ def test_what_a_long_prompt_does_to_the_rotary_table_is_no_change(rope):
     model, long = make_llama(rope), make_prompt(sizes=(60, 70))
     with hfblend.patch(model, config=config(0.0)) as blender:
         generate(model, PROMPT.inputs())
-        at_rest, digests = inv_freq(model).clone(), {blender.host.fingerprint.digest}
+        at_rest, digests = inv_freq(model).clone(), {blender.hf_model.fingerprint.digest}
         for prompt in (long, long, PROMPT, long):
             generate(model, prompt.inputs())
-            digests.add(blender.host.fingerprint.current(model))
+            digests.add(blender.hf_model.fingerprint.current(model))
         assert not torch.equal(inv_freq(model), at_rest)
         assert len(digests) == 1
         generate(model, PROMPT.inputs())

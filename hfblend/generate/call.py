@@ -41,7 +41,7 @@ class Call(Running):
     """The state of one call.
 
     Args:
-        host: the model.
+        hf_model: the model.
         plan: what is to be blended, or why nothing is.
         by_stock: whether Transformers' own loops run it.
         config, store, controller: of every prompt.
@@ -54,7 +54,7 @@ class Call(Running):
 
     def __init__(
         self,
-        host: TestedModel,
+        hf_model: TestedModel,
         plan: Plan,
         by_stock: bool,
         config: BlendConfig,
@@ -65,14 +65,14 @@ class Call(Running):
         tokenizer: Any,
     ) -> None:
         super().__init__()
-        self.host, self.plan, self.config, self.store, self.controller = host, plan, config, store, controller
+        self.hf_model, self.plan, self.config, self.store, self.controller = hf_model, plan, config, store, controller
         self._by_stock, self._started, self._tokens_seen = by_stock, started, 0
         self._waiting = plan.fallback is None  # for the forward that prefills
         self._asked: dict[str, Any] | None = None  # of the whole model's forward that runs
         self._ahead: tuple[Blending, Any] | None = None  # what was blended before it was reached, and its output
         lengths = [plan.num_tokens] if plan.fallback else [len(prompt) for prompt in plan.prompts]
         self.traces_of_prompts = [
-            BlendTrace(num_tokens=length, num_layers=host.num_layers, level=level, tokenizer=tokenizer)
+            BlendTrace(num_tokens=length, num_layers=hf_model.num_layers, level=level, tokenizer=tokenizer)
             for length in lengths
         ]
         if plan.fallback:
@@ -144,7 +144,7 @@ class Call(Running):
         expected = self.plan.input_ids.repeat_interleave(copies, 0)
         if not bool((ids[:, : self.plan.num_tokens] == expected).all()):
             return False
-        asked = Asked(self.plan, self.host, ids, kwargs, self._asked, self._by_stock)
+        asked = Asked(self.plan, self.hf_model, ids, kwargs, self._asked, self._by_stock)
         if reason := asked.reason_against():
             self._fall_back(reason, "It changed inside this call." if reason is Fallback.MODEL_CHANGED else "")
             self.give_up_ahead()
@@ -161,7 +161,7 @@ class Call(Running):
     def blended_forward(self, kwargs: dict[str, Any]) -> Any:
         """The decoder's output for all prompts, with the rows of the last pass only, and the cache filled."""
         ids, cache = kwargs.pop("input_ids"), cache_given(kwargs)
-        cache = DynamicCache(config=self.host.config) if cache is None else cache
+        cache = DynamicCache(config=self.hf_model.config) if cache is None else cache
         # Masks and positions follow from the padding, which the plan knows.
         for name in ("attention_mask", "position_ids", "use_cache", *CACHE_NAMES):
             kwargs.pop(name, None)
@@ -212,13 +212,13 @@ class Call(Running):
         spans = ChunkSpans(()) if reason else prompt.chunk_spans
         known_ids = prompt.ids if ids.shape[1] == len(prompt) else []
         state = Blending(
-            self.host, ids, spans, self.store, self.config, trace,
+            self.hf_model, ids, spans, self.store, self.config, trace,
             prompt_length=len(prompt), controller=self.controller, ids=known_ids, weights_are_known=place > 0,
         )  # fmt: skip
         if reason:
             found = f" {found_chunks([prompt.chunk_spans], self.config, None)}" if prompt.chunk_spans else ""
             trace.notes.append(f"Prefilled in full beside the other prompts of its batch: {reason.reason}{found}")
-        return state, state.start(functools.partial(self.host.decoder_forward, **kwargs))
+        return state, state.start(functools.partial(self.hf_model.decoder_forward, **kwargs))
 
     # --- ahead of it ----------------------------------------------------------------------------------------------
 
@@ -227,7 +227,7 @@ class Call(Running):
 
         Only what is sure to be asked for: batches and calls with drafts, or with options that reach the decoder, wait.
         """
-        waits = any(generate_option(self.host.model, kwargs, name) for name in _WAIT_IF_SET)
+        waits = any(generate_option(self.hf_model.model, kwargs, name) for name in _WAIT_IF_SET)
         if not self._waiting or not self.plan.is_one_prompt or waits or _WAIT_FOR & kwargs.keys():
             return
         assert self.plan.input_ids is not None

@@ -161,14 +161,14 @@ class Request:
     """One call of `generate(*args, **kwargs)`, looked at before anything runs.
 
     Args:
-        host: the model, past its self-test.
+        hf_model: the model, past its self-test.
         model: the module whose `generate` it is: the model, or what peft makes of one.
         chunk_spans: of one prompt, or of each row; they count the padding, as the columns of `input_ids` do.
         separator: splits ids without spans; `None` does not.
         nested: whether the call runs inside another one of this model.
     """
 
-    host: TestedModel
+    hf_model: TestedModel
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -224,7 +224,9 @@ class Request:
         planned.prefilled = {place: reason for place, reason in enumerate(reasons) if reason}
         planned.fallback = reasons[0] if all(reasons) else self._after_splitting(ids)
         longest = ids.shape[1] - min(padding)
-        if not planned.fallback and not all(self.host.same_regime(len(prompt), longest) for prompt in planned.prompts):
+        if not planned.fallback and not all(
+            self.hf_model.same_regime(len(prompt), longest) for prompt in planned.prompts
+        ):
             planned.fallback = Fallback.ROPE_REGIMES
         return planned
 
@@ -233,14 +235,14 @@ class Request:
             return Fallback.DISABLED
         if self.nested:
             return Fallback.NESTED
-        is_training, refusal = self.host.look()
+        is_training, refusal = self.hf_model.look()
         if is_training:
             return Fallback.TRAINING_MODE
         if refusal:
             return Fallback.MODEL_CHANGED
         if self.option("cache_implementation") == "paged":
             return Fallback.CONTINUOUS_BATCHING
-        if self.host.is_cast:
+        if self.hf_model.is_cast:
             return Fallback.AUTOCAST
         if adapters.reason_against(self.model, self.kwargs):
             return Fallback.ADAPTERS
@@ -261,7 +263,7 @@ class Request:
             return Fallback.FOREIGN_CACHE
         if self.option("use_cache") is False:
             return Fallback.NO_CACHE
-        if not self.host.reads_last_row_only or any(map(self.option, _ALL_ROWS)):
+        if not self.hf_model.reads_last_row_only or any(map(self.option, _ALL_ROWS)):
             return Fallback.ALL_ROWS_WANTED
         return Fallback.EXTRA_INPUTS if self._extra_inputs(ids) else None
 
@@ -298,20 +300,20 @@ class Request:
 
     def _found(self, planned: Plan) -> str:
         """Returns, as a sentence, the figures and names in the call that gave the reason."""
-        host, ids, mask = self.host, self.ids, self.kwargs.get("attention_mask")
+        hf_model, ids, mask = self.hf_model, self.ids, self.kwargs.get("attention_mask")
         match planned.fallback:
             case Fallback.MODEL_CHANGED:
-                return f"It says: {host.refusal}"
-            case Fallback.ALL_ROWS_WANTED if not host.reads_last_row_only:
+                return f"It says: {hf_model.refusal}"
+            case Fallback.ALL_ROWS_WANTED if not hf_model.reads_last_row_only:
                 return (
-                    f"The forward of {type(host.model).__name__} reads more of its decoder's output, whatever is "
+                    f"The forward of {type(hf_model.model).__name__} reads more of its decoder's output, whatever is "
                     "asked for."
                 )
             case Fallback.ALL_ROWS_WANTED:
                 return f"Got {', '.join(filter(self.option, _ALL_ROWS))}."
             case Fallback.AUTOCAST:
-                dtype = torch.get_autocast_dtype(host.device.type)
-                return f"Got autocast to {dtype}, the model's dtype is {host.dtype}."
+                dtype = torch.get_autocast_dtype(hf_model.device.type)
+                return f"Got autocast to {dtype}, the model's dtype is {hf_model.dtype}."
             case Fallback.NO_INPUT_IDS if self.kwargs.get("inputs_embeds") is not None:
                 return "Got inputs_embeds."
             case Fallback.NO_INPUT_IDS:
@@ -365,7 +367,7 @@ class Asked:
 
     Args:
         plan: of the call.
-        host: the model.
+        hf_model: the model.
         ids: (B · k, T or more), draft tokens after the prompts included.
         decoder: the other arguments of the decoder's forward.
         model: those of the whole model's forward; `None` if the decoder was called without it.
@@ -373,7 +375,7 @@ class Asked:
     """
 
     plan: Plan
-    host: TestedModel
+    hf_model: TestedModel
     ids: torch.Tensor
     decoder: dict[str, Any]
     model: dict[str, Any] | None
@@ -383,7 +385,11 @@ class Asked:
         """Why the forward, and with it the call, is not blended."""
         if changed := self._changed_meanwhile():
             return changed
-        if self.model is None or self._wants_more(self.model) or has_output_hooks(self.host.model, self.host.decoder):
+        if (
+            self.model is None
+            or self._wants_more(self.model)
+            or has_output_hooks(self.hf_model.model, self.hf_model.decoder)
+        ):
             return Fallback.ALL_ROWS_WANTED
         if not self._setting("use_cache"):
             return Fallback.NO_CACHE
@@ -398,16 +404,16 @@ class Asked:
 
     def _changed_meanwhile(self) -> Fallback | None:
         """What of the model is no longer as it was when `generate` began: other code than Transformers' ran since."""
-        if self.host.is_cast:
+        if self.hf_model.is_cast:
             return Fallback.AUTOCAST
         if self.by_stock:
             return None
-        is_training, as_it_was = self.host.state()
+        is_training, as_it_was = self.hf_model.state()
         if is_training:
             return Fallback.TRAINING_MODE
         if not as_it_was:
             return Fallback.MODEL_CHANGED
-        return Fallback.ADAPTERS if adapters.reason_against(self.host.model, self.model) else None
+        return Fallback.ADAPTERS if adapters.reason_against(self.hf_model.model, self.model) else None
 
     def _wants_more(self, model: dict[str, Any]) -> bool:
         drafted = self.ids.shape[1] - self.plan.num_tokens
@@ -415,7 +421,7 @@ class Asked:
             return True  # each row may have drafts that are not the others'
         if any(self._setting(name) for name in _OUTPUTS) or self.decoder.get("return_dict") is False:
             return True
-        name = next((name for name in _LOGITS if name in self.host.model_parameters), None)
+        name = next((name for name in _LOGITS if name in self.hf_model.model_parameters), None)
         kept = model.get(name or _LOGITS[0])
         by_stock = name is None and self.by_stock and kept is None
         return not (by_stock or (type(kept) is int and 1 <= kept <= drafted + 1))
@@ -425,7 +431,7 @@ class Asked:
         for given in (self.decoder, self.model or {}):
             if given.get(name) is not None:
                 return given[name]
-        return getattr(self.host.decoder.config, name, None) or getattr(self.host.model.config, name, None)
+        return getattr(self.hf_model.decoder.config, name, None) or getattr(self.hf_model.model.config, name, None)
 
     def _starts(self) -> torch.Tensor:
         """(B · k, 1) the padding in front of each prompt."""
@@ -460,11 +466,11 @@ def has_output_hooks(*modules: nn.Module) -> bool:
     return any(map(_reads, chain(_global_forward_hooks.values(), own)))
 
 
-def has_inner_hooks(host: TestedModel) -> bool:
+def has_inner_hooks(hf_model: TestedModel) -> bool:
     """Whether hooks of the user meet the modules inside the model, or all there are: they see the passes of a blend."""
-    if not (host.has_hooks or _global_forward_pre_hooks):
+    if not (hf_model.has_hooks or _global_forward_pre_hooks):
         return False
-    inside = (module for module in host.decoder.modules() if module is not host.decoder)
+    inside = (module for module in hf_model.decoder.modules() if module is not hf_model.decoder)
     places = (hooks for module in inside for hooks in (module._forward_hooks, module._forward_pre_hooks))
     return any(_reads(hook) for hooks in chain(places, [_global_forward_pre_hooks]) for hook in hooks.values())
 

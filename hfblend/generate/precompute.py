@@ -109,14 +109,14 @@ def precompute(
     _require_several(chunks)
     if store is None:
         raise TypeError("store must be a store, a folder or a URL, got None: its entries would end with this call.")
-    host, config, store = model_of(model), as_config(config), store_at(store)
-    batch_size = whole("batch_size", host.chunks_at_once if batch_size is None else batch_size, 1)
+    hf_model, config, store = model_of(model), as_config(config), store_at(store)
+    batch_size = whole("batch_size", hf_model.chunks_at_once if batch_size is None else batch_size, 1)
     if progress is not None and not is_function(progress):
         raise TypeError(f"progress must be a function of the report so far, got {described(progress)}.")
-    to_ids = _ToIds(host, tokenizer)
+    to_ids = _ToIds(hf_model, tokenizer)
     prefix_ids = to_ids.prefix(prefix, separator, add_special_tokens)
-    host.fingerprint.current(host.model)
-    run = _Run(host, store, config, prefix_ids, batch_size, progress)
+    hf_model.fingerprint.current(hf_model.model)
+    run = _Run(hf_model, store, config, prefix_ids, batch_size, progress)
     try:
         return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
     finally:
@@ -135,8 +135,8 @@ def _require_several(chunks: Any) -> None:
 class _ToIds:
     """Chunks and prefix as token ids that the model has."""
 
-    def __init__(self, host: TestedModel, tokenizer: Any) -> None:
-        self.vocab_size = getattr(host.config, "vocab_size", None)
+    def __init__(self, hf_model: TestedModel, tokenizer: Any) -> None:
+        self.vocab_size = getattr(hf_model.config, "vocab_size", None)
         self.tokenizer = tokenizer
         self.encode = None if tokenizer is None else Encoder(require_tokenizer(tokenizer))
 

@@ -134,31 +134,31 @@ class PassGraph:
         pool: of CUDA graphs, whose memory it works in.
     """
 
-    def __init__(self, host: HFModel, forward: Forward, like: Pass, numbers: torch.Tensor, pool: Any) -> None:
+    def __init__(self, hf_model: HFModel, forward: Forward, like: Pass, numbers: torch.Tensor, pool: Any) -> None:
         record = None if like.record is None else AttentionRecord(like.record.layers)
         inputs = {name: getattr(like, name).clone() for name in ("ids", "rows", "seen_from")}
         inputs["seen_from"] = inputs["seen_from"].to(torch.int32)
         if like.resume_with is not None:
             inputs["resume_with"] = like.resume_with.clone()
-        self.state = kernels.State(numbers.clone(), host.layouts)
-        self._inputs, self._device = replace(like, **inputs, record=record), host.device
+        self.state = kernels.State(numbers.clone(), hf_model.layouts)
+        self._inputs, self._device = replace(like, **inputs, record=record), hf_model.device
         stop_at = None if like.record else like.stop_at
 
         def run(reached: Callable[[int], None] = lambda layer_idx: None) -> Any:
             if record is not None:
                 record.received.clear()
-            cache = GraphCache(host.num_layers, self._inputs.rows, self.state, stop_at, reached)
-            return run_rows(host, forward, self._inputs, cache, self.state)[0]
+            cache = GraphCache(hf_model.num_layers, self._inputs.rows, self.state, stop_at, reached)
+            return run_rows(hf_model, forward, self._inputs, cache, self.state)[0]
 
-        side = torch.cuda.Stream(host.device)
-        side.wait_stream(torch.cuda.current_stream(host.device))
+        side = torch.cuda.Stream(hf_model.device)
+        side.wait_stream(torch.cuda.current_stream(hf_model.device))
         on_stream(side, run)  # kernels are compiled and tuned, libraries make their workspaces
-        torch.cuda.current_stream(host.device).wait_stream(side)
-        recording = Recording(host.device, pool)
-        host.lock.undo_later(recording.close)
+        torch.cuda.current_stream(hf_model.device).wait_stream(side)
+        recording = Recording(hf_model.device, pool)
+        hf_model.lock.undo_later(recording.close)
         self.output = recording.run(lambda: run(recording.reached))
         self._parts = recording.parts
-        self._last_stream = torch.cuda.current_stream(host.device)
+        self._last_stream = torch.cuda.current_stream(hf_model.device)
 
     def replay(self, one: Pass, numbers: torch.Tensor, load: Callable[[Sequence[int]], None]) -> Any:
         """Runs a pass of the same form. Returns the forward's output, in memory of its own."""
@@ -181,8 +181,8 @@ class PassGraph:
 class PassGraphs:
     """The graphs of one model, the least recently used given up first."""
 
-    def __init__(self, host: HFModel) -> None:
-        self.host = host
+    def __init__(self, hf_model: HFModel) -> None:
+        self.hf_model = hf_model
         self._graphs: OrderedDict[Any, PassGraph] = OrderedDict()
         self._asked: OrderedDict[Any, None] = OrderedDict()
         self._weights: Any = None
@@ -212,9 +212,9 @@ class PassGraphs:
         padded, count = self._padded(one), len(one.rows)
         received = self._received(one)
         mask = None if one.hidden is None else mask_of(one.hidden, one.length)
-        rows = [buffers[i][0] if i in buffers else None for i in range(self.host.num_layers)]  # keys come first
+        rows = [buffers[i][0] if i in buffers else None for i in range(self.hf_model.num_layers)]  # keys come first
         numbers = [one.length, count, *(0 if t is None else t.data_ptr() for t in (received, mask, *rows))]
-        numbers_there = sent(torch.tensor(numbers), self.host.device)
+        numbers_there = sent(torch.tensor(numbers), self.hf_model.device)
 
         def replay() -> tuple[bool, Any]:
             if form not in self._graphs and not self._capture(form, forward, padded, numbers_there):
@@ -222,7 +222,7 @@ class PassGraphs:
             self._graphs.move_to_end(form)
             return True, self._graphs[form].replay(padded, numbers_there, load)
 
-        ran, output = self.host.lock.exclusive(replay)
+        ran, output = self.hf_model.lock.exclusive(replay)
         if ran and one.record is not None and received is not None:
             one.record.received.update(zip(one.record.layers, received))
         return ran, output
@@ -237,9 +237,9 @@ class PassGraphs:
 
     def _kind(self, forward: Forward) -> Any:
         """Which of the model's forwards this is, with which options."""
-        if forward == self.host.last_logits:
+        if forward == self.hf_model.last_logits:
             return "model", ()
-        if not isinstance(forward, functools.partial) or forward.func != self.host.decoder_forward:
+        if not isinstance(forward, functools.partial) or forward.func != self.hf_model.decoder_forward:
             return None
         options = forward.keywords
         wanted = options.get("output_attentions") or options.get("output_hidden_states")
@@ -249,9 +249,9 @@ class PassGraphs:
 
     def _is_ready(self, form: Any) -> bool:
         """Whether the form has been asked for before, the weights are those of the graphs, and nobody hooks in."""
-        if not can_record(self.host):
+        if not can_record(self.hf_model):
             return False
-        weights = self.host.fingerprint.generation
+        weights = self.hf_model.fingerprint.generation
         if weights != self._weights:  # a graph holds their addresses
             self._graphs.clear()
             self._weights = weights
@@ -269,7 +269,7 @@ class PassGraphs:
             self._graphs[form] = self._recorded(forward, padded, numbers)
         except Exception as error:  # whatever a model does that a graph cannot hold
             self._works = False
-            name = type(self.host.model).__name__
+            name = type(self.hf_model.model).__name__
             logger.warning("Passes of %s cannot be recorded as CUDA graphs and run as usual: %s", name, error)
             return False
         if len(self._graphs) > MAX_GRAPHS:
@@ -279,7 +279,7 @@ class PassGraphs:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _recorded(self, forward: Forward, padded: Pass, numbers: torch.Tensor) -> PassGraph:
-        return PassGraph(self.host, forward, padded, numbers, self._pool)
+        return PassGraph(self.hf_model, forward, padded, numbers, self._pool)
 
     def _padded(self, one: Pass) -> Pass:
         """The pass with copies of its last row up to the rounded size."""
@@ -296,19 +296,19 @@ class PassGraphs:
     def _received(self, one: Pass) -> torch.Tensor | None:
         if one.record is None:
             return None
-        shape = (len(one.record.layers), self.host.config.num_attention_heads, one.length)
-        return torch.empty(shape, dtype=torch.float32, device=self.host.device)
+        shape = (len(one.record.layers), self.hf_model.config.num_attention_heads, one.length)
+        return torch.empty(shape, dtype=torch.float32, device=self.hf_model.device)
 
 
-def can_record(host: HFModel) -> bool:
+def can_record(hf_model: HFModel) -> bool:
     """Whether passes of this model can be CUDA graphs at all."""
     return (
-        host.takes_kernels
-        and host.dtype in HALF
-        and host.attends_by_position
-        and not host.length_dependent
-        and all(max(layout.key_dim, layout.value_dim) <= LARGEST_HEAD_DIM for layout in host.layouts.values())
-        and not host.has_hooks
+        hf_model.takes_kernels
+        and hf_model.dtype in HALF
+        and hf_model.attends_by_position
+        and not hf_model.length_dependent
+        and all(max(layout.key_dim, layout.value_dim) <= LARGEST_HEAD_DIM for layout in hf_model.layouts.values())
+        and not hf_model.has_hooks
     )
 
 

@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from ..blend.reuse import Reuse
 
 
-def loaders_of(host: HFModel, reuse: Reuse, realigner: Realigner, length: int) -> dict[int, GPULoader]:
+def loaders_of(hf_model: HFModel, reuse: Reuse, realigner: Realigner, length: int) -> dict[int, GPULoader]:
     """Layer -> what gathers its rows, one loader for each GPU that has layers; layers that no kernel may load are left
     out. Arguments as in `GPULoader`."""
     if not torch.cuda.is_available() or not (reuse.exact or reuse.moved):
         return {}
-    if host.ranks.are_several or host.dtype not in (torch.float32, *HALF):
+    if hf_model.ranks.are_several or hf_model.dtype not in (torch.float32, *HALF):
         return {}
     layers_on: dict[torch.device, list[int]] = {}
-    if host.takes_kernels:
-        layers_on[host.device] = list(host.layouts)
+    if hf_model.takes_kernels:
+        layers_on[hf_model.device] = list(hf_model.layouts)
     else:
-        for layer in host.layouts:
-            layers_on.setdefault(host.device_of_layer(layer), []).append(layer)
+        for layer in hf_model.layouts:
+            layers_on.setdefault(hf_model.device_of_layer(layer), []).append(layer)
     found: dict[int, GPULoader] = {}
     for device, layers in layers_on.items():
         if has_kernels(device):
-            found |= dict.fromkeys(layers, GPULoader(host, reuse, realigner, length, device, layers))
+            found |= dict.fromkeys(layers, GPULoader(hf_model, reuse, realigner, length, device, layers))
     return found
 
 
@@ -56,7 +56,7 @@ class GPULoader:
     """Gathers reused rows of the layers on one GPU: a kernel for a layer, or for many, that reads them where they lie.
 
     Args:
-        host, reuse, length: as in `ReusedKV`.
+        hf_model, reuse, length: as in `ReusedKV`.
         realigner: holds the rotations of the pieces that moved.
         device: the GPU.
         layers: that are there, rising.
@@ -68,20 +68,20 @@ class GPULoader:
 
     def __init__(
         self,
-        host: HFModel,
+        hf_model: HFModel,
         reuse: Reuse,
         realigner: Realigner,
         length: int,
         device: torch.device,
         layers: Sequence[int],
     ) -> None:
-        self.host, self.realigner, self.device = host, realigner, device
+        self.hf_model, self.realigner, self.device = hf_model, realigner, device
         self._place_of = {layer: i for i, layer in enumerate(layers)}
         pieces = [*reuse.exact, *reuse.moved]
         near = [p.entry.addresses_in(device, layers) if isinstance(p.entry, ChunkKV) else None for p in pieces]
         far = [(p.span, p.entry) for p, addresses in zip(pieces, near) if addresses is None]
         rows = self._allocate(length + ROOM, bus_stream(self.device) if far else None)
-        self.buffers = {i: host.layouts[i].views(own[None]) for i, own in rows.items()}
+        self.buffers = {i: hf_model.layouts[i].views(own[None]) for i, own in rows.items()}
         self.is_near, self._bus = not far, OverTheBus(far, rows, self.device)
 
         targets = [own.data_ptr() for own in rows.values()]
@@ -104,7 +104,7 @@ class GPULoader:
         """Layer -> buffers, every reused row in place. Layers of one kind, next to each other, take one kernel."""
         for i in layers:
             self._bus.arrive(i)
-        runs = _runs(layers, lambda i: (self.host.layouts[i], self.realigner.rotations[i]))
+        runs = _runs(layers, lambda i: (self.hf_model.layouts[i], self.realigner.rotations[i]))
         if torch.cuda.current_device() == self.device.index:
             self._gather_all(runs)
         else:  # Triton asks for the current device
@@ -131,8 +131,8 @@ class GPULoader:
             self._targets[run],
             self._sources[run],
             self._tiles,
-            self.host.layouts[first],
-            self.host.dtype,
+            self.hf_model.layouts[first],
+            self.hf_model.dtype,
             tables,
             rotates=-1 if rotation is None or tables is None else rotation.slot,
             half=rotation is None or rotation.pairing == "half",
@@ -145,8 +145,8 @@ class GPULoader:
             stream: whose memory it is; what is first to write there need not wait for what others have queued.
         """
         current = torch.cuda.current_stream(self.device)
-        widths = [self.host.layouts[i].width for i in self._place_of]
-        made = functools.partial(on_stream, stream, torch.empty, dtype=self.host.dtype, device=self.device)
+        widths = [self.hf_model.layouts[i].width for i in self._place_of]
+        made = functools.partial(on_stream, stream, torch.empty, dtype=self.hf_model.dtype, device=self.device)
         if len(set(widths)) > 1:
             rows = [made((length, width)) for width in widths]
         else:

@@ -196,11 +196,11 @@ class Method:
         """Puts the chunk KV that an earlier request left: each chunk behind the prefix and that request's passage."""
         if not elsewhere:
             raise ValueError(f'Method "{self.name}" takes chunk KV from another request: pass ids of its passage.')
-        host = model_of(model)
+        hf_model = model_of(model)
         for ids in prompt.chunk_ids:
-            key = chunk_key(host.fingerprint.current(host.model), host.dtype, ids, None, config.namespace)
+            key = chunk_key(hf_model.fingerprint.current(hf_model.model), hf_model.dtype, ids, None, config.namespace)
             if store.open(key) is None:
-                entry = prefill(host, ids, (*prompt.prefix_ids, *elsewhere), None)
+                entry = prefill(hf_model, ids, (*prompt.prefix_ids, *elsewhere), None)
                 store.put(key, replace(entry, provenance="in_context"))
 
 

@@ -78,14 +78,14 @@ def deviation_by_layer(
     Raises:
         ValueError: a prompt in which nothing was moved.
     """
-    host, config = model_of(model), replace(config or BlendConfig(), on_miss="isolated")
-    state = _blending(host, prompt, MemoryStore() if store is None else store, config)
-    blend = state.stopped_at("realigned", host.last_logits)
+    hf_model, config = model_of(model), replace(config or BlendConfig(), on_miss="isolated")
+    state = _blending(hf_model, prompt, MemoryStore() if store is None else store, config)
+    blend = state.stopped_at("realigned", hf_model.last_logits)
     reused, token_idx = blend.reused, blend.reuse.candidate_idx
     if token_idx.numel() == 0:
         raise ValueError("No token of this prompt is reused from elsewhere; it needs chunks that do not stand first.")
     key, value = [], []
-    for layer, full in sorted(_full_prefill_kv(host, prompt).items()):
+    for layer, full in sorted(_full_prefill_kv(hf_model, prompt).items()):
         moved_keys, moved_values = reused.moved_kv(layer, full)
         fresh: KV = (full[0].index_select(2, token_idx), full[1].index_select(2, token_idx))  # (1, Hkv, N, D)
         stored: KV = (moved_keys[:, :, : len(token_idx)], moved_values[:, :, : len(token_idx)])
@@ -166,18 +166,18 @@ def attention_deviation(
     Raises:
         ValueError: a prompt without chunks, or a model whose attention cannot be replaced by ours for a pass.
     """
-    host, config, store = model_of(model), config or BlendConfig(), MemoryStore() if store is None else store
+    hf_model, config, store = model_of(model), config or BlendConfig(), MemoryStore() if store is None else store
     if not prompt.chunk_spans:
         raise ValueError("attention_deviation needs a prompt with chunks, got none.")
-    if not host.attends_by_position:
+    if not hf_model.attends_by_position:
         raise ValueError(f"The attention of {type(model).__name__} cannot be recorded.")
-    full = _attend_again(host, prompt, _full_prefill_kv(host, prompt))
+    full = _attend_again(hf_model, prompt, _full_prefill_kv(hf_model, prompt))
     rows = []
     for ratio in ratios:
-        state = _blending(host, prompt, store, with_ratio(config, ratio))
-        state.run(host.last_logits)
-        rows.append(_attend_again(host, prompt, state.buffers, full))
-    return torch.tensor([[row[layer] for layer in range(host.num_layers)] for row in rows])
+        state = _blending(hf_model, prompt, store, with_ratio(config, ratio))
+        state.run(hf_model.last_logits)
+        rows.append(_attend_again(hf_model, prompt, state.buffers, full))
+    return torch.tensor([[row[layer] for layer in range(hf_model.num_layers)] for row in rows])
 
 
 class _SuffixAttention(AttentionRecord):
@@ -198,26 +198,26 @@ class _SuffixAttention(AttentionRecord):
 
 
 def _attend_again(
-    host: TestedModel, prompt: Prompt, buffers: dict[int, KV], reference: Mapping[int, Any] | None = None
+    hf_model: TestedModel, prompt: Prompt, buffers: dict[int, KV], reference: Mapping[int, Any] | None = None
 ) -> dict[int, Any]:
     """Runs the suffix's rows over a prompt's KV, and returns the records of `_SuffixAttention` by layer."""
-    length, record = len(prompt), _SuffixAttention(host.num_layers, reference)
-    rows = torch.arange(min(prompt.chunk_spans[-1][1], length - 1), length, device=host.device)
-    cache = BlendingCache(host.num_layers, buffers, rows, length)
-    one = Pass(prompt.input_ids.to(host.device)[:, rows], rows, rows, length, record=record)
-    run_rows(host, host.decoder_forward, one, cache)
+    length, record = len(prompt), _SuffixAttention(hf_model.num_layers, reference)
+    rows = torch.arange(min(prompt.chunk_spans[-1][1], length - 1), length, device=hf_model.device)
+    cache = BlendingCache(hf_model.num_layers, buffers, rows, length)
+    one = Pass(prompt.input_ids.to(hf_model.device)[:, rows], rows, rows, length, record=record)
+    run_rows(hf_model, hf_model.decoder_forward, one, cache)
     return record.found
 
 
-def _blending(host: TestedModel, prompt: Prompt, store: Store, config: BlendConfig) -> Blending:
-    return Blending(host, prompt.input_ids.to(host.device), prompt.chunk_spans, store, config)
+def _blending(hf_model: TestedModel, prompt: Prompt, store: Store, config: BlendConfig) -> Blending:
+    return Blending(hf_model, prompt.input_ids.to(hf_model.device), prompt.chunk_spans, store, config)
 
 
-def _full_prefill_kv(host: TestedModel, prompt: Prompt) -> dict[int, KV]:
+def _full_prefill_kv(hf_model: TestedModel, prompt: Prompt) -> dict[int, KV]:
     """K/V (1, Hkv, T, D) of every layer, from one stock forward."""
-    cache = RecordingCache(host.num_layers)
-    ids = prompt.input_ids.to(host.device)
-    host.lock.shared(host.decoder_forward, input_ids=ids, use_cache=True, **{CACHE: cache})
+    cache = RecordingCache(hf_model.num_layers)
+    ids = prompt.input_ids.to(hf_model.device)
+    hf_model.lock.shared(hf_model.decoder_forward, input_ids=ids, use_cache=True, **{CACHE: cache})
     return cache.recorded
 
 

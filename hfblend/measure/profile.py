@@ -63,8 +63,8 @@ def profile_of(
     Raises:
         UnsupportedModel: the model cannot be blended.
     """
-    config, host = as_config(config), model_of(model)
-    made_of = _made_of(host, store, config)
+    config, hf_model = as_config(config), model_of(model)
+    made_of = _made_of(hf_model, store, config)
     file = _file_of(made_of) if file is None else file
     found = None if refresh else Profile.load(file)
     if found is not None and found.made_of == made_of:
@@ -78,17 +78,17 @@ def profile_of(
     return profile
 
 
-def _made_of(host: TestedModel, store: Store, config: BlendConfig) -> str:
+def _made_of(hf_model: TestedModel, store: Store, config: BlendConfig) -> str:
     """Everything that a profile holds for, as text: machine, model, rule and stores."""
-    threads = "" if host.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    name = getattr(host.config, "_name_or_path", "") or type(host.model).__name__
-    shape = f"{host.num_layers} layers, {sum(p.numel() for p in host.model.parameters()):,} weights"
+    threads = "" if hf_model.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = getattr(hf_model.config, "_name_or_path", "") or type(hf_model.model).__name__
+    shape = f"{hf_model.num_layers} layers, {sum(p.numel() for p in hf_model.model.parameters()):,} weights"
     rule = f"{config.selection}, check layers {config.check_layers}, score layers {config.score_layers}"
     places = [
         f"{getattr(one, 'url', '') or getattr(one, 'path', '')} {getattr(one, 'kv_dtype', None) or ''}".strip()
         for one in tiers_of(store)
     ]
-    parts = [describe_machine(host.device), threads, name, str(host.dtype), shape, rule, *places]
+    parts = [describe_machine(hf_model.device), threads, name, str(hf_model.dtype), shape, rule, *places]
     return ", ".join(filter(None, parts))
 
 
@@ -101,13 +101,13 @@ def _file_of(made_of: str) -> Path:
 
 def measure(model: nn.Module, store: Store, config: BlendConfig) -> Profile:
     """Measures now."""
-    host = model_of(model)
-    prefill_s = dict(_prefills(host))
-    layers, check_layer = host.num_layers, check_layer_of(config)
+    hf_model = model_of(model)
+    prefill_s = dict(_prefills(hf_model))
+    layers, check_layer = hf_model.num_layers, check_layer_of(config)
     prefill = Cost.fit([Work.of_prefill(n, layers) for n in prefill_s], list(prefill_s.values()))
     works, lengths, seconds, chunks, memory = [], [], [], [], MemoryStore(2**60)
     for tokens in [n for n in prefill_s if n >= 4 * _CHUNKS][-2:]:
-        prompt = _prompt(host, tokens)
+        prompt = _prompt(hf_model, tokens)
         shape = BlendShape(tokens, (tokens - _SUFFIX) // _CHUNKS, _SUFFIX)
         for ratio in _RATIOS:
             at_ratio = replace(
@@ -115,14 +115,14 @@ def measure(model: nn.Module, store: Store, config: BlendConfig) -> Profile:
                 min_reused_tokens=0, chunk_prefix="none",
             )  # fmt: skip
             run = partial(blend, model, prompt, store=memory, config=at_ratio)
-            seconds.append(_quickest(run, host.device))
+            seconds.append(_quickest(run, hf_model.device))
             works.append(Work.of_blend(shape, ratio, layers, check_layer))
             lengths.append(tokens)
         keys = [chunk.key for chunk in run().trace.chunks]
         chunks.append({key: entry for key in keys if (entry := memory.open(key)) is not None})
     blended = BlendCost.fit(prefill, works, lengths, seconds)
-    tiers = dict(_tiers(store, chunks, host.device))
-    return Profile(_made_of(host, store, config), layers, check_layer, prefill, blended, tiers)
+    tiers = dict(_tiers(store, chunks, hf_model.device))
+    return Profile(_made_of(hf_model, store, config), layers, check_layer, prefill, blended, tiers)
 
 
 def check_layer_of(config: BlendConfig) -> int | None:
@@ -132,14 +132,14 @@ def check_layer_of(config: BlendConfig) -> int | None:
     return config.check_layers[0] if config.selection == "kv_deviation" and config.check_layers else 0
 
 
-def _prefills(host: TestedModel) -> Iterator[tuple[int, float]]:
+def _prefills(hf_model: TestedModel) -> Iterator[tuple[int, float]]:
     """Tokens and seconds of full prefills, longer and longer."""
-    most = min(_LONGEST, getattr(host.config, "max_position_embeddings", None) or _LONGEST)
+    most = min(_LONGEST, getattr(hf_model.config, "max_position_embeddings", None) or _LONGEST)
     tokens = _SHORTEST
     while tokens <= most:
-        ids = _ids(host, tokens)
-        prefill = partial(torch.no_grad()(host.last_logits), input_ids=ids, use_cache=True)
-        seconds = _quickest(prefill, host.device)
+        ids = _ids(hf_model, tokens)
+        prefill = partial(torch.no_grad()(hf_model.last_logits), input_ids=ids, use_cache=True)
+        seconds = _quickest(prefill, hf_model.device)
         yield tokens, seconds
         if seconds > _LONG_ENOUGH_S:
             return
@@ -204,18 +204,18 @@ def _load(entries: Sequence[Reader], device: torch.device) -> None:
                 states.to(device, non_blocking=True)
 
 
-def _prompt(host: TestedModel, tokens: int) -> Prompt:
+def _prompt(hf_model: TestedModel, tokens: int) -> Prompt:
     """Chunks of one length and a suffix, of random ids."""
-    ids = _ids(host, tokens)[0].tolist()
+    ids = _ids(hf_model, tokens)[0].tolist()
     size = (tokens - _SUFFIX) // _CHUNKS
     chunks = [ids[i * size : (i + 1) * size] for i in range(_CHUNKS)]
     return Prompt.from_ids([], chunks, ids[_CHUNKS * size :])
 
 
-def _ids(host: TestedModel, tokens: int) -> torch.Tensor:
+def _ids(hf_model: TestedModel, tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(tokens)
-    vocabulary = host.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (1, tokens), generator=generator).to(host.device)
+    vocabulary = hf_model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (1, tokens), generator=generator).to(hf_model.device)
 
 
 def _quickest(call: Callable[[], Any], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""The host model: the only file that knows Transformers' module names, signatures and versions."""
+"""The Transformers model, adapted: the only file that knows Transformers' module names, signatures and versions."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ class HFModel:
         self.decoder_parameters = list(inspect.signature(type(self.decoder).forward).parameters)[1:]
         self.model_parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.rotary_sources = find_rotary_sources(self.layer_owner)
-        # Whether attention is replaced by ours for a pass (else rows of the host's own masks are used), and the windows
-        # that it then has; the self-test has the last word on both.
+        # Whether a pass replaces attention by ours (else it takes rows of the model's own masks), and its windows then;
+        # the self-test has the last word on both.
         self.attends_by_position = bool(getattr(type(model), "_supports_attention_backend", False))
         self.windows: dict[int, int | None] = {}
         self.layers_stand_alone = True  # it also finds whether layers hand each other more than hidden states
@@ -387,7 +387,7 @@ class HFModel:
         return None
 
     def _mask_rows(self, rows: torch.Tensor, length: int) -> Any:
-        """The selected rows of the host's own masks, (1, 1, S, T) or a dict of them by layer type."""
+        """The selected rows of the model's own masks, (1, 1, S, T) or a dict of them by layer type."""
         embeds = torch.zeros(1, length, 0, dtype=self.dtype, device=rows.device)
         positions = torch.arange(length, device=rows.device)[None]
         try:
@@ -405,7 +405,7 @@ class HFModel:
         return self._take_rows(masks, rows, length)
 
     def _take_rows(self, mask: Any, rows: torch.Tensor, length: int) -> torch.Tensor:
-        if mask is None:  # the host would have used a causal kernel
+        if mask is None:  # the model would have used a causal kernel
             return (torch.arange(length, device=rows.device) <= rows[:, None])[None, None]
         if not torch.is_tensor(mask):
             raise UnsupportedModel(

@@ -88,26 +88,26 @@ def allowed(rounding: float) -> float:
     return min(max(HARMLESS, _TIMES * rounding), _MOST)
 
 
-def stock_steps(host: HFModel) -> Stock:
+def stock_steps(hf_model: HFModel) -> Stock:
     """Runs the model twice: the second time, each layer's input is rounded otherwise."""
-    positions, entered = torch.arange(LENGTH, device=host.device), None
+    positions, entered = torch.arange(LENGTH, device=hf_model.device), None
 
     def run() -> Steps:
         nonlocal entered
-        if host.may_skip_layers and host.num_layers > STARTS_AT:
-            entered = watch(host.lock, host.layers, STARTS_AT, positions)
-        return run_steps(host, lambda: host.run_stock(positions))
+        if hf_model.may_skip_layers and hf_model.num_layers > STARTS_AT:
+            entered = watch(hf_model.lock, hf_model.layers, STARTS_AT, positions)
+        return run_steps(hf_model, lambda: hf_model.run_stock(positions))
 
-    first = host.lock.exclusive(run)
-    roundoff = _roundoff(host, next(iter(first.kv.values()))[0].dtype)
+    first = hf_model.lock.exclusive(run)
+    roundoff = _roundoff(hf_model, next(iter(first.kv.values()))[0].dtype)
     noisy = [_with_noise(hidden, roundoff, seed) for seed, hidden in enumerate(first.hidden)]
-    again = run_steps(host, lambda: host.run_stock(positions), noisy)
+    again = run_steps(hf_model, lambda: hf_model.run_stock(positions), noisy)
     entered = entered if entered is not None and entered.hidden is not None else None
     return Stock(first.kv, first.hidden, entered, roundoff, [again])
 
 
 def run_steps(
-    host: HFModel, run: Callable[[], tuple[dict[int, KV], Any]], given: Sequence[torch.Tensor | None] = ()
+    hf_model: HFModel, run: Callable[[], tuple[dict[int, KV], Any]], given: Sequence[torch.Tensor | None] = ()
 ) -> Steps:
     """Runs a forward, and keeps what enters each layer.
 
@@ -128,40 +128,42 @@ def run_steps(
         other = given[len(hidden) - 1] if len(hidden) <= len(given) else None
         return None if other is None else with_hidden(args, kwargs, other.clone())
 
-    kv, output = _before_layers(host, keep, run)
+    kv, output = _before_layers(hf_model, keep, run)
     if given and len(given) != len(hidden) + 1:
-        raise UnsupportedModel(f"{type(host.model).__name__} runs {len(hidden)} layers, and before, {len(given) - 1}.")
+        raise UnsupportedModel(
+            f"{type(hf_model.model).__name__} runs {len(hidden)} layers, and before, {len(given) - 1}."
+        )
     return Steps(kv, [*hidden, output[0]])
 
 
-def noisy(host: HFModel, work: Callable[[], T]) -> T:
+def noisy(hf_model: HFModel, work: Callable[[], T]) -> T:
     """Runs some work in which what enters each layer differs by as much as one product is rounded."""
-    roundoff = _roundoff(host, host.dtype)
+    roundoff = _roundoff(hf_model, hf_model.dtype)
 
     def perturb(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = hidden_of(args, kwargs)
         return None if hidden is None else with_hidden(args, kwargs, _with_noise(hidden, roundoff, seed=0))
 
-    return _before_layers(host, perturb, work)
+    return _before_layers(hf_model, perturb, work)
 
 
-def _before_layers(host: HFModel, before: Callable[..., Any], work: Callable[[], T]) -> T:
+def _before_layers(hf_model: HFModel, before: Callable[..., Any], work: Callable[[], T]) -> T:
     """Runs some work in which `before(args, kwargs)` says with what each layer goes on."""
 
     def run() -> T:
-        for layer in host.layers:
-            hook_before(host.lock, layer, before)
+        for layer in hf_model.layers:
+            hook_before(hf_model.lock, layer, before)
         return work()
 
-    return run_as_written(tuple(host.layers), functools.partial(host.lock.exclusive, run))
+    return run_as_written(tuple(hf_model.layers), functools.partial(hf_model.lock.exclusive, run))
 
 
-def _roundoff(host: HFModel, dtype: torch.dtype) -> float:
+def _roundoff(hf_model: HFModel, dtype: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 512, generator=generator).to(host.device, dtype) for n in (LENGTH, 512))
+    x, weight = (torch.randn(n, 512, generator=generator).to(hf_model.device, dtype) for n in (LENGTH, 512))
     exact = x.cpu().double() @ weight.cpu().double().T
     error = float((nn.functional.linear(x, weight).cpu().double() - exact).norm() / exact.norm())
-    return max(error, _FEW_BITS) if host.is_quantised else error
+    return max(error, _FEW_BITS) if hf_model.is_quantised else error
 
 
 def _with_noise(hidden: torch.Tensor, size: float, seed: int) -> torch.Tensor:

@@ -197,7 +197,7 @@ def _forward_of(model: nn.Module) -> tuple[type, tuple[Any, ...]]:
     return type(model), (id(own), getattr(own, "__code__", None))
 
 
-def _reads_last_row_only(host: HFModel) -> bool:
+def _reads_last_row_only(hf_model: HFModel) -> bool:
     """Compares what the whole model makes of the decoder's output, and of its last row, as blending gives it."""
     outputs: list[Any] = []
 
@@ -211,27 +211,27 @@ def _reads_last_row_only(host: HFModel) -> bool:
         return output
 
     try:
-        tries = (functools.partial(host.lock.exclusive, _try_whole, host, around) for around in (keep, cut))
-        whole, last = (run_as_written((host.model, host.decoder), one) for one in tries)
+        tries = (functools.partial(hf_model.lock.exclusive, _try_whole, hf_model, around) for around in (keep, cut))
+        whole, last = (run_as_written((hf_model.model, hf_model.decoder), one) for one in tries)
     except FORWARD_ERRORS as error:
-        logger.info("%s has no forward over a prompt's last row: %s", type(host.model).__name__, error)
+        logger.info("%s has no forward over a prompt's last row: %s", type(hf_model.model).__name__, error)
         return False
-    rounds_little = host.dtype in (torch.float32, torch.float64) and not host.is_quantised
+    rounds_little = hf_model.dtype in (torch.float32, torch.float64) and not hf_model.is_quantised
     return not outputs and last.shape == whole.shape and apart(last, whole) <= (1e-3 if rounds_little else 5e-2)
 
 
 @torch.no_grad()
-def _try_whole(host: HFModel, around: Callable[..., Any]) -> torch.Tensor:
+def _try_whole(hf_model: HFModel, around: Callable[..., Any]) -> torch.Tensor:
     """Logits (1, 1, V) of the last of a few fixed ids, in exclusive work, where `around` has the decoder's forward."""
-    host._keep_rotary_state()
-    ids = host.self_test_ids(LENGTH)[None]
-    wrap_forward(host.lock, host.decoder, around)
-    cache = DynamicCache(config=host.config)
-    output = host.last_logits(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{CACHE: cache})
-    return output.logits if "logits_to_keep" in host.model_parameters else output.logits[:, -1:]
+    hf_model._keep_rotary_state()
+    ids = hf_model.self_test_ids(LENGTH)[None]
+    wrap_forward(hf_model.lock, hf_model.decoder, around)
+    cache = DynamicCache(config=hf_model.config)
+    output = hf_model.last_logits(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{CACHE: cache})
+    return output.logits if "logits_to_keep" in hf_model.model_parameters else output.logits[:, -1:]
 
 
-_making = ForwardLock()  # a second host would not know that the first one is patched
+_making = ForwardLock()  # a second model would not know that the first one is patched
 _known: weakref.WeakKeyDictionary[nn.Module, TestedModel] = weakref.WeakKeyDictionary()
 
 

@@ -27,7 +27,9 @@ _FORMS: tuple[tuple[Pairing, Layout], ...] = (
 _SIGNS: tuple[Literal[1, -1], ...] = (1, -1)
 
 
-def find_rotations(host: HFModel, stock: Stock) -> tuple[list[KeyRotation | None], dict[int, RowLayout], torch.dtype]:
+def find_rotations(
+    hf_model: HFModel, stock: Stock
+) -> tuple[list[KeyRotation | None], dict[int, RowLayout], torch.dtype]:
     """Finds, per layer, the one rotation that maps cached state at p to cached state at p + Δ; shapes and dtype.
 
     The same ids run through a second forward at shifted positions, each layer from the same input. In a model whose
@@ -39,12 +41,14 @@ def find_rotations(host: HFModel, stock: Stock) -> tuple[list[KeyRotation | None
     """
     if sorted(stock.kv) != list(range(len(stock.kv))):
         raise UnsupportedModel(f"Only layers {sorted(stock.kv)} keep K/V; expected the first ones, without a gap.")
-    first, shifted = host.self_test_positions(LENGTH)
-    moved = run_steps(host, lambda: host.run_stock(shifted), [None, *stock.hidden[1:]])
-    old, new = ((positions, host.regime(int(positions[-1]) + 1)) for positions in (first, shifted))
-    tables = [(host.rotary_tables(i, *old), host.rotary_tables(i, *new)) for i in range(len(host.rotary_sources))]
+    first, shifted = hf_model.self_test_positions(LENGTH)
+    moved = run_steps(hf_model, lambda: hf_model.run_stock(shifted), [None, *stock.hidden[1:]])
+    old, new = ((positions, hf_model.regime(int(positions[-1]) + 1)) for positions in (first, shifted))
+    tables = [
+        (hf_model.rotary_tables(i, *old), hf_model.rotary_tables(i, *new)) for i in range(len(hf_model.rotary_sources))
+    ]
     rotations = [
-        _find_rotation(i, stock.kv[i], moved.kv[i], host.rotary_sources, tables, stock.kv_tolerance)
+        _find_rotation(i, stock.kv[i], moved.kv[i], hf_model.rotary_sources, tables, stock.kv_tolerance)
         for i in sorted(stock.kv)
     ]
     _require_relative(stock, moved)

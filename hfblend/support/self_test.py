@@ -32,49 +32,49 @@ _ALIKE = 5e-2  # of quantised models, forwards over more and fewer tokens
 _Measured = tuple[torch.Tensor, float]
 
 
-def prove_rows(host: HFModel, stock: Stock) -> None:
+def prove_rows(hf_model: HFModel, stock: Stock) -> None:
     """Finds how rows of this model attend: by position through our attention, or through rows of its own masks.
 
-    Sets `attends_by_position`, `windows` and `layers_stand_alone` of the host.
+    Sets `attends_by_position`, `windows` and `layers_stand_alone` of the model.
 
     Raises:
         UnsupportedModel: neither way gives the rows what a stock forward gives them.
     """
-    shorter = _require_causal(host, stock)
-    if host.is_quantised:  # its layers may scale by all the rows that run together
+    shorter = _require_causal(hf_model, stock)
+    if hf_model.is_quantised:  # its layers may scale by all the rows that run together
         stock.again.append(shorter)
     wrong = []
-    for by_position in (True, False) if host.attends_by_position else (False,):
-        host.attends_by_position = by_position
+    for by_position in (True, False) if hf_model.attends_by_position else (False,):
+        hf_model.attends_by_position = by_position
         try:
-            host.windows = _learn_windows(host) if by_position else {}
-            _require_equal(stock, _run_rows(host, stock, stock.kv), ROWS)
+            hf_model.windows = _learn_windows(hf_model) if by_position else {}
+            _require_equal(stock, _run_rows(hf_model, stock, stock.kv), ROWS)
         except (AttentionNotReplaceable, UnsupportedModel) as error:
             wrong.append(f"{'by position' if by_position else 'with rows of its own masks'}, {error}")
         else:
-            host.layers_stand_alone = _shortened_is_equal(host, stock)
+            hf_model.layers_stand_alone = _shortened_is_equal(hf_model, stock)
             return
     raise UnsupportedModel(
-        f"{type(host.model).__name__}: {len(ROWS)} of {LENGTH} tokens, computed at their own positions over the cached "
-        "KV of the others, differ from a forward over all tokens, so blending would change answers "
+        f"{type(hf_model.model).__name__}: {len(ROWS)} of {LENGTH} tokens, computed at their own positions over the "
+        "cached KV of the others, differ from a forward over all tokens, so blending would change answers "
         f"({'; '.join(wrong)})."
     )
 
 
-def _learn_windows(host: HFModel) -> dict[int, int | None]:
+def _learn_windows(hf_model: HFModel) -> dict[int, int | None]:
     """Layer -> window of its mask, from a forward in which every mask is a marker."""
-    positions = torch.arange(LENGTH, device=host.device)
+    positions = torch.arange(LENGTH, device=hf_model.device)
     learner = WindowLearner()
 
     def learn() -> None:
-        attend_by_position(host.lock, host.layer_owner.config, QueryRows(positions[None]), {}, learner)
-        host.run_stock(positions)
+        attend_by_position(hf_model.lock, hf_model.layer_owner.config, QueryRows(positions[None]), {}, learner)
+        hf_model.run_stock(positions)
 
-    host.lock.exclusive(learn)
+    hf_model.lock.exclusive(learn)
     return learner.windows
 
 
-def _shortened_is_equal(host: HFModel, stock: Stock) -> bool:
+def _shortened_is_equal(hf_model: HFModel, stock: Stock) -> bool:
     """Whether rows that go on from what entered a layer, and of which one goes on in the last, come out the same.
 
     Where a model rounds much, rounding may send that one to other experts: then two others have to be right.
@@ -85,7 +85,7 @@ def _shortened_is_equal(host: HFModel, stock: Stock) -> bool:
 
     def is_equal(rows: Sequence[int]) -> bool:
         try:
-            _require_equal(stock, _run_rows(host, stock, late, rows, entered), rows, STARTS_AT + 1)
+            _require_equal(stock, _run_rows(hf_model, stock, late, rows, entered), rows, STARTS_AT + 1)
         except UnsupportedModel:
             return False
         return True
@@ -94,25 +94,25 @@ def _shortened_is_equal(host: HFModel, stock: Stock) -> bool:
 
 
 def _run_rows(
-    host: HFModel, stock: Stock, kv: dict[int, KV], of: Sequence[int] = ROWS, entered: Watched | None = None
+    hf_model: HFModel, stock: Stock, kv: dict[int, KV], of: Sequence[int] = ROWS, entered: Watched | None = None
 ) -> Steps:
     """A pass of some rows over K/V in which their own places are empty, from what entered a layer if that is given.
 
     Each layer but the first starts from what entered it in the stock forward.
     """
-    rows = torch.tensor(of, device=host.device)
+    rows = torch.tensor(of, device=hf_model.device)
     buffers = {layer: (keys.clone(), values.clone()) for layer, (keys, values) in kv.items()}
     for states in (states for pair in buffers.values() for states in pair):
         states.index_fill_(2, rows.to(states.device), 0)
-    one = Pass(host.self_test_ids(LENGTH)[None, rows], rows, rows, LENGTH)
+    one = Pass(hf_model.self_test_ids(LENGTH)[None, rows], rows, rows, LENGTH)
     if entered is not None:
         one.resume_at, one.resume_with, one.num_read = entered.layer, entered.of_rows(rows), 1
 
     def run() -> tuple[dict[int, KV], Any]:
-        cache = BlendingCache(host.num_layers, buffers, rows, LENGTH)
-        return buffers, run_rows(host, host.try_forward, one, cache)[0]
+        cache = BlendingCache(hf_model.num_layers, buffers, rows, LENGTH)
+        return buffers, run_rows(hf_model, hf_model.try_forward, one, cache)[0]
 
-    return run_steps(host, run, [None, *(hidden[..., list(of), :] for hidden in stock.hidden[1:])])
+    return run_steps(hf_model, run, [None, *(hidden[..., list(of), :] for hidden in stock.hidden[1:])])
 
 
 def _require_equal(stock: Stock, found: Steps, rows: Sequence[int], start: int = 0) -> None:
@@ -158,7 +158,7 @@ def _measured(stock: Stock, found: Steps, rows: Sequence[int], start: int) -> tu
     return kv, steps[start:]
 
 
-def _require_causal(host: HFModel, stock: Stock) -> Steps:
+def _require_causal(hf_model: HFModel, stock: Stock) -> Steps:
     """The stock forward over fewer tokens, whose rows have to be what they are when more tokens follow.
 
     Each layer starts from what entered it in the longer forward, so a layer in which a token sees those after it, or
@@ -167,15 +167,15 @@ def _require_causal(host: HFModel, stock: Stock) -> Steps:
     Raises:
         UnsupportedModel: a token depends on those after it.
     """
-    positions = torch.arange(_SHORTER, device=host.device)
+    positions = torch.arange(_SHORTER, device=hf_model.device)
     given = [None, *(hidden[..., :_SHORTER, :] for hidden in stock.hidden[1:])]
-    shorter = run_steps(host, lambda: host.run_stock(positions), given)
+    shorter = run_steps(hf_model, lambda: hf_model.run_stock(positions), given)
     own = max(apart(*pair) for pair in zip(shorter.hidden, stock.hidden))
     found = _measured(stock, shorter, range(_SHORTER), 0)
-    if own <= _ALIKE if host.is_quantised else _agree(*found, stock.rounds_little):
+    if own <= _ALIKE if hf_model.is_quantised else _agree(*found, stock.rounds_little):
         return shorter
     raise UnsupportedModel(
-        f"{type(host.model).__name__}: forwards over {_SHORTER} and {LENGTH} tokens differ, by {own:.2g}, where "
+        f"{type(hf_model.model).__name__}: forwards over {_SHORTER} and {LENGTH} tokens differ, by {own:.2g}, where "
         "they have the same tokens: what a token gives depends on those after it, or on how many run together "
         "(an attention module that gets no causal mask, say), so blending would change answers."
     )
