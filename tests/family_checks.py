@@ -52,7 +52,7 @@ def realign_error(family: Family) -> float:
     """Keys moved by the rotation that the self-test found, against keys computed there, in the worst layer."""
     hf_model = model_of(family.make())
     old, distance = torch.arange(20), 30
-    kv, truth = hf_model.record(old), hf_model.record(old + distance)
+    kv, truth = (hf_model.run_stock(positions)[0] for positions in (old, old + distance))
     found = moved_kv(hf_model, kv, (old, old + distance, 20), 20 + distance)
     pairs = [pair for i in kv for pair in zip(found[i], truth[i])]
     return max(((moved - there).norm() / there.norm()).item() for moved, there in pairs)

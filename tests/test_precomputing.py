@@ -235,7 +235,7 @@ def test_a_batch_is_as_one_by_one(make, behind):
 def test_batches_are_of_similar_length_and_within_the_tokens_allowed(monkeypatch):
     monkeypatch.setattr(batched_prefill, "_TOKENS", 100)
     chunks = {str(size): [1] * size for size in (30, 5, 90, 6, 31, 200, 4)}
-    batches = batched_prefill.in_batches(chunks.items(), 3, num_behind=10)
+    batches = batched_prefill.in_batches(chunks.items(), 3, num_after=10)
     assert [[len(ids) for _, ids in batch] for batch in batches] == [[4, 5, 6], [30, 31], [90], [200]]
 
 
@@ -253,11 +253,12 @@ def test_length_dependent_models_take_chunks_one_by_one(rope, monkeypatch):
 def test_a_model_that_fails_the_check_takes_chunks_one_by_one(model, monkeypatch, caplog):
     """Here, as if rows saw the padding behind them."""
     chunks, store = ids_of(8, 9, 10, 11, 12), MemoryStore()
-    monkeypatch.setattr(
-        batched_prefill,
-        "prefill_batch",
-        lambda hf_model, batch, *rest: [prefill(hf_model, [*ids[1:], 7], *rest) for ids in batch],
-    )
+
+    def wrong_together(hf_model, batch, *rest):
+        given = [[*ids[1:], 7] for ids in batch] if len(batch) > 1 else batch
+        return [prefill_batch(hf_model, [ids], *rest)[0] for ids in given]
+
+    monkeypatch.setattr(batched_prefill, "prefill_batch", wrong_together)
     report = precomputing.precompute(model, chunks, store=store, config=config(), batch_size=3)
     assert report.computed == 5
     assert "one by one" in caplog.text
@@ -380,7 +381,7 @@ def test_other_failures_of_the_command(folder, monkeypatch):
     small = run(folder, LINES, "--max-bytes", "10")
     assert small.exit_code == 1
     assert "3 not kept by the store" in small.stdout
-    monkeypatch.setattr(precomputing._Run, "_store", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(precomputing._Run, "_count", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     stopped = run(folder, LINES)
     assert (stopped.exit_code, "goes on from there" in stopped.stderr) == (130, True)
 

@@ -20,9 +20,10 @@ import hfblend
 from hfblend import kernels
 from hfblend.gpu.fused_norms import find_norms
 from hfblend.model.structure import Structure
-from hfblend.model.weights.contents import Samples, digest, digests, reference_views
+from hfblend.model.weights.digests import digest, digests
 from hfblend.model.weights.fingerprint import Fingerprint
 from hfblend.model.weights.offloading import OffloadedWeights
+from hfblend.model.weights.samples import Samples, reference_views
 
 # A chunk right after its prefix is exact: at ratio 0 its stored K/V are used as they are.
 PROMPT = hfblend.Prompt.from_ids(list(range(7, 13)), [list(range(20, 60))], list(range(70, 77)))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -132,18 +131,11 @@ class QueryRows:
         return self._once(length, window, dtype, device, make=make)
 
 
-@cache
-def has_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a device: an NVIDIA GPU of compute capability 8.0 or more."""
-    is_nvidia = kernels.HAS_TRITON and device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def runs_on_kernels(args: AttentionArgs) -> bool:
     """Whether the Triton kernel takes these states: on a GPU, in half precision, heads of up to 256 dimensions."""
     query, key, value = args.query, args.key, args.value
     return (
-        has_kernels(query.device)
+        kernels.has_kernels(query.device)
         and query.dtype in HALF
         and query.dtype == key.dtype == value.dtype
         and max(query.shape[-1], value.shape[-1]) <= LARGEST_HEAD_DIM

@@ -115,7 +115,7 @@ class ChunksOf:
         """KV of prefix, or of prefix and filler, to compute chunks from; `None` where that is not worth storing.
 
         It is looked for, and made, at the first chunk that is missing: a warm store is not asked for it. Quantised KV
-        is computed again: what is computed after it would carry its error.
+        is computed again, since KV computed after it would carry its error.
         """
         if self.kv is None and self.after_ids and self.config.chunk_prefix in ("prompt", "filler"):
             ids = list(self.after_ids)
@@ -191,7 +191,7 @@ class LookUp:
 
     @property
     def all_traces(self) -> list[ChunkTrace]:
-        """Of the prefix, if there is one, and of the chunks."""
+        """The traces of the prefix, if there is one, and of the chunks."""
         return [self.prefix, *self.chunks] if self.prefix else self.chunks
 
     def run(self) -> Reuse:

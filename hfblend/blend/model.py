@@ -1,4 +1,4 @@
-"""What the algorithm asks of a model. `hfblend.support.registry.TestedModel` answers for those of Transformers.
+"""The model as the algorithm sees it. `hfblend.support.registry.TestedModel` answers for those of Transformers.
 
 Shapes: B batch, H heads, Hkv KV heads, S rows of a pass, T all tokens, N reused tokens that could be recomputed,
 D head_dim, C hidden size, R rotated pairs (2R ≤ D).
@@ -91,7 +91,7 @@ class BlendableModel(ReusingModel, Protocol):
     """A model whose chunk KV can be moved and blended.
 
     Attributes:
-        layouts: per layer with K/V of its own, the shape of one token's state.
+        layouts: per layer that holds K/V, the shape of one token's state.
         attends_by_position: whether rows may attend through hfblend's attention, which hides tokens and keeps records.
     """
 

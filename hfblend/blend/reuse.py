@@ -1,9 +1,9 @@
-"""What a prompt takes from the store, and its K/V at the new positions, a layer at a time.
+"""The stored KV that a prompt reuses, and its K/V at the new positions, a layer at a time.
 
     stored rows of a chunk     ▨▨▨▨▨  ──────────┐ copied, keys turned to their new positions
     the layer's buffer     ▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨ · · ·      T rows and room for the tokens to be decoded
 
-On a GPU both happen in one kernel; what lies in RAM is copied to its place before, ahead of the pass (`gpu_loader.py`).
+On a GPU both happen in one kernel; what lies in RAM is copied to its place before, ahead of the pass (`gpu/loader.py`).
 
 Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, D head_dim, L layers.
 """
@@ -35,10 +35,10 @@ class Piece:
 
 @dataclass
 class Reuse:
-    """What a prompt reuses, and what is left to compute; together they cover every token once.
+    """The tokens that a prompt reuses, and those left to compute; together they cover every token once.
 
     Attributes:
-        exact, moved: pieces whose KV holds as it is, and pieces that stand elsewhere than where they were computed.
+        exact, moved: pieces whose KV holds unchanged, and pieces that stand elsewhere than where they were computed.
         candidate_idx: (N,) tokens of `moved`, rising.
         fresh_idx: (F,) all tokens that are not reused, and always the prompt's last one.
         suffix_idx: those of them that belong to the prompt's suffix.
@@ -207,5 +207,5 @@ def merged(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def joined(ranges: list[torch.Tensor]) -> torch.Tensor:
-    """Ranges of token indices, one behind the other; empty if there is none."""
+    """Ranges of token indices, one after the other; empty if there is none."""
     return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)

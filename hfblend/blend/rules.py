@@ -114,7 +114,7 @@ def interleaved(scores: Sequence[torch.Tensor], shares: Sequence[float]) -> torc
 
 
 def chunk_starts(candidate_idx: torch.Tensor, spans: Sequence[tuple[int, int]], count: int) -> torch.Tensor:
-    """Where in `candidate_idx` the first `count` tokens of every chunk stand, all first tokens before all second ones.
+    """Places in `candidate_idx` of the first `count` tokens of every chunk, all first tokens before all second ones.
 
     Args:
         candidate_idx: (N,) token indices, rising.

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..demo import model as demo_model
-from ..lab.bench import run
+from ..lab.bench.runner import run
 from ..lab.bench.synthetic import random_model
 from ..lab.report import Results, cells, notes, title
 from ..lab.settings import BenchSettings, Layout

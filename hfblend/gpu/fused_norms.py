@@ -1,7 +1,7 @@
 """A model's RMS normalisations, found by what they compute, and done in one kernel while a pass runs on a GPU.
 
 Eager code takes six kernels for one; over few rows that is a good part of a pass. No name is looked up: a module with
-one weight vector is of one of these forms if it gives what the form gives for random input, else it is left as it is.
+one weight vector is of one of these forms if it gives what the form gives for random input, else it stays unchanged.
 
     x / √(mean(x²) + ε)  · weight           rounded before the weight comes to it (Llama), or after
                          · (1 + weight)     (Gemma)
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.by_position import HALF, kernels
+from .. import kernels
+from ..attention.by_position import HALF
 from ..locks import ForwardLock
 from ..model.layers import wrap_forward
 

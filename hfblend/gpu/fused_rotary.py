@@ -5,7 +5,7 @@ a global name. Where that function gives, for random input, the usual form,
 
     x · cos + rotate_half(x) · sin
 
-the module's own forward runs in a pass with one global name of its own: the function's, which then means the kernel.
+the module's own forward runs in a pass with one global name replaced: the function's, which then means the kernel.
 Nothing outside the module instance is changed.
 """
 
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.by_position import HALF, kernels
+from .. import kernels
+from ..attention.by_position import HALF
 from ..locks import ForwardLock
 from ..model.hf_model import CACHE_NAMES
 from ..model.layers import wrap_forward
@@ -66,7 +67,7 @@ def _with_kernel(kind: type[nn.Module], device: torch.device, dtype: torch.dtype
 
 
 class _Names(dict[str, Any]):
-    """The global names of a module of Transformers, as they are when they are looked up, but for one."""
+    """The global names of a module of Transformers, looked up when they are used, but for one."""
 
     def __init__(self, names: dict[str, Any]) -> None:
         tested = names[NAME]

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from ..attention.by_position import HALF, LARGEST_HEAD_DIM, AttentionRecord, kernels, mask_of
+from .. import kernels
+from ..attention.by_position import HALF, LARGEST_HEAD_DIM, AttentionRecord, mask_of
 from ..blend.caches import RowsCache
 from ..blend.model import Forward, Pass
 from ..kv.rows import KV, sent
@@ -161,7 +162,7 @@ class PassGraph:
         self._last_stream = torch.cuda.current_stream(hf_model.device)
 
     def replay(self, one: Pass, numbers: torch.Tensor, load: Callable[[Sequence[int]], None]) -> Any:
-        """Runs a pass of the same form. Returns the forward's output, in memory of its own."""
+        """Runs a pass of the same form. Returns the forward's output, in separate memory."""
         stream = torch.cuda.current_stream(self._device)
         if stream != self._last_stream:
             stream.wait_stream(self._last_stream)  # it may still be at it
@@ -228,7 +229,7 @@ class PassGraphs:
         return ran, output
 
     def _form(self, forward: Forward, one: Pass) -> Any:
-        """What a graph fixes; `None` where this pass cannot be one."""
+        """The key of a graph of this pass; `None` where it cannot be one."""
         kind = self._kind(forward)
         if not self._works or kind is None or not 0 < len(one.rows) <= MAX_ROWS:
             return None
@@ -236,7 +237,7 @@ class PassGraphs:
         return kind, _rounded(len(one.rows)), one.stop_at, layers, one.hidden is None, one.resume_at, one.num_read
 
     def _kind(self, forward: Forward) -> Any:
-        """Which of the model's forwards this is, with which options."""
+        """The name of this one of the model's forwards, and its options; `None` for any other."""
         if forward == self.hf_model.last_logits:
             return "model", ()
         if not isinstance(forward, functools.partial) or forward.func != self.hf_model.decoder_forward:
@@ -248,7 +249,7 @@ class PassGraphs:
         return "decoder", tuple(sorted(options.items()))
 
     def _is_ready(self, form: Any) -> bool:
-        """Whether the form has been asked for before, the weights are those of the graphs, and nobody hooks in."""
+        """Whether the form has been asked for before, the weights are those of the graphs, and there are no hooks."""
         if not can_record(self.hf_model):
             return False
         weights = self.hf_model.fingerprint.generation
@@ -267,7 +268,7 @@ class PassGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             self._graphs[form] = self._recorded(forward, padded, numbers)
-        except Exception as error:  # whatever a model does that a graph cannot hold
+        except Exception as error:  # anything that a model does and a graph cannot hold
             self._works = False
             name = type(self.hf_model.model).__name__
             logger.warning("Passes of %s cannot be recorded as CUDA graphs and run as usual: %s", name, error)

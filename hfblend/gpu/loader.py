@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attention.by_position import HALF, has_kernels, kernels
+from .. import kernels
+from ..attention.by_position import HALF
 from ..blend.rotation import Realigner
 from ..kv.chunk import ChunkKV, Reader
 from ..kv.rows import KV, ROOM, packed, rows_behind, sent
@@ -47,7 +48,7 @@ def loaders_of(hf_model: HFModel, reuse: Reuse, realigner: Realigner, length: in
             layers_on.setdefault(hf_model.device_of_layer(layer), []).append(layer)
     found: dict[int, GPULoader] = {}
     for device, layers in layers_on.items():
-        if has_kernels(device):
+        if kernels.has_kernels(device):
             found |= dict.fromkeys(layers, GPULoader(hf_model, reuse, realigner, length, device, layers))
     return found
 
@@ -180,14 +181,14 @@ class OverTheBus:
             bus_stream(device).wait_stream(torch.cuda.current_stream(device))
 
     def begin(self, layer_idx: int) -> None:
-        """Reading begins: this layer, and those behind it."""
+        """Begins to read this layer, and those after it."""
         for entry in self._entries:
             entry.prefetch(layer_idx)
         if self._is_all_in_memory:
             self._copy(layer_idx)
 
     def arrive(self, layer_idx: int) -> None:
-        """What is queued behind this finds the layer's pieces in their places.
+        """Makes work that is queued after this call wait for the layer's pieces.
 
         Raises:
             ChunkLost: one cannot be read.
@@ -248,5 +249,5 @@ def _runs(layers: Sequence[int], kind: Callable[[int], Any]) -> list[list[int]]:
 
 
 def _starts(sizes: list[int]) -> list[int]:
-    """Where each of several pieces starts, one behind the other."""
+    """The start of each of several pieces that follow each other."""
     return [0, *accumulate(sizes)][: len(sizes)]

@@ -1,7 +1,7 @@
-"""CUDA streams of hfblend's own: a prompt is blended while Python prepares `generate`, and chunks come from RAM.
+"""The CUDA streams of hfblend: a prompt is blended while Python prepares `generate`, and chunks come from RAM.
 
 caller's stream     …prepared…──────────────┬─ logits, decoding
-beside it           passes ────────────────┘ joined
+side stream         passes ────────────────┘ joined
 bus                 copies of chunk KV from RAM, some layers ahead
 """
 
@@ -19,26 +19,26 @@ T = TypeVar("T")
 
 
 class Beside:
-    """Work beside the caller's stream: it begins behind what the caller has queued, and the caller waits when it joins.
+    """Work on a stream next to the caller's: it begins after the work queued there, and the caller waits when it joins.
 
-    Each caller's stream has one stream beside it, so what one prompt gives back to the allocator the next one takes up
-    in order. What leaves for the caller's stream must be named in `join`.
+    Each caller's stream has one side stream, so the next prompt takes up in order the memory that one gives back to the
+    allocator. Tensors that leave for the caller's stream must be named in `join`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._done = device, None if device.type != "cuda" else torch.cuda.Event()
 
     def run(self, work: Callable[..., T], *args: Any) -> T:
-        """Runs work whose kernels are queued beside the caller's; nothing changes without a GPU."""
+        """Runs work whose kernels are queued on the side stream; nothing changes without a GPU."""
         if self._done is None:
             return work(*args)
         caller = torch.cuda.current_stream(self.device)
-        stream = _beside(caller)
+        stream = _side_stream_of(caller)
         stream.wait_stream(caller)
         try:
             return on_stream(stream, work, *args)
         except BaseException:
-            caller.wait_stream(stream)  # nothing may take the memory of work that still runs
+            caller.wait_stream(stream)  # nothing may take the memory of running work
             raise
         finally:
             self._done.record(stream)
@@ -55,7 +55,7 @@ class Beside:
 
 
 @functools.cache
-def _beside(caller: torch.cuda.Stream) -> torch.cuda.Stream:
+def _side_stream_of(caller: torch.cuda.Stream) -> torch.cuda.Stream:
     return torch.cuda.Stream(caller.device)
 
 

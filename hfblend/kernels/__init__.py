@@ -6,13 +6,17 @@
     write_rows      fresh K/V of a pass into a prompt's buffer              index_copy_
     rms_norm        a model's normalisation, six eager kernels in one       the model's own module
     rotary          its rotary embedding, a dozen in one                    the model's own function
-    sample          a few elements of every weight                          contents.reference_views
+    sample          a few elements of every weight                          samples.reference_views
 
 A layer's cached state lies as *rows*, one a token: all heads' keys, then all heads' values (`RowLayout`). A chunk's
 rows of a layer are one block, wherever they stand.
 
 Without Triton, which comes with PyTorch for GPUs, only the references are there.
 """
+
+from functools import cache
+
+import torch
 
 from .reference import AttentionArgs
 
@@ -28,5 +32,12 @@ except ImportError:
 else:
     HAS_TRITON = True
 
-__all__ = ["HAS_TRITON", "AttentionArgs", "State", "attend", "load_rows", "received", "rms_norm", "rotary", "sample",
-           "tiles_of", "write_rows"]  # fmt: skip
+__all__ = ["HAS_TRITON", "AttentionArgs", "State", "attend", "has_kernels", "load_rows", "received", "rms_norm",
+           "rotary", "sample", "tiles_of", "write_rows"]  # fmt: skip
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device: an NVIDIA GPU of compute capability 8.0 or more."""
+    is_nvidia = HAS_TRITON and device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)

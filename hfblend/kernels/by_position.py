@@ -33,7 +33,10 @@ _MANY_ROWS = [  # tuned on the first call, and kept on disk by Triton
 
 
 @triton.jit
-def _find_rows(K, V, length, layer, value_offset, dtype: tl.constexpr, IN_STATE: tl.constexpr):
+def _find_rows(
+    K: tl.tensor, V: tl.tensor, length: tl.tensor, layer: tl.tensor, value_offset: tl.tensor, dtype: tl.constexpr,
+    IN_STATE: tl.constexpr,
+):  # fmt: skip
     """Keys, values and T: as passed, or through a state."""
     if IN_STATE:
         length = tl.load(K).to(tl.int32)
@@ -43,7 +46,7 @@ def _find_rows(K, V, length, layer, value_offset, dtype: tl.constexpr, IN_STATE:
 
 
 @triton.jit
-def _logits(q, k, scaling, softcap, SOFTCAP: tl.constexpr):
+def _logits(q: tl.tensor, k: tl.tensor, scaling: tl.tensor, softcap: tl.tensor, SOFTCAP: tl.constexpr):
     """Attention logits, and the unit that turns them into powers of 2: kept apart, it costs nothing in a later sum."""
     x = tl.dot(q, k, input_precision="ieee")
     if SOFTCAP:
@@ -56,8 +59,11 @@ def _logits(q, k, scaling, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _seen(key, at, position, HIDDEN, window, WINDOW: tl.constexpr, HAS_HIDDEN: tl.constexpr):
-    """Which keys the rows at `position` see; `at` is `key`, but never past the last one."""
+def _seen(
+    key: tl.tensor, at: tl.tensor, position: tl.tensor, HIDDEN: tl.tensor, window: tl.tensor, WINDOW: tl.constexpr,
+    HAS_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """The keys that the rows at `position` see; `at` is `key`, but never past the last one."""
     seen = key[None, :] <= position[:, None]
     if WINDOW:
         seen = seen & (key[None, :] > position[:, None] - window)
@@ -68,9 +74,11 @@ def _seen(key, at, position, HIDDEN, window, WINDOW: tl.constexpr, HAS_HIDDEN: t
 
 @triton.jit
 def _visit(
-    top, total, out, q, K, V, HIDDEN, position, begin, end, length, k_token, v_token, scaling, softcap, window,
-    D: tl.constexpr, DV: tl.constexpr, D_BLOCK: tl.constexpr, DV_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, HAS_HIDDEN: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr,
+    top: tl.tensor, total: tl.tensor, out: tl.tensor, q: tl.tensor, K: tl.tensor, V: tl.tensor, HIDDEN: tl.tensor,
+    position: tl.tensor, begin: tl.tensor, end: tl.tensor, length: tl.tensor, k_token: tl.tensor, v_token: tl.tensor,
+    scaling: tl.tensor, softcap: tl.tensor, window: tl.tensor, D: tl.constexpr, DV: tl.constexpr, D_BLOCK: tl.constexpr,
+    DV_BLOCK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_HIDDEN: tl.constexpr, MASKED: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the keys [begin, end), a block at a time."""
     d, dv = tl.arange(0, D_BLOCK), tl.arange(0, DV_BLOCK)
@@ -95,13 +103,14 @@ def _visit(
 
 @triton.jit(do_not_specialize=["length", "num_rows", "layer", "window"])
 def _attend_kernel(
-    Q, K, V, OUT, LSE, POSITIONS, SINKS, HIDDEN, length, num_rows, layer, value_offset, scaling, softcap, window,
-    kv_heads,
-    q_batch, q_head, q_row, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    D: tl.constexpr, DV: tl.constexpr, D_BLOCK: tl.constexpr, DV_BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr, SPLITS: tl.constexpr, IN_STATE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_HIDDEN: tl.constexpr, WRITE_LSE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    Q: tl.tensor, K: tl.tensor, V: tl.tensor, OUT: tl.tensor, LSE: tl.tensor, POSITIONS: tl.tensor, SINKS: tl.tensor,
+    HIDDEN: tl.tensor, length: tl.tensor, num_rows: tl.tensor, layer: tl.tensor, value_offset: tl.tensor,
+    scaling: tl.tensor, softcap: tl.tensor, window: tl.tensor, kv_heads: tl.tensor, q_batch: tl.tensor,
+    q_head: tl.tensor, q_row: tl.tensor, k_batch: tl.tensor, k_head: tl.tensor, k_token: tl.tensor, v_batch: tl.tensor,
+    v_head: tl.tensor, v_token: tl.tensor, D: tl.constexpr, DV: tl.constexpr, D_BLOCK: tl.constexpr,
+    DV_BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    IN_STATE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_HIDDEN: tl.constexpr, WRITE_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows = some positions x the query heads of one KV head, over one split of the keys.
 
@@ -178,7 +187,10 @@ _tuned_attend_kernel = triton.autotune(_MANY_ROWS, key=["D", "DV", "GROUP"], cac
 
 
 @triton.jit
-def _combine_kernel(PARTS, LSE, OUT, count, DV: tl.constexpr, DV_BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+def _combine_kernel(
+    PARTS: tl.tensor, LSE: tl.tensor, OUT: tl.tensor, count: tl.tensor, DV: tl.constexpr, DV_BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
     """One program: one row of one head; the splits' outputs, each weighted by its share of the softmax."""
     index = tl.program_id(0).to(tl.int64)
     split, dv = tl.arange(0, SPLITS), tl.arange(0, DV_BLOCK)
@@ -258,8 +270,9 @@ def _splits(tiles: int) -> int:
 
 @triton.jit(do_not_specialize=["length", "num_rows", "layer", "slot"])
 def _received_kernel(
-    Q, K, LSE, POSITIONS, OUT, HIDDEN, length, num_rows, layer, slot, scaling, softcap, window,
-    heads, q_head, q_row, k_head, k_token,
+    Q: tl.tensor, K: tl.tensor, LSE: tl.tensor, POSITIONS: tl.tensor, OUT: tl.tensor, HIDDEN: tl.tensor,
+    length: tl.tensor, num_rows: tl.tensor, layer: tl.tensor, slot: tl.tensor, scaling: tl.tensor, softcap: tl.tensor,
+    window: tl.tensor, heads: tl.tensor, q_head: tl.tensor, q_row: tl.tensor, k_head: tl.tensor, k_token: tl.tensor,
     D: tl.constexpr, D_BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, IN_STATE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_HIDDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip

@@ -45,19 +45,22 @@ _compiles = True
 
 
 @gluon.constexpr_function
-def _result(columns):
+def _result(columns: int) -> gl.NVMMADistributedLayout:
     """The layout in which a group of warps holds the result of a product, 64 rows of so many columns."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.constexpr_function
-def _left(columns):
+def _left(columns: int) -> gl.DotOperandLayout:
     """The layout of the left side of a product with that result."""
     return gl.DotOperandLayout(0, _result(columns), 2)
 
 
 @gluon.jit
-def _copy(source, block, number, places, filled, free, KEYS: gl.constexpr, D: gl.constexpr):
+def _copy(
+    source: tma.tensor_descriptor, block: gl.tensor, number: gl.tensor, places: gl.shared_memory_descriptor,
+    filled: gl.shared_memory_descriptor, free: gl.shared_memory_descriptor, KEYS: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
     """The `number`-th copy: a block of keys or values into the next place, once it is free."""
     at = number % _PLACES
     mbarrier.wait(free.index(at), (number // _PLACES & 1) ^ 1)
@@ -66,7 +69,10 @@ def _copy(source, block, number, places, filled, free, KEYS: gl.constexpr, D: gl
 
 
 @gluon.jit
-def _copy_all(keys, values, blocks, places, filled, free, KEYS: gl.constexpr, D: gl.constexpr):
+def _copy_all(
+    keys: tma.tensor_descriptor, values: tma.tensor_descriptor, blocks: gl.tensor, places: gl.shared_memory_descriptor,
+    filled: gl.shared_memory_descriptor, free: gl.shared_memory_descriptor, KEYS: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
     """The work of the copying warp."""
     for block in range(0, blocks):
         _copy(keys, block, 2 * block, places, filled, free, KEYS, D)
@@ -74,7 +80,10 @@ def _copy_all(keys, values, blocks, places, filled, free, KEYS: gl.constexpr, D:
 
 
 @gluon.jit
-def _multiply(x, out, number, places, filled, TRANSPOSED: gl.constexpr, FRESH: gl.constexpr):
+def _multiply(
+    x: gl.tensor, out: gl.tensor, number: gl.tensor, places: gl.shared_memory_descriptor,
+    filled: gl.shared_memory_descriptor, TRANSPOSED: gl.constexpr, FRESH: gl.constexpr,
+):  # fmt: skip
     """Starts x · (the `number`-th copy), added to `out` unless that is fresh."""
     at = number % _PLACES
     mbarrier.wait(filled.index(at), number // _PLACES & 1)
@@ -86,8 +95,8 @@ def _multiply(x, out, number, places, filled, TRANSPOSED: gl.constexpr, FRESH: g
 
 @gluon.jit
 def _softmax(
-    x, top, total, position, block, unit, dtype: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
-    MASKED: gl.constexpr,
+    x: gl.tensor, top: gl.tensor, total: gl.tensor, position: gl.tensor, block: gl.tensor, unit: gl.tensor,
+    dtype: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """A step of the online softmax: the block's weights, and by how much those before them shrink."""
     if MASKED:
@@ -102,8 +111,10 @@ def _softmax(
 
 @gluon.jit
 def _visit(
-    top, total, out, weight, q, position, begin, end, unit, places, filled, free, KEYS: gl.constexpr,
-    D: gl.constexpr, MASKED: gl.constexpr,
+    top: gl.tensor, total: gl.tensor, out: gl.tensor, weight: gl.tensor, q: gl.tensor, position: gl.tensor,
+    begin: gl.tensor, end: gl.tensor, unit: gl.tensor, places: gl.shared_memory_descriptor,
+    filled: gl.shared_memory_descriptor, free: gl.shared_memory_descriptor, KEYS: gl.constexpr, D: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """The blocks [begin, end); `weight` are those of the block before, whose values are still to be added."""
     for block in range(begin, end):
@@ -122,8 +133,11 @@ def _visit(
 
 @gluon.jit
 def _attend_rows(
-    first_row, q, Q, OUT, POSITIONS, num_rows, kv_head, kv_heads, unit, q_head, q_row, open_blocks, blocks, places,
-    filled, free, GROUP: gl.constexpr, GROUP_BLOCK: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
+    first_row: gl.tensor, q: gl.shared_memory_descriptor, Q: gl.tensor, OUT: gl.tensor, POSITIONS: gl.tensor,
+    num_rows: gl.tensor, kv_head: gl.tensor, kv_heads: gl.tensor, unit: gl.tensor, q_head: gl.tensor, q_row: gl.tensor,
+    open_blocks: gl.tensor, blocks: gl.tensor, places: gl.shared_memory_descriptor, filled: gl.shared_memory_descriptor,
+    free: gl.shared_memory_descriptor, GROUP: gl.constexpr, GROUP_BLOCK: gl.constexpr, KEYS: gl.constexpr,
+    D: gl.constexpr,
 ):  # fmt: skip
     """The work of a group of warps: 64 rows = some positions x the query heads of one KV head.
 
@@ -172,9 +186,11 @@ def _attend_rows(
 
 @gluon.jit(do_not_specialize=["length", "num_rows", "layer"])
 def _attend_kernel(
-    Q, K, V, OUT, POSITIONS, length, num_rows, layer, value_offset, unit, kv_heads,
-    q_batch, q_head, q_row, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    D: gl.constexpr, KEYS: gl.constexpr, GROUP: gl.constexpr, GROUP_BLOCK: gl.constexpr, IN_STATE: gl.constexpr,
+    Q: gl.tensor, K: gl.tensor, V: gl.tensor, OUT: gl.tensor, POSITIONS: gl.tensor, length: gl.tensor,
+    num_rows: gl.tensor, layer: gl.tensor, value_offset: gl.tensor, unit: gl.tensor, kv_heads: gl.tensor,
+    q_batch: gl.tensor, q_head: gl.tensor, q_row: gl.tensor, k_batch: gl.tensor, k_head: gl.tensor, k_token: gl.tensor,
+    v_batch: gl.tensor, v_head: gl.tensor, v_token: gl.tensor, D: gl.constexpr, KEYS: gl.constexpr, GROUP: gl.constexpr,
+    GROUP_BLOCK: gl.constexpr, IN_STATE: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 rows, the longest tiles first, as in by_position.py."""
     dtype: gl.constexpr = Q.dtype.element_ty

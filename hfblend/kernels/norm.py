@@ -8,7 +8,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _rms_norm_kernel(X, WEIGHT, OUT, stride, size, epsilon, offset, BLOCK: tl.constexpr, LATE: tl.constexpr):
+def _rms_norm_kernel(
+    X: tl.tensor, WEIGHT: tl.tensor, OUT: tl.tensor, stride: tl.tensor, size: tl.tensor, epsilon: tl.tensor,
+    offset: tl.tensor, BLOCK: tl.constexpr, LATE: tl.constexpr,
+):  # fmt: skip
     """One program: one row."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(X + row * stride + i, mask=i < size, other=0.0).to(tl.float32)

@@ -11,8 +11,10 @@ _TOKENS = 16  # a program turns that many rows of one head
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _rotary_kernel(
-    Q, K, COS, SIN, OUT_Q, OUT_K, num_rows, q_heads, k_heads, q_batch, q_head, q_row, k_batch, k_head, k_row,
-    table_batch, table_row, HALF: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    Q: tl.tensor, K: tl.tensor, COS: tl.tensor, SIN: tl.tensor, OUT_Q: tl.tensor, OUT_K: tl.tensor, num_rows: tl.tensor,
+    q_heads: tl.tensor, k_heads: tl.tensor, q_batch: tl.tensor, q_head: tl.tensor, q_row: tl.tensor, k_batch: tl.tensor,
+    k_head: tl.tensor, k_row: tl.tensor, table_batch: tl.tensor, table_row: tl.tensor, HALF: tl.constexpr,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One program: some rows of one head, of queries or of keys."""
     row, head, batch = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1), tl.program_id(2)

@@ -18,7 +18,8 @@ _TOKENS = 32  # a program moves that many rows
 
 @triton.jit(do_not_specialize=["num_rows", "layer"])
 def _write_rows_kernel(
-    KEYS, VALUES, ROWS, STATE, num_rows, layer, key_heads, k_head, k_row, v_head, v_row, width,
+    KEYS: tl.tensor, VALUES: tl.tensor, ROWS: tl.tensor, STATE: tl.tensor, num_rows: tl.tensor, layer: tl.tensor,
+    key_heads: tl.tensor, k_head: tl.tensor, k_row: tl.tensor, v_head: tl.tensor, v_row: tl.tensor, width: tl.tensor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: some rows of one head, of keys or of values."""
@@ -57,9 +58,10 @@ def write_rows(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, sta
 
 @triton.jit
 def _load_rows_kernel(
-    TARGETS, SOURCES, TILES, COS, SIN, pieces, width, pairs, dtype: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, VALUE_HEADS: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
-    TOKENS: tl.constexpr, ROTATES: tl.constexpr, HALF: tl.constexpr, ALIGNED: tl.constexpr,
+    TARGETS: tl.tensor, SOURCES: tl.tensor, TILES: tl.tensor, COS: tl.tensor, SIN: tl.tensor, pieces: tl.tensor,
+    width: tl.tensor, pairs: tl.tensor, dtype: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    VALUE_HEADS: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr, ROTATES: tl.constexpr,
+    HALF: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: up to TOKENS tokens of one piece, the keys or the values of one layer."""
     tile, slot, layer = TILES + tl.program_id(0) * 5, tl.program_id(1), tl.program_id(2)
@@ -88,8 +90,9 @@ def _load_rows_kernel(
 
 @triton.jit
 def _move_heads(
-    source, target, COS, SIN, row, live, turns, pairs, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
-    HALF: tl.constexpr, MAY_TURN: tl.constexpr, ALIGNED: tl.constexpr,
+    source: tl.tensor, target: tl.tensor, COS: tl.tensor, SIN: tl.tensor, row: tl.tensor, live: tl.tensor,
+    turns: tl.tensor, pairs: tl.tensor, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+    MAY_TURN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """All heads of some tokens; the rotary tables are read once for all of them.
 

@@ -10,7 +10,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _sample_kernel(TABLE, OUT, dtype: tl.constexpr, BLOCK: tl.constexpr):
+def _sample_kernel(TABLE: tl.tensor, OUT: tl.tensor, dtype: tl.constexpr, BLOCK: tl.constexpr):
     """One program: the sample of one tensor."""
     row = TABLE + tl.program_id(0) * 4
     source = tl.load(row).to(tl.pointer_type(dtype))

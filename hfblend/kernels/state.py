@@ -1,4 +1,4 @@
-"""How kernels find keys and values: as tensors, or, inside a CUDA graph, through numbers in GPU memory.
+"""The places of keys and values for kernels: tensors or, inside a CUDA graph, numbers in GPU memory.
 
 A graph replays fixed addresses, but every prompt has other buffers. Its kernels read their addresses from a few numbers
 that are written before each replay.

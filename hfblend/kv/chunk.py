@@ -1,4 +1,4 @@
-"""A chunk's KV cache, and how it is made: prefilled alone, behind the ids that it will find in front of it."""
+"""A chunk's KV, prefilled alone after the ids that it will find before it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .rows import KV, RowLayout, full_length_cache, packed, rows_behind
 
 Provenance = Literal["isolated", "in_context"]
 
-_OBJECTS_BYTES = 3072  # of Python and torch around a layer's two tensors, measured; and around what stands beside them
+_OBJECTS_BYTES = 3072  # of Python and torch around a layer's two tensors, measured; and around its other fields
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class ChunkKV:
         cache: full-length keys and values of every layer, each (B, Hkv, n, D), also for sliding models.
         cached_positions: (n,) int64, where the tokens stood when this was computed.
         behind_ids: the ids that stood before them then; kept as `Ids`, 8 bytes each, equal ones once.
-        provenance: `"isolated"` (chunk alone behind those ids) or `"in_context"` (inside some prompt).
+        provenance: `"isolated"` (chunk alone after those ids) or `"in_context"` (inside some prompt).
         regime: prompt length that set length-dependent RoPE frequencies then; default, last position + 1.
         quantised: `"int8"` or `"fp8"`, where a store kept it in that; it is then near what was computed, never exact.
         origin: which model computed it of what, for people and tools; `None` where that is not known.
@@ -81,7 +81,7 @@ class ChunkKV:
 
     @cached_property
     def layouts(self) -> tuple[RowLayout, ...]:
-        """How each layer's state of one token is made up."""
+        """The layout of each layer's state of one token."""
         return tuple(RowLayout.of(self.layer(i)) for i in range(self.num_layers))
 
     def tier_beside(self, device: torch.device) -> str:
@@ -89,7 +89,7 @@ class ChunkKV:
         return "memory" if self.layer(0)[0].device == device else "ram"
 
     def addresses_in(self, device: torch.device, layers: Sequence[int]) -> list[int] | None:
-        """Where the rows of each of these layers lie in a device's memory; `None` if one does not, or is not packed."""
+        """The addresses of these layers' rows in a device's memory; `None` if one is elsewhere, or not packed."""
         if not self._layers_packed_in.get(device, frozenset()).issuperset(layers):
             return None
         return self._addresses if len(layers) == self.num_layers else [self._addresses[i] for i in layers]
@@ -134,7 +134,7 @@ class ChunkKV:
     def to(self, device: torch.device | str) -> ChunkKV:
         """The same chunk with its tensors on another device; this one, if they are there already.
 
-        In RAM beside a GPU they are pinned, so that they can be copied while the GPU computes.
+        In RAM, where there is a GPU, they are pinned, so that copies overlap with computing.
         """
         if all(t.device == torch.device(device) for i in range(self.num_layers) for t in self.layer(i)):
             return self
@@ -193,7 +193,7 @@ class Reader(Protocol):
     def num_bytes(self) -> int: ...
 
     def tier_beside(self, device: torch.device) -> str:
-        """Where it is loaded from, of `hfblend.controller.TIERS`."""
+        """The place that it is loaded from, of `hfblend.controller.TIERS`."""
         ...
 
     def prefetch(self, layer_idx: int) -> None:

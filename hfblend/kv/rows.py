@@ -24,7 +24,7 @@ ROOM = 256  # spare rows of a blended buffer, for the tokens that will be decode
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How a layer's K/V of one token lie in a row: `key_heads` keys of `key_dim`, then `value_heads` values."""
+    """The layout of a layer's K/V of one token in a row: `key_heads` keys of `key_dim`, then `value_heads` values."""
 
     key_heads: int
     key_dim: int
@@ -54,7 +54,7 @@ class RowLayout:
         return self.value_offset + self.value_heads * self.value_dim
 
     def strides(self, slot: Literal["key", "value"]) -> tuple[int, int, int, int]:
-        """Of keys or values (1, Hkv, n, D) seen in packed rows."""
+        """The strides of keys or values (1, Hkv, n, D) seen in packed rows."""
         return (0, self.key_dim if slot == "key" else self.value_dim, self.width, 1)
 
     def views(self, rows: torch.Tensor) -> KV:
@@ -84,9 +84,9 @@ def first_rows(kv: KV, length: int) -> KV:
 
 
 def packed(kv: KV, device: torch.device | str | None = None) -> KV:
-    """A copy of K/V (1, Hkv, n, D), packed in rows, on `device`; in RAM beside a GPU the memory is pinned.
+    """A copy of K/V (1, Hkv, n, D), packed in rows, on `device`.
 
-    Copies from pinned memory run beside computing.
+    In RAM, where there is a GPU, it is pinned: copies of it overlap with computing.
     """
     keys, layout = kv[0], RowLayout.of(kv)
     device = keys.device if device is None else torch.device(device)
@@ -99,10 +99,7 @@ def packed(kv: KV, device: torch.device | str | None = None) -> KV:
 
 
 def pins_memory() -> bool:
-    """Whether what is made in RAM should be pinned: beside a GPU.
-
-    Not in a process forked from one that uses a GPU: pinned memory does not go with it.
-    """
+    """Whether new memory in RAM should be pinned: with a GPU, but not in a fork of a process that uses one."""
     return torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()
 
 

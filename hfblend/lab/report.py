@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import median
 from string import Formatter
 from typing import Any
 
@@ -147,3 +148,12 @@ def _loading_note(found: Row) -> str:
     ]
     loaded = f"{found['bytes'] / 1e6:,.1f} MB of {found['tokens']:,} tokens from {found['place']}"
     return f"Loading {loaded}: {', '.join(rates)}."
+
+
+def with_range(name: str, values: Sequence[float]) -> Row:
+    """The median of some values, and the lowest and highest of them under `<name>_range`."""
+    return {name: middle(values), f"{name}_range": [min(values), max(values)] if values else None}
+
+
+def middle(values: Sequence[float]) -> float | None:
+    return median(values) if values else None

@@ -16,8 +16,7 @@ from ..config import BlendConfig, as_config
 from ..generate.blend_one import blend, require_prompts
 from ..prompts.prompt import Prompt
 from ..store import Store, store_at
-from .divergence import kl_divergence, teacher_forced_logits, top1_agreement
-from .verify import FullAnswer, require_bound
+from .divergence import FullAnswer, kl_divergence, require_bound, teacher_forced_logits, top1_agreement
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 

@@ -8,13 +8,18 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 
+from ..arguments import number_in, whole
 from ..model.hf_model import CACHE
+from ..prompts.prompt import Prompt
+from ..support.registry import model_of
 
 
 def kl_divergence(full_logits: torch.Tensor, other_logits: torch.Tensor) -> torch.Tensor:
@@ -82,6 +87,37 @@ def teacher_forced_logits(
     ids = torch.cat([prompt_ids if cache is None else prompt_ids[:, -1:], forced], 1).to(model.device)
     logits = model(input_ids=ids, logits_to_keep=len(forced_ids), **{CACHE: cache}).logits
     return logits[0, -len(forced_ids) :]
+
+
+@dataclass(frozen=True)
+class FullAnswer:
+    """Full prefill's greedy answer to a prompt: P ids, and the logits (P, V) in fp32 that each was chosen by."""
+
+    ids: list[int]
+    logits: torch.Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, prompt: Prompt, num_tokens: int) -> FullAnswer:
+        """Prefills and decodes once, by the model's stock code."""
+        return cls(*greedy(model, prompt, whole("num_tokens", num_tokens, 1)))
+
+
+def greedy(model: nn.Module, prompt: Prompt, num_tokens: int, **kwargs: Any) -> tuple[list[int], torch.Tensor]:
+    """Greedy ids, and the logits (P, V) before any processor changed them, of the class's stock `generate`."""
+    input_ids = prompt.input_ids.to(model_of(model).device)
+    kind: Any = type(model)
+    unused = dict.fromkeys(("temperature", "top_p", "top_k"))  # settings of sampling, which warn without it
+    output = kind.generate(
+        model, input_ids, attention_mask=torch.ones_like(input_ids), min_new_tokens=num_tokens,
+        max_new_tokens=num_tokens, do_sample=False, num_beams=1, num_return_sequences=1, output_logits=True,
+        return_dict_in_generate=True, **unused, **kwargs,
+    )  # fmt: skip
+    return output.sequences[0, input_ids.shape[1] :].tolist(), torch.cat(output.logits).float()
+
+
+def require_bound(max_kl: Any) -> None:
+    """Raises `ValueError` or `TypeError` unless it is a number of nats, 0 or more."""
+    number_in("max_kl, in nats,", max_kl, 0, float("inf"))
 
 
 def describe_machine(device: torch.device) -> str:

@@ -24,16 +24,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arguments import described, known_fields, number_in, whole
+from ..arguments import described, known_fields, whole
 from ..config import BlendConfig, as_config
 from ..generate.blend_one import blend, require_prompt
 from ..locks import Mutex
 from ..model.hf_model import CACHE
 from ..prompts.prompt import Prompt
 from ..store import Store
-from ..support.registry import model_of
 from ..trace.trace import BlendTrace
-from .divergence import kl_divergence, teacher_forced_logits, top1_agreement
+from .divergence import FullAnswer, greedy, kl_divergence, require_bound, teacher_forced_logits, top1_agreement
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def verify_prompt(
     full = FullAnswer.of(model, prompt, num_tokens)
     result = blend(model, prompt, store=store, config=config)
     logits = teacher_forced_logits(model, prompt.input_ids, full.ids, copy.deepcopy(result.cache)).float()
-    blended_ids, _ = _greedy(model, prompt, num_tokens, **{CACHE: result.cache})
+    blended_ids, _ = greedy(model, prompt, num_tokens, **{CACHE: result.cache})
     return Verification(
         kl=kl_divergence(full.logits, logits).mean().item(),
         largest_logit_difference=(full.logits - logits).abs().max().item(),
@@ -113,32 +112,6 @@ def verify_prompt(
         recomputed_pairs_share=result.trace.recomputed_pairs_share,
         trace=result.trace,
     )
-
-
-@dataclass(frozen=True)
-class FullAnswer:
-    """Full prefill's greedy answer to a prompt: P ids, and the logits (P, V) in fp32 that each was chosen by."""
-
-    ids: list[int]
-    logits: torch.Tensor
-
-    @classmethod
-    def of(cls, model: nn.Module, prompt: Prompt, num_tokens: int) -> FullAnswer:
-        """Prefills and decodes once, by the model's stock code."""
-        return cls(*_greedy(model, prompt, whole("num_tokens", num_tokens, 1)))
-
-
-def _greedy(model: nn.Module, prompt: Prompt, num_tokens: int, **kwargs: Any) -> tuple[list[int], torch.Tensor]:
-    """Greedy ids, and the logits (P, V) before any processor changed them, of the class's stock `generate`."""
-    input_ids = prompt.input_ids.to(model_of(model).device)
-    kind: Any = type(model)
-    unused = dict.fromkeys(("temperature", "top_p", "top_k"))  # settings of sampling, which warn without it
-    output = kind.generate(
-        model, input_ids, attention_mask=torch.ones_like(input_ids), min_new_tokens=num_tokens,
-        max_new_tokens=num_tokens, do_sample=False, num_beams=1, num_return_sequences=1, output_logits=True,
-        return_dict_in_generate=True, **unused, **kwargs,
-    )  # fmt: skip
-    return output.sequences[0, input_ids.shape[1] :].tolist(), torch.cat(output.logits).float()
 
 
 # --- every k-th prompt ------------------------------------------------------------------------------------------------
@@ -168,11 +141,6 @@ class Verify:
         for name in ("every", "num_tokens"):
             object.__setattr__(self, name, whole(name, getattr(self, name), 1))
         require_bound(self.max_kl)
-
-
-def require_bound(max_kl: Any) -> None:
-    """Raises `ValueError` or `TypeError` unless it is a number of nats, 0 or more."""
-    number_in("max_kl, in nats,", max_kl, 0, float("inf"))
 
 
 class Verifier:

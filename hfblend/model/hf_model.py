@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import json
@@ -16,15 +15,16 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from ..attention.by_position import QueryRows, has_kernels
+from ..attention.by_position import QueryRows
 from ..attention.switch import attend_by_position
 from ..blend.caches import RecordingCache
-from ..blend.rotation import KeyRotation
+from ..blend.rotation import KeyRotation, Tables
+from ..kernels import has_kernels
 from ..kv.origin import Origin, digest_of
-from ..kv.rows import KV, RowLayout, sent
+from ..kv.rows import KV, RowLayout
 from ..locks import lock_of
 from .compiled import run_as_written
-from .rotary_tables import find_rotary_sources
+from .rotary_tables import find_rotary_sources, state_of
 from .tensor_parallel import Ranks
 from .weights.fingerprint import Fingerprint
 from .weights.offloading import device_of
@@ -63,7 +63,7 @@ class HFModel:
         model: a Transformers causal LM in eval mode. Nothing of it is changed.
 
     Attributes:
-        rotations: per layer, how cached state turns with position; set by the self-test, as the next two.
+        rotations: per layer, how cached state turns with position; set by the self-test, as are the next two.
         layouts: per layer, the shape of one token's cached state.
         fingerprint: of weights and configuration, for store keys.
 
@@ -85,7 +85,7 @@ class HFModel:
         if kinds:
             raise UnsupportedModel(
                 f"{type(model).__name__} has layers of type {sorted(kinds)}, which keep more than keys and values: "
-                "recurrent or convolutional state depends on all tokens before it, and an index beside the keys is "
+                "recurrent or convolutional state depends on all tokens before it, and an index next to the keys is "
                 "not moved with them."
             )
         self.num_layers: int = self.config.num_hidden_layers
@@ -138,11 +138,11 @@ class HFModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: to the first of the devices that the model may be spread over."""
+        """The device that takes token ids: the first of those that the model is spread over."""
         return device_of(self.decoder)
 
     def device_of_layer(self, layer_idx: int) -> torch.device:
-        """Where a layer computes, and its K/V are."""
+        """The device that runs this layer and holds its K/V."""
         return device_of(self.layers[layer_idx])
 
     @property
@@ -151,32 +151,32 @@ class HFModel:
 
     @property
     def chunks_at_once(self) -> int:
-        """How many chunks a forward should prefill: a CPU is busy with one, a GPU waits for Python."""
+        """The number of chunks that one forward should prefill: one keeps a CPU busy, a GPU waits for Python."""
         return 1 if self.device.type == "cpu" else 8
 
     @property
     def name(self) -> str:
-        """The hub's id, the name of its folder, or else its class: for people."""
+        """The hub's id, the name of its folder, or else its class, to be shown."""
         name = str(getattr(self.model.config, "_name_or_path", "") or "")
         return (os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name) or type(self.model).__name__
 
     @property
     def digest(self) -> str:
-        """The fingerprint, as it was found last."""
+        """The fingerprint as last found."""
         return self.fingerprint.digest
 
     @property
     def takes_kernels(self) -> bool:
         """Whether the Triton kernels may work on this model's K/V: all of it is on one GPU that has them.
 
-        Asked several times a prompt, so it rests on what the fingerprint saw last.
+        Asked several times a prompt, so it relies on the devices that the fingerprint saw last.
         """
         on_one = self.fingerprint.devices == {self.device} and not self.ranks.are_several
         return has_kernels(self.device) and on_one
 
     @property
     def num_kv_layers(self) -> int:
-        """Layers with K/V of their own. The last ones of some models attend to those of layers before them."""
+        """Layers that hold K/V. The last ones of some models attend to those of layers before them."""
         return len(self.layouts)
 
     @property
@@ -185,13 +185,9 @@ class HFModel:
         return self.dtype.itemsize * sum(layout.width for layout in self.layouts.values())
 
     def origin_of(self, ids: Sequence[int], after_ids: Sequence[int]) -> Origin:
-        """What a store says of KV that this model computes of ids after others."""
-        return Origin(self.name, self.digest, self.described_rope, digest_of(ids), digest_of(after_ids))
-
-    @property
-    def described_rope(self) -> str:
-        """Its RoPE, as the config has it, in JSON."""
-        return json.dumps(getattr(self.config, "rope_parameters", None) or {}, default=str)
+        """The origin, for a store, of KV that this model computes from ids after others."""
+        rope = json.dumps(getattr(self.config, "rope_parameters", None) or {}, default=str)
+        return Origin(self.name, self.digest, rope, digest_of(ids), digest_of(after_ids))
 
     @property
     def is_cast(self) -> bool:
@@ -232,7 +228,7 @@ class HFModel:
 
     @property
     def has_hooks(self) -> bool:
-        """Whether somebody watches or steers the model's modules from outside."""
+        """Whether hooks watch or steer the model's modules from outside."""
         return False
 
     def small_steps_in_one_kernel(self) -> None:
@@ -250,55 +246,28 @@ class HFModel:
         return max(length, grown) if grown > trained and length >= trained else length
 
     def prefilling(self, work: Callable[..., T], *args: Any) -> T:
-        """Runs a forward of some ids alone: frequencies that grow with prompts are those of a model that has seen none.
-
-        Afterwards they are as before.
-        """
+        """Runs a forward of ids alone, with the frequencies of a model that has seen no prompt, then restores them."""
         if not self.length_dependent:
             return self.lock.shared(work, *args)
         return self.lock.exclusive(self._from_rest, work, *args)
 
     def _from_rest(self, work: Callable[..., T], *args: Any) -> T:
-        self._keep_rotary_state()
+        self.keep_rotary_state()
         for source in self.rotary_sources:
             if source.length_in_force:
                 source.back_to_rest()
         return work(*args)
 
-    def _keep_rotary_state(self) -> None:
-        """Lets exclusive work end with rotary modules as they are now (dynamic NTK remembers the longest prompt)."""
-        modules = {source.module for source in self.rotary_sources}
-        attributes = [(m, {k: v for k, v in vars(m).items() if not k.startswith("_")}) for m in modules]
-        buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
-        self.lock.undo_later(functools.partial(_put_rotary_back, attributes, buffers))
+    def keep_rotary_state(self) -> None:
+        """Restores rotary modules when the exclusive work ends (dynamic NTK remembers the longest prompt)."""
+        self.lock.undo_later(state_of(self.rotary_sources))
 
-    @torch.no_grad()
-    def rotary_tables(self, source: int, positions: torch.Tensor, regime: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (N, 2R or R) in fp32 of a rotary source at `positions` (N,), in a given regime.
+    def rotary_tables(self, source: int, positions: torch.Tensor, regime: int) -> Tables:
+        """cos and sin (N, 2R or R) in fp32 of a rotary source at `positions` (N,), in a given regime."""
+        return self.rotary_sources[source].tables(positions, regime)
 
-        A shallow replica answers, so that the model's own rotary state (dynamic, longrope) stays as it is.
-        """
-        module, layer_type = self.rotary_sources[source].module, self.rotary_sources[source].layer_type
-        replica = copy.copy(module)
-        replica._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
-        device = next((b.device for b in replica._buffers.values() if b is not None), positions.device)
-        x = torch.zeros((), dtype=torch.float32, device=device)
-        extra = () if layer_type is None else (layer_type,)
-        last = torch.full((1,), max(regime - 1, 0), dtype=positions.dtype, device=positions.device)
-        forcing = sent(torch.cat([positions, last]), device)[None]
-        if self.rotary_sources[source].may_depend_on_length:
-            replica(x, torch.zeros_like(forcing[:, :1]), *extra)  # back to the short regime, then grow to `regime`
-        try:
-            tables = replica(x, forcing, *extra)
-        except IndexError:  # it wants a position in time, height and width; text has the same in all three
-            tables = replica(x, forcing.expand(3, 1, -1), *extra)
-        cos, sin = (tables.real, tables.imag) if torch.is_tensor(tables) else tables
-        return cos.flatten(0, -3)[0, :-1].float(), sin.flatten(0, -3)[0, :-1].float()
-
-    def rotary_tables_of_pieces(
-        self, source: int, pieces: list[tuple[torch.Tensor, int]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`rotary_tables` of several (positions, regime), one behind the other."""
+    def rotary_tables_of_pieces(self, source: int, pieces: list[tuple[torch.Tensor, int]]) -> Tables:
+        """`rotary_tables` of several (positions, regime), one after the other."""
         if not self.length_dependent:
             pieces = [(torch.cat([positions for positions, _ in pieces]), 0)]
         cos, sin = zip(*(self.rotary_tables(source, *piece) for piece in pieces))
@@ -317,12 +286,7 @@ class HFModel:
         return one == other or not self.length_dependent or self._same_tables(one, other)
 
     def _same_tables(self, one: int, other: int) -> bool:
-        probe = torch.ones(1, dtype=torch.long)
-        return all(
-            torch.equal(a, b)
-            for i in range(len(self.rotary_sources))
-            for a, b in zip(self.rotary_tables(i, probe, one), self.rotary_tables(i, probe, other))
-        )
+        return all(source.has_same_tables(one, other) for source in self.rotary_sources)
 
     # --- the self-test's forwards -------------------------------------------------------------------------------
 
@@ -333,10 +297,6 @@ class HFModel:
         limit = min((n for n in lengths if n), default=count + _SELF_TEST_SHIFT)
         first = torch.arange(count, device=self.device)
         return first, first + max(1, min(_SELF_TEST_SHIFT, limit - count))
-
-    def record(self, positions: torch.Tensor) -> dict[int, KV]:
-        """K/V of all layers for a few fixed ids at `positions` (N,), from a stock forward."""
-        return self.run_stock(positions)[0]
 
     def self_test_ids(self, count: int) -> torch.Tensor:
         """(count,) fixed ids."""
@@ -364,7 +324,7 @@ class HFModel:
             UnsupportedModel: with the error that it ended in.
         """
         try:
-            self._keep_rotary_state()
+            self.keep_rotary_state()
             return self.decoder_forward(**kwargs)
         except FORWARD_ERRORS as error:
             raise UnsupportedModel(
@@ -461,7 +421,7 @@ def _find_decoder(model: nn.Module, num_layers: int) -> nn.Module:
 
 
 def _find_layer_owner(decoder: nn.Module, num_layers: int) -> nn.Module:
-    """The module that holds the decoder layers, not those of a vision tower beside it."""
+    """The module that holds the decoder layers, not those of a vision tower next to it."""
     inner = decoder.get_decoder() if isinstance(decoder, PreTrainedModel) else decoder
     return (_lists_of(inner, num_layers) or _lists_of(decoder, num_layers))[0]
 
@@ -473,12 +433,3 @@ def _lists_of(root: nn.Module, length: int) -> list[nn.Module]:
 
 def _is_list_of(module: nn.Module, num_layers: int) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) == num_layers
-
-
-def _put_rotary_back(attributes: list[tuple[nn.Module, dict[str, Any]]], buffers: list[Any]) -> None:
-    for module, values in attributes:
-        module.__dict__.update(values)
-    for module, name, buffer, content in buffers:
-        module._buffers[name] = buffer
-        if not torch.equal(buffer, content):
-            buffer.copy_(content)

@@ -2,7 +2,7 @@
 
     watched     the hidden states that enter a layer are kept
     resumed     a later pass over some of those rows starts there: nothing is computed twice
-    cut         in the last layer all rows leave their K/V, and only the rows that somebody reads go on
+    cut         in the last layer all rows leave their K/V, and only the rows whose output is read go on
 
         layer 0 … c − 1      layer c …                  last layer
         skipped              rows S, all of the layer    K/V of rows S; attention and MLP of the last row
@@ -103,8 +103,8 @@ def wrap_forward(lock: ForwardLock, module: nn.Module, around: Callable[..., Any
 
 
 def hook_before(lock: ForwardLock, module: nn.Module, before: Callable[..., Any]) -> None:
-    """Calls `before(args, kwargs)`, which returns those to go on with, as a module is called: before its `forward`,
-    whatever stands there. In the exclusive work of `lock` that this is."""
+    """Calls `before(args, kwargs)`, which returns those to go on with, before any `forward` of a module, in the
+    exclusive work of `lock`."""
     hooks, is_inside = module._forward_pre_hooks, only_inside()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -129,7 +129,7 @@ def with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Ten
 
 
 def _rows_of(value: Any, num_rows: int, rest: slice) -> Any:
-    """The rows that go on, of whatever has one entry per row: hidden states, positions, rotary tables."""
+    """The rows that go on, of anything with one entry per row: hidden states, positions, rotary tables."""
     if isinstance(value, tuple):
         return tuple(_rows_of(one, num_rows, rest) for one in value)
     if torch.is_tensor(value) and value.ndim >= 2 and value.shape[1] == num_rows:

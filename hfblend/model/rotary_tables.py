@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+
+from ..kv.rows import sent
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class RotarySource:
         return int(getattr(self.module, own, getattr(self.module, "max_seq_len_cached", 0)))
 
     def at_rest(self) -> dict[str, torch.Tensor]:
-        """By name, the buffers that forwards rewrite, as a model has them that has seen no long prompt."""
+        """The buffers that forwards rewrite, by name, with the values of a model that has seen no long prompt."""
         prefix = "" if self.layer_type is None else f"{self.layer_type}_"
         has_grown = self.length_in_force > getattr(self.module, "original_max_seq_len", self.length_in_force)
         if not has_grown and self.rope_type != "longrope":  # the latter's are overwritten in every forward
@@ -47,8 +53,36 @@ class RotarySource:
     def back_to_rest(self) -> None:
         """Lets dynamic NTK forget what it has grown to, as it does itself for a short prompt."""
         device = next((b.device for b in self.module.buffers()), torch.device("cpu"))
+        self._ask(self.module, torch.zeros(1, 1, dtype=torch.long, device=device))
+
+    @torch.no_grad()
+    def tables(self, positions: torch.Tensor, regime: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (N, 2R or R) in fp32 at `positions` (N,), in the regime of a prompt of that length.
+
+        A shallow replica answers, so that the model's own rotary state (dynamic, longrope) stays unchanged.
+        """
+        replica = copy.copy(self.module)
+        replica._buffers = {name: None if b is None else b.clone() for name, b in self.module._buffers.items()}
+        device = next((b.device for b in replica._buffers.values() if b is not None), positions.device)
+        last = torch.full((1,), max(regime - 1, 0), dtype=positions.dtype, device=positions.device)
+        forcing = sent(torch.cat([positions, last]), device)[None]
+        if self.may_depend_on_length:
+            self._ask(replica, torch.zeros_like(forcing[:, :1]))  # back to the short regime, then grow to `regime`
+        try:
+            tables = self._ask(replica, forcing)
+        except IndexError:  # it wants a position in time, height and width; text has the same in all three
+            tables = self._ask(replica, forcing.expand(3, 1, -1))
+        cos, sin = (tables.real, tables.imag) if torch.is_tensor(tables) else tables
+        return cos.flatten(0, -3)[0, :-1].float(), sin.flatten(0, -3)[0, :-1].float()
+
+    def has_same_tables(self, one: int, other: int) -> bool:
+        """Whether two prompt lengths give the same frequencies."""
+        probe = torch.ones(1, dtype=torch.long)
+        return all(map(torch.equal, self.tables(probe, one), self.tables(probe, other)))
+
+    def _ask(self, module: nn.Module, positions: torch.Tensor) -> Any:
         extra = () if self.layer_type is None else (self.layer_type,)
-        self.module(torch.zeros((), device=device), torch.zeros(1, 1, dtype=torch.long, device=device), *extra)
+        return module(torch.zeros((), dtype=torch.float32, device=positions.device), positions, *extra)
 
 
 def find_rotary_sources(decoder: nn.Module) -> list[RotarySource]:
@@ -62,3 +96,20 @@ def find_rotary_sources(decoder: nn.Module) -> list[RotarySource]:
         kinds = sorted(rope_type) if takes_type and isinstance(rope_type, dict) else [None]
         sources += [RotarySource(module, kind) for kind in kinds]
     return sources
+
+
+def state_of(sources: Iterable[RotarySource]) -> Callable[[], None]:
+    """Notes the state of rotary modules, and returns a function that restores it."""
+    modules = {source.module for source in sources}
+    attributes = [(m, {k: v for k, v in vars(m).items() if not k.startswith("_")}) for m in modules]
+    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    return functools.partial(_restore, attributes, buffers)
+
+
+def _restore(attributes: list[tuple[nn.Module, dict[str, Any]]], buffers: list[Any]) -> None:
+    for module, values in attributes:
+        module.__dict__.update(values)
+    for module, name, buffer, content in buffers:
+        module._buffers[name] = buffer
+        if not torch.equal(buffer, content):
+            buffer.copy_(content)

@@ -249,7 +249,7 @@ def _attention_of(config: dict[str, Any]) -> list[Any]:
 
 
 def _without_adapters(named: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules as they are without adapters, by their paths."""
+    """The model's modules without adapters, by their paths."""
     brought = tuple(
         f"{path}.{name}."
         for path, module in named

@@ -1,4 +1,4 @@
-"""One `TestedModel` per Transformers model, its self-test done: found again wherever the model is handed in."""
+"""One `TestedModel` per Transformers model, its self-test done, found again by the model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TestedModel(HFModel):
 
     def look(self) -> tuple[bool, str | None]:
         """Returns whether the model, or a module inside it that then computes otherwise, is in training mode, and why
-        the model cannot be blended as it is put together now, `None` if it can.
+        the model cannot be blended in its present structure, `None` if it can.
 
         Where modules, the code they run, their settings or their configs have changed, the self-test runs again.
         """
@@ -89,7 +89,7 @@ class TestedModel(HFModel):
 
     @property
     def has_hooks(self) -> bool:
-        """Whether somebody watches or steers the model's modules from outside, as they were looked at last."""
+        """Whether hooks watched or steered the model's modules from outside at the last look."""
         return self._structure.has_hooks()
 
     def _prove_again(self) -> None:
@@ -113,7 +113,7 @@ class TestedModel(HFModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its K/V, as the self-test found it: parameters may be packed integers."""
+        """The dtype of its K/V, found by the self-test: parameters may be packed integers."""
         of_parameters = super().dtype
         return self._kv_dtypes.get(of_parameters, of_parameters)
 
@@ -223,7 +223,7 @@ def _reads_last_row_only(hf_model: HFModel) -> bool:
 @torch.no_grad()
 def _try_whole(hf_model: HFModel, around: Callable[..., Any]) -> torch.Tensor:
     """Logits (1, 1, V) of the last of a few fixed ids, in exclusive work, where `around` has the decoder's forward."""
-    hf_model._keep_rotary_state()
+    hf_model.keep_rotary_state()
     ids = hf_model.self_test_ids(LENGTH)[None]
     wrap_forward(hf_model.lock, hf_model.decoder, around)
     cache = DynamicCache(config=hf_model.config)
@@ -274,5 +274,5 @@ def _proved(model: nn.Module) -> TestedModel:
 
 
 def forget(model: nn.Module) -> None:
-    """Drops what is known of a model; the next `model_of` finds it out anew."""
+    """Drops a tested model; the next `model_of` tests it again."""
     _known.pop(base_of(model), None)

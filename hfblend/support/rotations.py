@@ -1,5 +1,5 @@
-"""How each layer's cached state turns with position, found by a numeric test: two stock forwards over the same ids at
-positions p and p + Δ.
+"""Finds how each layer's cached state turns with position, by two stock forwards over the same ids at positions p and
+p + Δ.
 
 Shapes: B batch, Hkv KV heads, N tokens, D head_dim, R rotated pairs (2R ≤ D).
 """
@@ -56,7 +56,7 @@ def find_rotations(
 
 
 def _require_relative(stock: Stock, moved: Steps) -> None:
-    """What comes out of a layer may not depend on where the text stands.
+    """Requires that the output of a layer does not depend on the position of the text.
 
     Raises:
         UnsupportedModel: naming the first layer where it does.

@@ -1,9 +1,9 @@
 """The end of the self-test: a pass over scattered rows must give what a stock forward over all tokens gives.
 
     stock    ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■      16 tokens, K/V of every layer kept
-    pass     · ■ · · ■ ■ · · · ■ · · ■ · · ·      5 of them again, over the K/V of the others, those behind them too
+    pass     · ■ · · ■ ■ · · · ■ · · ■ · · ·      5 of them again, over the K/V of the others, later ones too
 
-A model whose positions do not come from `position_ids`, whose mask is of its own kind, or whose rows depend on which
+A model whose positions do not come from `position_ids`, whose mask is unusual, or whose rows depend on which
 others run with them, is refused here, before it could answer wrongly.
 
 Shapes: S rows of the pass, T all tokens, Hkv KV heads, D head_dim.
@@ -116,7 +116,7 @@ def _run_rows(
 
 
 def _require_equal(stock: Stock, found: Steps, rows: Sequence[int], start: int = 0) -> None:
-    """From step `start` on, the rows of a pass have to be what they are in the stock forward.
+    """Requires that the rows of a pass equal those of the stock forward, from step `start` on.
 
     Raises:
         UnsupportedModel: with the difference.

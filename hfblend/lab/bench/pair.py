@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-import hfblend
-
+from ...patching import patch
 from ...prompts.prompt import Prompt
 from ...store import DiskStore, MemoryStore, Store
 from ...trace.trace import BlendTrace
@@ -61,13 +60,13 @@ class Pair(AbstractContextManager["Pair"]):
         tokenizer: for methods that need a filler.
 
     Raises:
-        hfblend.UnsupportedModel: the model cannot be blended.
+        UnsupportedModel: the model cannot be blended.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         self.stock, self.model, self.device = twin_of(model), model, model.device
         self._tokenizer = tokenizer
-        self._blender = hfblend.patch(model, tokenizer=tokenizer)
+        self._blender = patch(model, tokenizer=tokenizer)
         self._elsewhere = PromptMaker(model.config.vocab_size, seed=1).ids(_ELSEWHERE_TOKENS)
 
     def __exit__(self, *error: object) -> None:

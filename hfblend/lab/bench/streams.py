@@ -21,10 +21,9 @@ from ...store.keys import file_name_of
 from ...support.registry import model_of
 from ..baselines import METHODS
 from ..clock import Say, take_turns
-from ..report import Row
+from ..report import Row, with_range
 from ..settings import Case
 from .pair import Arrivals, Pair, Stores
-from .ttft import with_range
 
 _STOCK = Case(METHODS["full_prefill"], 1.0)
 _BUFFER_BYTES = 4 * 2**20  # of a plain read

@@ -12,7 +12,7 @@ from ...prompts.prompt import Prompt
 from ...trace.trace import BlendTrace
 from ..baselines import PrefixReuse
 from ..clock import Peaks, Say, Turn, take_turns
-from ..report import Row
+from ..report import Row, middle, with_range
 from ..settings import Case
 from .flops import Shape, flops, full_prefill_flops, least_bytes
 from .pair import Pair, Stores
@@ -55,10 +55,10 @@ def rows_of(
                 "turns": len(own),
                 **with_range("ttft_ms", [turn.ms for turn in own]),
                 **with_range("speed_up", _ratios(whole, own)),
-                "peak_gib": _median([turn.peak_gib for turn in own if turn.peak_gib is not None]),
+                "peak_gib": middle([turn.peak_gib for turn in own if turn.peak_gib is not None]),
                 **_trace_figures(own),
                 "load_ms": load_ms.get(case.chunks_in) if own else None,
-                "over_first_place": _median(_ratios(own, in_first)) if case.chunks_in else None,
+                "over_first_place": middle(_ratios(own, in_first)) if case.chunks_in else None,
                 **_counted(own, case, prompt, shape, element_bytes, peaks),
             }
         )
@@ -66,15 +66,6 @@ def rows_of(
         limit, speed_up = row["speed_up_limit"], row["speed_up"]
         row["share_of_limit"] = None if limit is None or speed_up is None else speed_up / limit
     return rows
-
-
-def with_range(name: str, values: Sequence[float]) -> Row:
-    """The median of some values, and the lowest and highest of them under `<name>_range`."""
-    return {name: _median(values), f"{name}_range": [min(values), max(values)] if values else None}
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return median(values) if values else None
 
 
 def _ratios(slow: Sequence[Turn], fast: Sequence[Turn]) -> list[float]:

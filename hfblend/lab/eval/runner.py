@@ -15,8 +15,7 @@ import torch
 
 from ...generate.blend_one import BlendResult
 from ...kv.chunk import ChunkKV
-from ...measure.divergence import kl_divergence, teacher_forced_logits, top1_agreement
-from ...measure.verify import FullAnswer
+from ...measure.divergence import FullAnswer, kl_divergence, teacher_forced_logits, top1_agreement
 from ...model.hf_model import CACHE
 from ...prompts.tokenize import Encoder
 from ...store import MemoryStore

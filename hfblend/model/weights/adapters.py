@@ -1,7 +1,7 @@
 """peft's adapters: which of them act in a forward, and which weights they bring.
 
 The fingerprint leaves out adapters that do not act: a model whose adapters are disabled has the keys it had without
-them, and an adapter's entries are found again when it is switched back on, whatever was loaded or deleted in between.
+them, and an adapter's entries are found again when it is switched back on, even if others came or went meanwhile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CONFIG_NOISE = ("base_model_name_or_path", "inference_mode", "revision", "peft_
 
 
 class Adapters:
-    """A model's adapted layers, as they are now."""
+    """A model's adapted layers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [(path, module) for path, module in model.named_modules() if _is_adapted(module)]

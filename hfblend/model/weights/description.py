@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .contents import digest
+from .digests import digest
 
 PLAIN = (bool, int, float, str, type(None))
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)

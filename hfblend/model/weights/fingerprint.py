@@ -19,9 +19,10 @@ from ..rotary_tables import find_rotary_sources
 from ..structure import Members, Structure, plain_tensors
 from . import adapters
 from . import quantised as quantised_weights
-from .contents import Samples, digests
 from .description import config_text
+from .digests import digests
 from .offloading import OffloadedWeights
+from .samples import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Fingerprint:
     A weight or buffer counts as changed when its memory, its shape or its version counter does: after assignment,
     in-place operations, moving, casting. Writes past the counter (fused optimizers, `.data`, NumPy views) are
     found in a sample of every tensor's elements, which is compared at each call. A write that misses the sample
-    (`contents.Samples`) is not found, so call `refresh()` after it. `hfblend.model.structure` finds all other changes.
+    (`samples.Samples`) is not found, so call `refresh()` after it. `hfblend.model.structure` finds all other changes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -171,7 +172,7 @@ class _Inside:
         return frozenset(weight.tensor.device for weight in self._weights.values())
 
     def tensors(self) -> list[torch.Tensor | None]:
-        """Of each weight, the memory that holds it; `None` if it is in a file, or unknown."""
+        """The memory that holds each weight; `None` if it is in a file, or unknown."""
         if not any(map(_IS_META, self._tensors)):
             return self._tensors
         weights = self._weights.values()

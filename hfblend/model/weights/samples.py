@@ -1,4 +1,4 @@
-"""The numbers of many tensors: a digest of every byte, and a sample of them that can be taken before every prompt.
+"""A sample of the numbers of many tensors, cheap enough to be taken before every prompt.
 
 Version counters do not tell all changes: fused optimizers, `.data`, NumPy and DLPack views, DeepSpeed's flat buffers
 and `_unsafe_preserve_version_counter` write past them. The sample finds those by content.
@@ -12,67 +12,22 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import torch
-import xxhash
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...attention.by_position import has_kernels, kernels
+from ... import kernels
 
-_Source = TypeVar("_Source")
 Place: TypeAlias = tuple[int, int]  # of a sample in a tensor's memory: how many elements, and how far apart
 
-_PIECE = 1 << 24  # bytes that come from a GPU at once
-_THREADS = 8  # at most; copying and hashing both leave the interpreter to others
 _WHOLE = 1 << 13  # elements: norms, biases and rotary tables are compared whole
 _ONE_OF = 1 << 14  # elements of a larger tensor, within these limits: a GPU reads more in less time
 _ON_CPU, _ON_GPU = (32, 1024), (1024, 4096)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-_staging = threading.local()  # each thread's pinned buffer
-
-
-# --- all bytes --------------------------------------------------------------------------------------------------------
-
-
-def digests(sources: Iterable[_Source], read: Callable[[_Source], torch.Tensor | None]) -> list[bytes | None]:
-    """The digest of each tensor that `read` gives, several at a time; `None` for `None`."""
-
-    @torch.no_grad()
-    def one(source: _Source) -> bytes | None:
-        tensor = read(source)
-        return None if tensor is None else digest(tensor)
-
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(one, sources))
-
-
-def digest(tensor: torch.Tensor) -> bytes:
-    """XXH3-128 of a tensor's bytes in the order of its elements, the same on every device."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    state = xxhash.xxh3_128()
-    for piece in (data,) if data.device.type == "cpu" else data.split(_PIECE):
-        state.update(_on_host(piece).numpy().data)
-    return state.digest()
-
-
-def _on_host(piece: torch.Tensor) -> torch.Tensor:
-    """The bytes in RAM; from an NVIDIA GPU through pinned memory, while other threads hash theirs."""
-    if piece.device.type != "cuda":
-        return piece.cpu()
-    if not hasattr(_staging, "buffer"):
-        _staging.buffer = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
-    return _staging.buffer[: len(piece)].copy_(piece)
-
-
-# --- a sample ---------------------------------------------------------------------------------------------------------
 
 
 class Samples:
@@ -131,7 +86,7 @@ class _Group:
             self.take = lambda: torch.from_numpy(np.concatenate(views))  # in half of the time of torch.cat
             return
         self.memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
-        if has_kernels(device):
+        if kernels.has_kernels(device):
             rows = zip(tensors, places, accumulate(self.counts, initial=0))
             table = torch.tensor([(t.data_ptr(), step, start, count) for t, (count, step), start in rows])
             self.take = functools.partial(kernels.sample, table.to(device), sum(self.counts), _bits(tensors[0]).dtype)
