@@ -10,8 +10,8 @@ late layers first (the suffix's attention) has to wait for all of them, and it i
 
     TTFT(r) = max(T_compute(r), T_load)        or        T_compute(r) + T_load
 
-`Controller.decide` takes the largest ratio that loading hides, but never less than r*; and none, a full prefill, where
-that is quicker. All numbers come from a `Profile`, measured once (`hfblend.measure.profile`).
+`Controller.decide` takes the largest ratio that loading hides, but never less than r*; and a full prefill where that is
+quicker. All numbers come from a `Profile`, measured once (`hfblend.measure.profile`).
 
 Source: CacheBlend (arXiv 2405.16444) section 5.1, whose T_recompute is r · T_prefill.
 
@@ -41,7 +41,7 @@ TIERS = ("remote", "disk", "page_cache", "ram", "memory")  # the cheapest first;
 
 @dataclass(frozen=True)
 class Work:
-    """What forwards do: rows, and the keys that they see, summed over layers.
+    """The work of forwards: rows, and the keys that they see, summed over layers.
 
     >>> Work.of_prefill(4, 2)
     Work(rows=8, keys=20.0)
@@ -52,13 +52,13 @@ class Work:
 
     @classmethod
     def of_prefill(cls, tokens: int, layers: int, exact: int = 0) -> Work:
-        """All tokens but the first `exact` ones, whose KV is there."""
+        """Returns the work of prefilling all tokens but the first `exact` ones, whose KV exists."""
         return cls(layers * (tokens - exact), layers * _seen(exact, tokens))
 
     @classmethod
     def of_blend(cls, prompt: BlendShape, ratio: float, layers: int, check_layer: int | None) -> Work:
-        """A blend at a ratio: the suffix and the selected tokens, which stand anywhere behind the exact ones; and what
-        selecting takes: all tokens up to the check layer, or (`None`) the suffix through all layers."""
+        """Returns the work of a blend: the suffix, and the selected tokens, which stand anywhere after the exact ones;
+        and that of selecting: all tokens up to the check layer, or (`None`) the suffix through all layers."""
         start = prompt.tokens - prompt.suffix
         selected = budget(ratio, start - prompt.exact)
         suffix_keys = _seen(start, prompt.tokens)
@@ -71,12 +71,12 @@ class Work:
 
 @dataclass(frozen=True)
 class BlendShape:
-    """What a prompt holds.
+    """The sizes of a prompt, in tokens.
 
     Args:
         tokens: T.
-        exact: at its beginning, with KV that holds as it is.
-        suffix: behind the last chunk, always computed.
+        exact: at its beginning, whose KV is reused unchanged.
+        suffix: after the last chunk, always computed.
     """
 
     tokens: int
@@ -85,7 +85,7 @@ class BlendShape:
 
 
 def _seen(start: int, stop: int) -> float:
-    """Keys that the rows at positions start … stop − 1 see, summed."""
+    """Returns the keys that the rows at positions start … stop − 1 see, summed."""
     return (stop * (stop + 1) - start * (start + 1)) / 2
 
 
@@ -103,11 +103,11 @@ class Cost:
 
     @classmethod
     def fit(cls, works: Sequence[Work], seconds: Sequence[float]) -> Cost:
-        """The cost whose relative errors are smallest (least squares, nothing below 0)."""
+        """Returns the cost with the smallest relative errors (least squares, nothing below 0)."""
         return cls(*_fit([[1.0, work.rows, work.keys] for work in works], seconds))
 
     def seconds(self, work: Work) -> float:
-        """What this work takes."""
+        """Returns the time of this work."""
         return round(self.fixed + self.per_row * work.rows + self.per_key * work.keys, 9)
 
 
@@ -115,7 +115,7 @@ class Cost:
 class BlendCost:
     """Seconds of a blend whose chunk KV lies on the model's device.
 
-        fixed + slower · (what as many rows and keys cost in a full prefill) + per_token · T
+        fixed + slower · (the cost of as many rows and keys in a full prefill) + per_token · T
 
     Attributes:
         slower: few rows are computed less efficiently than many.
@@ -128,17 +128,17 @@ class BlendCost:
 
     @classmethod
     def fit(cls, prefill: Cost, works: Sequence[Work], tokens: Sequence[int], seconds: Sequence[float]) -> BlendCost:
-        """As `Cost.fit`, from blends of prompts with so many tokens."""
+        """Fits as `Cost.fit`, from blends of prompts with so many tokens."""
         rows = [[1.0, prefill.seconds(work) - prefill.fixed, float(n)] for work, n in zip(works, tokens)]
         return cls(*_fit(rows, seconds))
 
     def seconds(self, prefill: Cost, work: Work, tokens: int) -> float:
-        """What a blend takes."""
+        """Returns the time of a blend."""
         return self.fixed + self.slower * (prefill.seconds(work) - prefill.fixed) + self.per_token * tokens
 
 
 def _fit(rows: list[list[float]], seconds: Sequence[float]) -> list[float]:
-    """Non-negative least squares on relative errors; columns whose coefficient would be negative are left out."""
+    """Returns non-negative least squares on relative errors; columns with a negative coefficient are left out."""
     a = torch.tensor(rows, dtype=torch.float64) / torch.tensor(seconds, dtype=torch.float64)[:, None]
     scale = a.abs().amax(0).clamp_min(1e-300)
     found, columns = torch.zeros(a.shape[1], dtype=torch.float64), list(range(a.shape[1]))
@@ -165,18 +165,18 @@ class LoadCost:
 
     @classmethod
     def fit(cls, loads: Sequence[Load], seconds: Sequence[float]) -> LoadCost:
-        """As `Cost.fit`."""
+        """Fits as `Cost.fit`."""
         per_entry, per_byte = _fit([[float(load.entries), float(load.num_bytes)] for load in loads], seconds)
         return cls(per_entry, 1 / max(per_byte, 1e-15))
 
     def seconds(self, load: Load) -> float:
-        """What this load takes."""
+        """Returns the time of this load."""
         return self.per_entry * load.entries + load.num_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True)
 class Load:
-    """Entries to load from one tier, and their bytes together."""
+    """Entries to load from one tier, and their total of bytes."""
 
     entries: int
     num_bytes: int
@@ -186,7 +186,7 @@ class Load:
 
 
 def loads_of(reuse: Reuse, device: torch.device) -> dict[str, Load]:
-    """Tier -> what a prompt has to load from it; `"memory"` is the device's own."""
+    """Returns tier -> the load of a prompt from it; `"memory"` is that of the device itself."""
     found: dict[str, Load] = {}
     for piece in reuse.pieces:
         tier = piece.entry.tier_beside(device)
@@ -196,14 +196,14 @@ def loads_of(reuse: Reuse, device: torch.device) -> dict[str, Load]:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a model and the places of its chunk KV take on one machine.
+    """The costs of a model and of the tiers of its chunk KV on one machine.
 
     Attributes:
-        made_of: machine, model, dtype and rule, in words.
+        made_of: machine, model, dtype and rule, as text.
         layers: L.
         check_layer: of a rule that selects early; `None`: the rule waits for late layers.
         prefill, blend: seconds of computing.
-        tiers: tier -> what loading takes, read, checked and on the device; `"memory"` needs none.
+        tiers: tier -> cost of loading (reading, checking, moving to the device); `"memory"` needs none.
     """
 
     made_of: str
@@ -214,7 +214,7 @@ class Profile:
     tiers: Mapping[str, LoadCost] = field(default_factory=dict)
 
     def save(self, file: Path) -> None:
-        """Writes a JSON file; one that is there is replaced at once."""
+        """Writes a JSON file; replaces an existing one atomically."""
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         text = json.dumps({"format": PROFILE_FORMAT, **asdict(self)}, indent=1) + "\n"
@@ -228,7 +228,7 @@ class Profile:
 
     @classmethod
     def load(cls, file: Path) -> Profile | None:
-        """What `save` wrote; `None` if there is none of this version, or one with numbers that nobody measured."""
+        """Reads a file of `save`; `None` if it is missing, has another version or holds invalid numbers."""
         try:
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             if found.pop("format") != PROFILE_FORMAT:
@@ -237,11 +237,11 @@ class Profile:
             tiers = {tier: LoadCost(**cost) for tier, cost in found.pop("tiers").items()}
             profile = cls(prefill=prefill, blend=blend, tiers=tiers, **found)
             return profile if profile._is_sound() else None
-        except Exception:  # whatever a damaged file makes go wrong
+        except Exception:  # a damaged file may raise any
             return None
 
     def _is_sound(self) -> bool:
-        """Whether a controller can compute with it."""
+        """Whether a controller can compute with these numbers."""
         costs = self.prefill, self.blend, *self.tiers.values()
         numbers = [number for cost in costs for number in vars(cost).values()]
         return (
@@ -254,7 +254,7 @@ class Profile:
 
 
 class Controller:
-    """Decides prompt by prompt.
+    """Decides the ratio of each prompt.
 
     Args:
         profile: of this model, rule and machine.
@@ -265,51 +265,43 @@ class Controller:
         self.profile, self.least_ratio = profile, least_ratio
 
     def decide(self, prompt: BlendShape, loads: Mapping[str, Load]) -> Decision:
-        """The ratio for a prompt whose chunk KV lies in these tiers.
+        """Returns the ratio for a prompt whose chunk KV lies in these tiers.
 
         Args:
-            loads: tier -> what is to be loaded; what is in `"memory"` costs nothing.
-
+            loads: tier -> load; one from `"memory"` costs nothing.
         """
         full, ratio = self.full_s(prompt), self.least_ratio
+        compute = self.compute_s(prompt, ratio)
         unknown = [tier for tier in loads if tier != "memory" and tier not in self.profile.tiers]
         if unknown:
-            compute = self.compute_s(prompt, ratio)
-            reason = (
-                f"r* = {ratio:.0%}: the profile has no rate for {', '.join(unknown)}; blender.profile(refresh=True)"
-            )
-            return Decision(ratio, reason, 1e3 * full, 1e3 * compute, None, None)
+            missing = f"the profile has no rate for {', '.join(unknown)}; blender.profile(refresh=True)"
+            return Decision(ratio, f"r* = {ratio:.0%}: {missing}", 1e3 * full, 1e3 * compute, None, None)
         load = self.load_s(loads)
-        if self.hides_loading and self.compute_s(prompt, ratio) < load:
+        if self.hides_loading and compute < load:
             ratio = self._hidden_ratio(prompt, load)
-        compute = self.compute_s(prompt, ratio)
+            compute = self.compute_s(prompt, ratio)
         ttft = self.ttft_s(compute, load)
+        settled: float | None = ratio
         if full <= ttft:
             slow = max(loads, key=lambda tier: self.load_s({tier: loads[tier]}), default="memory")
-            why = (
-                f"loading from {slow} takes {_ms(load)}" if load > compute else f"blending computes for {_ms(compute)}"
-            )
-            reason = f"a full prefill takes {_ms(full)}, {why}"
-            return Decision(None, reason, 1e3 * full, 1e3 * compute, 1e3 * load, 1e3 * full)
-        if ratio > self.least_ratio:
+            loading, blending = f"loading from {slow} takes {_ms(load)}", f"blending computes for {_ms(compute)}"
+            reason = f"a full prefill takes {_ms(full)}, {loading if load > compute else blending}"
+            settled, ttft = None, full
+        elif ratio > self.least_ratio:
             reason = f"loading takes {_ms(load)}, which hides recomputing {ratio:.0%}"
         else:
             reason = f"r* = {ratio:.0%}: computing takes {_ms(compute)}, loading {_ms(load)}"
-        return Decision(ratio, reason, 1e3 * full, 1e3 * compute, 1e3 * load, 1e3 * ttft)
+        return Decision(settled, reason, 1e3 * full, 1e3 * compute, 1e3 * load, 1e3 * ttft)
 
     def cheapest_tier(self, prompt: BlendShape, load: Load, ratio: float | None = None) -> str:
-        """Where chunk KV may lie so that loading does not delay the first token: the cheapest such tier, or the one
-        with the least delay if none hides it.
+        """Returns the cheapest tier from which loading does not delay the first token; `"memory"` if there is none.
 
         Args:
             ratio: default r*.
         """
         compute = self.compute_s(prompt, self.least_ratio if ratio is None else ratio)
-        known = [tier for tier in TIERS if tier == "memory" or tier in self.profile.tiers]
-        for tier in known:
-            if self.hides_loading and self.load_s({tier: load}) <= compute:
-                return tier
-        return "memory"
+        known = [tier for tier in TIERS if tier in self.profile.tiers] if self.hides_loading else []
+        return next((tier for tier in known if self.load_s({tier: load}) <= compute), "memory")
 
     # --- forecasts, in seconds ------------------------------------------------------------------------------------
 
@@ -319,24 +311,24 @@ class Controller:
         return self.profile.check_layer is not None
 
     def full_s(self, prompt: BlendShape) -> float:
-        """A prefill of all that is not exact."""
+        """Returns the time of prefilling all that is not exact."""
         return self.profile.prefill.seconds(Work.of_prefill(prompt.tokens, self.profile.layers, prompt.exact))
 
     def compute_s(self, prompt: BlendShape, ratio: float) -> float:
-        """A blend with its chunk KV on the device."""
+        """Returns the time of a blend whose chunk KV lies on the device."""
         work = Work.of_blend(prompt, ratio, self.profile.layers, self.profile.check_layer)
         return self.profile.blend.seconds(self.profile.prefill, work, prompt.tokens)
 
     def load_s(self, loads: Mapping[str, Load]) -> float:
-        """Loading alone, from all tiers, one behind the other."""
+        """Returns the time of loading alone, from one tier after the other."""
         return sum(self.profile.tiers[tier].seconds(load) for tier, load in loads.items() if tier != "memory")
 
     def ttft_s(self, compute_s: float, load_s: float) -> float:
-        """Both together."""
+        """Returns the time to first token."""
         return max(compute_s, load_s) if self.hides_loading else compute_s + load_s
 
     def _hidden_ratio(self, prompt: BlendShape, load_s: float) -> float:
-        """The largest ratio, to a percent, whose computing is not longer than loading."""
+        """Returns the largest ratio, to a percent, that computes no longer than loading takes."""
         low, high = int(100 * self.least_ratio), 100
         while low < high:
             middle = (low + high + 1) // 2

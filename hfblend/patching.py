@@ -1,8 +1,8 @@
-"""`patch(model)`: plain `model.generate(...)` blends from then on; `remove()` leaves the model as it was.
+"""`patch(model)`: from then on, plain `model.generate(...)` blends; `remove()` restores the model.
 
 Two attributes of this one instance are set: `generate`, which scopes a call and takes its options, and the decoder's
-`forward`, which inside such a call runs the phases of `blending.py` for the one forward that prefills the whole prompt.
-Every other forward, decoding included, goes straight to the original.
+`forward`: inside such a call, the one forward that prefills the whole prompt runs the phases of `blending.py`. Every
+other forward, decoding included, goes straight to the original.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from torch import nn
 from .arguments import described, is_tokenizer, require_tokenizer
 from .config import BlendConfig, as_config
 from .controller import Controller, Profile
+from .generate.asked import has_inner_hooks
 from .generate.blend_one import require_prompts
 from .generate.call import Call
-from .generate.fallbacks import Fallback, Request, generate_option, has_inner_hooks, require_token_ids
+from .generate.fallbacks import Fallback
 from .generate.precompute import Precomputed, precompute
+from .generate.request import Request, generate_option, require_token_ids
 from .kv.streams import switch_back
 from .locks import Running, innermost, put_back
 from .measure.calibrate import Calibration, calibrate
@@ -40,17 +42,18 @@ from .prompts.prompt import Prompt
 from .prompts.separator import Separator
 from .store import Store, TieredStore, store_at
 from .support.registry import forget, model_of
-from .trace.trace import BlendTrace, Level, as_level
+from .trace.facts import Level
+from .trace.trace import BlendTrace, as_level
 
 logger = logging.getLogger(__name__)
 
 
-_patched: WeakSet[nn.Module] = WeakSet()  # decoders, what holds their layers, and the layers
-_HOOKS = (
+_patched: WeakSet[nn.Module] = WeakSet()  # decoders, the modules that hold their layers, and the layers
+_HOOKS_NOTE = (
     "Forward hooks inside the model see passes over some of a prompt's rows; blend_config=BlendConfig(enabled=False) "
     "gives them the whole prompt."
 )
-_BATCHING = "init_continuous_batching"  # the one that `generate_batch` and the manager's context call, too
+_BATCHING = "init_continuous_batching"  # `generate_batch` and the manager's context call it, too
 
 
 def patch(
@@ -68,16 +71,16 @@ def patch(
     ...     print(blender.trace)
 
     Args:
-        model: a causal LM in eval mode, or what peft makes of one.
+        model: a causal LM in eval mode, or the wrapper that peft puts around one.
         config: default `BlendConfig()`; `model.generate(..., blend_config=…)` overrides it for one call.
         tokenizer: needed to split plain `input_ids` at a separator given as text, and for `chunk_prefix="filler"`.
-        store: where chunk KV is kept; a folder keeps it on disk too, for later and for other processes
+        store: keeps chunk KV; a folder keeps it on disk too, for later and for other processes
             (`hfblend.store.DiskStore`), a URL such as `"s3://bucket/prefix"` for other machines too
-            (`hfblend.store.RemoteStore`). Default, a `MemoryStore` of its own.
+            (`hfblend.store.RemoteStore`). Default, a new `MemoryStore`.
         verify: after every k-th blended prompt, compares it with a full prefill, and warns (logging, and
             `trace.verification`) above a bound: `hfblend.Verify(every=50, max_kl=0.1)`, or k alone.
-        trace: how much `blender.trace` tells: `"summary"`, which costs nothing, `"tokens"`, or `"full"`, which costs
-            time and memory (`hfblend.BlendTrace`). Never changes what is computed.
+        trace: level of detail of `blender.trace`: `"summary"`, which costs nothing, `"tokens"`, or `"full"`, which
+            costs time and memory (`hfblend.BlendTrace`). Results are the same.
 
     Returns:
         The handle: `trace`, `store`, `config`, `remove()`; also a context manager.
@@ -136,7 +139,7 @@ class Blender:
 
     @property
     def config(self) -> BlendConfig:
-        """The settings of calls that bring none of their own; may be replaced at any time."""
+        """The settings of calls without `blend_config`; may be replaced at any time."""
         return self._config
 
     @config.setter
@@ -146,7 +149,7 @@ class Blender:
 
     @property
     def store(self) -> Store:
-        """Where chunk KV is kept; another may be set at any time, also as a folder or a URL."""
+        """The store of chunk KV; another may be set at any time, also as a folder or a URL."""
         return self._store
 
     @store.setter
@@ -155,16 +158,16 @@ class Blender:
 
     @property
     def trace(self) -> BlendTrace:
-        """What the last call of `generate` in this thread did; of a batch, what it did with the first row."""
+        """The trace of this thread's last call of `generate`; of a batch, that of the first row."""
         return self.traces[0]
 
     @property
     def traces(self) -> list[BlendTrace]:
-        """What the last call of `generate` in this thread did with each row; rows of one prompt have one trace."""
+        """The traces of the rows of this thread's last call of `generate`; rows of one prompt share theirs."""
         return getattr(self._traces, "last", None) or [BlendTrace()]
 
     def _settled(self, config: BlendConfig, name: str = "config") -> BlendConfig:
-        """The settings, checked against the model, with the filler's ids filled in."""
+        """Returns the settings, checked against the model, with the filler's ids filled in."""
         config = as_config(config, name)
         config.require_layers(self.hf_model.num_kv_layers)
         self._controller_of(config)
@@ -187,7 +190,7 @@ class Blender:
     def verify(self, prompts: Iterable[Prompt], **options: Any) -> list[Verification]: ...
 
     def verify(self, prompts: Prompt | Iterable[Prompt], **options: Any) -> Verification | list[Verification]:
-        """How far blending a prompt, with this blender's store and settings, is from its full prefill.
+        """Measures how far blending a prompt, with this blender's store and settings, is from its full prefill.
 
         >>> print(blender.verify(prompt))  # doctest: +SKIP
 
@@ -199,7 +202,7 @@ class Blender:
             A `hfblend.Verification`; a list of them for several prompts.
 
         Raises:
-            TypeError: text, ids or inputs in the place of prompts.
+            TypeError: text, ids or inputs instead of prompts.
             ValueError: an empty list.
         """
         options = {"store": self.store, "config": self.config, **options}
@@ -208,7 +211,7 @@ class Blender:
         return [verify_prompt(self.model, prompt, **options) for prompt in require_prompts(prompts, "verify")]
 
     def calibrate(self, prompts: Iterable[Prompt], *, max_kl: float, **options: Any) -> Calibration:
-        """The settings with the smallest ratio that keeps the KL from full prefill below `max_kl`; nothing is set.
+        """Finds the settings with the smallest ratio that keeps the KL from full prefill below `max_kl`; sets nothing.
 
         >>> blender.config = blender.calibrate(prompts, max_kl=0.05).config  # doctest: +SKIP
 
@@ -219,7 +222,7 @@ class Blender:
         return calibrate(self.model, prompts, max_kl=max_kl, **options)
 
     def profile(self, *, refresh: bool = False) -> Profile:
-        """What this machine takes to prefill, to blend and to load from the store; measured once, and kept.
+        """Returns the costs of prefilling, blending and loading from the store on this machine, measured once.
 
         Args:
             refresh: measure again, after the machine or the store has changed.
@@ -229,7 +232,7 @@ class Blender:
         return profile
 
     def _controller_of(self, config: BlendConfig) -> Controller | None:
-        """What settles `"auto"`; the first time, the machine is measured, or what was measured before is read."""
+        """Returns the controller of `"auto"`; the first time, measures the machine, or reads an earlier measurement."""
         if not config.is_auto:
             return None
         self.hf_model.ranks.require_one()
@@ -239,7 +242,7 @@ class Blender:
         return self._controllers[key]
 
     def refresh(self) -> None:
-        """Makes the next prompt read all weights again: needed only after a write that the sample of them may miss.
+        """Makes the next prompt read all weights again: needed only after a write that their sample may miss.
 
         >>> model.lm_head.weight.data[0, 0] = 1  # doctest: +SKIP
         >>> blender.refresh()  # doctest: +SKIP
@@ -251,13 +254,13 @@ class Blender:
     def precompute(
         self, chunks: Iterable[str | Sequence[int]], *, prefix: str | Sequence[int] = (), **options: Any
     ) -> Precomputed:
-        """Stores the KV of many chunks before the first prompt with them comes; what is there already is skipped.
+        """Stores the KV of many chunks before the first prompt with them comes; skips stored ones.
 
         >>> print(blender.precompute(texts, prefix=system))  # doctest: +SKIP
 
         Args:
-            chunks: texts or token ids; a generator is never held whole.
-            prefix: text or ids of all that will stand before the first chunk: `prompt.prefix_ids`.
+            chunks: texts or token ids; a generator is not expanded.
+            prefix: text or ids of all that will precede the first chunk: `prompt.prefix_ids`.
             options: of `hfblend.generate.precompute.precompute`: `batch_size`, `progress`, `separator`, ….
 
         Returns:
@@ -303,7 +306,7 @@ class Blender:
             self._wrappers.append(self._wrapper(*run))
             setattr(*run[:2], self._wrappers[-1])
         _patched.update(self._taken)
-        self.hf_model.unwrapped_forward = unwrapped_forward  # last: before, the wrappers do nothing
+        self.hf_model.unwrapped_forward = unwrapped_forward  # last: until then, the wrappers do nothing
 
     @staticmethod
     def _wrapper(module: nn.Module, name: str, run: Any) -> MethodType:
@@ -317,14 +320,14 @@ class Blender:
         return MethodType(wrapper, module)
 
     def remove(self) -> None:
-        """Takes hfblend off the model again, and waits until its chunk KV is stored. Twice does nothing."""
+        """Takes hfblend off the model and waits until its chunk KV is stored. A second call does nothing."""
         if self._is_removed:
             return
         self._unwrap()
         self.hf_model.graphs.clear()  # and their memory
         self._tidy()
         forget(self.model)
-        self.hf_model.unwrapped_forward = None  # last: a removal that was interrupted can be repeated
+        self.hf_model.unwrapped_forward = None  # last: an interrupted removal can be repeated
         if isinstance(self.store, TieredStore):
             self.store.flush()
 
@@ -361,7 +364,7 @@ class Blender:
         **kwargs: Any,
     ) -> Any:
         """Decides whether this call is blended, and runs stock `generate` in that scope."""
-        if self._is_removed:  # and yet inside a wrapper that somebody has put around this one
+        if self._is_removed:  # inside a wrapper that was put around this one
             given = {"chunk_spans": chunk_spans, "blend_config": blend_config}
             return self._stock_generate(*args, **kwargs, **{k: v for k, v in given.items() if v is not None})
         self._tidy()
@@ -372,17 +375,16 @@ class Blender:
         started = time.perf_counter()
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
-            args, kwargs = self._on_device(args), self._on_device(kwargs)
-        inside_its_own = self._running_call() is not None or self.hf_model.lock.is_mine
-        planned = Request(
-            self.hf_model, self.model, args, kwargs, chunk_spans, config, separator, inside_its_own
-        ).plan()
+            args = tuple(self._on_device(value) for value in args)
+            kwargs = {name: self._on_device(value) for name, value in kwargs.items()}
+        is_inside = self._running_call() is not None or self.hf_model.lock.is_mine
+        planned = Request(self.hf_model, self.model, args, kwargs, chunk_spans, config, separator, is_inside).plan()
         by_stock = kwargs.get("custom_generate") is None and self._runs_stock_loops()
         call = Call(
             self.hf_model, planned, by_stock, config, self.store, controller, started, self._level, self.tokenizer
         )
         nested = planned.fallback is Fallback.NESTED
-        if not nested:  # the traces are those of the call which the user made
+        if not nested:  # the traces are those of the user's call
             self._traces.last = call.traces
         if call.is_blended and generate_option(self.model, kwargs, "prefill_chunk_size") is not None:
             kwargs["prefill_chunk_size"] = None  # the blended prefill is one forward; pieces would hide the prompt
@@ -400,7 +402,7 @@ class Blender:
     def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stock `generate`; forwards inside find the call on the stack."""
         try:
-            if self._runs_beside_python():
+            if self._blends_ahead():
                 call.blend_ahead(kwargs)
             if call.is_blended:
                 set_aside(call, self.hf_model.model, self.hf_model.decoder)
@@ -410,33 +412,27 @@ class Blender:
             give_back(call)
 
     def _running_call(self) -> Call | None:
-        """The call of this model that this thread is inside of; work of a blended prefill is part of none."""
+        """Returns the call of this model that this thread runs; work of a blended prefill is part of none."""
         running = innermost()
         return running if isinstance(running, Call) and running.hf_model is self.hf_model else None
 
     def _tidy(self) -> None:
-        """Ends what an exception has left of earlier work."""
+        """Ends the leftovers of work that an exception ended."""
         switch_back()
         self.hf_model.lock.tidy()
         tidy()
 
-    def _runs_beside_python(self) -> bool:
+    def _blends_ahead(self) -> bool:
         return self.hf_model.device.type == "cuda"
 
-    def _on_device(self, values: Any) -> Any:
-        def move(value: Any) -> Any:
-            return value.to(self.hf_model.device) if torch.is_tensor(value) else value
-
-        if isinstance(values, dict):
-            return {name: move(value) for name, value in values.items()}
-        return tuple(move(value) for value in values)
+    def _on_device(self, value: Any) -> Any:
+        return value.to(self.hf_model.device) if torch.is_tensor(value) else value
 
     def _runs_stock_loops(self) -> bool:
         """Whether `generate` is Transformers' own, which reads the last row of a prompt's forward."""
         kind: Any = type(self.hf_model.model)
-        home = kind.generate.__module__
-        own = [before for module, name, before in self._before if name == "generate"]
-        return home.startswith("transformers.") and own == [None]
+        own = [before for _, name, before in self._before if name == "generate"]
+        return kind.generate.__module__.startswith("transformers.") and own == [None]
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         if not self._is_removed and self._running_call() is None:
@@ -444,7 +440,7 @@ class Blender:
         return self._stock_batching[0](*args, **kwargs)
 
     def _note_continuous_batching(self) -> None:
-        """Says so once, in the log, and in the trace of this thread."""
+        """Notes it in this thread's trace, and once in the log."""
         fallback = Fallback.CONTINUOUS_BATCHING
         name, said = fallback.name.lower(), fallback.reason
         self._traces.last = [BlendTrace(fallback=name, fallback_reason=said, num_layers=self.hf_model.num_layers)]
@@ -453,12 +449,12 @@ class Blender:
             logger.log(fallback.level, "Not blended, stock runs: %s", fallback.reason)
 
     def _note_hooks(self, call: Call) -> None:
-        """Says in the trace, and once in the log, that hooks do not see the prompt as stock shows it to them."""
+        """Notes in the trace, and once in the log, that hooks do not see the prompt as in stock."""
         if not self._has_noted_hooks:
             self._has_noted_hooks = True
-            logger.warning(_HOOKS)
+            logger.warning(_HOOKS_NOTE)
         for trace in call.traces_of_prompts:
-            trace.notes.append(_HOOKS)
+            trace.notes.append(_HOOKS_NOTE)
 
     # --- the decoder's forward ------------------------------------------------------------------------------------
 
@@ -478,19 +474,22 @@ class Blender:
         return self.hf_model.lock.shared(self._stock_forward, *args, **kwargs)
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The whole model's forward: whether all of a prompt's logits are wanted is said here."""
+        """Notes the arguments of the whole model's forward: they say whether all of a prompt's logits are wanted."""
         if torch.compiler.is_compiling() or self._is_removed:
             return self._stock_model_forward(*args, **kwargs)
         call = self._running_call()
         if call is None or not call.is_waiting:
             return self._stock_model_forward(*args, **kwargs)
-        asked = {**dict(zip(self.hf_model.model_parameters, args)), **kwargs}
-        return call.run_model(self._written_model_forward, asked, args, kwargs)
+        outer, call.asked = call.asked, {**dict(zip(self.hf_model.model_parameters, args)), **kwargs}
+        try:
+            return self._written_model_forward(*args, **kwargs)
+        finally:
+            call.asked = outer
 
     @torch.compiler.disable
     def _blended_forward(self, call: Call, kwargs: dict[str, Any]) -> Any:
         try:
-            output = Running().do(call.blended_forward, kwargs)  # the passes' own forwards are none of the call's
+            output = Running().do(call.blended_forward, kwargs)  # forwards inside it do not belong to the call
         finally:
             give_back(call)
         if has_inner_hooks(self.hf_model):
@@ -499,7 +498,7 @@ class Blender:
 
 
 def _stock(module: nn.Module, name: str, own: Any) -> Callable[..., Any]:
-    """A module's method without hfblend: its `own`, or else its class's, which may be replaced at any time."""
+    """Returns a module's method without hfblend: `own`, or else its class's, which may be replaced at any time."""
 
     def stock(*args: Any, **kwargs: Any) -> Any:
         return getattr(type(module), name)(module, *args, **kwargs) if own is None else own(*args, **kwargs)

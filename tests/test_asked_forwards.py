@@ -298,7 +298,7 @@ def test_a_model_that_cannot_be_asked_for_some_logits(fallback):
 
 def test_what_was_blended_ahead_is_given_up(monkeypatch):
     """As on a GPU, where a loop of a subclass is seen only when its forward comes."""
-    monkeypatch.setattr(hfblend.patching.Blender, "_runs_beside_python", lambda self: True)
+    monkeypatch.setattr(hfblend.patching.Blender, "_blends_ahead", lambda self: True)
     monkeypatch.setattr(hfblend.generate.call, "_WAIT_FOR", set())
     test_a_loop_gets_what_its_forward_asked_for(make_llama, "hidden states")
     test_a_loop_gets_what_its_forward_asked_for(make_llama, "logits_to_keep=1")

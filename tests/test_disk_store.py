@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from helpers import config, damage, entry, generate, make_llama, make_prompt, same
+from helpers import config, damage, entry, generate, header_of, make_llama, make_prompt, same
+from helpers import signed as signed_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -645,7 +646,9 @@ def test_a_filesystem_that_syncs_no_folders_keeps_entries(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dtype": ["F32"]}, {"dtype": "[/red]"}, {"shape": ["9"]}, {"provenance": {}}, {"provenance": "[/red]"}]
+    "wrong",
+    [{"dtype": ["F32"]}, {"dtype": "[/red]"}, {"shape": ["9"]}, {"provenance": {}}, {"provenance": "[/red]"}]
+    + [{"provenance": "\ud800"}, {"shape": ["\ud800"]}],
 )
 def test_what_looks_at_a_folder_survives_headers_made_to_do_harm(tmp_path, wrong):
     header = {
@@ -661,3 +664,14 @@ def test_what_looks_at_a_folder_survives_headers_made_to_do_harm(tmp_path, wrong
         outcome = CliRunner().invoke(app, ["store", *command, str(tmp_path)])
         assert outcome.exit_code == int(command == ["verify"]), outcome.output
         assert outcome.exception is None or isinstance(outcome.exception, SystemExit)
+
+
+def test_a_claim_that_no_terminal_can_print_is_said(tmp_path):
+    """Half of a surrogate pair, in a header that is whole otherwise."""
+    file, store = dump(KEY, entry()), DiskStore(tmp_path)
+    header = header_of(file)
+    header["cached_positions"]["shape"] = ["\ud800"]
+    store._path(KEY).write_bytes(signed_header(header, b""))
+    for words, code in ((["verify"], 1), (["ls"], 0), (["verify", "--json"], 1)):
+        outcome = CliRunner().invoke(app, ["store", *words, str(tmp_path)])
+        assert (outcome.exit_code, type(outcome.exception)) in ((0, type(None)), (code, SystemExit))

@@ -20,8 +20,9 @@ from hfblend.display import Display, view
 from hfblend.display.html import rendered
 from hfblend.display.text import clipped, visible
 from hfblend.lab import plots
+from hfblend.trace.facts import ChunkTrace, LayerMaps
 from hfblend.trace.timeline import Interval, SavedTimeline
-from hfblend.trace.trace import BlendTrace, ChunkTrace, LayerMaps
+from hfblend.trace.trace import BlendTrace
 
 PROMPT = make_prompt()
 HOSTILE = [

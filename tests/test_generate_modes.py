@@ -112,7 +112,7 @@ def check(model, mode, settings, store, tolerance, expected_hits):
 @pytest.mark.parametrize("mode", MODES)
 def test_blended_ahead_of_stock_generate(mode, monkeypatch):
     """As on a GPU, where blending starts before stock `generate` prepares itself; drafts make it start later."""
-    monkeypatch.setattr(hfblend.patching.Blender, "_runs_beside_python", lambda self: True)
+    monkeypatch.setattr(hfblend.patching.Blender, "_blends_ahead", lambda self: True)
     check(make_llama(), mode, config(1.0), None, 1e-4, 0)
 
 
@@ -123,7 +123,7 @@ def test_what_was_blended_ahead_is_dropped_where_it_does_not_fit(monkeypatch):
         generate(model, PROMPT.inputs())
         expected, _ = run(model, PROMPT.inputs(), MODES["draft_model"])
         trace = blender.trace
-        monkeypatch.setattr(hfblend.patching.Blender, "_runs_beside_python", lambda self: True)
+        monkeypatch.setattr(hfblend.patching.Blender, "_blends_ahead", lambda self: True)
         monkeypatch.setattr(hfblend.generate.call, "_WAIT_FOR", set())
         output, _ = run(model, PROMPT.inputs(), MODES["draft_model"])
         assert torch.equal(output.sequences, expected.sequences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,28 +11,9 @@ import pytest
 import hfblend
 
 ROOT = Path(hfblend.__file__).parent
-# From the ground floor up; rooms in one line stand next to each other. A file imports from its own room or a lower one.
-FLOORS = """
-util arguments locks
-config
-kv prompts
-kernels store trace
-attention
-blend
-controller
-model
-gpu
-support
-generate
-measure display
-patching
-__init__
-demo
-lab
-serving
-cli
-"""
-FLOOR = {room: level for level, rooms in enumerate(FLOORS.split("\n")) for room in rooms.split()}
+_SCRIPT = runpy.run_path(str(ROOT.parent / "benchmarks" / "house.py"))
+_EARLIER = ("optional", "outputs")  # modules of earlier versions, which the script can measure too
+FLOOR = {room: floor for room, floor in _SCRIPT["FLOOR_OF"].items() if room not in _EARLIER}
 FILES = sorted(ROOT.rglob("*.py"))
 # Models are loaded and built in the last two, and the version is reported.
 KNOWS_TRANSFORMERS = ("model/", "attention/switch.py", "serving/engine.py", "demo/model.py", "lab/bench/")

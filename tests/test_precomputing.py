@@ -253,12 +253,12 @@ def test_length_dependent_models_take_chunks_one_by_one(rope, monkeypatch):
 def test_a_model_that_fails_the_check_takes_chunks_one_by_one(model, monkeypatch, caplog):
     """Here, as if rows saw the padding behind them."""
     chunks, store = ids_of(8, 9, 10, 11, 12), MemoryStore()
+    own = batched_prefill.prefill_batch
 
-    def wrong_together(hf_model, batch, *rest):
-        given = [[*ids[1:], 7] for ids in batch] if len(batch) > 1 else batch
-        return [prefill_batch(hf_model, [ids], *rest)[0] for ids in given]
+    def wrong(hf_model, batch, *rest):
+        return own(hf_model, batch if len(batch) == 1 else [[*ids[1:], 7] for ids in batch], *rest)
 
-    monkeypatch.setattr(batched_prefill, "prefill_batch", wrong_together)
+    monkeypatch.setattr(batched_prefill, "prefill_batch", wrong)
     report = precomputing.precompute(model, chunks, store=store, config=config(), batch_size=3)
     assert report.computed == 5
     assert "one by one" in caplog.text
@@ -389,7 +389,7 @@ def test_other_failures_of_the_command(folder, monkeypatch):
 def test_the_bar_counts_chunks():
     from hfblend.cli import precompute as command
 
-    bar = command._bar(command.Console(force_terminal=True, quiet=True))
+    bar = command.progress_bar(command.Console(force_terminal=True, quiet=True), "{task.fields[rate]}")
     command._advance(bar, 10)(precomputing.Precomputed(5, 2, 1, 1, tokens=30, seconds=2.0))
     task = bar.tasks[0]
     assert (task.completed, task.total, task.fields["rate"]) == (4, 10, "15 tokens/s, 1 not kept")

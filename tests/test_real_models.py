@@ -168,7 +168,7 @@ def test_a_slice_of_the_quality_tables_holds(smollm):
     """docs/quality.md in small: one of the demo's questions, the methods in the order of their closeness."""
     from hfblend.demo.demo import demo_data, demo_prompt
     from hfblend.lab.baselines import METHODS
-    from hfblend.measure.verify import FullAnswer
+    from hfblend.measure.divergence import FullAnswer
 
     model, tokenizer = smollm
     data = demo_data()

@@ -10,7 +10,7 @@ from helpers import config, make_llama, make_mistral, make_prompt, store_of_true
 
 import hfblend
 from hfblend.blend import selection
-from hfblend.generate.steps import Step
+from hfblend.generate.stops import Step
 
 NAMES = ["looked_up", "realigned", "scored", "selected", "recomputed", "generated"]
 

@@ -19,8 +19,8 @@ from ..prompts.prompt import ChunkSpans
 from ..prompts.separator import Span
 from ..store.base import ReadsAhead, Store
 from ..store.keys import chunk_key
+from ..trace.facts import ChunkTrace, Status
 from ..trace.observer import Observer
-from ..trace.trace import ChunkTrace, Status
 from .model import BlendableModel
 from .reuse import Piece, Reuse, joined
 

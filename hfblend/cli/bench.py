@@ -109,7 +109,6 @@ def _load(model: str | None, shape: str | None, device: str | None, dtype: torch
 
 
 def _show(results: Results) -> None:
-    """Prints a table for each length, and the notes."""
     console.print(title(results), markup=False, highlight=False)
     for tokens in dict.fromkeys(row["tokens"] for row in results["rows"]):
         console.print(_table_of(results, tokens))

@@ -40,6 +40,11 @@ NewTokens = Annotated[int, typer.Option(help="Longest answer.", min=1)]
 PrintJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
+def existing(help: str) -> Any:
+    """An option that takes a file which is there."""
+    return typer.Option(help=help, exists=True, dir_okay=False)
+
+
 @contextmanager
 def in_words() -> Iterator[None]:
     """Prints an error that the user can mend to stderr, without a stack trace, and ends the command."""

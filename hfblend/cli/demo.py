@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from ..util import require_folders_of
-from .common import Device, JsonFile, Model, console, in_words
+from .common import Device, JsonFile, Model, console, in_words, write_json
 
 
 def demo(model: Model = None, json_file: JsonFile = None, device: Device = None) -> None:
@@ -24,9 +23,7 @@ def demo(model: Model = None, json_file: JsonFile = None, device: Device = None)
 
         loaded, tokenizer = demo_model.load(model, device)
         results = run_demo(loaded, tokenizer, model or demo_model.HUB_NAME, console)
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        console.print(f"Wrote {json_file}", markup=False, highlight=False, soft_wrap=True)
+    write_json(json_file, results)
 
 
 def playground(

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..demo import model as demo_model
 from ..lab.eval.data import QA, load
@@ -16,6 +15,7 @@ from ..lab.eval.runner import run
 from ..lab.report import table
 from ..lab.settings import EvalSettings
 from .common import Device, DType, JsonFile, KVDType, Markdown, Model, console, dtype_of, in_words, names, numbers
+from .progress import progress_bar
 from .results import Outputs
 
 
@@ -69,7 +69,7 @@ def evaluate(
         if answer_tokens and any(examples[i].task != QA for i in questions):
             require_rouge()
         loaded, tokenizer = demo_model.load(model, device, dtype_of(dtype))
-        with _bar() as bar:
+        with progress_bar(Console(stderr=True)) as bar:
             task = bar.add_task("Measuring", total=len(questions) * len(settings.cases()))
             results = run(
                 loaded, model or demo_model.HUB_NAME, settings, data, examples, questions,
@@ -77,12 +77,3 @@ def evaluate(
             )  # fmt: skip
         console.print(table(results), markup=False, highlight=False, soft_wrap=True)
         outputs.write(results)
-
-
-def _bar() -> Progress:
-    """A progress bar on stderr, in a terminal only."""
-    stderr = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=stderr, transient=True, disable=not stderr.is_terminal,
-    )  # fmt: skip

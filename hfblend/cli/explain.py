@@ -24,6 +24,7 @@ from .common import (
     Rule,
     console,
     dtype_of,
+    given,
     in_words,
     print_json,
     store_at,
@@ -129,7 +130,6 @@ def run(
 def _read(
     files: Sequence[str], model: str | None, device: str | None, dtype: str | None
 ) -> tuple[Any, Any, list[Prompt]]:
-    """Loads a model with its tokenizer, and reads the prompts of files."""
     from ..demo import model as demo_model
     from .prompts import read_prompts
 
@@ -139,8 +139,7 @@ def _read(
 
 def config_of(ratio: float, selection: str | None) -> BlendConfig:
     """The settings; without a lower limit on the length of a prompt."""
-    chosen: dict[str, Any] = {} if selection is None else {"selection": selection}
-    return BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=0, **chosen)
+    return BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=0, **given(selection=selection))
 
 
 @dataclass(frozen=True)

@@ -10,33 +10,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..config import BlendConfig
-from .common import Device, DType, KVDType, Model, console, dtype_of, given, in_words, print_json, store_at
+from .common import Device, DType, KVDType, Model, console, dtype_of, existing, given, in_words, print_json, store_at
+from .progress import progress_bar
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from ..generate.precompute import Precomputed
 
 
 def precompute(
-    corpus: Annotated[
-        Path, typer.Option(help="JSON lines: strings, or objects with a text.", exists=True, dir_okay=False)
-    ],
+    corpus: Annotated[Path, existing("JSON lines: strings, or objects with a text.")],
     store: Annotated[str, typer.Option(help="Folder or URL that keeps the chunk KV.")],
     model: Model = None,
     prefix: Annotated[str | None, typer.Option(help="The text before the first chunk.")] = None,
-    prefix_file: Annotated[
-        Path | None, typer.Option(help="The same, from a file.", exists=True, dir_okay=False)
-    ] = None,
+    prefix_file: Annotated[Path | None, existing("The same, from a file.")] = None,
     field: Annotated[str, typer.Option(help="Of an object, the text.")] = "text",
     chunk_prefix: Annotated[
         str | None, typer.Option(help="The text that chunks are computed after.", show_default="BlendConfig's")
     ] = None,
     namespace: Annotated[str, typer.Option(help="As in BlendConfig.")] = "",
     max_bytes: Annotated[
-        str | None,
-        typer.Option(help="Of the store; the oldest go.", show_default="50GB; of a URL, none"),
+        str | None, typer.Option(help="Of the store; the oldest go.", show_default="50GB; of a URL, none")
     ] = None,
     kv_dtype: KVDType = None,
     batch_size: Annotated[
@@ -65,7 +62,7 @@ def precompute(
             if chunk_prefix == "filler":
                 config = replace(config, filler_ids=filler_ids(tokenizer))
             options: dict[str, Any] = {"prefix": before, "batch_size": batch_size, "store": kept_in, "config": config}
-            with _bar(stderr) as bar:
+            with progress_bar(stderr, "{task.fields[rate]}") as bar:
                 options["progress"] = _advance(bar, total)
                 report = precompute_texts(loaded, texts_of(corpus, field), tokenizer=tokenizer, **options)
     except KeyboardInterrupt as error:
@@ -140,14 +137,6 @@ def prefix_of(prefix: str | None, prefix_file: Path | None) -> str:
     if prefix_file is not None:
         return prefix_file.read_bytes().decode("utf-8-sig")
     return _without_halves(prefix or "", "--prefix")
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
 
 
 def _advance(bar: Progress, total: int) -> Callable[[Precomputed], None]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import BlendConfig
-from .common import Device, DType, Model, console, dtype_of, in_words, numbers, print_json, store_at
+from .common import Device, DType, Model, PrintJson, console, dtype_of, in_words, numbers, print_json, store_at
 
 if TYPE_CHECKING:
     from ..controller import Controller, Profile
@@ -28,7 +28,7 @@ def profile(
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
     device: Device = None,
     dtype: DType = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: PrintJson = False,
 ) -> None:
     """Measure prefilling, blending and loading once, and show what recompute_ratios="auto" would decide.
 
@@ -78,7 +78,6 @@ def _forecasts(controller: Controller, tokens: Sequence[int], bytes_per_token: i
 
 
 def _show(profile: Profile, rows: list[dict[str, Any]]) -> None:
-    """Prints the tiers and a table of forecasts."""
     console.print(profile.made_of, highlight=False, soft_wrap=True)
     for tier, cost in profile.tiers.items():
         rate = f"{1e3 * cost.per_entry:.2f} ms a chunk and {cost.bytes_per_s / 1e9:.2f} GB/s"

@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from ..display.text import visible
-from .common import EXIT_CODES, console, in_words, print_json, store_at
+from .common import EXIT_CODES, PrintJson, console, in_words, print_json, store_at
 
 if TYPE_CHECKING:
     from ..store.files import FileStore
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Look after chunk KV in a folder, or behind a URL.\n\n"
+    help="Look after chunk KV in a folder or at a URL.\n\n"
     "S3 takes its endpoint and credentials from the environment (AWS_ENDPOINT_URL, AWS_PROFILE, …).",
     epilog=EXIT_CODES,
 )
@@ -31,12 +31,11 @@ app = typer.Typer(
 Where = Annotated[str, typer.Argument(metavar="STORE", help='The folder, or the URL: "s3://bucket/chunks".')]
 Keys = Annotated[list[str], typer.Argument(help="Keys, or the beginnings of keys.")]
 OfModel = Annotated[str, typer.Option(help="Only entries of this model: its name, or how its fingerprint begins.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command("ls", epilog=EXIT_CODES)
-def list_entries(where: Where, model: OfModel = "", as_json: AsJson = False) -> None:
-    """The entries, the most recently used first.
+def list_entries(where: Where, model: OfModel = "", as_json: PrintJson = False) -> None:
+    """List the entries, the most recently used first.
 
     Example: hfblend store ls ~/.cache/hfblend/chunks --json
     """
@@ -48,7 +47,7 @@ def list_entries(where: Where, model: OfModel = "", as_json: AsJson = False) -> 
     for name in ("tokens", "dtype", "bytes", "last used", ""):
         table.add_column(name, justify="right" if name in ("tokens", "bytes") else "left", no_wrap=True)
     for one in entries:
-        model = f"[red]{escape(one.damaged)}[/red]" if one.damaged else escape(visible(one.model))
+        model = f"[red]{escape(visible(one.damaged))}[/red]" if one.damaged else escape(visible(one.model))
         dtype, pinned = escape(visible(one.dtype)), "pinned" if one.pinned else ""
         used = datetime.fromtimestamp(one.last_used).strftime("%Y-%m-%d %H:%M")
         table.add_row(one.key[:12], model, f"{one.tokens:,}", dtype, f"{one.num_bytes:,}", used, pinned)
@@ -56,8 +55,8 @@ def list_entries(where: Where, model: OfModel = "", as_json: AsJson = False) -> 
 
 
 @app.command(epilog=EXIT_CODES)
-def stat(where: Where, model: OfModel = "", as_json: AsJson = False) -> None:
-    """How much there is, and of which models.
+def stat(where: Where, model: OfModel = "", as_json: PrintJson = False) -> None:
+    """Show how much there is, and of which models.
 
     Example: hfblend store stat s3://bucket/chunks
     """
@@ -89,7 +88,7 @@ def _sums(entries: list[StoredEntry]) -> dict[str, Any]:
 
 
 @app.command(epilog=EXIT_CODES)
-def verify(where: Where, as_json: AsJson = False) -> None:
+def verify(where: Where, as_json: PrintJson = False) -> None:
     """Read every entry and check every byte; exit code 1 if one is damaged. Nothing is removed.
 
     Example: hfblend store verify chunks
@@ -103,7 +102,7 @@ def verify(where: Where, as_json: AsJson = False) -> None:
         print_json({"entries": len(keys), "damaged": damaged})
     else:
         for key, reason in damaged.items():
-            console.print(f"[red]damaged[/red] {key}: {escape(reason)}", highlight=False)
+            console.print(f"[red]damaged[/red] {key}: {escape(visible(reason))}", highlight=False)
         console.print(f"{len(keys) - len(damaged)} of {len(keys)} entries are whole.", highlight=False)
     if damaged:
         raise typer.Exit(1)

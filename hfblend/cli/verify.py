@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..config import BlendConfig
 from ..util import require_folders_of
-from .common import Device, JsonFile, Model, console, given, in_words, write_json
+from .common import Device, JsonFile, Model, Rule, console, existing, given, in_words, write_json
 
 if TYPE_CHECKING:
     from ..measure.verify import Verification
@@ -21,19 +21,10 @@ if TYPE_CHECKING:
 
 
 def verify(
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            help='JSON: {"prefix", "chunks", "question"} or {"question", "ctxs"}, or a list.',
-            exists=True,
-            dir_okay=False,
-        ),
-    ],
+    prompts: Annotated[Path, existing('JSON: {"prefix", "chunks", "question"} or {"question", "ctxs"}, or a list.')],
     model: Model = None,
     ratio: Annotated[float, typer.Option(help="Share of the reused tokens to recompute.")] = 0.15,
-    selection: Annotated[
-        str | None, typer.Option(help="The rule that selects them.", show_default="BlendConfig's")
-    ] = None,
+    selection: Rule = None,
     max_kl: Annotated[float | None, typer.Option(help="In nats; exit code 1 if a prompt's mean KL is above.")] = None,
     num_tokens: Annotated[int, typer.Option(min=1, help="Answer tokens to compare.")] = 16,
     json_file: JsonFile = None,

@@ -135,7 +135,6 @@ def _map(trace: BlendTrace, name: str, values: Any) -> dict[str, Any]:
 
 
 def _drawn(grid: Grid, prefix: str) -> dict[str, Any] | None:
-    """A grid's size and paths."""
     return {"columns": len(grid[0]), "rows": len(grid), "paths": _paths(grid, prefix)} if grid else None
 
 
@@ -165,7 +164,6 @@ def _lanes(trace: BlendTrace) -> dict[str, Any] | None:
 
 
 def _bars(intervals: Sequence[Interval], end: float) -> Iterable[tuple[str, str, str, str]]:
-    """Each interval's colour, place, title and label."""
     colours: dict[str, str] = {}
     for one in intervals:
         colour = colours.setdefault(one.name, _PHASES[len(colours) % len(_PHASES)])

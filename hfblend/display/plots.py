@@ -5,7 +5,7 @@ They are independent of pyplot and its global state: `figure.savefig(...)`, or t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,17 @@ from .view import lanes_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def new_figure(
+    width: float, height: float, columns: int = 1, *, dpi: int | None = None, **more: Any
+) -> tuple[Figure, Any]:
+    """A figure and its axes, without a frame at the top and on the right; `ImportError` without matplotlib."""
+    figure = figure_class("plots")(figsize=(width, height), dpi=dpi, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **more)[0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def plot_scores(trace: BlendTrace) -> Figure:
@@ -34,8 +45,7 @@ def plot_scores(trace: BlendTrace) -> Figure:
     idx, scores = trace.candidate_idx.cpu(), trace.scores.detach().float().cpu()
     is_chosen = torch.isin(idx, idx.new_empty(0) if trace.selected_idx is None else trace.selected_idx.cpu())
     rule = str(trace.settings.get("selection", "")).replace("_", " ")
-    figure = figure_class("plots")(figsize=(9.6, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    figure, (left, right) = new_figure(9.6, 3.8, 2, width_ratios=(2, 1))
     for mask, marker, colour, label in (
         (~is_chosen, ".", palette.GREY, "reused"),
         (is_chosen, "^", palette.VERMILION, "recomputed"),
@@ -53,9 +63,8 @@ def plot_scores(trace: BlendTrace) -> Figure:
     )
     right.set(xlabel="scored tokens, highest first (%)")
     right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        if float(scores.min()) > 0:
+    if float(scores.min()) > 0:
+        for axes in (left, right):
             axes.set_yscale("log")
     return figure
 
@@ -70,8 +79,7 @@ def plot_timeline(trace: BlendTrace) -> Figure:
     lanes = lanes_of(require("trace", trace, BlendTrace, "a hfblend.BlendTrace, say blender.trace"))
     if not lanes:
         raise ValueError("This trace has no phases: the call was not blended.")
-    figure = figure_class("plots")(figsize=(9.6, 1 + 0.7 * len(lanes)), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(9.6, 1 + 0.7 * len(lanes))
     colours: dict[str, str] = {}
     for y, (_, intervals) in enumerate(lanes):
         for one in intervals:
@@ -82,6 +90,5 @@ def plot_timeline(trace: BlendTrace) -> Figure:
     axes.set_yticks(range(len(lanes)), [heading for heading, _ in lanes])
     axes.invert_yaxis()
     axes.set_xlabel("ms")
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     return figure

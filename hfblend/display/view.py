@@ -18,8 +18,9 @@ import torch
 
 from ..config import Selection
 from ..generate.fallbacks import Fallback
+from ..trace.facts import ChunkTrace
 from ..trace.timeline import Interval
-from ..trace.trace import BlendTrace, ChunkTrace
+from ..trace.trace import BlendTrace
 
 COLUMNS, ROWS = 160, 40  # of a map
 TOKENS = 2500  # written out

@@ -1,4 +1,4 @@
-"""One prompt blended outside `generate`: its logits, its cache, its trace."""
+"""A prompt blended outside `generate`: its logits, its cache, its trace."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from ..controller import Controller
 from ..prompts.prompt import Prompt
 from ..store import Store, store_at
 from ..support.registry import model_of
-from ..trace.trace import BlendTrace, Level, as_level
+from ..trace.facts import Level
+from ..trace.trace import BlendTrace, as_level
 from .blending import Blending
 from .hand_over import hand_over
 
 
 @dataclass
 class BlendResult:
-    """What `blend` returns.
+    """The result of `blend`.
 
     Attributes:
         logits: (1, vocabulary) of the first new token.
         cache: KV of every prompt token but the last, so that `model.generate(ids, past_key_values=cache)` continues it.
-        trace: what was done.
+        trace: of this blend.
     """
 
     logits: torch.Tensor
@@ -57,9 +58,9 @@ def blend(
     Args:
         model: a causal LM in eval mode.
         prompt: any prompt; one without chunks is prefilled in full.
-        store: where chunk KV is looked up and kept: a store, a folder or a URL; default, a new `MemoryStore`.
+        store: of chunk KV: a store, a folder or a URL; default, a new `MemoryStore`.
         config: default `BlendConfig()`. `min_reused_tokens` is not applied here.
-        algorithm: a subclass of `Blend` that does a phase in another way, as those of `hfblend.lab.baselines`.
+        algorithm: a subclass of `Blend` with another phase, as those of `hfblend.lab.baselines`.
         controller: settles `recompute_ratios="auto"`; needed for that.
         trace: its level of detail, `"summary"`, `"tokens"` or `"full"`: see `hfblend.BlendTrace`.
 
@@ -86,10 +87,10 @@ def blend(
 
 
 def require_prompt(prompt: Any, name: str = "prompt", expected: str = "a hfblend.Prompt") -> Prompt:
-    """The same.
+    """Returns the prompt.
 
     Raises:
-        TypeError: text, ids or `prompt.inputs()`; says how a prompt is made of them.
+        TypeError: text, ids or `prompt.inputs()`; says how to make a prompt of them.
     """
     if isinstance(prompt, Prompt):
         return prompt
@@ -100,11 +101,11 @@ def require_prompt(prompt: Any, name: str = "prompt", expected: str = "a hfblend
 
 
 def require_prompts(prompts: Any, asked_by: str) -> list[Prompt]:
-    """Several prompts, as a list.
+    """Returns several prompts as a list.
 
     Raises:
-        TypeError: something else, or something else among them.
-        ValueError: none.
+        TypeError: not prompts only.
+        ValueError: an empty list.
     """
     if isinstance(prompts, Prompt):
         raise TypeError("prompts must be a list of prompts, got one prompt; write [prompt].")

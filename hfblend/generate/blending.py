@@ -1,4 +1,4 @@
-"""One prompt blended, with everything that plugs into the algorithm: controller, trace, retries, its own CUDA stream.
+"""A prompt blended, with all that plugs into the algorithm: controller, trace, retries, a separate CUDA stream.
 
 Shapes: Hkv KV heads, T all tokens, D head_dim.
 """
@@ -38,14 +38,14 @@ class Blending:
         input_ids: (1, T).
         spans: of the chunks.
         store, config: as in `hfblend.blend`.
-        prompt_length: tokens of the prompt, if draft tokens follow it; default T.
+        prompt_length: without the draft tokens that follow the prompt; default T.
         controller: settles `recompute_ratios="auto"`.
-        ids: `input_ids` as numbers, where they are known: to read them, Python waits until a GPU has done all else.
-        algorithm: `Blend`, or a subclass that does a phase in another way.
-        weights_are_known: whether the same call has already looked whether weights changed, which waits for a GPU, too.
+        ids: `input_ids` as numbers, if known: reading them from a GPU waits for all its work.
+        algorithm: `Blend`, or a subclass.
+        weights_are_known: whether this call has already checked the weights for changes, which waits for a GPU, too.
 
     Attributes:
-        blend: the phases' state, once it started.
+        blend: the state of the phases, once started.
     """
 
     blend: Blend
@@ -98,7 +98,7 @@ class Blending:
         return self.blend.buffers
 
     def run(self, forward: Forward) -> Any:
-        """Phases 1 to 4. Returns the output of the last pass, whose last row belongs to the last token.
+        """Runs phases 1 to 4. Returns the output of the last pass, whose last row belongs to the last token.
 
         Args:
             forward: the decoder's or the whole model's forward.
@@ -108,7 +108,7 @@ class Blending:
         return output
 
     def start(self, forward: Forward) -> Any:
-        """`run` next to the current stream of a GPU: `join` must be called before anything there uses the result."""
+        """Runs on a separate stream of a GPU: call `join` before the current stream uses the result."""
         return self._beside.run(self._blended, forward)
 
     def _blended(self, forward: Forward) -> Any:
@@ -119,11 +119,13 @@ class Blending:
             except ChunkLost as error:
                 self.begin_again(error)
                 continue
+            finally:
+                blend.evidence = None  # its functions refer to the blend
             blend.look_up.note_what_was_not_kept()
             return output
 
     def join(self, output: Any) -> None:
-        """The current stream waits for what `start` began; `output` is what it returned."""
+        """Makes the current stream wait for the work of `start`; `output` is its result."""
         trace = self.trace
         made = [trace.scores, trace.candidate_idx, trace.fresh_idx, trace.selected_idx]
         made += trace.maps.items().values() if trace.maps else ()
@@ -132,7 +134,7 @@ class Blending:
         self._beside.join([t for t in (*made, *buffers) if torch.is_tensor(t)])
 
     def prepared(self, forward: Forward) -> Blend:
-        """A blend that has not begun; on a GPU, a pass that needs no chunk has: Python then looks up."""
+        """Returns a blend that has not begun; on a GPU, a pass without chunks runs already, while Python looks up."""
         config = self.config.settled()
         look_up = LookUp(
             self.model, self.ids, self.spans, self.store, config, self.observer, self.prompt_length, self._lost,
@@ -151,7 +153,7 @@ class Blending:
         return blend
 
     def stopped_at(self, stop: str, forward: Forward) -> Blend:
-        """A blend that went on up to one of the stops of `Blend.phases`."""
+        """Returns a blend that ran to one of the stops of `Blend.phases`."""
         blend = self.prepared(forward)
         for name in blend.phases():
             if name == stop:
@@ -159,7 +161,7 @@ class Blending:
         raise ValueError(f"A blend does not stop at {stop!r}.")
 
     def begin_again(self, lost: ChunkLost) -> None:
-        """An entry turned out unreadable: it counts as missing from here on. Each can cause one restart."""
+        """Treats an entry that turned out unreadable as missing from now on. Each can cause one restart."""
         logger.warning("%s; the prompt is blended again without it.", lost)
         self._lost |= {lost.key}
         self._prefilled |= {chunk.key for chunk in self.trace.chunks if chunk.status == "miss"}
@@ -168,8 +170,7 @@ class Blending:
 
 @dataclass
 class Settle:
-    """Settles `recompute_ratios="auto"` by what phase 1 found. Where a full prefill is quicker, only what is exact is
-    reused."""
+    """Settles `recompute_ratios="auto"` after phase 1. If a full prefill is quicker, only exact chunks are reused."""
 
     config: BlendConfig
     controller: Controller | None

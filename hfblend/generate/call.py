@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,88 +25,86 @@ from ..model.hf_model import CACHE, CACHE_NAMES, cache_given
 from ..prompts.prompt import ChunkSpans
 from ..store import Store
 from ..support.registry import TestedModel
-from ..trace.trace import BlendTrace, Level
+from ..trace.facts import Level
+from ..trace.trace import BlendTrace
+from .asked import Asked
 from .blending import Blending
-from .fallbacks import Asked, Fallback, Plan, found_chunks, generate_option
+from .fallbacks import Fallback
 from .hand_over import SideBySide, hand_over
+from .request import Plan, found_chunks, generate_option
 
 logger = logging.getLogger("hfblend.patching")
 
-# Calls that cannot be blended before the decoder is reached: drafts come in between, or options on the way to it.
+# Calls that cannot be blended before the decoder is reached: drafts may precede it, or options change its forward.
 _WAIT_FOR = {"assistant_model", "custom_generate", "inputs_embeds"}
 _WAIT_IF_SET = ("output_attentions", "output_hidden_states", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
+@dataclass(eq=False)
 class Call(Running):
     """The state of one call.
 
     Args:
         hf_model: the model.
-        plan: what is to be blended, or why nothing is.
+        plan: the prompts to blend, or why none is.
         by_stock: whether Transformers' own loops run it.
         config, store, controller: of every prompt.
-        started: when the user called, by `time.perf_counter`.
+        started: the time of the user's call, by `time.perf_counter`.
         level, tokenizer: of the traces.
 
     Attributes:
+        is_waiting: whether the forward that prefills is still to come.
+        asked: arguments of the whole model's forward while it runs.
         traces_of_prompts: one for each different prompt; of a call that is not blended, one.
     """
 
-    def __init__(
-        self,
-        hf_model: TestedModel,
-        plan: Plan,
-        by_stock: bool,
-        config: BlendConfig,
-        store: Store,
-        controller: Controller | None,
-        started: float,
-        level: Level,
-        tokenizer: Any,
-    ) -> None:
+    hf_model: TestedModel
+    plan: Plan
+    by_stock: bool
+    config: BlendConfig
+    store: Store
+    controller: Controller | None
+    started: float
+    level: Level
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.hf_model, self.plan, self.config, self.store, self.controller = hf_model, plan, config, store, controller
-        self._by_stock, self._started, self._tokens_seen = by_stock, started, 0
-        self._waiting = plan.fallback is None  # for the forward that prefills
-        self._asked: dict[str, Any] | None = None  # of the whole model's forward that runs
-        self._ahead: tuple[Blending, Any] | None = None  # what was blended before it was reached, and its output
-        lengths = [plan.num_tokens] if plan.fallback else [len(prompt) for prompt in plan.prompts]
+        self.is_waiting, self._tokens_seen = self.plan.fallback is None, 0
+        self.asked: dict[str, Any] | None = None
+        self._ahead: tuple[Blending, Any] | None = None  # a blend begun before its forward was reached, and its output
+        lengths = [self.plan.num_tokens] if self.plan.fallback else map(len, self.plan.prompts)
         self.traces_of_prompts = [
-            BlendTrace(num_tokens=length, num_layers=hf_model.num_layers, level=level, tokenizer=tokenizer)
-            for length in lengths
+            BlendTrace(num_tokens=n, num_layers=self.hf_model.num_layers, level=self.level, tokenizer=self.tokenizer)
+            for n in lengths
         ]
-        if plan.fallback:
-            self._fall_back(plan.fallback, plan.found)
+        if self.plan.fallback:
+            self._fall_back(self.plan.fallback, self.plan.found)
 
     @property
     def is_blended(self) -> bool:
-        """Whether it was, or is still to be."""
+        """Whether it was blended, or is still going to be."""
         return self.traces_of_prompts[0].fallback is None
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether the forward that prefills is still to come."""
-        return self._waiting
-
-    @property
     def traces(self) -> list[BlendTrace]:
-        """One a row; rows of one prompt have the same."""
+        """One per row; rows of one prompt share theirs."""
         traces = self.traces_of_prompts
         return traces if self.plan.fallback else [traces[i] for i in self.plan.prompt_of_row]
 
     # --- the first token, and the end -----------------------------------------------------------------------------
 
     def note_forward(self, num_tokens: int) -> None:
-        """Called as a forward begins: the first one after the whole prompt was seen brings the first new token."""
+        """Notes that a forward begins: the first one after the whole prompt means that the first new token is there."""
         if self._tokens_seen >= self.plan.num_tokens:
             self._note_first_token()
         self._tokens_seen += num_tokens
 
     def end(self, output: Any) -> None:
-        """Called with what `generate` returns."""
-        if self._waiting:
+        """Notes the end of the call, with the result of `generate`."""
+        if self.is_waiting:
             self._fall_back(Fallback.NOT_REACHED)
-        # With a single new token there is no second forward that would have marked its arrival.
+        # A single new token is followed by no forward that would have marked its arrival.
         sequences = output if torch.is_tensor(output) else getattr(output, "sequences", None)
         if sequences is not None and sequences.shape[1] == self.plan.num_tokens + 1:
             self._note_first_token()
@@ -114,10 +112,10 @@ class Call(Running):
     def _note_first_token(self) -> None:
         for trace in self.traces_of_prompts:
             if trace.ttft_ms is None:
-                trace.ttft_ms = 1000 * (time.perf_counter() - self._started)
+                trace.ttft_ms = 1000 * (time.perf_counter() - self.started)
 
     def _fall_back(self, fallback: Fallback, found: str = "") -> None:
-        self._waiting = False
+        self.is_waiting = False
         said = f"{fallback.reason} {found}".strip()
         for trace in self.traces_of_prompts:
             trace.blended, trace.fallback, trace.fallback_reason = False, fallback.name.lower(), said
@@ -126,13 +124,13 @@ class Call(Running):
     # --- the prefill ----------------------------------------------------------------------------------------------
 
     def is_whole_batch(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether a forward prefills the call's prompts (perhaps with draft tokens behind) into an empty cache.
+        """Whether a forward prefills the call's prompts (perhaps with draft tokens after them) into an empty cache.
 
         Args:
             ids: (B · k, T or more).
             kwargs: the forward's other arguments.
         """
-        if not self._waiting or torch.is_grad_enabled() or ids.shape[1] < self.plan.num_tokens:
+        if not self.is_waiting or torch.is_grad_enabled() or ids.shape[1] < self.plan.num_tokens:
             return False
         if kwargs.get("inputs_embeds") is not None:
             return False
@@ -144,28 +142,20 @@ class Call(Running):
         expected = self.plan.input_ids.repeat_interleave(copies, 0)
         if not bool((ids[:, : self.plan.num_tokens] == expected).all()):
             return False
-        asked = Asked(self.plan, self.hf_model, ids, kwargs, self._asked, self._by_stock)
+        asked = Asked(self.plan, self.hf_model, ids, kwargs, self.asked, self.by_stock)
         if reason := asked.reason_against():
             self._fall_back(reason, "It changed inside this call." if reason is Fallback.MODEL_CHANGED else "")
             self.give_up_ahead()
-        return self._waiting
-
-    def run_model(self, forward: Callable[..., Any], asked: dict[str, Any], args: Any, kwargs: Any) -> Any:
-        """Runs the whole model's forward, and knows meanwhile what it was asked for."""
-        outer, self._asked = self._asked, asked
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            self._asked = outer
+        return self.is_waiting
 
     def blended_forward(self, kwargs: dict[str, Any]) -> Any:
-        """The decoder's output for all prompts, with the rows of the last pass only, and the cache filled."""
+        """Returns the decoder's output for all prompts, with the rows of the last pass only, and fills the cache."""
         ids, cache = kwargs.pop("input_ids"), cache_given(kwargs)
         cache = DynamicCache(config=self.hf_model.config) if cache is None else cache
-        # Masks and positions follow from the padding, which the plan knows.
+        # Masks and positions follow from the padding in the plan.
         for name in ("attention_mask", "position_ids", "use_cache", *CACHE_NAMES):
             kwargs.pop(name, None)
-        self._waiting = False
+        self.is_waiting = False
         drafted = ids.shape[1] - self.plan.num_tokens
         plain = not drafted and all(value is None or value is False for value in kwargs.values())
         if not plain:
@@ -189,7 +179,7 @@ class Call(Running):
         return output, state
 
     def _side_by_side(self, ids: torch.Tensor, kwargs: dict[str, Any], cache: Any) -> tuple[Any, Blending]:
-        """Each different prompt is blended once, and its K/V copied to its rows; only one's own K/V is held beside."""
+        """Blends each different prompt once and copies its K/V to its rows; holds K/V of one prompt at a time twice."""
         copies = ids.shape[0] // len(self.plan.prompt_of_row)
         kv = SideBySide(ids.shape[0], ids.shape[1])
         hidden = [torch.empty(0)] * ids.shape[0]  # (1, 1, C) each
@@ -207,7 +197,7 @@ class Call(Running):
         return output, state
 
     def _blend(self, place: int, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[Blending, Any]:
-        """Starts on one of the prompts; `ids` (1, n) may have draft tokens behind, `kwargs` go to the forward."""
+        """Starts to blend a prompt; `ids` (1, n) may end in draft tokens, `kwargs` go to the forward."""
         prompt, trace, reason = self.plan.prompts[place], self.traces_of_prompts[place], self.plan.prefilled.get(place)
         spans = ChunkSpans(()) if reason else prompt.chunk_spans
         known_ids = prompt.ids if ids.shape[1] == len(prompt) else []
@@ -217,7 +207,7 @@ class Call(Running):
         )  # fmt: skip
         if reason:
             found = f" {found_chunks([prompt.chunk_spans], self.config, None)}" if prompt.chunk_spans else ""
-            trace.notes.append(f"Prefilled in full beside the other prompts of its batch: {reason.reason}{found}")
+            trace.notes.append(f"Prefilled in full, next to the other prompts of its batch: {reason.reason}{found}")
         return state, state.start(functools.partial(self.hf_model.decoder_forward, **kwargs))
 
     # --- ahead of it ----------------------------------------------------------------------------------------------
@@ -225,16 +215,16 @@ class Call(Running):
     def blend_ahead(self, kwargs: dict[str, Any]) -> None:
         """Starts a GPU on the prompt before stock `generate` prepares itself, which takes Python some milliseconds.
 
-        Only what is sure to be asked for: batches and calls with drafts, or with options that reach the decoder, wait.
+        Batches, and calls with drafts or with options that reach the decoder, wait: their forward may differ.
         """
         waits = any(generate_option(self.hf_model.model, kwargs, name) for name in _WAIT_IF_SET)
-        if not self._waiting or not self.plan.is_one_prompt or waits or _WAIT_FOR & kwargs.keys():
+        if not self.is_waiting or not self.plan.is_one_prompt or waits or _WAIT_FOR & kwargs.keys():
             return
         assert self.plan.input_ids is not None
         self._ahead = torch.no_grad()(self._blend)(0, self.plan.input_ids[:1], {})
 
     def give_up_ahead(self) -> None:
-        """What was blended ahead and is not used ends before anything takes its memory."""
+        """Drops a blend that was begun ahead and is not used; it ends before anything takes its memory."""
         if self._ahead is not None:
             state, output = self._ahead
             state.join(output)

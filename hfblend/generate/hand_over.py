@@ -1,4 +1,4 @@
-"""Phase 5: blended K/V become the user's own cache, as a stock prefill would have left it; decoding is stock.
+"""Phase 5: blended K/V become the user's cache, as a stock prefill would have left it; decoding is stock.
 
 Shapes: B batch, Hkv KV heads, T all tokens, D head_dim.
 """
@@ -15,13 +15,13 @@ from ..kv.rows import KV, ROOM, RowLayout, empty_kv
 
 
 class _SpareRows:
-    """Buffers (B, Hkv, capacity, D) of keys and values, written and shown with few calls: decoding does so every layer.
+    """Buffers (B, Hkv, capacity, D) of keys and values, written and shown with few calls: decoding does both per layer.
 
-    `as_strided` costs half of `narrow`, and where keys and values lie side by side, one `cat` writes both.
+    `as_strided` costs half of `narrow`, and one `cat` writes keys and values that are adjacent in memory.
 
     Attributes:
-        shown: the views of keys and values that were shown last. Only a layer that has these very tensors may write the
-            rows after them, so no row that a caller has seen is ever written again.
+        shown: the last views of keys and values. Only a layer that has these very tensors may write the rows after
+            them, so no row that a caller has seen is ever written again.
     """
 
     def __init__(self, kv: KV) -> None:
@@ -30,9 +30,9 @@ class _SpareRows:
         self._batch_size, self._capacity = keys.shape[0], keys.shape[2]
         self._kind = _kind_of(kv)
         self._views = [(t, t.shape[1], t.shape[3], t.stride(), t.storage_offset()) for t in kv]
-        # Written through aliases that count versions apart: a graph of gradients may keep the rows before, as they are.
+        # Written through aliases with separate version counts: a graph of gradients may keep the earlier rows.
         self._written = [(t.data, *rest) for t, *rest in self._views]
-        self._needs_inference_mode = keys.is_inference()  # made under inference_mode, where alone it may be written
+        self._needs_inference_mode = keys.is_inference()  # made, and so writable, only under inference_mode
         layout = RowLayout.of(kv)
         adjacent = values.data_ptr() - keys.data_ptr() == layout.value_offset * keys.element_size()
         alike = layout.key_dim == layout.value_dim == keys.stride(1) and keys.stride() == values.stride()
@@ -48,7 +48,7 @@ class _SpareRows:
         return is_open and has_room and _kind_of(added) == self._kind
 
     def write(self, start: int, added: KV) -> None:
-        """Writes K/V (B, Hkv, n, D) from row `start` on."""
+        """Writes K/V (B, Hkv, n, D), beginning at row `start`."""
         count = added[0].shape[2]
         if self._both is not None:
             torch.cat(added, 1, out=self._rows(self._both, start, count))
@@ -57,7 +57,7 @@ class _SpareRows:
                 self._rows(view, start, count).copy_(states)
 
     def show(self, length: int) -> KV:
-        """The first `length` rows of both."""
+        """Returns the first `length` rows of both."""
         keys, values = self._views
         self.shown = self._rows(keys, 0, length), self._rows(values, 0, length)
         return self.shown
@@ -68,17 +68,16 @@ class _SpareRows:
 
 
 def _kind_of(kv: Iterable[torch.Tensor]) -> list[tuple[Any, ...]]:
-    """All that K/V (B, Hkv, n, D) must share with others to be joined with them unchanged."""
+    """Returns the properties that K/V (B, Hkv, n, D) must share to be joined unchanged."""
     return [(t.shape[0], t.shape[1], t.shape[3], t.dtype, t.device) for t in kv]
 
 
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` with spare rows: decoding writes in place instead of copying the whole cache each step.
 
-    `keys` and `values` are the exact views that callers expect. Only a layer that has the tensors shown last writes in
-    place; cropping, reordering and batch operations of the parent class put others there, and the next update moves
-    them to a new buffer. Copies and pickles have no spare rows. With gradients on, and for K/V that cannot be joined
-    unchanged (another dtype, device or batch size), the parent class does the update.
+    `keys` and `values` are the exact views that callers expect. After cropping, reordering or batch operations of the
+    parent class, the next update moves them to a new buffer. Copies and pickles have no spare rows. With gradients on,
+    and for K/V that cannot be joined unchanged (another dtype, device or batch size), the parent class updates.
     """
 
     def __init__(self, room: int = ROOM) -> None:
@@ -90,7 +89,7 @@ class GrowingLayer(DynamicLayer):
     def adopt(cls, buffers: KV, length: int, room: int = ROOM) -> GrowingLayer:
         """Takes over buffers (B, Hkv, capacity, D) whose first `length` rows hold K/V, without a copy."""
         layer = cls(room)
-        # What lazy_initialization sets, without its empty tensors: making one on a GPU waits for all work there.
+        # As lazy_initialization does, without its empty tensors: making one on a GPU waits for all work there.
         layer.dtype, layer.device = buffers[0].dtype, buffers[0].device  # type: ignore[attr-defined]
         layer.is_initialized = True
         layer._spare = _SpareRows(buffers)
@@ -113,12 +112,12 @@ class GrowingLayer(DynamicLayer):
         self._spare = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of a copy or a pickle: two layers have these tensors then, and neither writes after them."""
+        """Returns the state of a copy or a pickle: two layers then hold these tensors; neither writes after them."""
         self._spare = None
         return self.__dict__
 
     def _has_room_for(self, added: KV) -> bool:
-        """Makes sure of spare rows, in a larger buffer where needed; `False` if the K/V cannot be joined unchanged."""
+        """Provides spare rows, in a larger buffer if needed; `False` if the K/V cannot be joined unchanged."""
         if self._spare is not None and self._spare.may_continue(self.keys, self.values, added):
             return True
         length = self.get_seq_length()
@@ -144,7 +143,7 @@ class SideBySide:
     """K/V of the rows of a batch, each prompt ending in the last column, zeros in front of it.
 
     Attributes:
-        buffers: layer -> buffers (B, Hkv, T + room, D), once a row is there.
+        buffers: layer -> buffers (B, Hkv, T + room, D), after the first `put`.
     """
 
     def __init__(self, batch_size: int, length: int) -> None:
@@ -155,23 +154,22 @@ class SideBySide:
         """Copies a prompt of `count` tokens, layer -> K/V (1, Hkv, `count` or more, D), to its rows."""
         for i, states_of_layer in sorted(kv.items()):
             if i not in self.buffers:
-                self.buffers[i] = self._empty(states_of_layer)
+                # Not packed in rows: with several rows of a batch, some models take `keys.view(B · Hkv, …)`.
+                keys, values = (
+                    t.new_empty(self.batch_size, t.shape[1], self.length + ROOM, t.shape[3]) for t in states_of_layer
+                )
+                self.buffers[i] = keys, values
             for buffer, states in zip(self.buffers[i], states_of_layer):
                 for row in rows:
-                    buffer[row, :, : self.length - count] = 0  # masked, and yet 0 · NaN is NaN
+                    buffer[row, :, : self.length - count] = 0  # masked, but 0 · NaN is NaN
                     buffer[row, :, self.length - count : self.length] = states[0, :, :count]
-
-    def _empty(self, like: KV) -> KV:
-        """Not packed in rows: where there are several rows of a batch, some models take `keys.view(B · Hkv, …)`."""
-        keys, values = (t.new_empty(self.batch_size, t.shape[1], self.length + ROOM, t.shape[3]) for t in like)
-        return keys, values
 
 
 def hand_over(buffers: dict[int, KV], length: int, batch_size: int, cache: Cache) -> None:
-    """Puts blended K/V into the user's own (empty) cache, as a stock prefill would have left it.
+    """Puts blended K/V into the user's empty cache, as a stock prefill would have left it.
 
-    Plain dynamic layers adopt the buffers and keep their spare room; any other kind (sliding, static, quantised,
-    offloaded) takes the rows through its own `update`. Rows are repeated for a batch of identical prompts.
+    Plain dynamic layers adopt the buffers and keep their spare rows; other kinds (sliding, static, quantised,
+    offloaded) take the rows through their `update`. Rows are repeated for a batch of identical prompts.
     """
     adopts = type(cache) is DynamicCache and not cache.offloading
     for i, kv in sorted(buffers.items()):
@@ -185,7 +183,7 @@ def hand_over(buffers: dict[int, KV], length: int, batch_size: int, cache: Cache
 
 
 def is_foreign(cache: Any) -> bool:
-    """Whether a cache, or a layer of it, runs other code than Transformers', which may return other K/V than it keeps.
+    """Whether a cache, or a layer of it, has code that is not Transformers' and may return other K/V than it keeps.
 
     Args:
         cache: `None`: Transformers will make one.

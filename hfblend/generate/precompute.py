@@ -1,8 +1,8 @@
 """Chunk KV stored before the first question, under the keys that a prompt with these chunks will look up.
 
-Chunks are taken from an iterable a window at a time; what a window lacks in the store is sorted by length and prefilled
-in batches. Only ids of one window and KV of one batch are in memory, and each batch is stored before the next is
-computed, so that a run that was killed goes on where it stopped.
+Chunks are taken from an iterable a window at a time; those missing in the store are sorted by length and prefilled in
+batches. Only ids of one window and KV of one batch are in memory, and each batch is stored before the next is computed,
+so that the next run continues a killed one.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _BATCHES_IN_WINDOW = 16
 
 @dataclass
 class Precomputed:
-    """What `precompute` has done so far.
+    """The progress of `precompute`.
 
     Attributes:
-        chunks: taken from the iterable; `computed + skipped + failed`, once all is done.
+        chunks: taken from the iterable; `computed + skipped + failed` at the end.
         computed: prefilled and stored.
-        skipped: were in the store, or came before.
-        failed: prefilled, but the store did not keep them (the log says why).
+        skipped: already stored, or repeated.
+        failed: prefilled, but not kept by the store (the log says why).
         tokens, num_bytes: of the computed ones.
-        seconds: since the beginning.
+        seconds: since the start.
     """
 
     chunks: int = 0
@@ -80,22 +80,22 @@ def precompute(
     batch_size: int | None = None,
     progress: Callable[[Precomputed], None] | None = None,
 ) -> Precomputed:
-    """Computes and stores the KV of many chunks, and of what they are computed behind. `blender.precompute` calls it.
+    """Computes and stores the KV of many chunks, and of the prefix before them. `blender.precompute` calls it.
 
     >>> print(precompute(model, texts, prefix=system, store=store, tokenizer=tokenizer))  # doctest: +SKIP
 
-    What the store has is skipped: a run that was stopped is simply started again.
+    Stored chunks are skipped: to continue a run that was stopped, start it again.
 
     Args:
         model: a causal LM in eval mode, patched or not.
         chunks: texts, documents with one as `page_content`, `text` or `content`, or token ids, of any number; a
-            generator is never held whole. Texts are tokenised as `Prompt.from_texts` does it.
-        prefix: text or ids of all that will stand before the first chunk: `prompt.prefix_ids`.
-        store, config: as the prompts will have them; `chunk_prefix`, `filler_ids` and `namespace` enter the keys.
+            generator is not expanded. Texts are tokenised as in `Prompt.from_texts`.
+        prefix: text or ids of all that will precede the first chunk: `prompt.prefix_ids`.
+        store, config: those of later prompts; `chunk_prefix`, `filler_ids` and `namespace` enter the keys.
         tokenizer: needed for texts.
         separator, add_special_tokens: of a prefix given as text, as in `Prompt.from_texts`.
         batch_size: chunks in one forward, at most; default 1 on a CPU and 8 on a GPU. KV is the same up to rounding,
-            which the first batch is checked for; a model that fails it takes chunks one by one.
+            which is checked at the first batch; a model that fails takes chunks one by one.
         progress: called with the report so far after each batch.
 
     Returns:
@@ -103,8 +103,8 @@ def precompute(
 
     Raises:
         UnsupportedModel: the model's cached KV cannot be moved.
-        TypeError, ValueError: chunks that are neither texts nor ids, an empty one, ids that the model does not have,
-            texts without a tokenizer. What came before the chunk is stored.
+        TypeError, ValueError: chunks that are neither texts nor ids, an empty one, ids beyond the vocabulary, texts
+            without a tokenizer. Earlier chunks are stored.
     """
     _require_several(chunks)
     if store is None:
@@ -120,7 +120,7 @@ def precompute(
     try:
         return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
     finally:
-        run.chunks_of.kv = None  # else this KV would wait for the garbage collector
+        run.chunks_of.kv = None  # frees this KV without the garbage collector
 
 
 def _require_several(chunks: Any) -> None:
@@ -133,7 +133,7 @@ def _require_several(chunks: Any) -> None:
 
 
 class _ToIds:
-    """Chunks and prefix as token ids that the model has."""
+    """Turns chunks and prefix into token ids of the model."""
 
     def __init__(self, hf_model: TestedModel, tokenizer: Any) -> None:
         self.vocab_size = getattr(hf_model.config, "vocab_size", None)
@@ -141,10 +141,10 @@ class _ToIds:
         self.encode = None if tokenizer is None else Encoder(require_tokenizer(tokenizer))
 
     def __call__(self, number: int, chunk: Any) -> Ids:
-        """A chunk's ids.
+        """Returns a chunk's ids.
 
         Raises:
-            TypeError, ValueError: none, or such as are no ids; `number` (0-based) is named.
+            TypeError, ValueError: no ids, or invalid ones; the message names `number` (0-based).
         """
         name = f"Chunk {number}"
         text = text_in(chunk)
@@ -157,7 +157,7 @@ class _ToIds:
         return ids
 
     def prefix(self, prefix: str | Sequence[int], separator: Any, add_special_tokens: bool) -> Ids:
-        """The ids before the first chunk of a prompt with this prefix."""
+        """Returns the ids before the first chunk of a prompt with this prefix."""
         if not isinstance(prefix, str):
             return token_ids("The prefix", prefix, self.vocab_size, _TEXT_OR_IDS)
         if not (prefix or separator or add_special_tokens):
@@ -178,21 +178,19 @@ class _ToIds:
         return self.encode
 
 
+@dataclass
 class _Run:
     """One run over chunks."""
 
-    def __init__(
-        self,
-        model: TestedModel,
-        store: Store,
-        config: BlendConfig,
-        prefix_ids: Ids,
-        batch_size: int,
-        progress: Callable[[Precomputed], None] | None,
-    ) -> None:
-        self.model, self.store, self.progress = model, store, progress
-        self.chunks_of = ChunksOf(model, _Flushed(store), config, prefix_ids)
-        self.batch_size = batch_size
+    model: TestedModel
+    store: Store
+    config: BlendConfig
+    prefix_ids: Ids
+    batch_size: int
+    progress: Callable[[Precomputed], None] | None
+
+    def __post_init__(self) -> None:
+        self.chunks_of = ChunksOf(self.model, _Flushed(self.store), self.config, self.prefix_ids)
         self.report, self.started = Precomputed(), time.perf_counter()
         self._first_stored: str | None = None
 
@@ -205,7 +203,7 @@ class _Run:
             if not missing:
                 self._tell()
             else:
-                self._hold_what_comes_before()
+                self._hold_kv_before()
             for made in self.chunks_of.prefill_missing(missing, self.batch_size):
                 self._count(made)
                 self._tell()
@@ -220,11 +218,11 @@ class _Run:
             self.chunks_of.prefill(key, ids, ())
 
     def _holds(self, key: str) -> bool:
-        """Whether the store has an entry; of a tensor-parallel model, every rank's."""
+        """Whether the store has an entry; for a tensor-parallel model, on every rank."""
         return self.model.ranks.all_agree(holds(self.store, key))
 
     def _missing(self, window: list[Ids]) -> dict[str, Ids]:
-        """By key, the chunks that the store has not; the others are counted."""
+        """Returns key -> chunk of those missing in the store; counts the others."""
         missing: dict[str, Ids] = {}
         for ids in window:
             key = self.chunks_of.key(ids, self.chunks_of.after_ids)
@@ -245,8 +243,8 @@ class _Run:
             self.report.tokens += len(chunk_kv.cached_positions)
             self.report.num_bytes += chunk_kv.num_bytes
 
-    def _hold_what_comes_before(self) -> None:
-        """KV of what chunks are computed after, on the model's device: read once for all chunks."""
+    def _hold_kv_before(self) -> None:
+        """Holds KV of the tokens before the chunks on the model's device: read once for all chunks."""
         kv = self.chunks_of.kv
         if isinstance(kv, ChunkKV) and kv.layer(0)[0].device == self.model.device:
             return
@@ -257,7 +255,7 @@ class _Run:
             logger.warning("%s; it is prefilled again.", error)
             self.chunks_of.lost |= {error.key}
             self.chunks_of.kv = None
-            self._hold_what_comes_before()
+            self._hold_kv_before()
 
     def _tell(self) -> None:
         self.report.seconds = time.perf_counter() - self.started
@@ -270,7 +268,7 @@ class _Run:
 
 
 class _Flushed:
-    """A store whose entries are kept when `put` returns: tiers write in the background."""
+    """A store whose `put` waits until an entry is kept: tiers write in the background."""
 
     def __init__(self, store: Store) -> None:
         self.store, self.open = store, store.open
@@ -283,14 +281,14 @@ class _Flushed:
 def prefill_chunk(
     model: nn.Module, ids: Sequence[int], behind_ids: Sequence[int] = (), *, behind: Reader | None = None
 ) -> ChunkKV:
-    """Computes a chunk's KV behind `behind_ids`, by one stock forward; the rows of `behind_ids` are dropped.
+    """Computes a chunk's KV after `behind_ids`, by one stock forward; the rows of `behind_ids` are dropped.
 
     >>> chunk_kv = prefill_chunk(model, tokenizer(text).input_ids, behind_ids=system_ids)  # doctest: +SKIP
 
     Args:
         model: a causal LM, patched or not.
         ids: the chunk's n token ids.
-        behind_ids: what it is computed behind (prefix, BOS, …).
+        behind_ids: ids before the chunk (prefix, BOS, …).
         behind: KV of the first of `behind_ids`, at positions 0 …, to continue from instead of computing them again;
             quantised KV is not continued from.
 
@@ -299,12 +297,12 @@ def prefill_chunk(
 
     Raises:
         ValueError: an empty chunk, a model in training mode, or `torch.autocast` in another dtype.
-        TypeError: text, or what else is no list of token ids.
+        TypeError: text, or anything but a list of token ids.
     """
     tested = model_of(model)
     vocab_size = getattr(tested.config, "vocab_size", None)
     ids, behind_ids = token_ids("ids", ids, vocab_size), token_ids("behind_ids", behind_ids, vocab_size)
     if behind is not None and not hasattr(behind, "cached_positions"):
         raise TypeError(f"behind must be chunk KV, as prefill_chunk or a store gives it, got {described(behind)}.")
-    tested.fingerprint.current(tested.model)  # which the entry names as its origin
+    tested.fingerprint.current(tested.model)  # the entry names it as its origin
     return prefill(tested, ids, behind_ids, behind)

@@ -1,15 +1,15 @@
-"""Blending, stopped after every phase: what each one found may be read, and replaced, before the next goes on.
+"""Blending, stopped after every phase: its result may be read, and replaced, before the next phase.
 
     for step in hfblend.steps(model, prompt, store=store):
-        print(step)                                    # what the phase did, in one sentence
+        print(step)                                    # the phase, in one sentence
         if step.name == "selected":
             step.selected_idx = torch.tensor([41, 42, 97])    # other tokens, chosen by hand
-    step.result.logits                                 # the last step's; as `blend` gives them if nothing was replaced
+    step.result.logits                                 # of the last step: those of `blend` if nothing was replaced
 
     looked_up → realigned → scored → selected → recomputed → generated
 
-The phases are `Blending`'s own; this file only stops between them. It is for teaching and debugging: all reused KV is
-held twice. What is replaced goes into this one result, never into the store.
+The phases are those of `Blending`; this file only stops between them. It is for teaching and debugging: all reused KV
+is held twice. Replacements go into this one result, never into the store.
 
 Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, S selected tokens, D head_dim.
 """
@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,126 +40,7 @@ from ..trace.trace import BlendTrace
 from .blend_one import BlendResult, require_prompt
 from .blending import Blending
 from .hand_over import hand_over
-
-# --- what is seen at each stop ----------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False, repr=False)
-class Step:
-    """One stop. `name` and `explanation` say which; the other attributes are the phase's tensors."""
-
-    name: ClassVar[str]
-    explanation: ClassVar[str]
-    trace: BlendTrace
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.explanation}"
-
-    def __repr__(self) -> str:
-        shown = (f"  {field.name}: {_form(getattr(self, field.name))}" for field in fields(self))
-        return "\n".join([str(self), *shown])
-
-
-@dataclass(eq=False, repr=False)
-class LookedUp(Step):
-    """After phase 1. `trace.chunks` says of each chunk whether it was found.
-
-    Attributes:
-        pieces: the prefix and each chunk: its span in the prompt, the KV that is reused there (`entry`, a copy, at the
-            positions where it was computed), and whether it is exact. A piece left out is computed with the prompt.
-    """
-
-    name = "looked_up"
-    explanation = "The KV of the prefix and of every chunk was found in the store, or prefilled alone and stored."
-    pieces: list[Piece]
-
-
-@dataclass(eq=False, repr=False)
-class Realigned(Step):
-    """After phase 2.
-
-    Attributes:
-        kv: layer -> keys and values (1, Hkv, T, D), keys turned to where they now stand; rows of tokens that are not
-            reused are 0 until they are computed.
-        moved_idx: tokens of the chunks that moved.
-        cached_positions: where those stood when their keys were computed.
-    """
-
-    name = "realigned"
-    explanation = "Every reused key was turned from the position where it was computed to the one where it now stands."
-    kv: dict[int, KV]
-    moved_idx: torch.Tensor
-    cached_positions: torch.Tensor
-
-
-@dataclass(eq=False, repr=False)
-class Scored(Step):
-    """Within phase 3; once for each check layer.
-
-    Attributes:
-        candidate_idx: (N,) tokens that may be recomputed, rising.
-        scores: (N,) what the rule gives each, the highest are selected; `None` where no rule runs (`check_layers=()`,
-            ratio 1, nothing that moved).
-        evidence: what rules look at, to make other scores from; what is asked of it is computed, and counted.
-    """
-
-    name = "scored"
-    explanation = "The rule gave every reused token a score: how much it seems to need recomputing."
-    candidate_idx: torch.Tensor
-    scores: torch.Tensor | None
-    evidence: Evidence | None
-
-
-@dataclass(eq=False, repr=False)
-class Selected(Step):
-    """After phase 3.
-
-    Attributes:
-        candidate_idx: (N,) tokens that may be selected, rising.
-        selected_idx: (S,) of these, those to recompute.
-        fresh_idx: tokens that are computed in any case: gaps, suffix, chunks that are not reused.
-    """
-
-    name = "selected"
-    explanation = "The tokens with the highest scores, as many as the ratio allows, are those to recompute."
-    candidate_idx: torch.Tensor
-    selected_idx: torch.Tensor
-    fresh_idx: torch.Tensor
-
-
-@dataclass(eq=False, repr=False)
-class Recomputed(Step):
-    """After phase 4.
-
-    Attributes:
-        kv: layer -> blended keys and values (1, Hkv, T, D).
-        logits: (1, vocabulary) of the first new token.
-    """
-
-    name = "recomputed"
-    explanation = "Selected tokens, gaps and suffix went through all layers, over the reused KV of the other tokens."
-    kv: dict[int, KV]
-    logits: torch.Tensor
-
-
-@dataclass(eq=False, repr=False)
-class Generated(Step):
-    """After phase 5: the end.
-
-    Attributes:
-        result: as `hfblend.blend` returns it.
-        answer_ids: greedy, the first by `logits`, the others decoded over the blended KV by stock `generate`.
-        text: of the answer; `None` without a tokenizer.
-    """
-
-    name = "generated"
-    explanation = "The blended KV went into an ordinary cache, and stock decoding answered from it."
-    result: BlendResult
-    answer_ids: list[int]
-    text: str | None
-
-
-# --- going from one to the next ---------------------------------------------------------------------------------------
+from .stops import Generated, LookedUp, Realigned, Recomputed, Scored, Selected, Step, form_of
 
 
 def steps(
@@ -171,10 +52,10 @@ def steps(
     tokenizer: Any = None,
     max_new_tokens: int = 32,
 ) -> Iterator[Step]:
-    """Blends one prompt and stops after every phase: a `Step` of `hfblend.generate.steps` each.
+    """Blends one prompt and stops after every phase: each stop is a `Step` of `hfblend.generate.stops`.
 
-    Tensors of a step may be changed in place or replaced; going on uses them. With nothing replaced, the last step's
-    `result` is that of `hfblend.blend`.
+    Tensors of a step may be changed in place or replaced; the next phase uses them. With nothing replaced, the last
+    step's `result` is that of `hfblend.blend`.
 
     >>> *_, generated = hfblend.steps(model, prompt, store=store, tokenizer=tokenizer)  # doctest: +SKIP
     >>> generated.text  # doctest: +SKIP
@@ -182,10 +63,10 @@ def steps(
     Args:
         model, prompt, store, config: as in `hfblend.blend`.
         tokenizer: to show the answer, and the trace, as text.
-        max_new_tokens: of the answer; an end token ends it sooner.
+        max_new_tokens: of the answer; an end token may end it sooner.
 
     Raises:
-        ValueError, TypeError: as `hfblend.blend`; and, from going on, for a replacement that does not fit.
+        ValueError, TypeError: as `hfblend.blend`; and at the next step, for a replacement that does not fit.
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     tested, config, prompt, store = model_of(model), as_config(config), require_prompt(prompt), store_at(store)
@@ -197,11 +78,11 @@ def steps(
 
 
 class Stepping(Blending):
-    """A prompt that stops for the user where the algorithm does."""
+    """A prompt that stops for the user at the stops of the algorithm."""
 
     @torch.no_grad()
     def steps(self, tokenizer: Any, max_new_tokens: int) -> Generator[Step, None, None]:
-        """Phases 1 to 5, a stop after each."""
+        """Runs phases 1 to 5 with a stop after each."""
         stops, ranked = self._looked_up(), False
         looked_up = LookedUp(self.trace, self._copied_pieces())
         yield from self._stop(looked_up, "look_up")
@@ -210,11 +91,10 @@ class Stepping(Blending):
         for name in stops:
             if name == "realigned":
                 yield from self._realigned()
-            elif name == "scored":
+            if name == "scored" or (name == "selected" and not ranked):
                 ranked = True
                 yield from self._scored()
-            elif name == "selected":
-                yield from () if ranked else self._without_scores()
+            if name == "selected":
                 yield from self._selected()
         kv = {layer: first_rows(buffers, self.length) for layer, buffers in sorted(self.buffers.items())}
         logits = self.blend.output.logits[:, -1]
@@ -224,7 +104,7 @@ class Stepping(Blending):
         yield self._generated(_like("logits", recomputed.logits, logits), tokenizer, max_new_tokens)
 
     def _stop(self, step: Step, phase: str) -> Generator[Step, None, None]:
-        """Time spent at a stop is no phase's."""
+        """Stops: this time counts for no phase."""
         self.observer.phase_done(phase)
         yield step
         self.observer.phase_done("stopped")
@@ -232,7 +112,7 @@ class Stepping(Blending):
     # --- 1 look up ------------------------------------------------------------------------------------------------
 
     def _looked_up(self) -> Iterator[str]:
-        """The stops of a blend that has looked up, and holds copies: the store's own entries are never changed."""
+        """Looks up, copies the entries, so that the store's never change, and returns the further stops."""
         while True:
             stops = self.prepared(self.model.last_logits).phases()
             try:
@@ -276,16 +156,15 @@ class Stepping(Blending):
         _use_kv(step.kv, shown, step.name)
 
     def _scored(self) -> Generator[Step, None, None]:
-        blend = self.blend
-        assert blend.evidence is not None
-        step = Scored(self.trace, blend.evidence.candidate_idx, blend.scores, _asked_later(blend.evidence))
+        blend, evidence = self.blend, self.blend.evidence
+        if evidence is None:
+            step = Scored(self.trace, blend.reuse.candidate_idx, None, None)
+        else:
+            step = Scored(self.trace, evidence.candidate_idx, blend.scores, _without_gradients(evidence))
         yield from self._stop(step, "select")
-        blend.scores = _like("scores", step.scores, blend.scores)
-
-    def _without_scores(self) -> Generator[Step, None, None]:
-        step = Scored(self.trace, self.blend.reuse.candidate_idx, None, None)
-        yield from self._stop(step, "select")
-        if step.scores is not None:
+        if evidence is not None:
+            blend.scores = _like("scores", step.scores, blend.scores)
+        elif step.scores is not None:
             raise ValueError("No rule runs for this prompt, so scores are not used; replace selected_idx instead.")
 
     def _selected(self) -> Generator[Step, None, None]:
@@ -294,9 +173,9 @@ class Stepping(Blending):
         yield from self._stop(step, "select")
         blend.selected_idx = chosen = _as_candidates(step.selected_idx, blend.reuse.candidate_idx)
         if blend.config.recomputes_all and not torch.equal(chosen, blend.reuse.candidate_idx):
-            blend.config = replace(blend.config, check_layers=(), recompute_ratios=())  # no longer a full prefill
+            blend.config = replace(blend.config, check_layers=(), recompute_ratios=())  # not a full prefill any more
         if blend.entered is not None and not torch.isin(chosen, blend.entered.rows).all():
-            blend.entered = None  # gradual filtering did not take them as far: every layer computes all rows
+            blend.entered = None  # gradual filtering left some out earlier: every layer computes all rows
 
     # --- 5 hand over ----------------------------------------------------------------------------------------------
 
@@ -308,7 +187,7 @@ class Stepping(Blending):
         return Generated(self.trace, BlendResult(logits, cache, self.trace), answer_ids, text)
 
     def _answer(self, first_id: int, max_new_tokens: int) -> list[int]:
-        """Greedy, by the class's own `generate`: on a patched model too it does not blend."""
+        """Answers greedily, by the class's `generate`, which does not blend even if the model is patched."""
         model: Any = self.model.model
         end = model.generation_config.eos_token_id
         if max_new_tokens == 1 or first_id in (end if isinstance(end, list) else [end]):
@@ -323,7 +202,7 @@ class Stepping(Blending):
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=max_new_tokens - 1,
             do_sample=False,
-            **dict.fromkeys(("temperature", "top_p", "top_k")),  # settings of sampling, which warn without it
+            **dict.fromkeys(("temperature", "top_p", "top_k")),  # settings of sampling warn without it
             num_beams=1,
             **{CACHE: cache},
         )
@@ -331,7 +210,7 @@ class Stepping(Blending):
 
 
 class _Holding:
-    """The model, but for the reused KV that it gathers: held, so that it can be changed."""
+    """The model, except that the reused KV it gathers is held and can be changed."""
 
     def __init__(self, model: TestedModel) -> None:
         self._model = model
@@ -344,7 +223,7 @@ class _Holding:
 
 
 class HeldKV(ReusedKV):
-    """Every layer's reused KV, realigned once and held, so that it can be changed; each pass takes a copy."""
+    """Every layer's reused KV, realigned once and held for changes; each pass takes a copy."""
 
     def __init__(self, model: TestedModel, reuse: Reuse, length: int, observer: Observer) -> None:
         super().__init__(model, reuse, length, observer)
@@ -355,7 +234,7 @@ class HeldKV(ReusedKV):
                 states.index_fill_(2, reuse.fresh_idx.to(states.device), 0)
 
     def shown(self) -> dict[int, KV]:
-        """Layer -> keys and values (1, Hkv, T, D), as views."""
+        """Returns layer -> keys and values (1, Hkv, T, D), as views."""
         return {layer: first_rows(kv, self.length) for layer, kv in self._held.items()}
 
     def layer(self, layer_idx: int, fresh: KV | None = None) -> KV:
@@ -368,11 +247,11 @@ class HeldKV(ReusedKV):
         return buffers
 
 
-# --- checks of what was replaced --------------------------------------------------------------------------------------
+# --- checks of replacements --------------------------------------------------------------------------------------
 
 
 def _use_kv(replaced: Mapping[int, KV], held: Mapping[int, KV], name: str) -> None:
-    """Writes replaced K/V to where the next phase finds them; what was changed in place is there already."""
+    """Writes replaced K/V to the place of the next phase; those changed in place are there already."""
     if set(replaced) != set(held):
         raise ValueError(f"{name}: kv must have the layers {sorted(held)}, got {sorted(replaced)}.")
     for layer, kv in held.items():
@@ -390,21 +269,21 @@ def _like(name: str, tensor: Any, expected: torch.Tensor) -> torch.Tensor:
 
 
 def _as_candidates(chosen: Any, candidate_idx: torch.Tensor) -> torch.Tensor:
-    """Chosen token indices, rising; `ValueError` for any that are no candidates."""
+    """Returns chosen token indices, rising; `ValueError` for any that are no candidates."""
     if not torch.is_tensor(chosen) or chosen.ndim != 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise TypeError(f"selected_idx must be a tensor (S,) of whole token indices, got {_form(chosen)}.")
+        raise TypeError(f"selected_idx must be a tensor (S,) of whole token indices, got {form_of(chosen)}.")
     chosen = chosen.to(candidate_idx)
     others = chosen[~torch.isin(chosen, candidate_idx)].tolist()
     if others:
         raise ValueError(
-            f"selected_idx must hold candidates, and the tokens {others} are none: they are exact, computed in any "
-            "case, or not in the prompt. `step.candidate_idx` has those that may be selected."
+            f"selected_idx must hold candidates, and the tokens {others} are none: they are exact, always "
+            "computed, or not in the prompt. `step.candidate_idx` has those that may be selected."
         )
     return chosen.unique()
 
 
-def _asked_later(evidence: Evidence) -> Evidence:
-    """The same, for a caller who is not inside `no_grad`."""
+def _without_gradients(evidence: Evidence) -> Evidence:
+    """Returns the evidence for a caller outside of `no_grad`."""
     no_grad = torch.no_grad()
     return replace(evidence, kv=no_grad(evidence.kv), suffix_attention=no_grad(evidence.suffix_attention))
 
@@ -425,20 +304,8 @@ def _copy(entry: Reader) -> ChunkKV:
 
 
 def _moves(reuse: Reuse) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of the pieces that moved, and where they stood before."""
+    """Returns the tokens of the pieces that moved, and their earlier positions."""
     now = [torch.arange(*piece.span) for piece in reuse.moved]
     before = [piece.entry.cached_positions for piece in reuse.moved]
     nothing = torch.empty(0, dtype=torch.long)
     return torch.cat([nothing, *now]), torch.cat([nothing, *before])
-
-
-def _form(value: Any) -> str:
-    """A value in few words: a tensor by its shape, a long list by its length."""
-    if torch.is_tensor(value):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if isinstance(value, dict):
-        return f"{len(value)} layers, each {', '.join(_form(v) for v in next(iter(value.values()), ()))}"
-    if isinstance(value, list) and len(value) > 4:
-        return f"{len(value)} of {type(value[0]).__name__}"
-    text = str(value)
-    return text if len(text) <= 100 else f"{text[:99]}…"

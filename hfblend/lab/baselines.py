@@ -50,7 +50,7 @@ class LeakyMask(Blend):
 
 
 class StaleRows(Blend):
-    """What the pass over all tokens computed is dropped: unselected rows stay reused up to the check layer, too.
+    """Drops the results of the pass over all tokens: unselected rows stay reused up to the check layer, too.
 
     Source: LMCache v1, `LMCBlender.process_qkv`: at the check layer only selected rows are written back, below it none.
     """
@@ -105,7 +105,7 @@ class PrefixReuse(Blend):
             self.look_up.keep(prefix, self.buffers)
 
     def is_nearly_all(self) -> bool:
-        return False  # it is measured as it is
+        return False  # it is measured unchanged
 
 
 def _runs(idx: Sequence[int]) -> list[tuple[int, int]]:
@@ -139,7 +139,7 @@ class Method:
         config: ratio -> settings.
         algorithm: what does the phases.
         fixed_ratio: the ratio, where the method knows only one.
-        uses_filler: chunks are computed behind prefix and filler; needs a tokenizer.
+        uses_filler: chunks are computed after prefix and filler; needs a tokenizer.
         in_context: chunk KV comes from another request that held the chunk, in its context there.
         whole: no chunks: the prompt is prefilled in full.
     """
@@ -173,7 +173,7 @@ class Method:
             ratio: share in [0, 1] of tokens recomputed; not read where `takes_ratio` is false.
             store: chunk KV; methods may share one, their entries do not mix.
             tokenizer: for the filler's ids.
-            elsewhere: ids of a passage of another request, behind which in-context methods find their chunk KV.
+            elsewhere: ids of a passage of another request, after which in-context methods find their chunk KV.
 
         Raises:
             ValueError: no tokenizer, or nothing `elsewhere`, where one is needed.
@@ -183,7 +183,7 @@ class Method:
         config = self.config(ratio)
         if self.uses_filler:
             if tokenizer is None:
-                raise ValueError(f'Method "{self.name}" computes chunks behind a filler text and needs a tokenizer.')
+                raise ValueError(f'Method "{self.name}" computes chunks after a filler text and needs a tokenizer.')
             config = replace(config, chunk_prefix="filler", filler_ids=filler_ids(tokenizer))
         if self.in_context:
             config = replace(config, on_miss="in_context", namespace="in_context")
@@ -193,7 +193,7 @@ class Method:
     def _capture(
         self, model: nn.Module, prompt: Prompt, store: Store, config: BlendConfig, elsewhere: Sequence[int]
     ) -> None:
-        """Puts the chunk KV that an earlier request left: each chunk behind the prefix and that request's passage."""
+        """Puts the chunk KV that an earlier request left: each chunk after the prefix and that request's passage."""
         if not elsewhere:
             raise ValueError(f'Method "{self.name}" takes chunk KV from another request: pass ids of its passage.')
         hf_model = model_of(model)
@@ -233,14 +233,14 @@ _V = _rule("kv_deviation")
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        # hfblend's own recommendation: what the suffix attends to, over chunk KV computed behind a filler
+        # hfblend's own recommendation: what the suffix attends to, over chunk KV computed after a filler
         Method("hfblend", _rule("suffix_attention"), uses_filler=True),
         # baselines
         Method("full_prefill", _full_reuse, fixed_ratio=1.0, whole=True),
         Method("prefix_reuse", _prefix_reuse, PrefixReuse, fixed_ratio=1.0),
         Method("full_reuse", _full_reuse, fixed_ratio=0.0),
         Method("full_reuse_filler", _full_reuse, fixed_ratio=0.0, uses_filler=True),
-        # selection rules, over chunk KV computed behind the prompt's prefix
+        # selection rules, over chunk KV computed after the prompt's prefix
         *(Method(name, _rule(name)) for name in ("suffix_attention", "chunk_start", "mixed", "random", "last")),
         Method("kv_deviation", _V),
         # the references

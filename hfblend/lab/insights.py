@@ -27,6 +27,7 @@ from ..blend.model import Pass
 from ..blend.selection import kv_deviation
 from ..config import BlendConfig
 from ..display import palette
+from ..display.plots import new_figure
 from ..generate.blending import Blending
 from ..kernels.reference import AttentionArgs, attention_weights
 from ..kv.rows import KV
@@ -37,7 +38,6 @@ from ..prompts.prompt import Prompt
 from ..store import MemoryStore, Store
 from ..support.registry import TestedModel, model_of
 from ..util import StopForward
-from .plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ class Deviations:
 def deviation_by_layer(
     model: nn.Module, prompt: Prompt, *, store: Store | None = None, config: BlendConfig | None = None
 ) -> Deviations:
-    """How far isolated chunk KV, realigned, is from what a full prefill computes at every layer.
+    """Measures how far isolated chunk KV, realigned, is from full prefill's at every layer.
 
     Nothing is recomputed: plain full reuse would leave this KV in the cache.
 
@@ -149,7 +149,7 @@ def attention_deviation(
     store: Store | None = None,
     config: BlendConfig | None = None,
 ) -> torch.Tensor:
-    r"""How far the suffix's attention over blended KV is from that over full prefill's KV, by recompute ratio.
+    r"""Measures how far the suffix's attention over blended KV is from that over full prefill's KV, by recompute ratio.
 
         Δ = ‖A_blended − A_full‖₂ of each row of the suffix,   A = softmax(QKᵀ · scaling)   (H, S, T)
 
@@ -277,5 +277,4 @@ def figure_of_attention_deviation(ratios: Sequence[float], deviations: Mapping[s
 
 
 def _line_styles() -> list[dict[str, str]]:
-    """Lines that differ in colour and stroke."""
     return [{"color": colour, "linestyle": stroke} for colour, stroke in zip(palette.LINES, cycle(palette.STROKES))]

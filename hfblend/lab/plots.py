@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import described
 from ..display import palette
-from ..util import figure_class
+from ..display.plots import new_figure
 from .report import Row
 from .report import title as title_of
 
@@ -27,17 +27,6 @@ _LABEL_STEP = 0.045  # of the axes' height, between the labels of two lines
 
 Look = dict[str, Any]  # keywords of a line
 Line = tuple[Look, list[Row]]
-
-
-def new_figure(
-    width: float, height: float, columns: int = 1, *, dpi: int | None = None, sharey: bool = False
-) -> tuple[Figure, Any]:
-    """A figure and its axes, without a frame at the top and on the right; `ImportError` without matplotlib."""
-    figure = figure_class("plots")(figsize=(width, height), dpi=dpi, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, sharey=sharey)[0]
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _plain_numbers(axis: Any) -> None:
@@ -231,6 +220,5 @@ def _looks(cases: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], Look]:
 
 
 def _tint(colour: str, share_of_white: float) -> Any:
-    """The colour, lighter."""
     channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return tuple(channel + (1 - channel) * share_of_white for channel in channels)

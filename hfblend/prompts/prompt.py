@@ -377,7 +377,6 @@ def _check_template_arguments(placeholder: Any, add_generation_prompt: Any, more
 
 
 def _gaps(prefix: list[int], num_chunks: int, suffix: list[int], separator: list[int]) -> list[list[int]]:
-    """Returns the ids before, between and after the chunks."""
     if not num_chunks:
         return [prefix + suffix]
     return [prefix + separator, *[separator] * (num_chunks - 1), separator + suffix]

@@ -219,7 +219,6 @@ def _copying(gpu: torch.device) -> torch.cuda.Stream:
 
 
 def _wait_for(stream: torch.cuda.Stream) -> None:
-    """Sleeps until the stream's work is done."""
     done = torch.cuda.Event(blocking=True)
     done.record(stream)
     done.synchronize()

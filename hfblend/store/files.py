@@ -1,4 +1,4 @@
-"""Chunk KV in files, which outlive the process and are shared by many: in a folder, or behind a URL.
+"""Chunk KV in files, which outlive the process and are shared by many: in a folder or at a URL.
 
 An entry that is damaged, of another version or late is a miss, and costs reuse only.
 """

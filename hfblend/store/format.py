@@ -315,7 +315,7 @@ def parse(key: str, file: bytes) -> ChunkKV:
 def _layout_of(numbers: Sequence[int]) -> RowLayout:
     """Returns a layer's layout; 2.0 and `true` equal whole numbers, and are refused."""
     if any(type(number) is not int for number in numbers):
-        raise CorruptEntry(f"it has rows of {numbers}")
+        raise CorruptEntry(f"it has rows of {numbers!r}")
     return RowLayout.shared(*numbers)
 
 
@@ -330,7 +330,7 @@ def _places_of(
     widths = [number for layout in set(layouts) for number in vars(layout).values()]
     counts = {type(num_behind), type(num_tokens)} == {int} and 0 <= num_behind <= _MOST
     if not counts or not widths or not 0 < min(num_tokens, *widths) <= max(num_tokens, *widths) <= _MOST:
-        raise CorruptEntry(f"it has {num_tokens} tokens after {num_behind}, and rows of {sorted(widths)[:1]}")
+        raise CorruptEntry(f"it has {num_tokens!r} tokens after {num_behind!r}, and rows of {sorted(widths)[:1]}")
     expected: list[tuple[str, str, tuple[int, ...]]] = [
         ("behind_ids", "I64", (num_behind,)),
         ("cached_positions", "I64", (num_tokens,)),
@@ -389,7 +389,6 @@ def header_bytes(start: bytes) -> int:
 
 
 def _header_stop(file: bytes | bytearray) -> int:
-    """Returns where the data begin."""
     length = int.from_bytes(file[:8], "little")
     if len(file) < 8 or not 0 < length <= min(len(file) - 8, _LONGEST_HEADER):
         raise CorruptEntry(f"it has {len(file)} bytes and names a header of {length}")

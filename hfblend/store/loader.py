@@ -61,11 +61,8 @@ class LayerwiseChunk:
         self._kept: dict[int, torch.Tensor] | None = None
         self._whole: Callable[[ChunkKV], None] = lambda chunk_kv: None
         self.provenance: Provenance = contents.provenance
-        self.regime, self.num_behind, self.quantised = (
-            contents.regime,
-            contents.places["behind_ids"].shape[0],
-            contents.quantised,
-        )
+        self.regime, self.quantised = contents.regime, contents.quantised
+        self.num_behind = contents.places["behind_ids"].shape[0]
         self.origin, self.layouts, self.num_layers = contents.origin, contents.layouts, len(contents.layouts)
         self.dtype, self.num_bytes = contents.layers[0].dtype, contents.num_bytes
         if contents.first_stop <= MOST_UNASKED:

@@ -1,4 +1,4 @@
-"""Chunk KV behind a URL, shared by many machines."""
+"""Chunk KV at a URL, shared by many machines."""
 
 from __future__ import annotations
 
@@ -74,14 +74,11 @@ class RemoteStore(FileStore):
         **storage_options: Any,
     ) -> None:
         _refuse_misspelt(storage_options)
-        for name, limit in (("timeout_s", timeout_s), ("pause_s", pause_s)):
+        limits: dict[str, Any] = {"timeout_s": timeout_s, "pause_s": pause_s}
+        for name, limit in limits.items():
             if not number_in(name, limit, 0, float("inf")):
                 raise ValueError(f"{name} must be above 0, got {limit}.")
-        limits: dict[str, Any] = {
-            "timeout_s": timeout_s,
-            "pause_s": pause_s,
-            "max_failures": whole("max_failures", max_failures, 1),
-        }
+        limits["max_failures"] = whole("max_failures", max_failures, 1)
         folder = RemoteFolder(url, timeout_s, storage_options)
         super().__init__(folder, folder.url, max_bytes, kv_dtype)
         self.url, self.timeout_s = folder.url, timeout_s

@@ -1,4 +1,4 @@
-"""A folder behind a URL, through fsspec: each call is a request, in the thread that calls."""
+"""A folder at a URL, through fsspec: each call is a request, in the thread that calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHANGED = ("LastModified", "last_modified", "mtime", "updated", "created")  # a
 
 
 class RemoteFolder:
-    """A folder behind a URL, whose password is left out of `url`. Methods as of `LocalFolder`.
+    """A folder at a URL, whose password is left out of `url`. Methods as of `LocalFolder`.
 
     Asynchronous filesystems keep to `timeout_s` for a request. Raises as `RemoteStore`.
     """
@@ -130,7 +130,7 @@ def _filesystem_at(url: str, name: str, storage_options: dict[str, Any]) -> tupl
         )
     if not url.rpartition("://")[2].strip("/ "):
         raise ValueError(f"url must name a folder after ://, such as 's3://bucket/prefix', got {name!r}.")
-    fsspec = require("fsspec", "fsspec", "remote", "A store behind a URL needs")
+    fsspec = require("fsspec", "fsspec", "remote", "A store at a URL needs")
     try:
         return fsspec.core.url_to_fs(url, **storage_options)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The file of one chunk, on a disk or behind a URL: filled into buffers, by threads that read ahead of the pass."""
+"""The file of one chunk, on a disk or at a URL: filled into buffers, by threads that read ahead of the pass."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class FileSource(Source):
 
 
 class ObjectSource(Source):
-    """A file behind a URL.
+    """A file at a URL.
 
     Args:
         head: its first bytes.

@@ -1,7 +1,7 @@
 """Upkeep of a folder of entries, near or far: listing, checking, and removing what must go.
 
 Next to an entry's file may stand two empty ones: `<key>.pin` while it is pinned, and `<key>.used`, which is as old as
-its last use, if the age of its own file cannot be set.
+its last use, if that file's age cannot be set.
 """
 
 from __future__ import annotations
@@ -232,7 +232,6 @@ class Upkeep:
     # --- lists ----------------------------------------------------------------------------------------------------
 
     def _listed(self) -> list[_Listed]:
-        """Returns every entry's files."""
         found: dict[str, _Listed] = {}
         for name, num_bytes, changed in self._folder.files():
             key, dot, ending = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The ratio that a controller settled for one prompt, and why."""
+"""A controller's decision on one prompt."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with one prompt, and the forecast behind it, in ms.
+    """The ratio for one prompt, the reason, and the forecast that it rests on, in ms.
 
     Attributes:
         ratio: to recompute; `None`: compute the prompt in full.
-        reason: in words.
-        full_ms, compute_ms, load_ms: a full prefill; the blend's own computing, and its loading.
-        ttft_ms: of what was decided; `None`, and `load_ms` too, where a tier is not known.
+        reason: as a message.
+        full_ms, compute_ms, load_ms: of a full prefill, of the blend's computing, and of its loading.
+        ttft_ms: of the decision; `None`, and `load_ms` too, where a tier is not known.
     """
 
     ratio: float | None
@@ -25,5 +25,5 @@ class Decision:
 
     @property
     def share(self) -> float:
-        """The ratio, 1 where the prompt is computed in full."""
+        """The ratio; 1 where the prompt is computed in full."""
         return 1.0 if self.ratio is None else self.ratio

@@ -1,4 +1,4 @@
-"""A trace in a file: safetensors, everything that is no tensor as JSON in its header. No code is in it."""
+"""Traces in safetensors files: all but the tensors is JSON in the header. A file holds no code."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .decision import Decision
+from .facts import TENSORS, ChunkTrace, Facts, LayerMaps, Level, Status
 from .timeline import Interval, Lane, SavedTimeline
-from .trace import TENSORS, BlendTrace, ChunkTrace, LayerMaps, Level, Status
 
-FORMAT = "hfblend.trace.trace.1"
-_MOST_TOKENS, _MOST_LAYERS, _LARGEST = 2**24, 2**16, 1e15  # what is shown of a trace grows with its tokens
+FORMAT = "hfblend.trace.1"
+_MOST_TOKENS, _MOST_LAYERS, _LARGEST = 2**24, 2**16, 1e15  # a page of a trace grows with its tokens
 _INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 Check = Callable[[Any], bool]
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is(kind: type) -> Check:
+    return lambda value: isinstance(value, kind)
 
 
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
+_is_text, _is_flag = _is(str), _is(bool)
 
 
 def _is_number(value: Any) -> bool:
@@ -41,7 +40,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_plain(value: Any, depth: int = 2) -> bool:
-    """Text, numbers, and lists and objects of them."""
+    """Whether a value is text, a number, or a list or object of them."""
     if isinstance(value, (list, dict)):
         inner = value.values() if isinstance(value, dict) else value
         return depth > 0 and all(_is_plain(one, depth - 1) for one in inner)
@@ -57,7 +56,7 @@ def _all(check: Check) -> Check:
 
 
 def _holds(checks: dict[str, Check]) -> Check:
-    """Whether the values of an object are as their checks want them, and plain if they have none."""
+    """Returns a check of an object: each value by its own check, or else for being plain."""
     return lambda found: isinstance(found, dict) and all(checks.get(k, _is_plain)(v) for k, v in found.items())
 
 
@@ -87,30 +86,30 @@ _DECISION: dict[str, Check] = {
 }  # fmt: skip
 
 
-def save_trace(trace: BlendTrace, path: str | os.PathLike[str]) -> None:
-    """Writes a trace.
+def save_trace(trace: Facts, path: str | os.PathLike[str], texts: list[str] | None) -> None:
+    """Writes a trace, with its tokens' texts.
 
     Raises:
         OSError: the file cannot be written.
     """
-    tensors = {name: value for name in TENSORS if (value := getattr(trace, name)) is not None}
+    tensors = {name: getattr(trace, name) for name in TENSORS}
     if trace.maps is not None:
         tensors |= {f"maps.{name}": values for name, values in trace.maps.items().items()}
     described = {name: getattr(trace, name) for name in _PLAIN} | {
         "prefix": trace.prefix and asdict(trace.prefix),
         "chunks": [asdict(chunk) for chunk in trace.chunks],
-        "decision": None if trace.decision is None else asdict(trace.decision),
-        "timeline": [asdict(interval) for interval in trace.timeline],
-        "texts": trace.token_texts(),
+        "decision": trace.decision and asdict(trace.decision),
+        "timeline": [asdict(interval) for interval in trace.clock.intervals()] if trace.clock else [],
+        "texts": texts,
     }
-    on_cpu = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    on_cpu = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if t is not None}
     try:
         save_file(on_cpu, path, {"format": FORMAT, "trace": json.dumps(described)})
-    except SafetensorError as error:  # the library's own, of no folder and of a full disk too
+    except SafetensorError as error:  # also for a missing folder and a full disk
         raise OSError(f"The trace cannot be written to {os.fspath(path)}: {error}") from error
 
 
-def load_trace(path: str | os.PathLike[str]) -> BlendTrace:
+def load_trace(path: str | os.PathLike[str]) -> Facts:
     """Reads a trace.
 
     Raises:
@@ -123,54 +122,52 @@ def load_trace(path: str | os.PathLike[str]) -> BlendTrace:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         if described.get("format") != FORMAT:
             raise ValueError(f"it says it is {described.get('format', 'of no format')!r}, not {FORMAT!r}")
-        trace = _trace_of(json.loads(described["trace"]), tensors)
+        trace = _facts_of(json.loads(described["trace"]), tensors)
         _check(trace)
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged file makes go wrong
+    except Exception as error:  # a damaged file may raise any
         reason = f"{error or type(error).__name__}"[:300]
         raise ValueError(f"{os.fspath(path)} is no trace of hfblend, or a damaged one: {reason}.") from error
     return trace
 
 
-def _trace_of(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> BlendTrace:
+def _facts_of(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Facts:
     maps = {name.removeprefix("maps."): tensors.pop(name) for name in list(tensors) if name.startswith("maps.")}
     described.setdefault("fallback_reason", "")  # files of earlier versions have none
-    _typed(described, _PLAIN)
-    timeline = tuple(Interval(**interval) for interval in described["timeline"] if _typed(interval, _INTERVAL))
-    decision = described["decision"]
+    _require(described, _PLAIN)
     fields: dict[str, Any] = {name: described[name] for name in _PLAIN} | {name: tensors.get(name) for name in TENSORS}
-    return BlendTrace(
+    prefix, decision = described["prefix"], described["decision"]
+    return Facts(
         **fields,
-        prefix=None if described["prefix"] is None else _chunk(described["prefix"]),
+        prefix=None if prefix is None else _chunk(prefix),
         chunks=[_chunk(chunk) for chunk in described["chunks"]],
-        decision=None if decision is None or not _typed(decision, _DECISION) else Decision(**decision),
-        clock=SavedTimeline(timeline),
+        decision=None if decision is None else Decision(**_require(decision, _DECISION)),
+        clock=SavedTimeline(tuple(Interval(**_require(interval, _INTERVAL)) for interval in described["timeline"])),
         maps=LayerMaps(**maps) if maps else None,
         texts=described["texts"],
     )
 
 
 def _chunk(described: dict[str, Any]) -> ChunkTrace:
-    _typed(described, _CHUNK)
     start, stop = described["span"]
-    return ChunkTrace(**{**described, "span": (start, stop)})
+    return ChunkTrace(**{**_require(described, _CHUNK), "span": (start, stop)})
 
 
-def _typed(values: dict[str, Any], checks: dict[str, Check]) -> bool:
-    """Whether the values of these names are as their checks want them.
+def _require(values: dict[str, Any], checks: dict[str, Check]) -> dict[str, Any]:
+    """Returns the values, each name's passed by its check.
 
     Raises:
-        TypeError: one is not.
+        TypeError: a value fails its check.
     """
     for name, check in checks.items():
         if not check(values[name]):
             raise TypeError(f"{name} is {type(values[name]).__name__} {str(values[name])[:60]!r}")
-    return True
+    return values
 
 
-def _check(trace: BlendTrace) -> None:
-    """Whatever shows a trace may trust its shapes."""
+def _check(trace: Facts) -> None:
+    """Checks the shapes, so that the display may trust them."""
     length, layers, at = trace.num_tokens, trace.num_layers, 0
     for piece in [trace.prefix, *trace.chunks] if trace.prefix else trace.chunks:
         start, stop = piece.span
@@ -178,8 +175,8 @@ def _check(trace: BlendTrace) -> None:
             raise ValueError(f"a chunk {piece.span} in {length} tokens, after one up to {at}")
         at = stop
     for name in ("candidate_idx", "selected_idx", "fresh_idx", "input_ids"):
-        _check_tensor(name, getattr(trace, name), None, _INTEGERS)
         idx = getattr(trace, name)
+        _check_tensor(name, idx, None, _INTEGERS)
         if name != "input_ids" and idx is not None and idx.numel() and not 0 <= idx.min() <= idx.max() < length:
             raise ValueError(f"{name} beyond its {length} tokens")
     if trace.scores is not None:
@@ -201,10 +198,9 @@ def _check_tensor(
     """Raises `ValueError` where a tensor has another shape (`None`: one dimension) or dtype, or a map is empty."""
     if values is None:
         return
-    fits = (
-        values.dim() == 1
-        if shape is None
-        else tuple(values.shape) == tuple(shape) and (values.dim() == 1 or all(shape))
-    )
+    if shape is None:
+        fits = values.dim() == 1
+    else:
+        fits = tuple(values.shape) == tuple(shape) and (values.dim() == 1 or all(shape))
     if values.dtype not in dtypes or not fits:
         raise ValueError(f"{name} {values.dtype} of {tuple(values.shape)}")

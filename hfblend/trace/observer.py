@@ -1,4 +1,4 @@
-"""What the algorithm tells while it runs, and the observer that writes it into a trace.
+"""The observer of a blend, and the one that writes a trace.
 
 Shapes: H heads, T all tokens, N reused tokens that could be recomputed, S selected tokens.
 """
@@ -13,56 +13,57 @@ import torch
 
 from ..config import BlendConfig
 from ..kv.rows import KV
+from .facts import ChunkTrace
 from .timeline import PhaseClock
-from .trace import BlendTrace, ChunkTrace, settings_of
+from .trace import BlendTrace, settings_of
 
 
 class Observer:
-    """Told what a blend does; nothing of what it does changes the result. Every method may be left out."""
+    """Base class: hears what a blend does, ignores it, and changes nothing of the result."""
 
     def phase_done(self, phase: str) -> None:
-        """A phase ended: look_up, prefill_chunks, select, recompute."""
+        """Ends a phase: look_up, prefill_chunks, select, recompute, hand_over."""
 
     def prefilled(self, pairs: int) -> None:
-        """Chunks were prefilled alone: (token, layer) pairs."""
+        """Counts (token, layer) pairs of chunks that were prefilled alone."""
 
     def looked_up(self, prefix: ChunkTrace | None, chunks: list[ChunkTrace], num_bytes: int) -> None:
-        """Phase 1 found, or made, these; `num_bytes` of them are reused."""
+        """Takes the pieces that phase 1 found or made; `num_bytes` of them are reused."""
 
     def partitioned(self, candidate_idx: torch.Tensor, fresh_idx: torch.Tensor) -> None:
-        """(N,) tokens that could be recomputed, and those that are computed in any case."""
+        """Takes the (N,) tokens that could be recomputed, and those that are computed in any case."""
 
     def realigned(self, config: BlendConfig) -> None:
-        """Reused KV is ready to be asked for; the settings are those of this prompt."""
+        """Takes this prompt's settings, once its reused KV can be loaded."""
 
     def layer(self, lane: Any, name: str, layer_idx: int) -> Any:
-        """A context in which a layer is asked for, or loaded."""
+        """Returns a context for asking for a layer, or loading it."""
         return contextlib.nullcontext()
 
     def layer_loaded(self, layer_idx: int, buffers: KV) -> None:
-        """A layer's reused rows are in their places."""
+        """Takes a layer whose reused rows are in their places."""
 
     def of_pass(self, name: str, cache: Any) -> Any:
-        """A context in which a pass runs with this cache."""
+        """Returns a context for a pass with this cache."""
         return contextlib.nullcontext()
 
     def computed(self, pairs: int) -> None:
-        """A pass went through so many (token, layer) pairs."""
+        """Counts the (token, layer) pairs of a pass."""
 
     def attention(self, received: Mapping[int, torch.Tensor]) -> None:
-        """Layer -> (H, T) attention that tokens received from the suffix."""
+        """Takes, by layer, the (H, T) attention that tokens received from the suffix."""
 
     def scored(self, scores: torch.Tensor) -> None:
-        """(N,) of one round."""
+        """Takes the (N,) scores of one round."""
 
     def selected(self, selected_idx: torch.Tensor) -> None:
-        """(S,) tokens to recompute."""
+        """Takes the (S,) tokens to recompute."""
 
     def finish(self, buffers: Mapping[int, KV], fresh_up_to: int) -> None:
-        """All passes ran; K/V of layers up to `fresh_up_to` are fresh for every token."""
+        """Called after all passes; K/V of layers up to `fresh_up_to` are fresh for every token."""
 
     def note(self, text: str) -> None:
-        """A remark for the user."""
+        """Takes a remark for the user."""
 
 
 class Tracer(Observer):
@@ -98,7 +99,8 @@ class Tracer(Observer):
         self.trace.computed_pairs += pairs
 
     def scored(self, scores: torch.Tensor) -> None:
-        self.trace.scores = scores if self.trace.scores is None else self.trace.scores
+        if self.trace.scores is None:
+            self.trace.scores = scores
 
     def selected(self, selected_idx: torch.Tensor) -> None:
         self.trace.selected_idx = selected_idx

@@ -1,24 +1,23 @@
-"""Level `"full"` of the trace: layer x token maps, noted while a prompt is blended; they change nothing computed.
+"""Level `"full"` of the trace: layer x token maps, noted while a prompt is blended, without any effect on the result.
 
-A layer's reused rows are copied as they are assembled, and compared with what the passes left in their place when all
-is done: K/V that no row wrote are equal to their copy. So passes run as they always do, CUDA graphs too.
+A layer's reused rows are copied as they are assembled, and compared at the end with the rows that the passes left in
+their place: K/V that were not recomputed equal their copy. So passes run unchanged, CUDA graphs too.
 
 Shapes: Hkv KV heads, T all tokens, N candidates, D head_dim, L layers, H heads.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..config import BlendConfig
 from ..kv.rows import KV, rows_at
+from .facts import LayerMaps
 from .observer import Tracer
-from .timeline import Lane, LayersOfPass
-from .trace import LayerMaps
+from .timeline import Lane
 
 
 class Recorder(Tracer):
@@ -38,13 +37,8 @@ class Recorder(Tracer):
         if layer_idx not in self._reused and self.trace.candidate_idx is not None:
             self._reused[layer_idx] = rows_at(buffers, self.trace.candidate_idx)
 
-    @contextlib.contextmanager
-    def of_pass(self, name: str, cache: Any) -> Iterator[None]:
-        layers = LayersOfPass(self.clock, name, cache)
-        try:
-            yield
-        finally:
-            layers.end()
+    def of_pass(self, name: str, cache: Any) -> Any:
+        return self.clock.layers_of_pass(name, cache)
 
     def attention(self, received: Mapping[int, torch.Tensor]) -> None:
         self._attention |= {layer: weights.mean(0) for layer, weights in received.items()}
@@ -54,7 +48,7 @@ class Recorder(Tracer):
         assert trace.candidate_idx is not None
         assert trace.selected_idx is not None
         idx, shape = trace.candidate_idx, (trace.num_layers, trace.num_tokens)
-        key, value = (torch.full(shape, torch.nan, device=idx.device) for _ in range(2))
+        key, value, attention = (torch.full(shape, torch.nan, device=idx.device) for _ in range(3))
         selected = torch.isin(idx, trace.selected_idx.to(idx.device))  # (N,)
         for layer, reused in self._reused.items():
             computed = rows_at(buffers[layer], idx)
@@ -62,17 +56,14 @@ class Recorder(Tracer):
             was_computed = selected | (layer <= fresh_up_to) | (found[0] + found[1] > 0)
             for one, deviation in zip((key, value), found):
                 one[layer, idx] = deviation.masked_fill(~was_computed, torch.nan)
-        attention = None
-        if self._attention:
-            attention = torch.full(shape, torch.nan, device=idx.device)
-            for layer, received in self._attention.items():
-                attention[layer] = received.to(idx.device)
-        trace.maps = LayerMaps(key, value, attention)
+        for layer, received in self._attention.items():
+            attention[layer] = received.to(idx.device)
+        trace.maps = LayerMaps(key, value, attention if self._attention else None)
         self._reused.clear()
 
 
 def relative_deviation(computed: torch.Tensor, reused: torch.Tensor) -> torch.Tensor:
-    """‖computed − reused‖ / ‖computed‖ of each token, over heads and dimensions, in fp32.
+    """Returns ‖computed − reused‖ / ‖computed‖ of each token, over heads and dimensions, in fp32.
 
     Args:
         computed, reused: keys or values, each (B, Hkv, N, D).

@@ -1,4 +1,4 @@
-"""When what happened: phases, and layers. On a GPU, events are recorded now and read only when somebody looks."""
+"""The timeline of phases and layers. On a GPU, events are recorded at once and read only when the user looks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -33,12 +33,12 @@ class Interval:
 
     @property
     def ms(self) -> float:
-        """How long it took."""
+        """The duration."""
         return self.stop_ms - self.start_ms
 
 
 def ms_per_phase(timeline: Iterable[Interval]) -> dict[str, float]:
-    """Phase -> milliseconds, phases of the same name added up."""
+    """Returns phase -> milliseconds, phases of one name added up."""
     spent: dict[str, float] = {}
     for interval in timeline:
         if interval.lane == "phase":
@@ -48,17 +48,17 @@ def ms_per_phase(timeline: Iterable[Interval]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class SavedTimeline:
-    """What a clock showed, read from a file."""
+    """The intervals of a clock, read from a file."""
 
     saved: tuple[Interval, ...]
 
     def intervals(self) -> list[Interval]:
-        """In the order in which they ended."""
+        """Returns them in the order in which they ended."""
         return list(self.saved)
 
 
 class PhaseClock:
-    """Notes when phases end, and intervals within them; nothing waits for a GPU before `intervals` is called."""
+    """Notes the ends of phases, and intervals within them; only `intervals` waits for a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -78,15 +78,42 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def layer(self, lane: Lane, name: str, layer: int) -> Iterator[None]:
-        """Notes what is done to a layer inside it."""
+        """Notes the time of work on a layer."""
         begin = self._now()
         try:
             yield
         finally:
             self._layers.append((lane, name, layer, begin, self._now()))
 
+    @contextlib.contextmanager
+    def layers_of_pass(self, name: str, cache: Any) -> Iterator[None]:
+        """Notes the time of each layer in a pass: from the moment its cache has the layer's K/V to the next layer's.
+
+        Hooks on the layers would tell more, and would change how a pass runs.
+        """
+        update, since, current = cache.update, self._now(), -1
+
+        def end(layer: int) -> None:
+            self._layers.append(("compute", name, layer, since, self._now()))
+
+        def noted(key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
+            nonlocal since, current
+            end(layer_idx if current < 0 else current)
+            current = layer_idx
+            try:
+                return update(key_states, value_states, layer_idx, *args, **kw)
+            finally:
+                since = self._now()
+
+        cache.update = noted
+        try:
+            yield
+        finally:
+            if current >= 0:
+                end(current)
+
     def intervals(self) -> list[Interval]:
-        """Phases first, then layers, each in the order in which they ended."""
+        """Returns phases first, then layers, each in the order in which they ended."""
         origin = self._marks[0][1]
 
         def ms(moment: Any) -> float:
@@ -100,41 +127,3 @@ class PhaseClock:
         return phases + [
             Interval(lane, name, ms(begin), ms(end), layer) for lane, name, layer, begin, end in self._layers
         ]
-
-
-class KeepsUpdates(Protocol):
-    """A cache, as a pass meets it."""
-
-    update: Any
-
-
-class LayersOfPass:
-    """Notes when a pass computes each layer: from the moment its cache has the layer's K/V to the next layer's.
-
-    Hooks on the layers would tell more, and would change how a pass runs.
-    """
-
-    def __init__(self, clock: PhaseClock, name: str, cache: KeepsUpdates) -> None:
-        self.clock, self.name = clock, name
-        self._update, self._since = cache.update, clock._now()
-        self._layer: int | None = None
-        cache.update = self._noted
-
-    def _noted(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kw: Any
-    ) -> Any:
-        self._end(layer_idx)
-        self._layer = layer_idx
-        try:
-            return self._update(key_states, value_states, layer_idx, *args, **kw)
-        finally:
-            self._since = self.clock._now()
-
-    def end(self) -> None:
-        """The pass is over."""
-        if self._layer is not None:
-            self._end(self._layer)
-
-    def _end(self, layer_idx: int) -> None:
-        layer = layer_idx if self._layer is None else self._layer
-        self.clock._layers.append(("compute", self.name, layer, self._since, self.clock._now()))

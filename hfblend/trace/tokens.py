@@ -1,4 +1,4 @@
-"""What a trace says of each token of the prompt, as columns.
+"""The tokens of a traced prompt, as columns.
 
 Shapes: T all tokens.
 """
@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .trace import BlendTrace
+from .facts import Facts
 
 
-def columns_of(trace: BlendTrace, texts: list[str] | None) -> dict[str, list[Any]]:
-    """Column -> T values; `None` where something is not known."""
+def columns_of(trace: Facts, texts: list[str] | None) -> dict[str, list[Any]]:
+    """Returns column -> T values; `None` where a value is not known."""
     count = trace.num_tokens
     nothing: list[Any] = [None] * count
     columns: dict[str, list[Any]] = {
@@ -36,8 +35,8 @@ def columns_of(trace: BlendTrace, texts: list[str] | None) -> dict[str, list[Any
     return {name: columns[name] for name in order.split()}
 
 
-def _places(trace: BlendTrace, count: int) -> dict[str, list[Any]]:
-    """Which part of the prompt a token stands in, and where it stood when it was computed."""
+def _places(trace: Facts, count: int) -> dict[str, list[Any]]:
+    """Returns the part of the prompt that each token stands in, and its position when it was computed."""
     chunks = trace.chunks
     first, last = (chunks[0].span[0], chunks[-1].span[1]) if chunks else (count, count)
     part = ["prefix" if i < first else "gap" if i < last else "suffix" for i in range(count)]
@@ -56,8 +55,8 @@ def _places(trace: BlendTrace, count: int) -> dict[str, list[Any]]:
     return columns
 
 
-def _statuses(trace: BlendTrace, count: int) -> list[str]:
-    """`"exact"` (reused as it was), `"reused"` (moved), `"recomputed"` (moved and selected), `"computed"`."""
+def _statuses(trace: Facts, count: int) -> list[str]:
+    """Returns `"exact"` (reused unchanged), `"reused"` (moved), `"recomputed"` (moved and selected), `"computed"`."""
     if not trace.blended:
         return ["computed"] * count
     statuses = ["recomputed" if trace.computes_all else "exact"] * count
@@ -68,17 +67,17 @@ def _statuses(trace: BlendTrace, count: int) -> list[str]:
     return statuses
 
 
-LONGEST_CHARACTER = 8  # tokens of a byte each: some emoji of one code point and a mark after it
+_LONGEST_CHARACTER = 8  # tokens of a byte each: some emoji of one code point and a mark after it
 
 
 def texts_of(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Each id's own text. A character of several tokens stands at the first of them, a dot at each further one; what is
-    no character with any number of those after it is shown as the tokenizer writes it."""
+    """Returns a text for each id. A character of several tokens stands at the first of them, a dot at each further one;
+    a token that is part of no character is shown as the tokenizer writes it."""
     text_of = cache(partial(_text_of, tokenizer))
     decoded = cache(lambda some: tokenizer.decode(list(some)))
     texts: list[str] = []
     while len(texts) < len(ids):
-        rest = ids[len(texts) : len(texts) + LONGEST_CHARACTER]
+        rest = ids[len(texts) : len(texts) + _LONGEST_CHARACTER]
         text = text_of(rest[0])
         if text is not None:
             texts.append(text)
@@ -88,7 +87,7 @@ def texts_of(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def _text_of(tokenizer: Any, token_id: int) -> str | None:
-    """The text of a token; `None`: part of a character."""
+    """Returns the text of a token; `None` for part of a character."""
     piece = tokenizer.convert_ids_to_tokens(token_id)
     text = tokenizer.decode([token_id])
     if "\ufffd" in text:
@@ -100,7 +99,7 @@ def _text_of(tokenizer: Any, token_id: int) -> str | None:
 
 
 def _character(ids: list[int], decoded: Callable[[tuple[int, ...]], str]) -> list[str]:
-    """The character that the first few of these are, as a text for each of them; nothing if they are none."""
+    """Returns the character that the first few ids make, as a text for each of them; nothing if they make none."""
     for count in range(2, len(ids) + 1):
         text = decoded(tuple(ids[:count]))
         if "\ufffd" not in text:

@@ -1,12 +1,12 @@
-"""What a call did: what was reused, what was recomputed, and where the milliseconds and bytes went.
+"""The trace of a call: what was reused, what was recomputed, and where the milliseconds and bytes went.
 
 Three levels of detail, each with all of the one before:
 
-    summary    chunks, figures, phases; which tokens were candidates, scored, selected: all of it is there anyway
+    summary    chunks, figures, phases; which tokens were candidates, scored, selected: it costs nothing
     tokens     the prompt's ids and, through the tokenizer, its texts
     full       layer x token maps, and when each layer was asked for, loaded and computed; costs time and memory
 
-A trace knows nothing of how it is shown: `hfblend.display`.
+`hfblend.display` shows traces; this folder does not depend on it.
 
 Shapes: T all tokens, N reused tokens that could be recomputed, S selected tokens, L layers.
 """
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
 
 import torch
 
@@ -24,18 +24,16 @@ from ..arguments import one_of, require_tokenizer
 from ..arguments import require as require_type
 from ..config import BlendConfig
 from ..util import require
-from .decision import Decision
-from .timeline import Interval, PhaseClock, SavedTimeline, ms_per_phase
+from .facts import TENSORS, ChunkTrace, Facts, LayerMaps, Level, Status
+from .file import load_trace, save_trace
+from .timeline import Interval, ms_per_phase
 from .tokens import columns_of, texts_of
 
-__all__ = ["BlendTrace", "ChunkTrace", "LayerMaps", "Level", "PhaseClock", "Status", "as_level", "settings_of"]
-
-Status = Literal["hit", "miss", "fresh", "unused"]
-Level = Literal["summary", "tokens", "full"]
+__all__ = ["BlendTrace", "ChunkTrace", "LayerMaps", "Level", "Status", "as_level", "settings_of"]
 
 
 def as_level(level: str) -> Level:
-    """A level of detail, checked.
+    """Returns a level of detail, checked.
 
     Raises:
         ValueError: none of the three.
@@ -45,7 +43,7 @@ def as_level(level: str) -> Level:
 
 
 def settings_of(config: BlendConfig) -> dict[str, Any]:
-    """What says how tokens were chosen, plain."""
+    """Returns the settings of the selection, as plain values."""
     rule = config.selection
     return {
         "selection": getattr(rule, "__name__", type(rule).__name__) if callable(rule) else rule,
@@ -56,54 +54,11 @@ def settings_of(config: BlendConfig) -> dict[str, Any]:
 
 
 @dataclass
-class ChunkTrace:
-    """What happened to one chunk, or to the prefix.
-
-    Attributes:
-        span: [start, stop) in the prompt.
-        key: the store's key (a hex digest).
-        status: `"hit"` (found), `"miss"` (prefilled alone, stored, then used like a hit), `"fresh"` (computed inside
-            this prompt) or `"unused"` (found, and yet computed inside this prompt, which was quicker).
-        exact: reused where and behind what it was computed, so that nothing of it need be recomputed.
-        cached_start: position of its first token when it was computed; `None` if nothing was reused.
-        quantised: `"int8"` or `"fp8"`, where its KV was kept in that: near what was computed, and never exact.
-    """
-
-    span: tuple[int, int]
-    key: str
-    status: Status
-    exact: bool = False
-    cached_start: int | None = None
-    quantised: str | None = None
-
-
-@dataclass(eq=False)
-class LayerMaps:
-    """Level `"full"`: a figure per layer and token, each (L, T) in fp32; NaN where it is not known.
-
-    Attributes:
-        key_deviation, value_deviation: ‖computed − reused‖ / ‖computed‖ over heads and dimensions of a token's K or V,
-            where both are known: recomputed tokens at every layer, all candidates up to a check layer. What was
-            computed stands on KV that is itself blended: this is no distance from a full prefill.
-        attention: attention that a token received from the suffix, mean over heads and rows, where the rule asked for
-            it; `None` if it never did.
-    """
-
-    key_deviation: torch.Tensor
-    value_deviation: torch.Tensor
-    attention: torch.Tensor | None = None
-
-    def items(self) -> dict[str, torch.Tensor]:
-        """Name -> map, of those that are there."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
-@dataclass
-class BlendTrace:
+class BlendTrace(Facts):
     """One call of `generate` or `blend`.
 
-    A (token, layer) pair counts as computed when that token went through that layer in this call, the last layer whole
-    although rows that nobody reads leave only their K/V there; pairs of chunks prefilled alone are counted apart,
+    A (token, layer) pair counts as computed when that token went through that layer in this call. The last layer counts
+    as a whole, although most rows leave only their K/V there. Pairs of chunks prefilled alone are counted separately,
     because a warm store has none.
 
     Attributes:
@@ -111,55 +66,30 @@ class BlendTrace:
         fallback: why not, as `docs/generate.md` names it; `fallback_reason` says it as a sentence, with what was
             found, what is needed, and what to do.
         num_tokens: T, tokens of the prompt's forward.
-        prefix, chunks: what happened to each.
+        num_layers: L.
+        prefix, chunks: a `ChunkTrace` of each.
         candidate_idx: (N,) reused tokens that could be recomputed: those of chunks (and of a prefix that is quantised,
             or from another RoPE regime) that are not exact.
-        scores: (N,) what the selection rule gave each, in its first round; `None` where nothing was ranked.
+        scores: (N,) the selection rule's score of each, in its first round; `None` where nothing was ranked.
         selected_idx: (S,) of these, the recomputed ones.
         fresh_idx: tokens that are always computed: gaps, suffix, in-context misses, the last token.
         computed_pairs, isolated_pairs: see above.
         bytes_reused: bytes of chunk KV that were read to be reused.
-        ttft_ms: from the call of `generate` to the first new token on the host; `None` until then.
-        decision: what the controller settled, `None` without `recompute_ratios="auto"`.
-        verification: how far this call is from its full prefill, where `patch(verify=...)` had it checked: what
-            `hfblend.Verification` holds, with `max_kl` and `within_bound`; or `{"error": ...}`.
+        ttft_ms: from the call of `generate` to the first new token on the CPU; `None` until then.
+        decision: the controller's, `None` without `recompute_ratios="auto"`.
+        verification: how far this call is from its full prefill, where `patch(verify=...)` had it checked: the fields
+            of `hfblend.Verification`, with `max_kl` and `within_bound`; or `{"error": ...}`.
         notes: remarks, one line each.
         level: of detail.
         settings: of the rule: selection, recompute_ratios, check_layers, chunk_prefix.
         input_ids: (T,) on the CPU, from level `"tokens"` on.
         maps: level `"full"`.
-        tokenizer: says what the ids are; never saved.
+        tokenizer: decodes the ids; never saved.
         texts: of the tokens, in a trace that was saved where a tokenizer was known.
     """
 
-    blended: bool = False
-    fallback: str | None = None
-    fallback_reason: str = ""
-    num_tokens: int = 0
-    num_layers: int = 0
-    prefix: ChunkTrace | None = None
-    chunks: list[ChunkTrace] = field(default_factory=list)
-    candidate_idx: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-    selected_idx: torch.Tensor | None = None
-    fresh_idx: torch.Tensor | None = None
-    computed_pairs: int = 0
-    isolated_pairs: int = 0
-    bytes_reused: int = 0
-    ttft_ms: float | None = None
-    decision: Decision | None = None
-    verification: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
-    clock: PhaseClock | SavedTimeline | None = field(default=None, repr=False)
-    level: Level = "summary"
-    settings: dict[str, Any] = field(default_factory=dict)
-    input_ids: torch.Tensor | None = field(default=None, repr=False)
-    maps: LayerMaps | None = field(default=None, repr=False)
-    tokenizer: Any = field(default=None, repr=False, compare=False)
-    texts: list[str] | None = field(default=None, repr=False)
-
     def restart(self) -> None:
-        """Forgets what was noted, for the same prompt."""
+        """Drops all that was noted, for the same prompt."""
         kept = {name: getattr(self, name) for name in ("num_tokens", "num_layers", "level", "tokenizer")}
         vars(self).update(vars(BlendTrace(**kept)))
 
@@ -179,22 +109,9 @@ class BlendTrace:
         return sum(c.span[1] - c.span[0] for c in self.chunks if c.cached_start is not None)
 
     @property
-    def _quantised(self) -> str:
-        """`", 3 in int8"`, chunks and prefix; empty where none is."""
-        pieces = [self.prefix, *self.chunks] if self.prefix else self.chunks
-        kinds = [piece.quantised for piece in pieces if piece.quantised]
-        return "".join(f", {kinds.count(kind)} in {kind}" for kind in dict.fromkeys(kinds))
-
-    @property
     def selected_tokens(self) -> int:
-        """How many reused tokens were recomputed."""
+        """Reused tokens that were recomputed."""
         return 0 if self.selected_idx is None else len(self.selected_idx)
-
-    @property
-    def computes_all(self) -> bool:
-        """Whether every token was computed, exact ones too: ratio 1."""
-        ratios = self.settings.get("recompute_ratios") or (0,)
-        return all(ratio == 1 for ratio in ratios)
 
     @property
     def total_pairs(self) -> int:
@@ -213,25 +130,25 @@ class BlendTrace:
 
     @property
     def timeline(self) -> list[Interval]:
-        """When each phase ran, and at level `"full"` when each layer was asked for, loaded and computed.
+        """The time of each phase, and at level `"full"` of each layer's request, loading and computing.
 
         On a GPU, reading it waits until the work is done; nothing waits before.
         """
         return self.clock.intervals() if self.clock else []
 
     def token_texts(self, tokenizer: Any = None) -> list[str] | None:
-        """Each token's text; `None` without ids, or where no tokenizer is known."""
+        """Returns each token's text; `None` without ids, or where no tokenizer is known."""
         if self.texts is not None and tokenizer is None:
             return self.texts
         tokenizer = self.tokenizer if tokenizer is None else require_tokenizer(tokenizer)
         return None if tokenizer is None or self.input_ids is None else texts_of(tokenizer, self.input_ids.tolist())
 
     def token_columns(self, tokenizer: Any = None) -> dict[str, list[Any]]:
-        """Column -> T values: what `to_frame` shows; `None` where something is not known."""
+        """Returns column -> T values, as `to_frame` shows them; `None` where a value is not known."""
         return columns_of(self, self.token_texts(tokenizer))
 
     def to_frame(self, tokenizer: Any = None) -> Any:
-        """A pandas `DataFrame`, a row per token of the prompt.
+        """Returns a pandas `DataFrame`, a row per token of the prompt.
 
         >>> trace.to_frame().query("selected").nlargest(10, "score")  # doctest: +SKIP
 
@@ -259,31 +176,31 @@ class BlendTrace:
         Raises:
             OSError: the file cannot be written.
         """
-        from .file import save_trace
-
-        save_trace(self, require_type("path", path, (str, os.PathLike), "the path of a file"))
+        save_trace(self, require_type("path", path, (str, os.PathLike), "the path of a file"), self.token_texts())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlendTrace:
-        """Reads what `save` wrote.
+        """Reads a file of `save`.
 
         Raises:
             ValueError: a file that is no trace, or a damaged one.
             OSError: no such file.
         """
-        from .file import load_trace
-
-        return load_trace(require_type("path", path, (str, os.PathLike), "the path of a file"))
+        facts = load_trace(require_type("path", path, (str, os.PathLike), "the path of a file"))
+        return cls(**{field.name: getattr(facts, field.name) for field in fields(facts)})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists, for JSON."""
-        plain = {name: getattr(self, name) for name in _PLAIN_FIELDS}
-        plain["settings"] = dict(self.settings)
-        tensors = {name: None if (t := getattr(self, name)) is None else plain_list(t) for name in TENSORS}
-        chunks = {"prefix": self.prefix and vars(self.prefix), "chunks": [vars(chunk) for chunk in self.chunks]}
-        decision = None if self.decision is None else asdict(self.decision)
+        """Returns plain numbers, strings and lists, for JSON."""
         timeline = self.timeline
-        found = {**plain, **chunks, **tensors, "decision": decision, "phase_ms": ms_per_phase(timeline)}
+        found: dict[str, Any] = {
+            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
+            "settings": dict(self.settings),
+            "prefix": self.prefix and vars(self.prefix),
+            "chunks": [vars(chunk) for chunk in self.chunks],
+            **{name: None if (t := getattr(self, name)) is None else plain_list(t) for name in TENSORS},
+            "decision": None if self.decision is None else asdict(self.decision),
+            "phase_ms": ms_per_phase(timeline),
+        }
         if self.level != "summary":
             found["timeline"] = [asdict(interval) for interval in timeline]
         if self.maps is not None:
@@ -296,9 +213,11 @@ class BlendTrace:
             return f"not blended: {self.fallback or 'no call yet'}{reason}"
         exact = sum(chunk.exact for chunk in self.chunks)
         candidates = 0 if self.candidate_idx is None else len(self.candidate_idx)
+        kinds = [piece.quantised for piece in (self.prefix, *self.chunks) if piece and piece.quantised]
+        quantised = "".join(f", {kinds.count(kind)} in {kind}" for kind in dict.fromkeys(kinds))
         return (
             f"blended {self.num_tokens} tokens: {len(self.chunks)} chunks ({self.hits} hits, {self.misses} misses, "
-            f"{exact} exact{self._quantised}), {self.selected_tokens} of {candidates} moved tokens recomputed, "
+            f"{exact} exact{quantised}), {self.selected_tokens} of {candidates} moved tokens recomputed, "
             f"{self.recomputed_pairs_share:.1%} of a full prefill's (token, layer) pairs"
             + (f", first token after {self.ttft_ms:.0f} ms" if self.ttft_ms is not None else "")
         )
@@ -309,18 +228,15 @@ _PLAIN_FIELDS = (
     "selected_tokens", "computed_pairs", "isolated_pairs", "total_pairs", "recomputed_pairs_share", "bytes_reused",
     "ttft_ms", "verification", "notes", "level",
 )  # fmt: skip
-TENSORS = ("candidate_idx", "scores", "selected_idx", "fresh_idx", "input_ids")
 
 
 def plain_list(values: torch.Tensor) -> list[Any]:
-    """Nested lists, `None` for what is no number: JSON knows no NaN."""
-    plain = values.tolist()
-    if not values.is_floating_point() or bool(values.isfinite().all()):
-        return plain
+    """Returns nested lists, `None` for NaN and infinities, which JSON does not know."""
 
     def cleaned(value: Any) -> Any:
         if isinstance(value, list):
             return [cleaned(one) for one in value]
         return value if math.isfinite(value) else None
 
-    return cleaned(plain)
+    plain = values.tolist()
+    return plain if not values.is_floating_point() or bool(values.isfinite().all()) else cleaned(plain)

@@ -149,7 +149,7 @@ class Outcome:
 
     @property
     def store_line(self) -> str:
-        """How many chunks the store held, and the cost of storing the rest."""
+        """The number of chunks that the store held, and the cost of storing the rest."""
         total, hits = len(self.found), sum(self.found)
         if self.storing_ms is None:
             return f"All {total} chunks were in the store (hits)."

@@ -69,7 +69,6 @@ def rows_of(
 
 
 def _ratios(slow: Sequence[Turn], fast: Sequence[Turn]) -> list[float]:
-    """Turn by turn."""
     return [one.ms / other.ms for one, other in zip(slow, fast)]
 
 

@@ -1,0 +1,95 @@
+"""The facts of one call, without what reads, shows or saves them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .decision import Decision
+from .timeline import PhaseClock, SavedTimeline
+
+Status = Literal["hit", "miss", "fresh", "unused"]
+Level = Literal["summary", "tokens", "full"]
+TENSORS = ("candidate_idx", "scores", "selected_idx", "fresh_idx", "input_ids")
+
+
+@dataclass
+class ChunkTrace:
+    """The way of one chunk, or of the prefix, through a call.
+
+    Attributes:
+        span: [start, stop) in the prompt.
+        key: the store's key (a hex digest).
+        status: `"hit"` (found), `"miss"` (prefilled alone, stored, then used like a hit), `"fresh"` (computed inside
+            this prompt) or `"unused"` (found, and yet computed inside this prompt, which was quicker).
+        exact: reused at its old position, after the same tokens, so that none of it needs recomputing.
+        cached_start: position of its first token when it was computed; `None` if nothing was reused.
+        quantised: `"int8"` or `"fp8"` if its KV was stored so: close to what was computed, and never exact.
+    """
+
+    span: tuple[int, int]
+    key: str
+    status: Status
+    exact: bool = False
+    cached_start: int | None = None
+    quantised: str | None = None
+
+
+@dataclass(eq=False)
+class LayerMaps:
+    """Level `"full"`: a figure per layer and token, each (L, T) in fp32; NaN where it is not known.
+
+    Attributes:
+        key_deviation, value_deviation: ‖computed − reused‖ / ‖computed‖ over heads and dimensions of a token's K or V,
+            where both are known: recomputed tokens at every layer, all candidates up to a check layer. Computed K/V
+            stand on KV that is itself blended: this is no distance from a full prefill.
+        attention: attention that a token received from the suffix, mean over heads and rows, where the rule asked for
+            it; `None` if it never did.
+    """
+
+    key_deviation: torch.Tensor
+    value_deviation: torch.Tensor
+    attention: torch.Tensor | None = None
+
+    def items(self) -> dict[str, torch.Tensor]:
+        """Returns name -> map, without absent ones."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass
+class Facts:
+    """The attributes of a `BlendTrace`, which explains them."""
+
+    blended: bool = False
+    fallback: str | None = None
+    fallback_reason: str = ""
+    num_tokens: int = 0
+    num_layers: int = 0
+    prefix: ChunkTrace | None = None
+    chunks: list[ChunkTrace] = field(default_factory=list)
+    candidate_idx: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    selected_idx: torch.Tensor | None = None
+    fresh_idx: torch.Tensor | None = None
+    computed_pairs: int = 0
+    isolated_pairs: int = 0
+    bytes_reused: int = 0
+    ttft_ms: float | None = None
+    decision: Decision | None = None
+    verification: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    clock: PhaseClock | SavedTimeline | None = field(default=None, repr=False)
+    level: Level = "summary"
+    settings: dict[str, Any] = field(default_factory=dict)
+    input_ids: torch.Tensor | None = field(default=None, repr=False)
+    maps: LayerMaps | None = field(default=None, repr=False)
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+    texts: list[str] | None = field(default=None, repr=False)
+
+    @property
+    def computes_all(self) -> bool:
+        """Whether every token was computed, exact ones too: ratio 1."""
+        ratios = self.settings.get("recompute_ratios") or (0,)
+        return all(ratio == 1 for ratio in ratios)
