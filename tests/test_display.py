@@ -18,11 +18,12 @@ from rich.console import Console
 import hfblend
 from hfblend.display import Display, view
 from hfblend.display.html import rendered
-from hfblend.display.text import clipped, visible
+from hfblend.display.text import clipped
 from hfblend.lab import plots
 from hfblend.trace.facts import ChunkTrace, LayerMaps
 from hfblend.trace.timeline import Interval, SavedTimeline
 from hfblend.trace.trace import BlendTrace
+from hfblend.util import visible
 
 PROMPT = make_prompt()
 HOSTILE = [

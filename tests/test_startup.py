@@ -43,6 +43,11 @@ def fresh(code: str) -> object:
         (["verify", "--help"], 0, "--max-kl"),
         (["precompute", "--corpsu", "a.jsonl"], 2, "No such option: --corpsu"),
         (["profile", "--tokens", "5"], 2, "--tokens must be above 32"),
+        (["bench", "--lenghts", "5"], 2, "No such option: --lenghts"),
+        (["eval", "--help"], 0, "--max-context"),
+        (["store", "--help"], 0, "prune"),
+        (["store", "ls", "--jsn", "folder"], 2, "No such option: --jsn"),
+        *(([name, "--nope"], 2, "No such option: --nope") for name in ("demo", "run", "explain", "playground")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -248,6 +248,7 @@ def test_a_trace_comes_back_from_its_file(tmp_path, level, settings):
     trace = blended(level, **settings).trace
     trace.save(tmp_path / "call.trace")
     again = hfblend.BlendTrace.load(tmp_path / "call.trace")
+    assert b'"hfblend.trace.1"' in (tmp_path / "call.trace").read_bytes()  # earlier versions wrote this name
     assert again.to_dict() == trace.to_dict()
     assert again.timeline == trace.timeline
     assert again.chunks == trace.chunks

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..demo import model as demo_model
-from ..lab.bench.runner import run
-from ..lab.bench.synthetic import random_model
-from ..lab.report import Results, cells, notes, title
-from ..lab.settings import BenchSettings, Layout
 from .common import Device, DType, JsonFile, Markdown, Model, console, dtype_of, in_words, names, numbers
-from .results import Outputs
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..lab.report import Results
 
 # columns of the Markdown table that a terminal has no room for
 _NOT_SHOWN = frozenset({"tokens", "TFLOP", "roofline, ms", "reused, MB", "load, ms", "phases, ms"})
@@ -67,6 +65,10 @@ def bench(
 
     Example: hfblend bench --shape llama-8b --chunks-in gpu,ram,disk
     """
+    from ..lab.bench.runner import run
+    from ..lab.settings import BenchSettings, Layout
+    from .results import Outputs
+
     with in_words():
         outputs = Outputs(json_file, markdown, plot)
         outputs.check()
@@ -101,6 +103,9 @@ def _load(model: str | None, shape: str | None, device: str | None, dtype: torch
     Raises:
         ValueError: both a model and a shape, or an unknown shape.
     """
+    from ..demo import model as demo_model
+    from ..lab.bench.synthetic import random_model
+
     if model is not None and shape is not None:
         raise ValueError(f"Give --model or --shape, not both; got {model!r} and {shape!r}.")
     if shape is not None:
@@ -109,6 +114,8 @@ def _load(model: str | None, shape: str | None, device: str | None, dtype: torch
 
 
 def _show(results: Results) -> None:
+    from ..lab.report import notes, title
+
     console.print(title(results), markup=False, highlight=False)
     for tokens in dict.fromkeys(row["tokens"] for row in results["rows"]):
         console.print(_table_of(results, tokens))
@@ -118,6 +125,8 @@ def _show(results: Results) -> None:
 
 def _table_of(results: Results, tokens: int) -> Table:
     """The rows of one length, with the columns that some row has a figure for; ranges of times are in the files."""
+    from ..lab.report import cells
+
     rows = [cells(row) for row in results["rows"] if row["tokens"] == tokens]
     hidden = _NOT_SHOWN if len(results["settings"]["chunks_in"]) > 1 else _NOT_SHOWN | {"chunks in"}
     shown = [heading for heading in rows[0] if heading not in hidden and any(row[heading] for row in rows)]

@@ -8,15 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..demo import model as demo_model
-from ..lab.eval.data import QA, load
-from ..lab.eval.metrics import require_rouge
-from ..lab.eval.runner import run
-from ..lab.report import table
-from ..lab.settings import EvalSettings
 from .common import Device, DType, JsonFile, KVDType, Markdown, Model, console, dtype_of, in_words, names, numbers
 from .progress import progress_bar
-from .results import Outputs
 
 
 def evaluate(
@@ -50,6 +43,14 @@ def evaluate(
 
     Example: hfblend eval --data questions.json --methods full_reuse,kv_deviation,hfblend --ratios 0.1,0.2
     """
+    from ..demo import model as demo_model
+    from ..lab.eval.data import QA, load
+    from ..lab.eval.metrics import require_rouge
+    from ..lab.eval.runner import run
+    from ..lab.report import table
+    from ..lab.settings import EvalSettings
+    from .results import Outputs
+
     with in_words():
         outputs = Outputs(json_file, markdown, plot, records)
         outputs.check()

@@ -202,7 +202,7 @@ class Explained:
 
 def print_answer(label: str, answer: str) -> None:
     """Prints an answer; nothing in it acts on the terminal."""
-    from ..display.text import visible
+    from ..util import visible
 
     text = Text(f"{label}: " if label else "", style="bold")
     text.append("\n".join(visible(line) for line in answer.split("\n")), style="not bold")

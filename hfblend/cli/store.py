@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Column, Table
 
-from ..display.text import visible
+from ..util import visible
 from .common import EXIT_CODES, PrintJson, console, in_words, print_json, store_at
 
 if TYPE_CHECKING:

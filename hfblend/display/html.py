@@ -13,8 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..trace.timeline import Interval
 from ..trace.trace import BlendTrace
+from ..util import visible
 from . import palette, view
-from .text import clipped, visible
+from .text import clipped
 from .view import Grid, Part
 
 CHUNK_ROWS = 60  # of the table

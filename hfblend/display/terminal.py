@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..trace.trace import BlendTrace
+from ..util import visible
 from . import palette, view
-from .text import clipped, visible
+from .text import clipped
 from .view import Grid, Part
 
 CHUNK_ROWS = 24
