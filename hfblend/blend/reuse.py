@@ -130,7 +130,7 @@ class ReusedKV:
         """Reads and moves every layer now, instead of when its turn comes."""
         for i in range(self.model.num_kv_layers):
             if self.reuse.moved or self.reuse.exact:
-                self._loaded[i] = self._load(i, self._like(i))
+                self._loaded[i] = self._load(i)
 
     def layer(self, layer_idx: int, fresh: KV | None = None) -> KV:
         """The layer's buffers (1, Hkv, T + room, D) with every reused row in place; other rows are not yet written.
@@ -140,7 +140,7 @@ class ReusedKV:
         """
         if layer_idx in self._loaded:
             return self._loaded.pop(layer_idx)
-        return self._load(layer_idx, self._like(layer_idx) if fresh is None else fresh)
+        return self._load(layer_idx, fresh)
 
     def moved_kv(self, layer_idx: int, like: KV) -> KV:
         """K/V (1, Hkv, N, D) of the pieces that moved, realigned, on the device of `like`."""
@@ -176,7 +176,7 @@ class ReusedKV:
         device = self.model.device_of_layer(layer_idx)
         return keys[:, :, :0].to(device), values[:, :, :0].to(device)
 
-    def _load(self, layer_idx: int, like: KV) -> KV:
+    def _load(self, layer_idx: int, like: KV | None = None) -> KV:
         with self.observer.layer("load", "reused KV", layer_idx):
             loader = self.loaders.get(layer_idx)
             is_there = loader is not None and loader.has(layer_idx)
@@ -184,9 +184,9 @@ class ReusedKV:
         self.observer.layer_loaded(layer_idx, buffers)
         return buffers
 
-    def _assembled(self, layer_idx: int, like: KV) -> KV:
-        buffers = empty_kv(like, self.length + ROOM)
-        self.prefetch(layer_idx)
+    def _assembled(self, layer_idx: int, like: KV | None) -> KV:
+        self.prefetch(layer_idx)  # first: `_like` waits for one entry, and the others are read meanwhile
+        buffers = empty_kv(self._like(layer_idx) if like is None else like, self.length + ROOM)
         for piece in self.reuse.exact:
             for place, states in zip(_places(buffers, piece.span), piece.entry.layer(layer_idx)):
                 place.copy_(states)
