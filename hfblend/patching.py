@@ -40,7 +40,7 @@ from .model.hf_model import UnsupportedModel, cache_given, is_paged
 from .prompts.filler import filler_ids, require_filler
 from .prompts.prompt import Prompt
 from .prompts.separator import Separator
-from .store import Store, TieredStore, store_at
+from .store import Store, flush, store_at
 from .support.registry import forget, model_of
 from .trace.facts import Level
 from .trace.trace import BlendTrace, as_level
@@ -328,8 +328,7 @@ class Blender:
         self._tidy()
         forget(self.model)
         self.hf_model.unwrapped_forward = None  # last: an interrupted removal can be repeated
-        if isinstance(self.store, TieredStore):
-            self.store.flush()
+        flush(self.store)
 
     def _unwrap(self) -> None:
         for (module, name, before), wrapper in zip(self._before, self._wrappers):

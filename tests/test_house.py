@@ -61,3 +61,17 @@ def test_only_the_model_room_knows_transformers(file):
         return
     known = {module for module, _ in imports_of(file) if module.split(".")[0] == "transformers"}
     assert known <= {"transformers.cache_utils"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_the_store_room_asks_for_a_store_s_class(file):
+    if file.relative_to(ROOT).parts[0] == "store":
+        return
+    calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    asked = [ast.unparse(call.args[1]) for call in calls if ast.unparse(call.func) == "isinstance"]
+    assert not [kinds for kinds in asked if "Store" in kinds]
+
+
+def test_the_core_is_read_in_one_sitting():
+    core = ("algorithm", "selection", "rotation", "caches")
+    assert sum(len((ROOT / "blend" / f"{name}.py").read_text().splitlines()) for name in core) <= 600
