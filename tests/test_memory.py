@@ -8,6 +8,7 @@ from helpers import config, generate, make_llama, make_prompt
 
 import hfblend
 from hfblend.blend.algorithm import Blend
+from hfblend.blend.caches import PassCache
 from hfblend.generate.blending import Blending
 
 PROMPT = make_prompt((20, 31, 13))
@@ -17,7 +18,7 @@ PROMPT = make_prompt((20, 31, 13))
 def alive(monkeypatch):
     """Returns a function that names what is still there of the blends that were made."""
     made = []
-    for kind in (Blend, Blending):
+    for kind in (Blend, Blending, PassCache):
 
         def init(self, *args, own=kind.__init__, **kwargs):
             own(self, *args, **kwargs)
@@ -46,10 +47,11 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("level", ["summary", "full"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_generate_leaves_no_blend(settings, alive):
+def test_generate_leaves_no_blend(settings, level, alive):
     model = make_llama()
-    with hfblend.patch(model, config=config(0.2, **settings)):
+    with hfblend.patch(model, config=config(0.2, **settings), trace=level):
         for _ in range(2):
             generate(model, PROMPT.inputs())
             assert alive() == []

@@ -107,22 +107,23 @@ class Blend:
 
     def select(self) -> Iterator[str]:
         """Settles the (S,) tokens to recompute: each check layer ranks what the one before kept (gradual filtering)."""
-        self.selected_idx = self.reuse.candidate_idx
+        candidates = self.reuse.candidate_idx
+        self.selected_idx = candidates if self.config.check_layers else candidates[:0]
         if self.config.recomputes_all:
             return
         for layer, ratio in zip(self.config.check_layers, self.config.fixed_ratios):
             if not len(self.selected_idx):
                 return
-            self.evidence = self.evidence_at(layer)
-            self.scores = self.model.agreed(scores_of(self.evidence, self.observer.note))
-            yield "scored"
+            evidence = self.evidence = self.evidence_at(layer)
+            try:
+                self.scores = self.model.agreed(scores_of(evidence, self.observer.note))
+                yield "scored"
+            finally:
+                self.evidence = None  # it refers to this object: a cycle would keep buffers for the garbage collector
             self.observer.scored(self.scores)
-            starts = chunk_starts(self.selected_idx, self.evidence.spans, self.config.force_chunk_start)
-            self.evidence = None  # it refers to this object: as a cycle, buffers would wait for the garbage collector
+            starts = chunk_starts(self.selected_idx, evidence.spans, self.config.force_chunk_start)
             best = highest(self.scores, self.budget(ratio), starts)
             self.selected_idx = self.selected_idx[best.to(self.selected_idx.device)]
-        if not self.config.check_layers:
-            self.selected_idx = self.selected_idx[:0]
 
     def budget(self, ratio: float) -> int:
         """How many of the prompt's reused tokens a ratio recomputes."""

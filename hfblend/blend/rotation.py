@@ -126,8 +126,7 @@ class Realigner:
     def tables(self, layer_idx: int, device: torch.device) -> Tables | None:
         """cos and sin (N, R) that turn a layer's cached state; `None` where nothing depends on position or moves."""
         rotation = self.rotations[layer_idx]
-        found = None if rotation is None else self._tables.get((rotation.source, rotation.layout))
-        if rotation is None or found is None:
+        if rotation is None or (rotation.source, rotation.layout) not in self._tables:
             return None
-        cos, sin = (t.to(device).contiguous() for t in found)
+        cos, sin = (t.to(device).contiguous() for t in self._tables[rotation.source, rotation.layout])
         return cos, sin if rotation.sign == 1 else -sin

@@ -119,8 +119,6 @@ class Blending:
             except ChunkLost as error:
                 self.begin_again(error)
                 continue
-            finally:
-                blend.evidence = None  # its functions refer to the blend
             blend.look_up.note_what_was_not_kept()
             return output
 

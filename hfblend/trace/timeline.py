@@ -109,6 +109,7 @@ class PhaseClock:
         try:
             yield
         finally:
+            del cache.update  # it refers to the cache: a cycle would keep K/V for the garbage collector
             if current >= 0:
                 end(current)
 
