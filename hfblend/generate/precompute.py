@@ -240,7 +240,7 @@ class _Run:
                 continue
             self._first_stored = self._first_stored or key
             self.report.computed += 1
-            self.report.tokens += len(chunk_kv.cached_positions)
+            self.report.tokens += len(chunk_kv)
             self.report.num_bytes += chunk_kv.num_bytes
 
     def _hold_kv_before(self) -> None:

@@ -103,14 +103,9 @@ class Request:
     @cached_property
     def ids(self) -> torch.Tensor | None:
         """(B, T); `None` where the call has no ids to find chunks in."""
-        ids = self._given_ids
+        ids = _given_ids(self.args, self.kwargs)
         is_ids = torch.is_tensor(ids) and ids.ndim == 2 and not ids.is_floating_point() and ids.numel() > 0
         return ids if is_ids else None
-
-    @property
-    def _given_ids(self) -> Any:
-        given = (self.kwargs.get("input_ids"), self.kwargs.get("inputs"), *self.args[:1])
-        return next((value for value in given if value is not None), None)
 
     def _planned(self) -> Plan:
         ids, spans = self.ids, None
@@ -222,7 +217,7 @@ class Request:
             case Fallback.NO_INPUT_IDS if self.kwargs.get("inputs_embeds") is not None:
                 return "Got inputs_embeds."
             case Fallback.NO_INPUT_IDS:
-                return f"Got {described(self._given_ids)}."
+                return f"Got {described(_given_ids(self.args, self.kwargs))}."
             case Fallback.PADDING if mask is not None and ids is not None:
                 return f"Got a mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(ids.shape)}."
             case Fallback.PADDING:
@@ -269,7 +264,7 @@ def require_token_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         TypeError: no tensor: a `Prompt`, text, the dict of a tokenizer.
         ValueError: a tensor that holds no ids (B, T), of a model whose main input they are.
     """
-    ids = next((v for v in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs")) if v is not None), None)
+    ids = _given_ids(args, kwargs)
     if ids is None or kwargs.get("custom_generate") is not None:
         return
     if torch.is_tensor(ids):
@@ -284,6 +279,12 @@ def require_token_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     elif isinstance(ids, Mapping):
         how = "write model.generate(**inputs)"
     raise TypeError(f"generate takes input_ids, a tensor (B, T) of token ids, got {described(ids)}: {how}.")
+
+
+def _given_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns the argument of `generate` that stands in the place of token ids; `None` if there is none."""
+    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
+    return next((value for value in given if value is not None), None)
 
 
 def is_token_input(value: Any, ids: torch.Tensor) -> bool:

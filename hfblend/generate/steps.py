@@ -33,6 +33,7 @@ from ..kv.chunk import ChunkKV, ChunkLost, Reader
 from ..kv.rows import KV, ROOM, empty_kv, first_rows, full_length_cache
 from ..model.hf_model import CACHE
 from ..prompts.prompt import Prompt
+from ..prompts.separator import Span
 from ..store import Store, store_at
 from ..support.registry import TestedModel, model_of
 from ..trace.observer import Observer
@@ -83,8 +84,8 @@ class Stepping(Blending):
     @torch.no_grad()
     def steps(self, tokenizer: Any, max_new_tokens: int) -> Generator[Step, None, None]:
         """Runs phases 1 to 5 with a stop after each."""
-        stops, ranked = self._looked_up(), False
-        looked_up = LookedUp(self.trace, self._copied_pieces())
+        (stops, pieces), ranked = self._looked_up(), False
+        looked_up = LookedUp(self.trace, sorted(pieces, key=_span_of))
         yield from self._stop(looked_up, "look_up")
         self.blend.reuse = self._use_pieces(looked_up.pieces)
         self.blend.model = _Holding(self.model)
@@ -111,22 +112,18 @@ class Stepping(Blending):
 
     # --- 1 look up ------------------------------------------------------------------------------------------------
 
-    def _looked_up(self) -> Iterator[str]:
-        """Looks up, copies the entries, so that the store's never change, and returns the further stops."""
+    def _looked_up(self) -> tuple[Iterator[str], list[Piece]]:
+        """Looks up. Returns the further stops, and the pieces with copied entries, so that the store's never change."""
         while True:
             stops = self.prepared(self.model.last_logits).phases()
             try:
                 next(stops)
-                self._pieces = [replace(one, entry=_copy(one.entry)) for one in self.blend.reuse.pieces]
-                return stops
+                return stops, [replace(one, entry=_copy(one.entry)) for one in self.blend.reuse.pieces]
             except ChunkLost as error:
                 self.begin_again(error)
 
-    def _copied_pieces(self) -> list[Piece]:
-        return sorted(self._pieces, key=lambda piece: piece.span)
-
     def _use_pieces(self, pieces: Sequence[Piece]) -> Reuse:
-        pieces = sorted(pieces, key=lambda piece: piece.span)
+        pieces = sorted(pieces, key=_span_of)
         known = {chunk.span: chunk for chunk in self.blend.look_up.all_traces}
         spans = [piece.span for piece in pieces]
         if len(set(spans)) < len(spans) or not set(spans) <= set(known):
@@ -245,6 +242,10 @@ class HeldKV(ReusedKV):
         for buffer, states in zip(buffers, held):
             buffer[:, :, : self.length] = states
         return buffers
+
+
+def _span_of(piece: Piece) -> Span:
+    return piece.span
 
 
 # --- checks of replacements --------------------------------------------------------------------------------------
