@@ -139,7 +139,7 @@ def test_a_mask_that_is_no_window_is_left_to_the_model():
     assert window_of(lambda batch, head, row, key: (key <= row) & (key > row - 5)) == 5
 
 
-@pytest.mark.skipif(IS_OLDEST, reason="refused there")
+@pytest.mark.skipif(IS_OLDEST, reason="the oldest Transformers cannot make masks of chunked attention ahead")
 def test_chunks_and_masks_of_a_layers_own_are_left_to_the_model():
     for name in ("llama4_text", "doge"):
         assert not model_of(FAMILIES[name].make()).attends_by_position

@@ -10,7 +10,7 @@ from helpers import MODELS
 from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
 
-pytest.importorskip("hfblend.kernels", reason="needs triton")
+pytest.importorskip("triton")
 from hfblend.gpu import fused_rotary
 from hfblend.gpu.fused_rotary import NAME, find_rotary, rotary_in_one_kernel
 from hfblend.kernels import rotary

@@ -112,7 +112,7 @@ FIRST = [
 ]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_blend_is_the_function_whatever_is_imported_first():
     """In copies of a process that has imported what hfblend needs."""
     codes = fresh(f"""

@@ -61,7 +61,7 @@ print(flag["question"], len(prompt), "tokens, chunks at", prompt.chunk_spans)
 # ## Three ways to prefill it
 #
 # * **Full prefill**: the whole prompt through the model. This is what we want to hear.
-# * **Full reuse**: every chunk was prefilled alone, behind the prompt's prefix; its keys are turned to where the
+# * **Full reuse**: every chunk was prefilled alone, after the prompt's prefix; its keys are turned to where the
 #   chunk now stands; only the question is computed.
 # * **Blended**: the same reused KV, and 15 % of the moved tokens are recomputed with everything before them in view.
 
@@ -114,7 +114,7 @@ assert norm[0] < 1e-3 * norm[1]
 assert norm[1:].min() > 0
 
 # %% [markdown]
-# The first chunk stands right behind the prefix, where it was computed. It is exact, and none of its tokens is among
+# The first chunk stands right after the prefix, where it was computed. It is exact, and none of its tokens is among
 # those that could be recomputed.
 
 # %%

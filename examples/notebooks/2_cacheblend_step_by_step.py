@@ -50,14 +50,14 @@ print(*stops.values(), sep="\n")
 # %% [markdown]
 # ## 1 Look up: a chunk's KV, computed alone
 #
-# "Alone" is behind the prompt's prefix and nothing else. So every chunk is computed at the same positions, those
-# right behind the prefix.
+# "Alone" is after the prompt's prefix and nothing else. So every chunk is computed at the same positions, those
+# right after the prefix.
 
 
 # %%
 @torch.no_grad()
 def prefill_alone(start, stop):
-    """Layer -> keys and values (1, Hkv, stop − start, D) of a chunk right behind the prefix."""
+    """Layer -> keys and values (1, Hkv, stop − start, D) of a chunk right after the prefix."""
     alone = torch.cat([ids[:, :prefix_stop], ids[:, start:stop]], 1)
     cache = DynamicCache()
     model(alone, past_key_values=cache)

@@ -100,7 +100,7 @@ figure
 # %% [markdown]
 # ## With and without realigning
 #
-# Two short chunks behind a prefix. The second was computed right behind the prefix and stands elsewhere now. At layer
+# Two short chunks after a prefix. The second was computed right after the prefix and stands elsewhere now. At layer
 # 0, where a key depends on nothing but its token and its position, the realigned keys are those of a full prefill.
 # Above, they are not, because the chunk has not seen the first one (notebook 1); but at every layer they are nearer
 # than the keys as the store held them.

@@ -80,7 +80,7 @@ hfblend.show(result.trace, tokenizer)
 # %% [markdown]
 # ## 3 Does a higher ratio help?
 #
-# To see that, the answer up to where it goes wrong is put behind the prompt, and one number is looked at: how far the
+# To see that, the answer up to where it goes wrong is put after the prompt, and one number is looked at: how far the
 # logit of full prefill's next token, 8, lies above that of the blended one's, 9. At 30 % it is right again.
 
 # %%
