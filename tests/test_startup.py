@@ -154,7 +154,9 @@ def test_a_public_name_can_be_replaced(monkeypatch):
 
 
 def test_a_clone_next_to_a_script_is_no_package(tmp_path):
-    """An editable install, as pip makes it, is found from a script in the folder of a clone called hfblend."""
+    """An editable install, as pip makes it, is found from a script in the folder of a clone called hfblend.
+
+    `-S` leaves out the installation that runs this test."""
     clone, site = tmp_path / "hfblend", tmp_path / "site"
     shutil.copytree(ROOT / "hfblend", clone / "hfblend", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -168,6 +170,6 @@ def test_a_clone_next_to_a_script_is_no_package(tmp_path):
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-S", "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == str(clone / "hfblend" / "__init__.py")
