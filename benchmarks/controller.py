@@ -26,9 +26,8 @@ import hfblend
 from hfblend.config import BlendConfig
 from hfblend.controller import BlendShape, Controller, Load
 from hfblend.demo import model as demo_model
-from hfblend.lab.bench.synthetic import SHAPES, PromptMaker, random_model
 from hfblend.lab.clock import timed
-from hfblend.lab.settings import Layout
+from hfblend.lab.synthetic import SHAPES, Layout, PromptMaker, random_model
 from hfblend.measure.divergence import describe_machine
 from hfblend.measure.profile import measure
 from hfblend.store import DiskStore, MemoryStore, Store

@@ -19,11 +19,11 @@ from hfblend.lab.baselines import METHODS
 from hfblend.lab.bench import pair, run, runner, ttft
 from hfblend.lab.bench.flops import Shape, causal_keys, flops, full_prefill_flops, kv_bytes, least_bytes
 from hfblend.lab.bench.pair import Arrivals, Pair, empty_stores
-from hfblend.lab.bench.synthetic import SHAPES, PromptMaker, random_model, twin_of
 from hfblend.lab.clock import Peaks, Turn, if_memory_lasts
 from hfblend.lab.plots import plot_ttft
 from hfblend.lab.report import markdown
-from hfblend.lab.settings import GPU_LENGTHS, BenchSettings, Case, Layout
+from hfblend.lab.settings import GPU_LENGTHS, BenchSettings, Case
+from hfblend.lab.synthetic import SHAPES, Layout, PromptMaker, random_model, twin_of
 
 PEAKS = Peaks(flops_per_s=1e12, bytes_per_s=1e11, load_bytes_per_s=1e10)
 LAYOUT = Layout(prefix=8, chunk=100, suffix=8)

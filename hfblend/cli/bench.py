@@ -66,7 +66,8 @@ def bench(
     Example: hfblend bench --shape llama-8b --chunks-in gpu,ram,disk
     """
     from ..lab.bench.runner import run
-    from ..lab.settings import BenchSettings, Layout
+    from ..lab.settings import BenchSettings
+    from ..lab.synthetic import Layout
     from .results import Outputs
 
     with in_words():
@@ -104,7 +105,7 @@ def _load(model: str | None, shape: str | None, device: str | None, dtype: torch
         ValueError: both a model and a shape, or an unknown shape.
     """
     from ..demo import model as demo_model
-    from ..lab.bench.synthetic import random_model
+    from ..lab.synthetic import random_model
 
     if model is not None and shape is not None:
         raise ValueError(f"Give --model or --shape, not both; got {model!r} and {shape!r}.")

@@ -8,7 +8,6 @@ from statistics import median
 from string import Formatter
 from typing import Any
 
-from .. import __version__
 from ..measure.divergence import describe_machine
 
 Row = dict[str, Any]
@@ -74,13 +73,12 @@ _LOADS = {"load_ms": "to the device, realigned", "read_ms": "through the store",
 
 
 def header_of(model: Any, name: str, settings: Mapping[str, Any]) -> Results:
-    """The model, machine and settings that every figure depends on, as JSON gives them back."""
+    """The model, machine and settings that figures depend on, as JSON gives them back; callers add the version."""
     return {
         "machine": describe_machine(model.device),
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "settings": json.loads(json.dumps(settings)),
-        "hfblend": __version__,
     }
 
 

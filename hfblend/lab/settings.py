@@ -11,6 +11,7 @@ from ..arguments import whole
 from ..blend.algorithm import Blend
 from ..store.quantise import require_kv_dtype
 from .baselines import METHODS, Method
+from .synthetic import Layout
 
 STORE_BYTES = 2**50  # no chunk ever leaves its store
 GPU_LENGTHS = (4096, 8192, 16384, 32768, 65536)
@@ -45,18 +46,6 @@ class Case:
         return f"{self.method.name} {self.ratio:g}" + (f" from {self.chunks_in}" if self.chunks_in else "")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The tokens of each part of a prompt."""
-
-    prefix: int = _at_least(0, 32)
-    chunk: int = _at_least(1, 512)
-    suffix: int = _at_least(1, 32)
-
-    def __post_init__(self) -> None:
-        _require_least(self)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Methods, ratios and seed, validated.
@@ -80,7 +69,9 @@ class Settings:
         outside = [ratio for ratio in self.ratios if not 0 <= ratio <= 1]
         if outside or not self.ratios:
             raise ValueError(f"Ratios are shares in [0, 1], got {outside or 'none'}.")
-        _require_least(self)
+        for one in fields(self):
+            if "least" in one.metadata:
+                whole(one.name, getattr(self, one.name), one.metadata["least"])
 
     def cases(self) -> list[Case]:
         """A case per method and ratio, each once; a method that knows only one ratio has one."""
@@ -89,12 +80,6 @@ class Settings:
             for method in (METHODS[name] for name in dict.fromkeys(self.methods))
             for ratio in (dict.fromkeys(self.ratios) if method.fixed_ratio is None else (method.fixed_ratio,))
         ]
-
-
-def _require_least(values: Settings | Layout) -> None:
-    for one in fields(values):
-        if "least" in one.metadata:
-            whole(one.name, getattr(values, one.name), one.metadata["least"])
 
 
 @dataclass(frozen=True, kw_only=True)

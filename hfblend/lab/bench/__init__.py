@@ -10,7 +10,7 @@ docs/performance.md explains each figure.
 
 from ..report import markdown
 from ..settings import BenchSettings
+from ..synthetic import random_model
 from .runner import run
-from .synthetic import random_model
 
 __all__ = ["BenchSettings", "markdown", "random_model", "run"]

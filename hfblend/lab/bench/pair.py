@@ -17,7 +17,7 @@ from ...prompts.prompt import Prompt
 from ...store import DiskStore, MemoryStore, Store
 from ...trace.trace import BlendTrace
 from ..settings import STORE_BYTES, Case
-from .synthetic import PromptMaker, twin_of
+from ..synthetic import PromptMaker, twin_of
 
 _ELSEWHERE_TOKENS = 128  # of another request's passage, for methods that take chunk KV from one
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
-import transformers
 
+from ... import __version__
 from ..clock import Peaks, Say, free_memory, if_memory_lasts
 from ..report import Results, Row, header_of
 from ..settings import BenchSettings
+from ..synthetic import PromptMaker
 from .flops import Shape
 from .pair import Pair, empty_stores
 from .streams import batching, decoding, loading, throughput
-from .synthetic import PromptMaker
 from .ttft import OUT_OF_MEMORY, rows_of, ttft_turns
 
 PARTS = ("rows", "loading", "decoding", "throughput", "batching")
@@ -50,8 +51,9 @@ def run(
     say("the machine's peak rates")
     peaks, shape = Peaks.measure(model.device, model.dtype), Shape.of(model)
     results = header_of(model, name, asdict(settings)) | {
+        "hfblend": __version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "shape": None if shape is None else asdict(shape),
         "attention": model.config._attn_implementation,
         "peaks": asdict(peaks),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ... import __version__
 from ...generate.blend_one import BlendResult
 from ...kv.chunk import ChunkKV
 from ...measure.divergence import FullAnswer, kl_divergence, teacher_forced_logits, top1_agreement
@@ -54,7 +55,7 @@ def run(
         ValueError: a records file of another run, or a prompt too long.
     """
     data = {"source": Path(source).name, "digest": digest(examples)}
-    header = header_of(model, name, settings.of_a_record()) | {"data": data}
+    header = header_of(model, name, settings.of_a_record()) | {"hfblend": __version__, "data": data}
     runner = Runner(model, tokenizer, examples, settings, RecordFile(records, header), advance)
     found = runner.run(questions)
     lengths = [record.tokens for record in found]

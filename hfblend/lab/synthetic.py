@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ...demo.model import device_named
-from ...prompts.prompt import Prompt
-from ..settings import Layout
+from ..arguments import whole
+from ..demo.model import device_named
+from ..prompts.prompt import Prompt
 
 _FIRST_ID = 3  # many vocabularies have special tokens below it
 
@@ -77,6 +78,23 @@ def twin_of(model: Any) -> Any:
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens of each part of a prompt.
+
+    Raises:
+        ValueError: a chunk or a suffix without tokens.
+    """
+
+    prefix: int = 32
+    chunk: int = 512
+    suffix: int = 32
+
+    def __post_init__(self) -> None:
+        for name, least in (("prefix", 0), ("chunk", 1), ("suffix", 1)):
+            whole(name, getattr(self, name), least)
 
 
 class PromptMaker:
