@@ -23,8 +23,7 @@ from ..kv.rows import KV
 from ..prompts.prompt import ChunkSpans
 from ..store import Store
 from ..support.registry import TestedModel
-from ..trace.observer import Tracer
-from ..trace.recorder import Recorder
+from ..trace.recorder import Recorder, Tracer
 from ..trace.trace import BlendTrace
 
 logger = logging.getLogger(__name__)

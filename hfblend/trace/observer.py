@@ -1,4 +1,4 @@
-"""The observer of a blend, and the one that writes a trace.
+"""The observer of a blend: the algorithm tells it what happens, and knows no trace.
 
 Shapes: H heads, T all tokens, N reused tokens that could be recomputed, S selected tokens.
 """
@@ -14,8 +14,6 @@ import torch
 from ..config import BlendConfig
 from ..kv.rows import KV
 from .facts import ChunkTrace
-from .timeline import PhaseClock
-from .trace import BlendTrace, settings_of
 
 
 class Observer:
@@ -64,46 +62,3 @@ class Observer:
 
     def note(self, text: str) -> None:
         """Takes a remark for the user."""
-
-
-class Tracer(Observer):
-    """Writes a `BlendTrace` of level `"summary"` or `"tokens"`.
-
-    Args:
-        trace: of one prompt.
-        device: the model's, for the clock.
-    """
-
-    def __init__(self, trace: BlendTrace, device: torch.device) -> None:
-        self.trace = trace
-        self.trace.blended, self.trace.clock = True, PhaseClock(device)
-        self.clock = self.trace.clock
-
-    def phase_done(self, phase: str) -> None:
-        self.clock.end_of(phase)
-
-    def prefilled(self, pairs: int) -> None:
-        self.trace.isolated_pairs += pairs
-
-    def looked_up(self, prefix: ChunkTrace | None, chunks: list[ChunkTrace], num_bytes: int) -> None:
-        self.trace.prefix, self.trace.chunks, self.trace.bytes_reused = prefix, chunks, num_bytes
-        self.trace.scores = None
-
-    def partitioned(self, candidate_idx: torch.Tensor, fresh_idx: torch.Tensor) -> None:
-        self.trace.candidate_idx, self.trace.fresh_idx = candidate_idx, fresh_idx
-
-    def realigned(self, config: BlendConfig) -> None:
-        self.trace.settings = settings_of(config)
-
-    def computed(self, pairs: int) -> None:
-        self.trace.computed_pairs += pairs
-
-    def scored(self, scores: torch.Tensor) -> None:
-        if self.trace.scores is None:
-            self.trace.scores = scores
-
-    def selected(self, selected_idx: torch.Tensor) -> None:
-        self.trace.selected_idx = selected_idx
-
-    def note(self, text: str) -> None:
-        self.trace.notes.append(text)
