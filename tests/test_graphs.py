@@ -10,7 +10,7 @@ from helpers import MODELS, config, make_prompt
 
 import hfblend
 from hfblend import kernels
-from hfblend.attention.by_position import AttentionRecord
+from hfblend.attention.record import AttentionRecord
 from hfblend.blend.model import Pass
 from hfblend.generate.blending import Blending
 from hfblend.gpu.graphs import GraphCache, PassGraphs, _rounded

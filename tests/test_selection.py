@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hfblend
-from hfblend.attention.by_position import AttentionRecord
+from hfblend.attention.record import AttentionRecord
 from hfblend.blend.rules import at_random, by_chunk_start, by_position, chunk_starts, interleaved, mixed
 from hfblend.blend.selection import Evidence, budget, by_suffix_attention, highest, kv_deviation
 from hfblend.generate.blending import Blending

@@ -15,7 +15,7 @@ Shapes: B batch, H query heads, Hkv KV heads, S query rows, T keys, D head_dim.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import kernels
-from ..kernels.reference import AttentionArgs, attention_weights, mask_of, reference_attention, visible
-from ..util import StopForward
+from ..kernels.reference import AttentionArgs, mask_of, reference_attention, visible
+from .record import AttentionRecord
 
 HALF = (torch.float16, torch.bfloat16)  # what the attention kernel computes in
 LARGEST_HEAD_DIM = 256  # that it takes
@@ -48,35 +48,6 @@ def sdpa_attention(args: AttentionArgs, mask: torch.Tensor) -> torch.Tensor:
     query = args.query.reshape(batch * kv_heads, groups, rows, head_dim)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=args.scaling)
     return out.reshape(batch, heads, rows, -1)
-
-
-class AttentionRecord:
-    """Keeps, per wanted layer, how much attention each key received: the mean over the rows of a pass.
-
-    Args:
-        layers: the layers to record; the pass ends in the last one.
-
-    Attributes:
-        received: layer -> (H, T) in fp32.
-    """
-
-    ROWS_AT_ONCE = 64  # so that memory is linear in T, however many rows a pass has
-
-    def __init__(self, layers: Sequence[int]) -> None:
-        self.layers, self.received = tuple(dict.fromkeys(layers)), dict[int, torch.Tensor]()
-
-    def add(self, layer: int, args: AttentionArgs, seen: torch.Tensor) -> None:
-        """Records one layer, whose rows see the keys `seen` (B, S, T). Raises `StopForward` after the last one."""
-        if layer in self.layers:
-            blocks = zip(args.query.split(self.ROWS_AT_ONCE, 2), seen.split(self.ROWS_AT_ONCE, 1))
-            sums = [attention_weights(replace(args, query=query), rows)[0].sum(1) for query, rows in blocks]
-            self.received[layer] = torch.stack(sums).sum(0) / args.query.shape[2]
-        self.end_if_complete()
-
-    def end_if_complete(self) -> None:
-        """Raises `StopForward` if no layer is left to record."""
-        if len(self.received) == len(self.layers):
-            raise StopForward
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..attention.by_position import AttentionRecord
+from ..attention.record import AttentionRecord
 from ..config import BlendConfig
 from ..kv.chunk import ChunkKV, Reader
 from ..kv.origin import Origin

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from .. import kernels
-from ..attention.by_position import HALF, LARGEST_HEAD_DIM, AttentionRecord, mask_of
+from ..attention.by_position import HALF, LARGEST_HEAD_DIM, mask_of
+from ..attention.record import AttentionRecord
 from ..blend.caches import RowsCache
 from ..blend.model import Forward, Pass
 from ..kv.rows import KV, sent

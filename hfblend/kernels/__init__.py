@@ -14,30 +14,16 @@ rows of a layer are one block, wherever they stand.
 Without Triton, which comes with PyTorch for GPUs, only the references are there.
 """
 
-from functools import cache
-
-import torch
-
+from .device import HAS_TRITON, has_kernels
 from .reference import AttentionArgs
 
-try:
+if HAS_TRITON:
     from .by_position import attend, received
     from .norm import rms_norm
     from .rotary import rotary
     from .rows import load_rows, tiles_of, write_rows
     from .samples import sample
     from .state import State
-except ImportError:
-    HAS_TRITON = False
-else:
-    HAS_TRITON = True
 
 __all__ = ["HAS_TRITON", "AttentionArgs", "State", "attend", "has_kernels", "load_rows", "received", "rms_norm",
            "rotary", "sample", "tiles_of", "write_rows"]  # fmt: skip
-
-
-@cache
-def has_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a device: an NVIDIA GPU of compute capability 8.0 or more."""
-    is_nvidia = HAS_TRITON and device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)

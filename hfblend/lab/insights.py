@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..attention.by_position import AttentionRecord
+from ..attention.record import AttentionRecord
 from ..blend.caches import BlendingCache, RecordingCache
 from ..blend.model import Pass
 from ..blend.selection import kv_deviation

@@ -19,7 +19,7 @@ from ..attention.by_position import QueryRows
 from ..attention.switch import attend_by_position
 from ..blend.caches import RecordingCache
 from ..blend.rotation import KeyRotation, Tables
-from ..kernels import has_kernels
+from ..kernels.device import has_kernels
 from ..kv.origin import Origin, digest_of
 from ..kv.rows import KV, RowLayout
 from ..locks import lock_of

@@ -20,7 +20,10 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ... import kernels
+from ...kernels.device import HAS_TRITON, has_kernels
+
+if HAS_TRITON:
+    from ...kernels.samples import sample
 
 Place: TypeAlias = tuple[int, int]  # of a sample in a tensor's memory: how many elements, and how far apart
 
@@ -86,10 +89,10 @@ class _Group:
             self.take = lambda: torch.from_numpy(np.concatenate(views))  # in half of the time of torch.cat
             return
         self.memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
-        if kernels.has_kernels(device):
+        if has_kernels(device):
             rows = zip(tensors, places, accumulate(self.counts, initial=0))
             table = torch.tensor([(t.data_ptr(), step, start, count) for t, (count, step), start in rows])
-            self.take = functools.partial(kernels.sample, table.to(device), sum(self.counts), _bits(tensors[0]).dtype)
+            self.take = functools.partial(sample, table.to(device), sum(self.counts), _bits(tensors[0]).dtype)
         else:
             self.take = lambda: torch.cat(reference_views(tensors, places))
 
