@@ -16,6 +16,7 @@ import hfblend
 from hfblend.blend.selection import budget
 from hfblend.generate.blending import Blending
 from hfblend.kv.rows import full_length_cache
+from hfblend.model.passes import mask_rows
 from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
@@ -122,7 +123,7 @@ def _from_alone(batch: Any, alone: list[Any], steps: int) -> float:
 def window(family: Family) -> str:
     """What the last row sees of the prompt, by the model's own masks, where that is not all."""
     hf_model, length = model_of(family.make()), len(PROMPT)
-    masks = hf_model._mask_rows(torch.tensor([length - 1]), length)
+    masks = mask_rows(hf_model, torch.tensor([length - 1]), length)
     masks = masks if isinstance(masks, dict) else {"": masks}
     seen = {int((mask if mask.dtype == torch.bool else mask == 0).sum()) for mask in masks.values()} - {length}
     return ", ".join(f"{count} of {length}" for count in sorted(seen)) or "–"

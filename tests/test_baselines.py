@@ -12,7 +12,8 @@ import hfblend
 from hfblend.lab import baselines
 from hfblend.lab.baselines import METHODS
 from hfblend.measure.divergence import kl_divergence
-from hfblend.support.registry import model_of
+from hfblend.model import passes
+from hfblend.model.passes import see_rows
 
 PROMPT = make_prompt(sizes=(20, 31, 13, 25))
 ELSEWHERE = list(range(10, 40))
@@ -28,21 +29,17 @@ def run(model, name, ratio=0.25, store=None, tokenizer=None):
     return METHODS[name].blend(model, PROMPT, ratio, store, tokenizer=tokenizer, elsewhere=ELSEWHERE)
 
 
-def keys_seen(model, run_pass):
+def keys_seen(run_pass):
     """Per decoder forward that attends by position: (positions of the rows, what they see from)."""
     seen = []
-    hf_model, own = model_of(model), type(model_of(model)).see_rows
 
-    def spy(self, rows, length):
+    def spy(model, rows, length):
         seen.append(rows.positions[0].tolist())
-        return own(self, rows, length)
+        return see_rows(model, rows, length)
 
-    hf_model.see_rows = spy.__get__(hf_model)
-    try:
-        result = run_pass()
-    finally:
-        del hf_model.see_rows
-    return seen, result
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(passes, "see_rows", spy)
+        return seen, run_pass()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -82,11 +79,11 @@ def test_paper_filters_over_layers_by_keys_and_values():
 
 def test_references_show_rows_the_keys_behind_them(model):
     for name in ("research_repo", "lmcache_v1", "kv_deviation_leaky"):
-        seen, result = keys_seen(model, lambda name=name: run(model, name))
+        seen, result = keys_seen(lambda name=name: run(model, name))
         rows = sorted({*result.trace.selected_idx.tolist(), *result.trace.fresh_idx.tolist()})
         assert seen[-1] == list(range(len(PROMPT) - len(rows), len(PROMPT)))  # bottom-right, not their own positions
         assert seen[-1] != rows
-    seen, result = keys_seen(model, lambda: run(model, "kv_deviation"))
+    seen, result = keys_seen(lambda: run(model, "kv_deviation"))
     assert seen[-1] == sorted([*result.trace.selected_idx.tolist(), *result.trace.fresh_idx.tolist()])
 
 

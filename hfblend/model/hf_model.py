@@ -15,8 +15,6 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from ..attention.by_position import QueryRows
-from ..attention.switch import attend_by_position
 from ..blend.caches import RecordingCache
 from ..blend.rotation import KeyRotation, Tables
 from ..kernels.device import has_kernels
@@ -330,49 +328,6 @@ class HFModel:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} cannot run with explicit position_ids and a cache: {error}"
             ) from error
-
-    # --- attention of selected rows -------------------------------------------------------------------------------
-
-    def see_rows(self, rows: QueryRows, length: int) -> Any:
-        """Everything a forward over rows of a prompt of `length` tokens needs to see exactly its past.
-
-        Called in the exclusive work that the forward is part of. Rows that do not see some keys, or record their
-        attention, need `attends_by_position`.
-
-        Returns the `attention_mask` to pass. Where attention is replaced, no mask is made at all.
-        """
-        if not self.attends_by_position:
-            return self._mask_rows(rows.positions[0], length)
-        attend_by_position(self.lock, self.layer_owner.config, rows, self.windows)
-        return None
-
-    def _mask_rows(self, rows: torch.Tensor, length: int) -> Any:
-        """The selected rows of the model's own masks, (1, 1, S, T) or a dict of them by layer type."""
-        embeds = torch.zeros(1, length, 0, dtype=self.dtype, device=rows.device)
-        positions = torch.arange(length, device=rows.device)[None]
-        try:
-            masks = create_masks_for_generate(
-                config=self.config,
-                inputs_embeds=embeds,
-                attention_mask=torch.ones_like(positions),
-                position_ids=positions,
-                **{CACHE: None},
-            )
-        except TypeError as error:  # Transformers 5.17 cannot make the masks of chunked attention ahead
-            raise UnsupportedModel(f"its masks cannot be made outside its forward: {error}") from error
-        if isinstance(masks, dict):
-            return {kind: self._take_rows(mask, rows, length) for kind, mask in masks.items()}
-        return self._take_rows(masks, rows, length)
-
-    def _take_rows(self, mask: Any, rows: torch.Tensor, length: int) -> torch.Tensor:
-        if mask is None:  # the model would have used a causal kernel
-            return (torch.arange(length, device=rows.device) <= rows[:, None])[None, None]
-        if not torch.is_tensor(mask):
-            raise UnsupportedModel(
-                f"rows of a {type(mask).__name__} ({self.config._attn_implementation}) cannot be taken; load the model "
-                'with attn_implementation="sdpa" or "eager"'
-            )
-        return mask.index_select(2, rows.to(mask.device))
 
 
 def _alive(reference: weakref.ref[nn.Module]) -> nn.Module:

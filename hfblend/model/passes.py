@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.masking_utils import create_masks_for_generate
 
 from ..attention.by_position import QueryRows
-from ..attention.switch import attend_as
+from ..attention.switch import attend_as, attend_by_position
 from ..blend.caches import RecordingCache
 from ..blend.model import Forward, Pass, Watched
 from ..util import StopForward
-from .hf_model import CACHE, HFModel
+from .hf_model import CACHE, HFModel, UnsupportedModel
 from .layers import cut, resume, watch
 
 
@@ -48,7 +49,7 @@ def _run_rows(
     model: HFModel, forward: Forward, one: Pass, cache: Any, state: Any, watches: bool
 ) -> tuple[Any, Watched | None]:
     found, lock, layers = None, model.lock, model.layers
-    mask = model.see_rows(QueryRows(one.seen_from[None], one.hidden, one.record, state), one.length)
+    mask = see_rows(model, QueryRows(one.seen_from[None], one.hidden, one.record, state), one.length)
     if model.attends_by_position:
         model.small_steps_in_one_kernel()
     if watches and one.stop_at is not None and model.may_skip_layers:
@@ -94,3 +95,50 @@ def until_stopped(
         )
     except StopForward:
         return None
+
+
+# --- attention of selected rows ---------------------------------------------------------------------------------------
+
+
+def see_rows(model: HFModel, rows: QueryRows, length: int) -> Any:
+    """Everything a forward over rows of a prompt of `length` tokens needs to see exactly its past.
+
+    Called in the exclusive work that the forward is part of. Rows that do not see some keys, or record their
+    attention, need `attends_by_position`.
+
+    Returns the `attention_mask` to pass. Where attention is replaced, no mask is made at all.
+    """
+    if not model.attends_by_position:
+        return mask_rows(model, rows.positions[0], length)
+    attend_by_position(model.lock, model.layer_owner.config, rows, model.windows)
+    return None
+
+
+def mask_rows(model: HFModel, rows: torch.Tensor, length: int) -> Any:
+    """The selected rows of the model's own masks, (1, 1, S, T) or a dict of them by layer type."""
+    embeds = torch.zeros(1, length, 0, dtype=model.dtype, device=rows.device)
+    positions = torch.arange(length, device=rows.device)[None]
+    try:
+        masks = create_masks_for_generate(
+            config=model.config,
+            inputs_embeds=embeds,
+            attention_mask=torch.ones_like(positions),
+            position_ids=positions,
+            **{CACHE: None},
+        )
+    except TypeError as error:  # Transformers 5.17 cannot make the masks of chunked attention ahead
+        raise UnsupportedModel(f"its masks cannot be made outside its forward: {error}") from error
+    if isinstance(masks, dict):
+        return {kind: _take_rows(model, mask, rows, length) for kind, mask in masks.items()}
+    return _take_rows(model, masks, rows, length)
+
+
+def _take_rows(model: HFModel, mask: Any, rows: torch.Tensor, length: int) -> torch.Tensor:
+    if mask is None:  # the model would have used a causal kernel
+        return (torch.arange(length, device=rows.device) <= rows[:, None])[None, None]
+    if not torch.is_tensor(mask):
+        raise UnsupportedModel(
+            f"rows of a {type(mask).__name__} ({model.config._attn_implementation}) cannot be taken; load the model "
+            'with attn_implementation="sdpa" or "eager"'
+        )
+    return mask.index_select(2, rows.to(mask.device))
