@@ -9,7 +9,6 @@ import torch
 from helpers import MODELS, config, make_prompt
 
 import hfblend
-from hfblend import kernels
 from hfblend.attention.record import AttentionRecord
 from hfblend.blend.model import Pass
 from hfblend.generate.blending import Blending
@@ -22,6 +21,8 @@ from hfblend.support.registry import model_of
 from hfblend.util import StopForward
 
 pytest.importorskip("triton")
+from hfblend.kernels.state import State
+
 PROMPT = make_prompt(sizes=(20, 31, 13), prefix=9, suffix=11)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, tests/test_gpu.py records real graphs")
@@ -41,7 +42,7 @@ def blending(model, **settings):
 def state_of(hf_model, buffers, live, received=0, mask=0):
     rows = [rows_behind(buffers[i]) for i in range(hf_model.num_layers)]
     numbers = torch.tensor([len(PROMPT), live, received, mask, *(r.data_ptr() for r in rows)])
-    return kernels.State(numbers, hf_model.layouts)
+    return State(numbers, hf_model.layouts)
 
 
 def padded(hf_model, one):

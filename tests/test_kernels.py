@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from hfblend import kernels
 from hfblend.attention.by_position import QueryRows, sdpa_attention
 from hfblend.blend.rotation import rotate
 from hfblend.kernels.reference import AttentionArgs, attention_weights, reference_attention, visible
 from hfblend.kv.rows import RowLayout, empty_kv, rows_behind
 
 pytest.importorskip("triton")
+from hfblend.kernels.by_position import attend, received
+from hfblend.kernels.rows import load_rows, tiles_of, write_rows
+from hfblend.kernels.state import State
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
@@ -58,7 +61,7 @@ def test_attend(heads, kv_heads, length, which):
     dtype = DTYPES[0]
     positions = rows_of(which, length)[None].expand(2, -1).contiguous()  # the interpreter is slow: few sizes there
     args = AttentionArgs(*states(2, heads, kv_heads, positions.shape[1], length, dtype=dtype), 0.25)
-    out, _ = kernels.attend(args, positions)
+    out, _ = attend(args, positions)
     close(out, reference_attention(args, positions), dtype)
 
 
@@ -96,7 +99,7 @@ def test_attend_with_options(name, length, which):
     positions = rows_of(which, length)[None]
     options, hidden = options_of(name, 4, positions, length)
     args = AttentionArgs(*states(1, 4, 2, positions.shape[1], length, dtype=dtype), 0.3, **options)
-    out, _ = kernels.attend(args, positions, hidden)
+    out, _ = attend(args, positions, hidden)
     close(out, reference_attention(args, positions, ids_of(hidden)), dtype)
 
 
@@ -105,7 +108,7 @@ def test_attend_with_options(name, length, which):
 def test_head_dims(head_dim, value_dim, dtype):
     positions = rows_of("scattered", 70)[None]
     args = AttentionArgs(*states(1, 4, 2, positions.shape[1], 70, head_dim, value_dim, dtype), 0.2)
-    out, _ = kernels.attend(args, positions)
+    out, _ = attend(args, positions)
     close(out, reference_attention(args, positions), dtype)
 
 
@@ -116,7 +119,7 @@ def test_many_rows_are_no_worse_than_sdpa(sliding_window):
     query, key, value = states(1, 16, 4, 2000, 8192, 128, dtype=torch.bfloat16)
     positions = torch.randperm(8192, device=DEVICE)[:2000].sort().values
     args = AttentionArgs(query, key, value, 0.09, sliding_window)
-    out, _ = kernels.attend(args, positions[None].int())
+    out, _ = attend(args, positions[None].int())
     exact = reference_attention(args, positions[None])
     mask = QueryRows(positions[None]).additive_mask(8192, sliding_window, query.dtype, query.device)
     theirs = sdpa_attention(args, mask)
@@ -130,8 +133,8 @@ def hopper(monkeypatch):
     module = pytest.importorskip("hfblend.kernels.hopper", reason="needs Gluon")
     if not (ON_GPU and torch.cuda.get_device_capability() == (9, 0)):
         pytest.skip("needs a Hopper GPU")
-    taken, attend = [], module.attend
-    monkeypatch.setattr(module, "attend", lambda *args: taken.append(attend(*args)) or taken[-1])
+    taken, own = [], module.attend
+    monkeypatch.setattr(module, "attend", lambda *args: taken.append(own(*args)) or taken[-1])
     monkeypatch.setattr(module, "_FEWEST_PROGRAMS", 1)
     monkeypatch.setattr("hfblend.kernels.by_position._splits", lambda tiles: 1)
     return taken
@@ -145,7 +148,7 @@ def hopper(monkeypatch):
 def test_attend_on_hopper(hopper, heads, kv_heads, head_dim, length, which, dtype):
     positions = rows_of(which, length)[None].expand(2, -1).contiguous()
     args = AttentionArgs(*states(2, heads, kv_heads, positions.shape[1], length, head_dim, dtype=dtype), 0.1)
-    out, _ = kernels.attend(args, positions)
+    out, _ = attend(args, positions)
     assert hopper == [True]
     close(out, reference_attention(args, positions), dtype)
 
@@ -160,7 +163,7 @@ def test_attend_on_hopper_through_a_state(hopper):
     positions = rows_of("scattered", 900)[None]
     state = state_of([buffers[1], buffers[1]], 900, 300)
     args = AttentionArgs(query, key, value, 0.3)
-    out, _ = kernels.attend(args, positions, state=state, layer=1)
+    out, _ = attend(args, positions, state=state, layer=1)
     assert hopper == [True]
     close(out, reference_attention(args, positions), DTYPES[0])
 
@@ -198,7 +201,7 @@ def test_the_kernel_for_hopper_compiles():
 def test_rows_of_a_batch_have_positions_of_their_own():
     positions = torch.stack([rows_of("scattered", 60), rows_of("all", 20)]).contiguous()
     args = AttentionArgs(*states(2, 4, 2, 20, 60, dtype=DTYPES[0]), 0.2)
-    out, _ = kernels.attend(args, positions)
+    out, _ = attend(args, positions)
     close(out, reference_attention(args, positions), DTYPES[0])
 
 
@@ -209,7 +212,7 @@ def test_what_stands_behind_the_last_key_is_not_read():
     args = AttentionArgs(query, key[:, :, :41], value[:, :, :41], 0.25)
     expected = reference_attention(args, positions)
     key[:, :, 41:], value[:, :, 41:] = torch.nan, torch.nan
-    out, _ = kernels.attend(args, positions)
+    out, _ = attend(args, positions)
     close(out, expected, DTYPES[0])
 
 
@@ -221,9 +224,9 @@ def test_received_is_the_mean_of_the_weights(name, rows, heads):
     positions = torch.arange(length - rows, length, device=DEVICE, dtype=torch.int32)[None]
     options, hidden = ({}, None) if name == "plain" else options_of(name, heads[0], positions, length)
     args = AttentionArgs(*states(1, *heads, rows, length, dtype=dtype), 0.3, **options)
-    _, lse = kernels.attend(args, positions, hidden, return_lse=True)
+    _, lse = attend(args, positions, hidden, return_lse=True)
     out = torch.empty(heads[0], length, device=DEVICE)
-    kernels.received(args, lse, positions, hidden, out=out)
+    received(args, lse, positions, hidden, out=out)
     weights = attention_weights(args.float(), visible(positions, length, args.sliding_window, ids_of(hidden)))
     close(out, weights[0].mean(1), dtype)
 
@@ -240,9 +243,9 @@ def test_several_layers_are_loaded_at_once():
     torch.manual_seed(0)
     pieces = [[torch.randn(n, layout.width, device=DEVICE, dtype=DTYPES[0]) for n in (3, 40)] for _ in range(3)]
     rows = [torch.zeros(50, layout.width, device=DEVICE, dtype=DTYPES[0]) for _ in range(3)]
-    tiles = kernels.tiles_of([(3, 0, -1), (40, 5, -1)]).to(DEVICE)
+    tiles = tiles_of([(3, 0, -1), (40, 5, -1)]).to(DEVICE)
     sources = torch.stack([addresses(*layer) for layer in pieces])
-    kernels.load_rows(addresses(*rows), sources, tiles, layout, DTYPES[0], None)
+    load_rows(addresses(*rows), sources, tiles, layout, DTYPES[0], None)
     for layer, (one, other) in zip(rows, pieces):
         assert torch.equal(layer[:3], one)
         assert torch.equal(layer[5:45], other)
@@ -259,9 +262,9 @@ def test_load_rows_gathers_and_turns(rotates, half, pairs):
     places, turns = (40, 3, 50), (-1, 0, 33)  # the first is copied as it is
     cos, sin = (torch.randn(103, pairs, device=DEVICE) for _ in range(2))
     rows = torch.full((130, layout.width), 7.0, device=DEVICE, dtype=dtype)
-    tiles = kernels.tiles_of([(len(p), to, turn) for p, to, turn in zip(pieces, places, turns)]).to(DEVICE)
+    tiles = tiles_of([(len(p), to, turn) for p, to, turn in zip(pieces, places, turns)]).to(DEVICE)
     sources = addresses(*pieces)[None]
-    kernels.load_rows(addresses(rows), sources, tiles, layout, dtype, (cos, sin), rotates, half)
+    load_rows(addresses(rows), sources, tiles, layout, dtype, (cos, sin), rotates, half)
 
     expected = torch.full_like(rows, 7.0)
     for piece, to, turn in zip(pieces, places, turns):
@@ -284,11 +287,11 @@ def test_rows_are_turned_where_they_lie():
     torch.manual_seed(0)
     pieces = [torch.randn(n, layout.width, device=DEVICE, dtype=DTYPES[0]) for n in (5, 90)]
     cos, sin = (torch.randn(95, 8, device=DEVICE) for _ in range(2))
-    tiles = kernels.tiles_of([(5, 0, 0), (90, 10, 5)]).to(DEVICE)
+    tiles = tiles_of([(5, 0, 0), (90, 10, 5)]).to(DEVICE)
     rows = torch.zeros(2, 120, layout.width, device=DEVICE, dtype=DTYPES[0])
     rows[1, 10:100] = pieces[1]
     sources = addresses(*pieces, pieces[0], rows[1, 10:]).view(2, 2)
-    kernels.load_rows(addresses(*rows), sources, tiles, layout, DTYPES[0], (cos, sin), 0)
+    load_rows(addresses(*rows), sources, tiles, layout, DTYPES[0], (cos, sin), 0)
     assert rows[0, 10:100].any(1).all()
     assert not torch.equal(rows[0, 10:100], pieces[1])
     assert torch.equal(rows[0], rows[1])
@@ -301,18 +304,18 @@ def test_unequal_keys_and_values():
     piece = torch.randn(21, layout.width, device=DEVICE, dtype=DTYPES[0])
     rows = torch.zeros(30, layout.width, device=DEVICE, dtype=DTYPES[0])
     cos, sin = (torch.randn(21, 8, device=DEVICE) for _ in range(2))
-    tiles = kernels.tiles_of([(21, 4, 0)]).to(DEVICE)
-    kernels.load_rows(addresses(rows), addresses(piece)[None], tiles, layout, DTYPES[0], (cos, sin), 1, False)
+    tiles = tiles_of([(21, 4, 0)]).to(DEVICE)
+    load_rows(addresses(rows), addresses(piece)[None], tiles, layout, DTYPES[0], (cos, sin), 1, False)
     keys, values = layout.views(rows[None, 4:25])
     stored_keys, stored_values = layout.views(piece[None])
     assert torch.equal(keys, stored_keys)
     close(values, rotate(stored_values, cos, sin, "interleaved"), DTYPES[0])
 
 
-def state_of(buffers, length, live, received=0):
+def state_of(buffers, length, live, received_at=0):
     addresses = [rows_behind(kv).data_ptr() for kv in buffers]
-    numbers = torch.tensor([length, live, received, 0, *addresses], device=DEVICE)
-    return kernels.State(numbers, {i: RowLayout.of(kv) for i, kv in enumerate(buffers)})
+    numbers = torch.tensor([length, live, received_at, 0, *addresses], device=DEVICE)
+    return State(numbers, {i: RowLayout.of(kv) for i, kv in enumerate(buffers)})
 
 
 @pytest.mark.parametrize("dims", [(16, 16), (32, 16)])
@@ -329,7 +332,7 @@ def test_kernels_find_the_prompt_through_a_state(dims):
     fresh = [t[:, :, positions.long()] + 1 for t in (key, value)]
     out = torch.zeros(2, 4, length, device=DEVICE)
     state = state_of(buffers, length, live, out.data_ptr())
-    kernels.write_rows(*fresh, positions, state, 2)
+    write_rows(*fresh, positions, state, 2)
     expected_kv = [t.clone() for t in (key, value)]
     for states_, new in zip(expected_kv, fresh):
         states_[:, :, positions.long()] = new
@@ -338,9 +341,9 @@ def test_kernels_find_the_prompt_through_a_state(dims):
     assert all(bool(b.isnan().all()) for kv in buffers[:2] for b in kv)
 
     args, expected = (AttentionArgs(query, *kv, 0.3) for kv in ((key, value), expected_kv))
-    got, lse = kernels.attend(args, positions[None], state=state, layer=2, return_lse=True)
+    got, lse = attend(args, positions[None], state=state, layer=2, return_lse=True)
     close(got, reference_attention(expected, positions[None]), dtype)
-    kernels.received(args, lse, positions[None], state=state, layer=2, slot=1)
+    received(args, lse, positions[None], state=state, layer=2, slot=1)
     counted = AttentionArgs(query[:, :, :live], *expected_kv, 0.3).float()
     close(out[1], attention_weights(counted, visible(positions[None, :live], length))[0].mean(1), dtype)
     assert not out[0].any()

@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 pytest.importorskip("triton")
 from hfblend.gpu import fused_rotary
 from hfblend.gpu.fused_rotary import NAME, find_rotary, rotary_in_one_kernel
-from hfblend.kernels import rotary
+from hfblend.kernels.rotary import rotary
 from hfblend.locks import ForwardLock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,8 +57,8 @@ def decoder():
 @pytest.fixture
 def answered(monkeypatch):
     """Shapes of the queries that the kernel turned."""
-    shapes, own = [], fused_rotary.kernels.rotary
-    monkeypatch.setattr(fused_rotary.kernels, "rotary", lambda *given: shapes.append(given[0].shape) or own(*given))
+    shapes, own = [], fused_rotary.kernel.rotary
+    monkeypatch.setattr(fused_rotary.kernel, "rotary", lambda *given: shapes.append(given[0].shape) or own(*given))
     return shapes
 
 

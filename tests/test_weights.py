@@ -17,7 +17,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import LlamaConfig, Trainer, TrainingArguments
 
 import hfblend
-from hfblend import kernels
 from hfblend.gpu.fused_norms import find_norms
 from hfblend.model.structure import Structure
 from hfblend.model.weights.digests import digest, digests
@@ -599,13 +598,15 @@ def test_a_sample_of_memory_of_any_form(device):
 
 def test_the_kernel_takes_the_reference_sample():
     pytest.importorskip("triton")
+    from hfblend.kernels.samples import sample
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
         tensors = [torch.randint(-99, 99, (n, 7), dtype=dtype, device=device) for n in (1, 50, 900)]
         places = [(7, 1), (50, 7), (2100, 3)]
         starts = [0, 7, 57]
         rows = [(t.data_ptr(), step, start, count) for t, (count, step), start in zip(tensors, places, starts)]
-        found = kernels.sample(torch.tensor(rows, device=device), 2157, dtype)
+        found = sample(torch.tensor(rows, device=device), 2157, dtype)
         assert torch.equal(found, torch.cat(reference_views(tensors, places)))
 
 

@@ -22,9 +22,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import kernels
+from ..kernels.device import HAS_TRITON, has_kernels
 from ..kernels.reference import AttentionArgs, mask_of, reference_attention, visible
 from .record import AttentionRecord
+
+if HAS_TRITON:
+    from ..kernels import by_position as kernel
 
 HALF = (torch.float16, torch.bfloat16)  # what the attention kernel computes in
 LARGEST_HEAD_DIM = 256  # that it takes
@@ -58,7 +61,7 @@ class QueryRows:
         positions: (B, S).
         hidden: (K,) keys that no row sees.
         record: keeps the attention that keys receive in this pass.
-        state: a `kernels.State`: K/V are found through it, inside a CUDA graph.
+        state: a `kernels.state.State`: K/V are found through it, inside a CUDA graph.
     """
 
     positions: torch.Tensor
@@ -106,7 +109,7 @@ def runs_on_kernels(args: AttentionArgs) -> bool:
     """Whether the Triton kernel takes these states: on a GPU, in half precision, heads of up to 256 dimensions."""
     query, key, value = args.query, args.key, args.value
     return (
-        kernels.has_kernels(query.device)
+        has_kernels(query.device)
         and query.dtype in HALF
         and query.dtype == key.dtype == value.dtype
         and max(query.shape[-1], value.shape[-1]) <= LARGEST_HEAD_DIM
@@ -120,7 +123,7 @@ def attend(args: AttentionArgs, rows: QueryRows) -> torch.Tensor:
 
     | states | way |
     | --- | --- |
-    | on a GPU, fp16 or bf16 | `kernels.attend`: no mask is made |
+    | on a GPU, fp16 or bf16 | `kernels.by_position`: no mask is made |
     | with softcap or sinks, elsewhere | `reference_attention` |
     | all others | `sdpa_attention`, with a mask that is made once a pass |
 
@@ -154,7 +157,7 @@ def _attend_by_kernel(
     device = args.query.device
     positions, hidden = rows.for_kernels(device), rows.hidden_mask(args.length, device)
     with _current(device):
-        return kernels.attend(args, positions, hidden, state=rows.state, layer=layer, return_lse=return_lse)
+        return kernel.attend(args, positions, hidden, state=rows.state, layer=layer, return_lse=return_lse)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -171,7 +174,7 @@ def _recorded_by_kernel(args: AttentionArgs, rows: QueryRows, record: AttentionR
     slot = record.layers.index(layer) if rows.state else 0
     positions, hidden = rows.for_kernels(query.device), rows.hidden_mask(args.length, query.device)
     with _current(query.device):
-        kernels.received(args, lse, positions, hidden, out=received, state=rows.state, layer=layer, slot=slot)
+        kernel.received(args, lse, positions, hidden, out=received, state=rows.state, layer=layer, slot=slot)
     record.received[layer] = received
     record.end_if_complete()
     return out

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import kernels
 from ..attention.by_position import HALF
+from ..kernels.device import HAS_TRITON
 from ..locks import ForwardLock
 from ..model.layers import wrap_forward
+
+if HAS_TRITON:
+    from ..kernels.norm import rms_norm
 
 _FORMS = tuple((offset, late) for offset in (0.0, 1.0) for late in (True, False))
 _TOLERANCE = 4e-3  # of a row's norm: bfloat16 rounds by half of it, and another form or ε is further away
@@ -65,7 +68,7 @@ def _instead(run: Callable[..., Any], own: Callable[..., Any], *args: Any) -> An
 def _run(
     module: nn.Module, name: str, epsilon: str, offset: float, late: bool, hidden_states: torch.Tensor
 ) -> torch.Tensor:
-    return kernels.rms_norm(hidden_states, getattr(module, name), getattr(module, epsilon), offset, late)
+    return rms_norm(hidden_states, getattr(module, name), getattr(module, epsilon), offset, late)
 
 
 def _weight_name(module: nn.Module) -> str | None:

@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import kernels
 from ..attention.by_position import HALF
+from ..kernels.device import HAS_TRITON
 from ..locks import ForwardLock
 from ..model.hf_model import CACHE_NAMES
 from ..model.layers import wrap_forward
+
+if HAS_TRITON:
+    from ..kernels import rotary as kernel
 
 NAME = "apply_rotary_pos_emb"
 _DEPRECATION = "transformers.utils.deprecation"  # its wrappers give arguments their new names
@@ -75,7 +78,7 @@ class _Names(dict[str, Any]):
         def rotary(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
             function = names[NAME]
             if function is tested and not args and not kwargs and _fits(q, k, cos, sin):
-                return kernels.rotary(q, k, cos, sin)
+                return kernel.rotary(q, k, cos, sin)
             return function(q, k, cos, sin, *args, **kwargs)
 
         super().__init__({NAME: rotary, "__builtins__": names["__builtins__"]})
@@ -104,7 +107,7 @@ def _is_usual(function: Any, device: torch.device, dtype: torch.dtype) -> bool:
         return False
     return all(
         ours.shape == truth.shape and bool((ours - truth).norm() <= 2 * (theirs - truth).norm())
-        for ours, theirs, truth in zip(kernels.rotary(*given), own, exact)
+        for ours, theirs, truth in zip(kernel.rotary(*given), own, exact)
     )
 
 

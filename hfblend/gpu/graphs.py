@@ -2,7 +2,7 @@
 
 A pass over a few rows is over in a few milliseconds on a GPU, while Python needs several times as long to launch it.
 A graph fixes the number of rows (rounded up; the last row fills it) and nothing else: which rows they are, how long the
-prompt is and where its buffers lie is read from GPU memory when it runs (`kernels.State`). A size is recorded the
+prompt is and where its buffers lie is read from GPU memory when it runs (`kernels.state.State`). A size is recorded the
 second time it is asked for, so that a single call does not pay for what it never uses again.
 
 A pass is recorded in parts, a graph for some layers each, and before a part runs its layers are asked for: so it goes
@@ -23,16 +23,20 @@ from typing import Any
 
 import torch
 
-from .. import kernels
 from ..attention.by_position import HALF, LARGEST_HEAD_DIM, mask_of
 from ..attention.record import AttentionRecord
 from ..blend.caches import RowsCache
 from ..blend.model import Forward, Pass
+from ..kernels.device import HAS_TRITON
 from ..kv.rows import KV, sent
 from ..kv.streams import on_stream
 from ..model.hf_model import HFModel
 from ..model.passes import run_rows
 from ..util import StopForward
+
+if HAS_TRITON:
+    from ..kernels.rows import write_rows
+    from ..kernels.state import State
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +65,7 @@ class GraphCache(RowsCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> KV:
         self.reached(layer_idx)
-        kernels.write_rows(key_states, value_states, self.rows, self.state, layer_idx)
+        write_rows(key_states, value_states, self.rows, self.state, layer_idx)
         if layer_idx == self.stop_at:
             raise StopForward
         return key_states, value_states  # attention takes shapes from them, and K/V from the state
@@ -142,7 +146,7 @@ class PassGraph:
         inputs["seen_from"] = inputs["seen_from"].to(torch.int32)
         if like.resume_with is not None:
             inputs["resume_with"] = like.resume_with.clone()
-        self.state = kernels.State(numbers.clone(), hf_model.layouts)
+        self.state = State(numbers.clone(), hf_model.layouts)
         self._inputs, self._device = replace(like, **inputs, record=record), hf_model.device
         stop_at = None if like.record else like.stop_at
 

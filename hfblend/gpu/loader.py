@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import kernels
 from ..attention.by_position import HALF
 from ..blend.rotation import Realigner
+from ..kernels.device import HAS_TRITON, has_kernels
 from ..kv.chunk import ChunkKV, Reader
 from ..kv.rows import KV, ROOM, packed, rows_behind, sent
 from ..kv.streams import on_stream
@@ -29,6 +29,8 @@ from ..model.hf_model import HFModel
 from ..prompts.separator import Span
 from .streams import bus_stream
 
+if HAS_TRITON:
+    from ..kernels.rows import load_rows, tiles_of
 if TYPE_CHECKING:
     from ..blend.reuse import Reuse
 
@@ -48,7 +50,7 @@ def loaders_of(hf_model: HFModel, reuse: Reuse, realigner: Realigner, length: in
             layers_on.setdefault(hf_model.device_of_layer(layer), []).append(layer)
     found: dict[int, GPULoader] = {}
     for device, layers in layers_on.items():
-        if kernels.has_kernels(device):
+        if has_kernels(device):
             found |= dict.fromkeys(layers, GPULoader(hf_model, reuse, realigner, length, device, layers))
     return found
 
@@ -91,7 +93,7 @@ class GPULoader:
         in_place = ([t + start * n for t, n in zip(targets, row_bytes)] for start in starts)  # what is copied there
         sources = [own if there is None else there for own, there in zip(in_place, near)]  # (pieces, L)
         turns = [-1] * len(reuse.exact) + _starts(sizes[len(reuse.exact) :])
-        tiles = kernels.tiles_of(list(zip(sizes, starts, turns)))
+        tiles = tiles_of(list(zip(sizes, starts, turns)))
         numbers = [torch.tensor(targets), torch.tensor(sources).T.flatten(), tiles.flatten()]
         on_device = sent(torch.cat(numbers), device).split([len(part) for part in numbers])
         self._targets, self._sources = on_device[0], on_device[1].view(-1, len(pieces))
@@ -128,7 +130,7 @@ class GPULoader:
         first, rotation = layers[0], self.realigner.rotations[layers[0]]
         run = slice(self._place_of[first], self._place_of[layers[-1]] + 1)
         tables = self.realigner.tables(first, self.device)
-        kernels.load_rows(
+        load_rows(
             self._targets[run],
             self._sources[run],
             self._tiles,

@@ -36,7 +36,7 @@ def run_rows(
 
     Args:
         cache: its `update` mixes K/V, and stops the forward at `stop_at`; `take_last` leaves it with a few rows.
-        state: a `kernels.State`, inside a CUDA graph.
+        state: a `kernels.state.State`, inside a CUDA graph.
         watches: keep what enters the layer `stop_at`.
 
     Returns:
