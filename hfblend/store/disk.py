@@ -14,8 +14,9 @@ from .files import READ_ANSWERS, FileStore
 from .folders import LocalFolder, is_abandoned
 from .format import Contents
 from .keys import file_name_of
+from .loader import Source
 from .requests import Requests
-from .sources import FileSource, Source
+from .sources import FileSource
 
 _APART = re.compile(r"hfblend-profile\.(\d{1,10})\.\w{8}")  # the process that made it
 

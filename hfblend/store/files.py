@@ -15,11 +15,10 @@ from .base import require_chunk_kv
 from .folders import LocalFolder
 from .format import HEAD_BYTES, Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes
 from .keys import file_name_of
-from .loader import LayerwiseChunk, Places
+from .loader import LayerwiseChunk, Places, Source
 from .quantise import require_kv_dtype, takes
 from .remote_folder import RemoteFolder
 from .requests import Requests
-from .sources import Source
 from .upkeep import Upkeep
 
 logger = logging.getLogger(__name__)

@@ -29,8 +29,7 @@ from ..kv.ids import Ids
 from ..kv.rows import KV, pins_memory
 from .counts import StoreCounts
 from .format import MOST_UNASKED, Contents, CorruptEntry, Place, QuantisedPlace, memory_of, views_of
-from .requests import completed
-from .sources import Source
+from .requests import Requests, completed
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,32 @@ T = TypeVar("T")
 Places = Sequence[Place | QuantisedPlace]
 
 LAYERS_A_READ = 4  # neighbours in the file; each read costs a turn of Python's lock, or a request
+
+
+class Source:
+    """The file of one chunk, with requests to it."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+
+    def fill(self, buffer: memoryview, start: int) -> None:
+        """Fills a buffer with the bytes from `start` on; raises `CorruptEntry` if the file ends before, or goes on."""
+        raise NotImplementedError
+
+    def tier(self, start: int) -> str:
+        """Returns where the bytes from `start` on are read from, of `hfblend.controller.TIERS`."""
+        raise NotImplementedError
+
+    def begin(self, read: Callable[[], T]) -> Future[T]:
+        """Calls `read` in a thread, soon."""
+        return self._requests.begin(read)
+
+    def result(self, begun: Future[T]) -> T:
+        """Returns or raises what that call does; `OSError` if it does not come in time."""
+        try:
+            return self._requests.answer("read from", begun)
+        finally:
+            del begun
 
 
 class LayerwiseChunk:

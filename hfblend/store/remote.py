@@ -16,9 +16,10 @@ from ..locks import Mutex
 from .files import READ_ANSWERS, FileStore
 from .format import Contents
 from .keys import file_name_of
+from .loader import Source
 from .remote_folder import RemoteFolder
 from .requests import RemoteRequests
-from .sources import ObjectSource, Source
+from .sources import ObjectSource
 from .upkeep import USED
 
 _MARKED_FOR_S = 24 * 3600.0  # an entry that is used often is marked once a day

@@ -15,38 +15,13 @@ from ..locks import Mutex
 from .folders import LocalFolder
 from .format import HEAD_BYTES, MOST_UNASKED, Contents, CorruptEntry, contents_of, header_bytes, header_of
 from .keys import file_name_of
+from .loader import Source
 from .remote_folder import RemoteFolder
 from .requests import Requests
 
 T = TypeVar("T")
 
 READERS = 12  # threads that read from disks, of all stores of the process together
-
-
-class Source:
-    """The file of one chunk, with requests to it."""
-
-    def __init__(self, requests: Requests) -> None:
-        self._requests = requests
-
-    def fill(self, buffer: memoryview, start: int) -> None:
-        """Fills a buffer with the bytes from `start` on; raises `CorruptEntry` if the file ends before, or goes on."""
-        raise NotImplementedError
-
-    def tier(self, start: int) -> str:
-        """Returns where the bytes from `start` on are read from, of `hfblend.controller.TIERS`."""
-        raise NotImplementedError
-
-    def begin(self, read: Callable[[], T]) -> Future[T]:
-        """Calls `read` in a thread, soon."""
-        return self._requests.begin(read)
-
-    def result(self, begun: Future[T]) -> T:
-        """Returns or raises what that call does; `OSError` if it does not come in time."""
-        try:
-            return self._requests.answer("read from", begun)
-        finally:
-            del begun
 
 
 class FileSource(Source):
