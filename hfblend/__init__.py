@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import BlendConfig
     from .display import plot_scores, plot_timeline, show
-    from .generate.blend_one import BlendResult, blend
+    from .generate.blending import BlendResult, blend
     from .generate.precompute import prefill_chunk
     from .generate.steps import steps
     from .kv.chunk import ChunkKV
@@ -59,7 +59,7 @@ __all__ = [
 _MODULES = {
     "BlendConfig": "config",
     **dict.fromkeys(("plot_scores", "plot_timeline", "show"), "display"),
-    **dict.fromkeys(("BlendResult", "blend"), "generate.blend_one"),
+    **dict.fromkeys(("BlendResult", "blend"), "generate.blending"),
     "steps": "generate.steps",
     "ChunkKV": "kv.chunk",
     "prefill_chunk": "generate.precompute",

@@ -25,7 +25,7 @@ from .arguments import described, is_tokenizer, require_tokenizer
 from .config import BlendConfig, as_config
 from .controller import Controller, Profile
 from .generate.asked import has_inner_hooks
-from .generate.blend_one import require_prompts
+from .generate.blending import require_prompts
 from .generate.call import Call
 from .generate.fallbacks import Fallback
 from .generate.precompute import Precomputed, precompute

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import BlendConfig
-from ..generate.blend_one import blend
+from ..generate.blending import blend
 from ..measure.divergence import describe_machine, kl_divergence, teacher_forced_logits, top1_agreement
 from ..patching import Blender, patch
 from ..prompts.filler import filler_ids

@@ -38,8 +38,7 @@ from ..store import Store, store_at
 from ..support.registry import TestedModel, model_of
 from ..trace.observer import Observer
 from ..trace.trace import BlendTrace
-from .blend_one import BlendResult, require_prompt
-from .blending import Blending
+from .blending import Blending, BlendResult, require_prompt
 from .hand_over import hand_over
 from .stops import Generated, LookedUp, Realigned, Recomputed, Scored, Selected, Step, form_of
 

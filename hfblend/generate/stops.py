@@ -14,7 +14,7 @@ from ..blend.reuse import Piece
 from ..blend.selection import Evidence
 from ..kv.rows import KV
 from ..trace.trace import BlendTrace
-from .blend_one import BlendResult
+from .blending import BlendResult
 
 
 @dataclass(eq=False, repr=False)

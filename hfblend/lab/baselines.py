@@ -19,7 +19,7 @@ from torch import nn
 from ..blend.algorithm import Blend
 from ..blend.reuse import Piece, Reuse
 from ..config import BlendConfig
-from ..generate.blend_one import BlendResult, blend
+from ..generate.blending import BlendResult, blend
 from ..kv.chunk import ChunkKV
 from ..kv.rows import KV, full_length_cache
 from ..model.prefill import prefill

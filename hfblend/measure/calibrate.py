@@ -13,7 +13,7 @@ from torch import nn
 
 from ..arguments import described, number_in
 from ..config import BlendConfig, as_config
-from ..generate.blend_one import blend, require_prompts
+from ..generate.blending import blend, require_prompts
 from ..prompts.prompt import Prompt
 from ..store import Store, store_at
 from .divergence import FullAnswer, kl_divergence, require_bound, teacher_forced_logits, top1_agreement

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..config import BlendConfig, as_config
 from ..controller import BlendCost, BlendShape, Cost, Load, LoadCost, Profile, Work
-from ..generate.blend_one import blend
+from ..generate.blending import blend
 from ..kv.chunk import ChunkKV, ChunkLost, Reader
 from ..kv.streams import synchronize
 from ..prompts.prompt import Prompt

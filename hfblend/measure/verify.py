@@ -26,7 +26,7 @@ from torch import nn
 
 from ..arguments import described, known_fields, whole
 from ..config import BlendConfig, as_config
-from ..generate.blend_one import blend, require_prompt
+from ..generate.blending import blend, require_prompt
 from ..locks import Mutex
 from ..model.hf_model import CACHE
 from ..prompts.prompt import Prompt

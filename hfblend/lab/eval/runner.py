@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...generate.blend_one import BlendResult
+from ...generate.blending import BlendResult
 from ...kv.chunk import ChunkKV
 from ...measure.divergence import FullAnswer, kl_divergence, teacher_forced_logits, top1_agreement
 from ...model.hf_model import CACHE
