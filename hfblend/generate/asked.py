@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from ..model.hf_model import CACHE_NAMES, cache_given
+from ..model.hf_model import CACHE_NAMES, cache_given, is_token_input
 from ..model.weights import adapters
 from ..support.registry import TestedModel
 from .fallbacks import Fallback
 from .hand_over import is_foreign
-from .request import Plan, is_token_input
 
 _LOGITS = ("logits_to_keep", "num_logits_to_keep")  # the latter in older code of models
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -29,16 +28,18 @@ class Asked:
     """A forward over the prompts and its arguments; a blend computes only the last row of each prompt.
 
     Args:
-        plan: of the call.
         hf_model: the model.
+        num_tokens: T.
+        lengths: (B,) tokens of each row's prompt, without its padding.
         ids: (B · k, T or more), with the draft tokens that follow the prompts.
         decoder: the other arguments of the decoder's forward.
         model: those of the whole model's forward; `None` if the decoder was called without it.
         by_stock: whether Transformers' own loop calls it, which reads no more rows than it needs.
     """
 
-    plan: Plan
     hf_model: TestedModel
+    num_tokens: int
+    lengths: list[int]
     ids: torch.Tensor
     decoder: dict[str, Any]
     model: dict[str, Any] | None
@@ -75,7 +76,7 @@ class Asked:
         return Fallback.ADAPTERS if adapters.reason_against(self.hf_model.model, self.model) else None
 
     def _wants_more(self, model: dict[str, Any]) -> bool:
-        drafted = self.ids.shape[1] - self.plan.num_tokens
+        drafted = self.ids.shape[1] - self.num_tokens
         if (drafted and self.ids.shape[0] > 1) or model.get("labels") is not None:
             return True  # each row may have drafts that are not the others'
         if any(self._setting(name) for name in _OUTPUTS) or self.decoder.get("return_dict") is False:
@@ -99,9 +100,8 @@ class Asked:
 
     def _starts(self) -> torch.Tensor:
         """Returns (B · k, 1) the padding in front of each prompt."""
-        copies = self.ids.shape[0] // len(self.plan.prompt_of_row)
-        lengths = [len(self.plan.prompts[place]) for place in self.plan.prompt_of_row]
-        return self.plan.num_tokens - torch.tensor(lengths).repeat_interleave(copies)[:, None]
+        copies = self.ids.shape[0] // len(self.lengths)
+        return self.num_tokens - torch.tensor(self.lengths).repeat_interleave(copies)[:, None]
 
     def _masks_padding_only(self, mask: Any) -> bool:
         if mask is None:

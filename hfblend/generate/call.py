@@ -142,7 +142,8 @@ class Call(Running):
         expected = self.plan.input_ids.repeat_interleave(copies, 0)
         if not bool((ids[:, : self.plan.num_tokens] == expected).all()):
             return False
-        asked = Asked(self.plan, self.hf_model, ids, kwargs, self.asked, self.by_stock)
+        lengths = [len(self.plan.prompts[place]) for place in self.plan.prompt_of_row]
+        asked = Asked(self.hf_model, self.plan.num_tokens, lengths, ids, kwargs, self.asked, self.by_stock)
         if reason := asked.reason_against():
             self._fall_back(reason, "It changed inside this call." if reason is Fallback.MODEL_CHANGED else "")
             self.give_up_ahead()

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..arguments import described
 from ..config import BlendConfig
-from ..model.hf_model import cache_given
+from ..model.hf_model import cache_given, is_token_input
 from ..model.weights import adapters
 from ..prompts.prompt import ChunkSpans, Prompt, spans_by_row
 from ..prompts.separator import Separator
@@ -285,11 +285,6 @@ def _given_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns the argument of `generate` that stands in the place of token ids; `None` if there is none."""
     given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs"))
     return next((value for value in given if value is not None), None)
-
-
-def is_token_input(value: Any, ids: torch.Tensor) -> bool:
-    """Whether a tensor describes the tokens: an entry each, or pixels and sound that stand for some."""
-    return torch.is_tensor(value) and value.ndim >= 2 and (value.shape[1] == ids.shape[1] or value.is_floating_point())
 
 
 def generate_option(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:

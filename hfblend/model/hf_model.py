@@ -50,6 +50,11 @@ def is_paged(cache: Any) -> bool:
     return type(cache).__name__ == "PagedAttentionCache"
 
 
+def is_token_input(value: Any, ids: torch.Tensor) -> bool:
+    """Whether a tensor describes the tokens: an entry each, or pixels and sound that stand for some."""
+    return torch.is_tensor(value) and value.ndim >= 2 and (value.shape[1] == ids.shape[1] or value.is_floating_point())
+
+
 class UnsupportedModel(ValueError):
     """This model's cached KV cannot be moved and blended; the message says why."""
 
