@@ -227,7 +227,7 @@ def test_methods_are_counted_where_they_are_hfblends_own(name):
     shape, prompt = Shape.of(model), PromptMaker(500, LAYOUT).prompt(400)
     settings = BenchSettings(ratios=(0.1,), methods=(name,), chunks_in=("ram",))
     with Pair(model) as both, empty_stores(("ram",)) as stores:
-        turns = ttft.ttft_turns(both, prompt, stores, settings.cases(), 1, lambda what: None)
+        turns = runner.ttft_turns(both, prompt, stores, settings.cases(), 1, lambda what: None)
     full, row = ttft.rows_of(turns, prompt, shape, 4, PEAKS, [])
     assert full["speed_up_limit"] == 1.0
     if name == "lmcache_v1":

@@ -11,24 +11,14 @@ from ...blend.algorithm import Blend
 from ...prompts.prompt import Prompt
 from ...trace.trace import BlendTrace
 from ..baselines import PrefixReuse
-from ..clock import Peaks, Say, Turn, take_turns
+from ..clock import Peaks, Turn
 from ..report import Row, middle, with_range
 from ..settings import Case
 from .flops import Shape, flops, full_prefill_flops, least_bytes
-from .pair import Pair, Stores
 
-WARM_UP_TURNS = 2  # the first stores the chunks, the second is the first that finds them
 OUT_OF_MEMORY = "out of memory"
 
 Turns = Mapping[Case, Sequence[Turn]]
-
-
-def ttft_turns(
-    pair: Pair, prompt: Prompt, stores: Stores, cases: Sequence[Case], repeats: int, say: Say
-) -> dict[Case, list[Turn]]:
-    """The turns of every case, whose results are traces; none of a case that memory did not last for."""
-    calls = {case: partial(pair.run, case, prompt, stores) for case in cases}
-    return take_turns(calls, repeats, pair.device, say, warm_up=WARM_UP_TURNS, drop_failed=True)
 
 
 def rows_of(
