@@ -111,13 +111,13 @@ def run(
         config, kept_in = config_of(ratio, selection), None if store is None else store_at(store)
         loaded, tokenizer, prompts = _read(prompt_files, model, device, dtype)
 
-        from ..demo.demo import greedy_answer
+        from ..demo.passages import greedy_answer
         from ..display import Display
         from ..patching import patch
 
         with patch(loaded, config, tokenizer, kept_in, trace="tokens" if trace else "summary") as blender:
             for prompt in prompts:
-                answer = greedy_answer(blender, prompt, max_new_tokens)
+                answer = greedy_answer(blender.model, blender.tokenizer, prompt, max_new_tokens)
                 found.append({"answer": answer, "trace": blender.trace.to_dict()})
                 if not as_json:
                     print_answer("", answer)
@@ -164,13 +164,15 @@ class Explained:
     @classmethod
     def of(cls, blender: Blender, prompt: Prompt, max_new_tokens: int, prefill_before: bool) -> Explained:
         """Blends a prompt, and prefills it in full; `prefill_before` stores its chunks first."""
-        from ..demo.demo import greedy_answer, greedy_ids
+        from ..demo.passages import greedy_answer, greedy_ids
 
         if prefill_before:
-            greedy_ids(blender, prompt, 1)
-        full_answer = greedy_answer(blender, prompt, max_new_tokens, replace(blender.config, enabled=False))
+            greedy_ids(blender.model, prompt, 1)
+        full_answer = greedy_answer(
+            blender.model, blender.tokenizer, prompt, max_new_tokens, replace(blender.config, enabled=False)
+        )
         full_ttft_ms = blender.trace.ttft_ms
-        answer = greedy_answer(blender, prompt, max_new_tokens)
+        answer = greedy_answer(blender.model, blender.tokenizer, prompt, max_new_tokens)
         trace = blender.trace
         verification = blender.verify(prompt, num_tokens=COMPARED_TOKENS)
         return cls(trace, answer, full_answer, full_ttft_ms, verification, prefill_before)

@@ -5,16 +5,12 @@ Measured per method: time to first token, share of (token, layer) pairs computed
 
 from __future__ import annotations
 
-import json
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import resources
 from statistics import median
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -27,62 +23,12 @@ from ..patching import Blender, patch
 from ..prompts.filler import filler_ids
 from ..prompts.prompt import Prompt
 from ..trace.trace import BlendTrace
+from .passages import FULL_PREFILL, NOTHING_RECOMPUTED, demo_data, demo_prompt, greedy_answer, greedy_ids
 
 QUESTION = 2  # of those that come with the passages: it shows what full reuse loses, and blending brings back
 REPEATS = 3
 ANSWER_TOKENS = 32
 FORCED_TOKENS = 16
-
-FULL_PREFILL = BlendConfig(enabled=False)
-NOTHING_RECOMPUTED: dict[str, Any] = {"check_layers": (), "recompute_ratios": ()}
-
-
-# --- prompts and answers ----------------------------------------------------------------------------------------------
-
-
-def data_file(name: str) -> dict[str, Any]:
-    """A JSON file of hfblend's `data` folder."""
-    return json.loads(resources.files("hfblend").joinpath("data", name).read_text(encoding="utf-8"))
-
-
-def demo_data() -> dict[str, Any]:
-    """The system text, the passages and the questions that come with hfblend."""
-    return data_file("passages.json")
-
-
-def passage_texts(data: dict[str, Any], order: Sequence[int]) -> list[str]:
-    """The passages in `order`, each after its title."""
-    return [f"{data['passages'][i]['title']}: {data['passages'][i]['text']}" for i in order]
-
-
-def demo_prompt(tokenizer: Any, data: dict[str, Any], question: str, order: Sequence[int]) -> Prompt:
-    """The passages in `order`, and the question."""
-    return question_prompt(tokenizer, data["system"], passage_texts(data, order), question)
-
-
-def question_prompt(tokenizer: Any, system: str, passages: Sequence[str], question: str) -> Prompt:
-    """The passages as chunks of a chat if the tokenizer has a template, else of plain text; then the question."""
-    documents, ask = [f"{text}\n\n" for text in passages], f"Question: {question}\nAnswer with a few words."
-    if tokenizer.chat_template is None:
-        texts = {"prefix": f"{system}\n\nPassages:\n", "suffix": f"{ask}\nAnswer:"}
-        return Prompt.from_texts(tokenizer, chunks=documents, add_special_tokens=True, **texts)
-    place = f"{{documents {uuid.uuid4().hex}}}"  # a question may contain {documents}
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": f"Passages:\n{place}{ask}"}]
-    return Prompt.from_chat(tokenizer, messages, documents, placeholder=place)
-
-
-def greedy_ids(
-    blender: Blender, prompt: Prompt, num_tokens: int, config: BlendConfig | None = None, **kwargs: Any
-) -> torch.Tensor:
-    """The ids (P,) of a greedy answer; `config=None` takes the blender's settings."""
-    options = {"blend_config": config, "max_new_tokens": num_tokens, "do_sample": False, **kwargs}
-    return blender.model.generate(**prompt.inputs(blender.model.device), **options)[0, len(prompt) :]
-
-
-def greedy_answer(blender: Blender, prompt: Prompt, num_tokens: int, config: BlendConfig | None = None) -> str:
-    """The text of a greedy answer."""
-    ids = greedy_ids(blender, prompt, num_tokens, config)
-    return blender.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -142,18 +88,18 @@ def compare(blender: Blender, prompt: Prompt, advance: Callable[[], None]) -> Co
         advance: called `STEPS` times, as the work goes on.
     """
     # 1. chunk KV into the store; not timed
-    greedy_ids(blender, prompt, 1, _REUSE)
+    greedy_ids(blender.model, prompt, 1, _REUSE)
     first_trace = blender.trace
     advance()
     # 2. time to first token, the methods taking turns so that a slow moment of the machine affects all alike
     ttft_ms: dict[Any, list[float]] = {method: [] for method in METHODS}
     for method, config in REPEATS * list(METHODS.items()):
-        greedy_ids(blender, prompt, 1, config)
+        greedy_ids(blender.model, prompt, 1, config)
         assert blender.trace.ttft_ms is not None
         ttft_ms[method].append(blender.trace.ttft_ms)
         advance()
     # 3. full prefill's text, not stopped by the end token, and its likelihood after each method
-    forced_ids = greedy_ids(blender, prompt, FORCED_TOKENS, FULL_PREFILL, min_new_tokens=FORCED_TOKENS).tolist()
+    forced_ids = greedy_ids(blender.model, prompt, FORCED_TOKENS, FULL_PREFILL, min_new_tokens=FORCED_TOKENS).tolist()
     full_logits = teacher_forced_logits(blender.model, prompt.input_ids, forced_ids)  # (P, V)
     advance()
     # 4. answers
@@ -165,7 +111,7 @@ def compare(blender: Blender, prompt: Prompt, advance: Callable[[], None]) -> Co
             result = blend(blender.model, prompt, store=blender.store, config=filled)
             logits = teacher_forced_logits(blender.model, prompt.input_ids, forced_ids, result.cache)
             share = result.trace.recomputed_pairs_share
-        answer = greedy_answer(blender, prompt, ANSWER_TOKENS, config)
+        answer = greedy_answer(blender.model, blender.tokenizer, prompt, ANSWER_TOKENS, config)
         kl, agreement = kl_divergence(full_logits, logits).mean().item(), top1_agreement(full_logits, logits)
         runs.append(Run(*method, median(ttft_ms[method]), kl, agreement, answer, share))
         advance()

@@ -17,7 +17,15 @@ from ...display.html import rendered
 from ...patching import patch
 from ...prompts.prompt import Prompt
 from ...trace.trace import BlendTrace
-from ..demo import FULL_PREFILL, NOTHING_RECOMPUTED, data_file, demo_data, greedy_answer, passage_texts, question_prompt
+from ..passages import (
+    FULL_PREFILL,
+    NOTHING_RECOMPUTED,
+    data_file,
+    demo_data,
+    greedy_answer,
+    passage_texts,
+    question_prompt,
+)
 
 ANSWER_TOKENS = 32
 MAX_CHUNKS = 24
@@ -218,7 +226,7 @@ class Playground:
         return Outcome(prompt, answers, found, storing_ms, repeated)
 
     def _answer(self, method: str, prompt: Prompt, config: BlendConfig) -> Answer:
-        text = greedy_answer(self.blender, prompt, ANSWER_TOKENS, config)
+        text = greedy_answer(self.blender.model, self.blender.tokenizer, prompt, ANSWER_TOKENS, config)
         trace = self.blender.trace
         if config.enabled and not trace.blended:
             raise ValueError(f"This prompt is {trace}.")

@@ -1,0 +1,63 @@
+"""The passages that come with hfblend, prompts of passages and a question, and greedy answers to them."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+
+from ..config import BlendConfig
+from ..prompts.prompt import Prompt
+
+FULL_PREFILL = BlendConfig(enabled=False)
+NOTHING_RECOMPUTED: dict[str, Any] = {"check_layers": (), "recompute_ratios": ()}
+
+
+def data_file(name: str) -> dict[str, Any]:
+    """A JSON file of hfblend's `data` folder."""
+    return json.loads(resources.files("hfblend").joinpath("data", name).read_text(encoding="utf-8"))
+
+
+def demo_data() -> dict[str, Any]:
+    """The system text, the passages and the questions that come with hfblend."""
+    return data_file("passages.json")
+
+
+def passage_texts(data: dict[str, Any], order: Sequence[int]) -> list[str]:
+    """The passages in `order`, each after its title."""
+    return [f"{data['passages'][i]['title']}: {data['passages'][i]['text']}" for i in order]
+
+
+def demo_prompt(tokenizer: Any, data: dict[str, Any], question: str, order: Sequence[int]) -> Prompt:
+    """The passages in `order`, and the question."""
+    return question_prompt(tokenizer, data["system"], passage_texts(data, order), question)
+
+
+def question_prompt(tokenizer: Any, system: str, passages: Sequence[str], question: str) -> Prompt:
+    """The passages as chunks of a chat if the tokenizer has a template, else of plain text; then the question."""
+    documents, ask = [f"{text}\n\n" for text in passages], f"Question: {question}\nAnswer with a few words."
+    if tokenizer.chat_template is None:
+        texts = {"prefix": f"{system}\n\nPassages:\n", "suffix": f"{ask}\nAnswer:"}
+        return Prompt.from_texts(tokenizer, chunks=documents, add_special_tokens=True, **texts)
+    place = f"{{documents {uuid.uuid4().hex}}}"  # a question may contain {documents}
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": f"Passages:\n{place}{ask}"}]
+    return Prompt.from_chat(tokenizer, messages, documents, placeholder=place)
+
+
+def greedy_ids(
+    model: Any, prompt: Prompt, num_tokens: int, config: BlendConfig | None = None, **kwargs: Any
+) -> torch.Tensor:
+    """The ids (P,) of a greedy answer of a patched model; `config=None` takes its blender's settings."""
+    options = {"blend_config": config, "max_new_tokens": num_tokens, "do_sample": False, **kwargs}
+    return model.generate(**prompt.inputs(model.device), **options)[0, len(prompt) :]
+
+
+def greedy_answer(
+    model: Any, tokenizer: Any, prompt: Prompt, num_tokens: int, config: BlendConfig | None = None
+) -> str:
+    """The text of a greedy answer."""
+    return tokenizer.decode(greedy_ids(model, prompt, num_tokens, config), skip_special_tokens=True).strip()
