@@ -21,8 +21,8 @@ from typing import Any
 
 # A file imports from its own folder or a lower one. Names between bars stand on one floor.
 FLOORS = (
-    "util|locks|arguments|optional|outputs config kv|prompts kernels|store|trace attention blend controller model gpu "
-    "support generate measure|display patching __init__ demo lab serving cli"
+    "util|locks|arguments|optional|outputs config|kv|prompts kernels|store|trace attention blend controller|model gpu "
+    "support generate measure|display patching __init__|demo lab serving cli"
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS.split()) for name in names.split("|")}
 CORE = ("algorithm", "selection", "rotation", "caches")
@@ -81,16 +81,17 @@ def circles_of(graph: Graph) -> dict[str, frozenset[str]]:
     return {one: frozenset({one} | {other for other in reached[one] if one in reached[other]}) for one in graph}
 
 
-def depth_of(graph: Graph) -> int:
-    """The longest chain of imports, a circle counted as one module."""
+def longest_chain(graph: Graph) -> list[str]:
+    """A longest chain of imports, the highest module first; a circle counts as one module."""
     circles = circles_of(graph)
 
     @functools.cache
-    def height(circle: frozenset[str]) -> int:
+    def chain_from(circle: frozenset[str]) -> tuple[str, ...]:
         lower = {circles[other] for module in circle for other in graph[module]} - {circle}
-        return 1 + max(map(height, lower), default=0)
+        longest: tuple[str, ...] = max(map(chain_from, lower), key=lambda chain: (len(chain), chain), default=())
+        return (" = ".join(sorted(circle)), *longest)
 
-    return max(map(height, circles.values()))
+    return list(max(map(chain_from, circles.values()), key=lambda chain: (len(chain), chain)))
 
 
 def transformers_imports(files: Iterable[Path]) -> list[str]:
@@ -223,7 +224,7 @@ def figures_of_text(repository: Path) -> dict[str, Any]:
         "Transformers in the core": ", ".join(transformers_imports(core)) if core else None,
         "import circles": len({circle for circle in circles_of(graph).values() if len(circle) > 1}),
         "upward imports": len(upward) if core else None,
-        "import depth": depth_of(graph),
+        "import depth": len(chain := longest_chain(graph)),
         "arguments annotated, %": round(100 * annotated / len(arguments), 1),
         "functions over 80 lines": sum(length > 80 for length in lengths),
         "longest function": max(lengths),
@@ -231,6 +232,7 @@ def figures_of_text(repository: Path) -> dict[str, Any]:
         "docs words without models.md": sum(len(one.read_text().split()) for one in docs if one.name != "models.md"),
         "behind, beside, nobody, of its own": dialect_words([*files, *docs, repository / "README.md"]),
         "upward": upward if core else [],
+        "chain": chain,
     }
 
 
@@ -243,14 +245,15 @@ def main() -> None:
     sys.path.insert(0, str(repository))
     figures, way = figures_of_text(repository), way_of_generate(repository / "hfblend")
     figures |= {"files of a warm generate": len(way.files), "hops": way.hops, "own stack depth": way.depth}
-    upward = figures.pop("upward")
+    upward, chain = figures.pop("upward"), figures.pop("chain")
     if args.json:
-        print(json.dumps(figures | {"upward": upward}, indent=1))
+        print(json.dumps(figures | {"upward": upward, "chain": chain}, indent=1))
         return
     for name, figure in figures.items():
         print(f"{name:36} {'–' if figure is None else figure}")
     for one in upward:
         print(f"    {one}")
+    print(f"A longest chain of imports: {' -> '.join(chain)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ _SCRIPT = runpy.run_path(str(ROOT.parent / "benchmarks" / "house.py"))
 _EARLIER = ("optional", "outputs")  # modules of earlier versions, which the script can measure too
 FLOOR = {room: floor for room, floor in _SCRIPT["FLOOR_OF"].items() if room not in _EARLIER}
 FILES = sorted(ROOT.rglob("*.py"))
-# Models are loaded and built in the last two, and the version is reported.
+# Models are loaded and built in the last two.
 KNOWS_TRANSFORMERS = ("model/", "attention/switch.py", "serving/engine.py", "demo/model.py", "lab/synthetic.py")
 ALLOWED: set[str] = set()  # only ever shrinks
 
@@ -70,6 +70,11 @@ def test_only_the_store_room_asks_for_a_store_s_class(file):
     calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
     asked = [ast.unparse(call.args[1]) for call in calls if ast.unparse(call.func) == "isinstance"]
     assert not [kinds for kinds in asked if "Store" in kinds]
+
+
+def test_no_chain_of_imports_is_long():
+    chain = _SCRIPT["longest_chain"](_SCRIPT["import_graph"](ROOT))
+    assert len(chain) <= 15, " -> ".join(chain)
 
 
 def test_the_core_is_read_in_one_sitting():

@@ -39,7 +39,7 @@ def test_imports_circles_and_floors_by_hand(package):
     circles = {circle for circle in house["circles_of"](graph).values() if len(circle) > 1}
     assert circles == {frozenset({"blend.algorithm", "gpu.graphs"})}
     assert house["upward_imports"](graph) == ["blend.algorithm -> gpu.graphs"]
-    assert house["depth_of"](graph) == 3  # __init__, the circle, config
+    assert house["longest_chain"](graph) == ["__init__", "blend.algorithm = gpu.graphs", "config"]
 
 
 def test_the_cores_imports_of_transformers_are_named(package):
