@@ -31,8 +31,8 @@ from ..prompts.prompt import ChunkSpans, Prompt
 from ..store import Store, store_at
 from ..support.registry import TestedModel, model_of
 from ..trace.facts import Level
-from ..trace.recorder import Recorder, Tracer
-from ..trace.trace import BlendTrace, as_level
+from ..trace.recorder import Recorder
+from ..trace.trace import BlendTrace, Tracer, as_level
 from .hand_over import hand_over
 
 logger = logging.getLogger(__name__)

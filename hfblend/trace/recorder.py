@@ -1,8 +1,7 @@
-"""The observers that write a trace while a prompt is blended, without any effect on the result.
+"""Level `"full"` of the trace: layer x token maps, noted while a prompt is blended, without any effect on the result.
 
-Level `"full"` has layer x token maps. A layer's reused rows are copied as they are assembled, and compared at the end
-with the rows that the passes left in their place: K/V that were not recomputed equal their copy. So passes run
-unchanged, CUDA graphs too.
+A layer's reused rows are copied as they are assembled, and compared at the end with the rows that the passes left in
+their place: K/V that were not recomputed equal their copy. So passes run unchanged, CUDA graphs too.
 
 Shapes: Hkv KV heads, T all tokens, N candidates, D head_dim, L layers, H heads.
 """
@@ -16,53 +15,9 @@ import torch
 
 from ..config import BlendConfig
 from ..kv.rows import KV, rows_at
-from .facts import ChunkTrace, LayerMaps
-from .observer import Observer
-from .timeline import Lane, PhaseClock
-from .trace import BlendTrace, settings_of
-
-
-class Tracer(Observer):
-    """Writes a `BlendTrace` of level `"summary"` or `"tokens"`.
-
-    Args:
-        trace: of one prompt.
-        device: the model's, for the clock.
-    """
-
-    def __init__(self, trace: BlendTrace, device: torch.device) -> None:
-        self.trace = trace
-        self.trace.blended, self.trace.clock = True, PhaseClock(device)
-        self.clock = self.trace.clock
-
-    def phase_done(self, phase: str) -> None:
-        self.clock.end_of(phase)
-
-    def prefilled(self, pairs: int) -> None:
-        self.trace.isolated_pairs += pairs
-
-    def looked_up(self, prefix: ChunkTrace | None, chunks: list[ChunkTrace], num_bytes: int) -> None:
-        self.trace.prefix, self.trace.chunks, self.trace.bytes_reused = prefix, chunks, num_bytes
-        self.trace.scores = None
-
-    def partitioned(self, candidate_idx: torch.Tensor, fresh_idx: torch.Tensor) -> None:
-        self.trace.candidate_idx, self.trace.fresh_idx = candidate_idx, fresh_idx
-
-    def realigned(self, config: BlendConfig) -> None:
-        self.trace.settings = settings_of(config)
-
-    def computed(self, pairs: int) -> None:
-        self.trace.computed_pairs += pairs
-
-    def scored(self, scores: torch.Tensor) -> None:
-        if self.trace.scores is None:
-            self.trace.scores = scores
-
-    def selected(self, selected_idx: torch.Tensor) -> None:
-        self.trace.selected_idx = selected_idx
-
-    def note(self, text: str) -> None:
-        self.trace.notes.append(text)
+from .facts import LayerMaps
+from .timeline import Lane
+from .trace import Tracer
 
 
 class Recorder(Tracer):

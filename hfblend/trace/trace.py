@@ -1,4 +1,4 @@
-"""The trace of a call: what was reused, what was recomputed, and where the milliseconds and bytes went.
+"""The trace of a call: what was reused, what was recomputed, and where the milliseconds and bytes went; and its writer.
 
 Three levels of detail, each with all of the one before:
 
@@ -26,10 +26,11 @@ from ..config import BlendConfig
 from ..util import require
 from .facts import TENSORS, ChunkTrace, Facts, LayerMaps, Level, Status
 from .file import load_trace, save_trace
-from .timeline import Interval, ms_per_phase
+from .observer import Observer
+from .timeline import Interval, PhaseClock, ms_per_phase
 from .tokens import columns_of, texts_of
 
-__all__ = ["BlendTrace", "ChunkTrace", "LayerMaps", "Level", "Status", "as_level", "settings_of"]
+__all__ = ["BlendTrace", "ChunkTrace", "LayerMaps", "Level", "Status", "Tracer", "as_level"]
 
 
 def as_level(level: str) -> Level:
@@ -42,7 +43,7 @@ def as_level(level: str) -> Level:
     return level  # type: ignore[return-value]
 
 
-def settings_of(config: BlendConfig) -> dict[str, Any]:
+def _settings_of(config: BlendConfig) -> dict[str, Any]:
     """Returns the settings of the selection, as plain values."""
     rule = config.selection
     return {
@@ -240,3 +241,46 @@ def plain_list(values: torch.Tensor) -> list[Any]:
 
     plain = values.tolist()
     return plain if not values.is_floating_point() or bool(values.isfinite().all()) else cleaned(plain)
+
+
+class Tracer(Observer):
+    """Writes a `BlendTrace` of level `"summary"` or `"tokens"`.
+
+    Args:
+        trace: of one prompt.
+        device: the model's, for the clock.
+    """
+
+    def __init__(self, trace: BlendTrace, device: torch.device) -> None:
+        self.trace = trace
+        self.trace.blended, self.trace.clock = True, PhaseClock(device)
+        self.clock = self.trace.clock
+
+    def phase_done(self, phase: str) -> None:
+        self.clock.end_of(phase)
+
+    def prefilled(self, pairs: int) -> None:
+        self.trace.isolated_pairs += pairs
+
+    def looked_up(self, prefix: ChunkTrace | None, chunks: list[ChunkTrace], num_bytes: int) -> None:
+        self.trace.prefix, self.trace.chunks, self.trace.bytes_reused = prefix, chunks, num_bytes
+        self.trace.scores = None
+
+    def partitioned(self, candidate_idx: torch.Tensor, fresh_idx: torch.Tensor) -> None:
+        self.trace.candidate_idx, self.trace.fresh_idx = candidate_idx, fresh_idx
+
+    def realigned(self, config: BlendConfig) -> None:
+        self.trace.settings = _settings_of(config)
+
+    def computed(self, pairs: int) -> None:
+        self.trace.computed_pairs += pairs
+
+    def scored(self, scores: torch.Tensor) -> None:
+        if self.trace.scores is None:
+            self.trace.scores = scores
+
+    def selected(self, selected_idx: torch.Tensor) -> None:
+        self.trace.selected_idx = selected_idx
+
+    def note(self, text: str) -> None:
+        self.trace.notes.append(text)
