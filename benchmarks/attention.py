@@ -48,7 +48,7 @@ def kernels(
         )
         yield "flash-attn, causal", lambda: _flash(query, key, value, scaling)
     args = AttentionArgs(query, key, value, scaling)
-    yield "hfblend.attend", lambda: functools.partial(attend, args, QueryRows(positions[None]))
+    yield "hfblend.attend", lambda: functools.partial(attend, args, QueryRows(positions[None], key.shape[2]))
     yield "sdpa, mask", lambda: functools.partial(sdpa_attention, args, _additive_mask(positions, key))
     yield "flex_attention", lambda: _flex(query, key, value, positions, scaling)
 

@@ -2,7 +2,7 @@
 
 Ctrl-C raises between any two steps of Python, also where clean-up begins or ends: `finally` alone is not enough.
 
-    claim     counts while the call that made it stands on its thread's stack; a thread that waits looks every 50 ms
+    claim     counts while the function that made it stands on its thread's stack; a thread that waits looks every 50 ms
     change    is noted together with its undoing before it is made; the next claim undoes leftovers of earlier ones
     context   a pass runs in a copy of its thread's context, which Python itself leaves: a change acts in there only
 
@@ -18,23 +18,38 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _LOOK_S = 0.05
 _SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _ABSENT = object()
 
 
+_holders: dict[CodeType, str] = {}
+
+
+def keeps_alive(name: str) -> Callable[[F], F]:
+    """Decorates a function whose local variable of this name is a `Running`, alive while the function runs."""
+
+    def mark(function: F) -> F:
+        _holders[function.__code__] = name
+        return function
+
+    return mark
+
+
 class Running:
-    """Work of one thread, alive as long as `do` stands on the thread's stack."""
+    """Work of one thread, alive as long as a function that `keeps_alive` it stands on the thread's stack."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
 
+    @keeps_alive("self")
     def do(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Runs the work, and returns its result."""
         return work(*args, **kwargs)
@@ -55,11 +70,9 @@ def innermost() -> Running | None:
     return None if frame is None else _runs(frame)
 
 
-_DO = Running.do.__code__
-
-
 def _runs(frame: FrameType) -> Running | None:
-    return frame.f_locals.get("self") if frame.f_code is _DO else None
+    name = _holders.get(frame.f_code)
+    return None if name is None else frame.f_locals.get(name)
 
 
 def _is_on_stack(thread: int, is_it: Callable[[FrameType], bool]) -> bool:
@@ -142,23 +155,35 @@ class ForwardLock(_Line):
         """Whether this thread holds a side of it: it runs inside a forward of the model."""
         return bool(self._claims) and self._is_held()
 
+    @keeps_alive("claim")
     def shared(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Runs some work that needs the model unchanged."""
-        work = functools.partial(work, *args, **kwargs)
         if self.is_mine:
-            return work()
+            return work(*args, **kwargs)
         claim = _Claim(alone=False)
-        return claim.do(self._in_turn, claim, work)
+        try:
+            self._enter(claim)
+            self._undo_from(0)
+            return work(*args, **kwargs)
+        finally:
+            self._leave(claim)
 
+    @keeps_alive("claim")
     def exclusive(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Runs some work in a copied context, alone with the model; its changes are undone afterwards."""
-        claim = _Claim(alone=True)
-        work = functools.partial(contextvars.copy_context().run, _in_pass, claim, work, *args, **kwargs)
-        if not self.is_mine:
-            return claim.do(self._in_turn, claim, work)
-        if not self._is_held(alone=True):  # waiting for itself would never end
+        claim, context, is_inside = _Claim(alone=True), contextvars.copy_context(), self.is_mine
+        if not is_inside:
+            self._enter(claim)
+        elif not self._is_held(alone=True):  # waiting for itself would never end
             raise RuntimeError("A prompt cannot be blended inside a forward of the same model; do it outside.")
-        return claim.do(self._inside, work)
+        kept = len(self._undo) if is_inside else 0
+        try:
+            self._undo_from(kept)
+            context.run(_passes.set, (*_passes.get(), claim))
+            return context.run(work, *args, **kwargs)
+        finally:
+            self._undo_from(kept)
+            self._leave(claim)
 
     def change(self, names: dict[str, Any], name: str, value: Any) -> None:
         """Sets an attribute until the exclusive work is over, or, if that cannot undo it, until the next claim."""
@@ -176,25 +201,8 @@ class ForwardLock(_Line):
         if self._undo and not any(claim.alone and claim.is_alive for claim in tuple(self._claims)):
             self.shared(lambda: None)
 
-    def _in_turn(self, claim: _Claim, work: Callable[[], T]) -> T:
-        try:
-            self._enter(claim)
-            self._undo_from(0)
-            return work()
-        finally:
-            if claim.alone:
-                self._undo_from(0)
-            self._leave(claim)
-
-    def _inside(self, work: Callable[[], T]) -> T:
-        mark = len(self._undo)
-        try:
-            return work()
-        finally:
-            self._undo_from(mark)
-
-    def _undo_from(self, mark: int) -> None:
-        for undo in reversed(self._undo[mark:]):
+    def _undo_from(self, kept: int) -> None:
+        for undo in reversed(self._undo[kept:]):
             undo()
             with contextlib.suppress(ValueError):  # another thread was quicker
                 self._undo.remove(undo)
@@ -223,11 +231,6 @@ def put_back(names: dict[str, Any], name: str, value: Any, before: Any = _ABSENT
 
 
 _passes: contextvars.ContextVar[tuple[Running, ...]] = contextvars.ContextVar("hfblend_passes", default=())
-
-
-def _in_pass(claim: Running, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-    _passes.set((*_passes.get(), claim))  # in a copied context: it ends with the work
-    return work(*args, **kwargs)
 
 
 def only_inside() -> Callable[[], bool]:

@@ -31,12 +31,13 @@ from .generate.fallbacks import Fallback
 from .generate.precompute import Precomputed, precompute
 from .generate.request import Request, generate_option, require_token_ids
 from .kv.streams import switch_back
-from .locks import Running, innermost, put_back
+from .locks import Running, innermost, keeps_alive, put_back
 from .measure.calibrate import Calibration, calibrate
 from .measure.profile import profile_of
 from .measure.verify import Verification, Verifier, Verify, verify_prompt
 from .model.compiled import as_written, give_back, set_aside, tidy
 from .model.hf_model import UnsupportedModel, cache_given, is_paged
+from .model.weights.offloading import device_of
 from .prompts.filler import filler_ids, require_filler
 from .prompts.prompt import Prompt
 from .prompts.separator import Separator
@@ -125,8 +126,8 @@ class Blender:
         self.config = as_config(config)
         self._traces = threading.local()
         self._has_noted_batching = self._has_noted_hooks = False
-        self._before: list[tuple[nn.Module, str, Any]] = []
-        self._wrappers: list[MethodType] = []
+        self._before: dict[tuple[nn.Module, str], Any] = {}  # of each attribute that is wrapped; `None`: the class's
+        self._wrappers: dict[tuple[nn.Module, str], MethodType] = {}
         self._taken: list[nn.Module] = []
         try:
             self._wrap()
@@ -291,33 +292,35 @@ class Blender:
         runs += [(model, "forward", self._model_forward)]
         if hasattr(type(model), _BATCHING):
             runs += [(model, _BATCHING, self._init_continuous_batching)]
-        self._before = [(module, name, module.__dict__.get(name)) for module, name, _ in runs]
-        self._stock_generate, self._stock_forward, self._stock_model_forward, *rest = (
-            _stock(*one) for one in self._before
-        )
-        self._stock_batching = rest
-        unwrapped_forward, self._written_model_forward = (
-            _stock(module, name, own and as_written(own)) for module, name, own in self._before[1:3]
-        )
+        self._before = {(module, name): vars(module).get(name) for module, name, _ in runs}
         self._taken = self._shared_modules()
         # Bound methods, so that a deep copy of the model is not this instance, and functools.wraps of the class's
         # function, because `generate` reads the signature of `forward`.
-        for run in runs:
-            self._wrappers.append(self._wrapper(*run))
-            setattr(*run[:2], self._wrappers[-1])
+        for module, name, run in runs:
+            wrapper = functools.update_wrapper(functools.partial(run), getattr(type(module), name))
+            wrapper.blender = self  # type: ignore[attr-defined]
+            self._wrappers[module, name] = MethodType(wrapper, module)
+            setattr(module, name, self._wrappers[module, name])
         _patched.update(self._taken)
-        self.hf_model.unwrapped_forward = unwrapped_forward  # last: until then, the wrappers do nothing
+        # Last: until then, the wrappers do nothing.
+        self.hf_model.unwrapped_forward = functools.partial(self._written, decoder, "forward")
 
-    @staticmethod
-    def _wrapper(module: nn.Module, name: str, run: Any) -> MethodType:
-        own = getattr(type(module), name)
+    def _stock(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        """Returns a module's method without hfblend: its own, or else its class's, which may be replaced at any time.
 
-        @functools.wraps(own)
-        def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return run(*args, **kwargs) if self is module else own(self, *args, **kwargs)
+        A copy of the module, which has the wrapper of its original, has the class's.
+        """
+        own = self._before.get((module, name))
+        return functools.partial(getattr(type(module), name), module) if own is None else own
 
-        wrapper.blender = run.__self__  # type: ignore[attr-defined]
-        return MethodType(wrapper, module)
+    def _written(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        """Returns the same, uncompiled."""
+        own = self._before.get((module, name))
+        return self._stock(module, name) if own is None else as_written(own)
+
+    def _is_inactive(self, module: nn.Module) -> bool:
+        """Whether this blender has been removed, or the module is a copy of the one that is patched."""
+        return self._is_removed or all(module is not one for one, _ in self._before)
 
     def remove(self) -> None:
         """Takes hfblend off the model and waits until its chunk KV is stored. A second call does nothing."""
@@ -331,8 +334,8 @@ class Blender:
         flush(self.store)
 
     def _unwrap(self) -> None:
-        for (module, name, before), wrapper in zip(self._before, self._wrappers):
-            now = vars(module).get(name)
+        for (module, name), wrapper in self._wrappers.items():
+            now, before = vars(module).get(name), self._before[module, name]
             if now is wrapper:
                 put_back(vars(module), name, wrapper, *(() if before is None else (before,)))
             elif now is not before:
@@ -357,15 +360,18 @@ class Blender:
 
     def _generate(
         self,
+        module: nn.Module,
+        /,
         *args: Any,
         chunk_spans: Iterable[Any] | None = None,
         blend_config: BlendConfig | None = None,
         **kwargs: Any,
     ) -> Any:
         """Decides whether this call is blended, and runs stock `generate` in that scope."""
-        if self._is_removed:  # inside a wrapper that was put around this one
+        stock_generate = self._stock(module, "generate")
+        if self._is_inactive(module):  # or inside a wrapper that was put around this one
             given = {"chunk_spans": chunk_spans, "blend_config": blend_config}
-            return self._stock_generate(*args, **kwargs, **{k: v for k, v in given.items() if v is not None})
+            return stock_generate(*args, **kwargs, **{k: v for k, v in given.items() if v is not None})
         self._tidy()
         require_token_ids(self.model, args, kwargs)
         args, kwargs = self.hf_model.named_behind_the_ids(args, kwargs)
@@ -374,8 +380,7 @@ class Blender:
         started = time.perf_counter()
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
-            args = tuple(self._on_device(value) for value in args)
-            kwargs = {name: self._on_device(value) for name, value in kwargs.items()}
+            args, kwargs = self._on_device(args, kwargs)
         is_inside = self._running_call() is not None or self.hf_model.lock.is_mine
         planned = Request(self.hf_model, self.model, args, kwargs, chunk_spans, config, separator, is_inside).plan()
         by_stock = kwargs.get("custom_generate") is None and self._runs_stock_loops()
@@ -388,9 +393,9 @@ class Blender:
         if call.is_blended and generate_option(self.model, kwargs, "prefill_chunk_size") is not None:
             kwargs["prefill_chunk_size"] = None  # the blended prefill is one forward; pieces would hide the prompt
         if nested:
-            output = Running().do(self._stock_generate, *args, **kwargs)
+            output = Running().do(stock_generate, *args, **kwargs)
         else:
-            output = call.do(self._run, call, args, kwargs)
+            output = self._run(call, stock_generate, args, kwargs)
         call.end(output)
         if self._verifier is not None and call.is_blended:
             for prompt, trace in zip(planned.prompts, call.traces_of_prompts):
@@ -398,22 +403,27 @@ class Blender:
                 self._verifier.after(self.model, prompt, self.store, config.settled(ratio), trace)
         return output
 
-    def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @keeps_alive("call")
+    def _run(
+        self, call: Call, stock_generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Stock `generate`; forwards inside find the call on the stack."""
         try:
             if self._blends_ahead():
                 call.blend_ahead(kwargs)
             if call.is_blended:
                 set_aside(call, self.hf_model.model, self.hf_model.decoder)
-            return self._stock_generate(*args, **kwargs)
+            return stock_generate(*args, **kwargs)
         finally:
             call.give_up_ahead()
             give_back(call)
 
     def _running_call(self) -> Call | None:
         """Returns the call of this model that this thread runs; work of a blended prefill is part of none."""
-        running = innermost()
-        return running if isinstance(running, Call) and running.hf_model is self.hf_model else None
+        call = innermost()
+        if not isinstance(call, Call) or call.hf_model is not self.hf_model or call.is_prefilling:
+            return None
+        return call
 
     def _tidy(self) -> None:
         """Ends the leftovers of work that an exception ended."""
@@ -424,19 +434,21 @@ class Blender:
     def _blends_ahead(self) -> bool:
         return self.hf_model.device.type == "cuda"
 
-    def _on_device(self, value: Any) -> Any:
-        return value.to(self.hf_model.device) if torch.is_tensor(value) else value
+    def _on_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        device = device_of(self.hf_model.decoder)
+        sent = [value.to(device) if torch.is_tensor(value) else value for value in (*args, *kwargs.values())]
+        return tuple(sent[: len(args)]), dict(zip(kwargs, sent[len(args) :]))
 
     def _runs_stock_loops(self) -> bool:
         """Whether `generate` is Transformers' own, which reads the last row of a prompt's forward."""
         kind: Any = type(self.hf_model.model)
-        own = [before for _, name, before in self._before if name == "generate"]
-        return kind.generate.__module__.startswith("transformers.") and own == [None]
+        is_own = self._before[self.model, "generate"] is not None
+        return kind.generate.__module__.startswith("transformers.") and not is_own
 
-    def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_removed and self._running_call() is None:
+    def _init_continuous_batching(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_inactive(module) and self._running_call() is None:
             self._note_continuous_batching()
-        return self._stock_batching[0](*args, **kwargs)
+        return self._stock(module, _BATCHING)(*args, **kwargs)
 
     def _note_continuous_batching(self) -> None:
         """Notes it in this thread's trace, and once in the log."""
@@ -457,9 +469,10 @@ class Blender:
 
     # --- the decoder's forward ------------------------------------------------------------------------------------
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self._is_removed:
-            return self._stock_forward(*args, **kwargs)
+    def _forward(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        stock_forward = self._stock(module, "forward")
+        if torch.compiler.is_compiling() or self._is_inactive(module):
+            return stock_forward(*args, **kwargs)
         call = self._running_call()
         if call is not None:
             kwargs.update(zip(self.hf_model.decoder_parameters, args))
@@ -467,39 +480,22 @@ class Blender:
             ids = kwargs.get("input_ids")
             call.note_forward(0 if ids is None else ids.shape[1])
             if ids is not None and call.is_whole_batch(ids, kwargs):
-                return self._blended_forward(call, kwargs)
+                output = call.blended_forward(kwargs)
+                if has_inner_hooks(self.hf_model):
+                    self._note_hooks(call)
+                return output
         elif is_paged(cache_given(kwargs)):
             self._note_continuous_batching()
-        return self.hf_model.lock.shared(self._stock_forward, *args, **kwargs)
+        return self.hf_model.lock.shared(stock_forward, *args, **kwargs)
 
-    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _model_forward(self, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """Notes the arguments of the whole model's forward: they say whether all of a prompt's logits are wanted."""
-        if torch.compiler.is_compiling() or self._is_removed:
-            return self._stock_model_forward(*args, **kwargs)
-        call = self._running_call()
+        is_active = not torch.compiler.is_compiling() and not self._is_inactive(module)
+        call = self._running_call() if is_active else None
         if call is None or not call.is_waiting:
-            return self._stock_model_forward(*args, **kwargs)
+            return self._stock(module, "forward")(*args, **kwargs)
         outer, call.asked = call.asked, {**dict(zip(self.hf_model.model_parameters, args)), **kwargs}
         try:
-            return self._written_model_forward(*args, **kwargs)
+            return self._written(module, "forward")(*args, **kwargs)
         finally:
             call.asked = outer
-
-    @torch.compiler.disable
-    def _blended_forward(self, call: Call, kwargs: dict[str, Any]) -> Any:
-        try:
-            output = Running().do(call.blended_forward, kwargs)  # forwards inside it do not belong to the call
-        finally:
-            give_back(call)
-        if has_inner_hooks(self.hf_model):
-            self._note_hooks(call)
-        return output
-
-
-def _stock(module: nn.Module, name: str, own: Any) -> Callable[..., Any]:
-    """Returns a module's method without hfblend: `own`, or else its class's, which may be replaced at any time."""
-
-    def stock(*args: Any, **kwargs: Any) -> Any:
-        return getattr(type(module), name)(module, *args, **kwargs) if own is None else own(*args, **kwargs)
-
-    return stock

@@ -39,7 +39,7 @@ def test_attend_equals_the_reference(heads, kv_heads, length, which, window):
     }
     positions = rows[which][None].expand(2, -1)
     args = AttentionArgs(*states(2, heads, kv_heads, positions.shape[1], length), 0.25, window)
-    assert torch.allclose(attend(args, QueryRows(positions)), reference_attention(args, positions), atol=2e-6)
+    assert torch.allclose(attend(args, QueryRows(positions, length)), reference_attention(args, positions), atol=2e-6)
 
 
 @pytest.mark.parametrize(("softcap", "with_sinks"), [(20.0, False), (None, True), (5.0, True)])
@@ -47,7 +47,7 @@ def test_softcap_and_sinks(softcap, with_sinks):
     query, key, value = states(1, 4, 2, 3, 9)
     positions = torch.tensor([[2, 5, 8]])
     sinks = torch.tensor([0.1, -0.3, 0.5, 2.0]) if with_sinks else None
-    out = attend(AttentionArgs(query, key, value, 0.3, None, softcap, sinks), QueryRows(positions))
+    out = attend(AttentionArgs(query, key, value, 0.3, None, softcap, sinks), QueryRows(positions, key.shape[2]))
     for head in range(4):
         for row, position in enumerate(positions[0]):
             scores = key[0, head // 2, : position + 1] @ query[0, head, row] * 0.3
@@ -58,7 +58,7 @@ def test_softcap_and_sinks(softcap, with_sinks):
 
 
 def test_the_mask_of_a_pass_is_made_once():
-    rows = QueryRows(torch.tensor([[1, 3]]))
-    one = rows.additive_mask(6, None, torch.float32, torch.device("cpu"))
-    assert rows.additive_mask(6, None, torch.float32, torch.device("cpu")) is one
-    assert rows.additive_mask(6, 2, torch.float32, torch.device("cpu")) is not one
+    rows = QueryRows(torch.tensor([[1, 3]]), 6)
+    one = rows.additive_mask(None, torch.float32, torch.device("cpu"))
+    assert rows.additive_mask(None, torch.float32, torch.device("cpu")) is one
+    assert rows.additive_mask(2, torch.float32, torch.device("cpu")) is not one

@@ -33,9 +33,9 @@ def keys_seen(run_pass):
     """Per decoder forward that attends by position: (positions of the rows, what they see from)."""
     seen = []
 
-    def spy(model, rows, length):
+    def spy(model, rows):
         seen.append(rows.positions[0].tolist())
-        return see_rows(model, rows, length)
+        return see_rows(model, rows)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(passes, "see_rows", spy)

@@ -121,7 +121,7 @@ def test_many_rows_are_no_worse_than_sdpa(sliding_window):
     args = AttentionArgs(query, key, value, 0.09, sliding_window)
     out, _ = attend(args, positions[None].int())
     exact = reference_attention(args, positions[None])
-    mask = QueryRows(positions[None]).additive_mask(8192, sliding_window, query.dtype, query.device)
+    mask = QueryRows(positions[None], 8192).additive_mask(sliding_window, query.dtype, query.device)
     theirs = sdpa_attention(args, mask)
     error, own = ((one.float() - exact.float()).norm() / exact.float().norm() for one in (out, theirs))
     assert error <= 1.2 * own

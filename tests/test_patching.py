@@ -409,7 +409,7 @@ def test_a_forward_that_does_not_wait_meets_its_own_model(own):
     stock, rows = logits_of(model), torch.arange(len(PROMPT))
     lock, layers = ForwardLock(), model.model.layers
     changes = [
-        lambda: attend_by_position(lock, model.config, QueryRows(rows[None]), {}),
+        lambda: attend_by_position(lock, model.config, QueryRows(rows[None], len(PROMPT)), {}),
         lambda: cut(lock, layers, len(PROMPT), 1, lambda count: None),
         lambda: watch(lock, layers, 1, rows),
         lambda: resume(lock, layers, 2, torch.zeros(1, len(PROMPT), 64)),

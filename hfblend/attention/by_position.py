@@ -55,16 +55,18 @@ def sdpa_attention(args: AttentionArgs, mask: torch.Tensor) -> torch.Tensor:
 
 @dataclass(eq=False)
 class QueryRows:
-    """The rows of one pass, and masks of them, each made once a pass.
+    """The rows of one pass over T keys, and masks of them, each made once a pass.
 
     Attributes:
         positions: (B, S).
+        length: T.
         hidden: (K,) keys that no row sees.
         record: keeps the attention that keys receive in this pass.
         state: a `kernels.state.State`: K/V are found through it, inside a CUDA graph.
     """
 
     positions: torch.Tensor
+    length: int
     hidden: torch.Tensor | None = None
     record: AttentionRecord | None = None
     state: Any = None
@@ -81,28 +83,28 @@ class QueryRows:
 
     def last(self, count: int) -> QueryRows:
         """The last `count` rows."""
-        return QueryRows(self.positions[:, -count:], self.hidden, self.record, self.state)
+        return QueryRows(self.positions[:, -count:], self.length, self.hidden, self.record, self.state)
 
-    def visible(self, length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    def visible(self, window: int | None, device: torch.device) -> torch.Tensor:
         """(B, S, T) bool."""
-        return visible(self.positions.to(device), length, window, self.hidden)
+        return visible(self.positions.to(device), self.length, window, self.hidden)
 
-    def hidden_mask(self, length: int, device: torch.device) -> torch.Tensor | None:
+    def hidden_mask(self, device: torch.device) -> torch.Tensor | None:
         """(T,) uint8 for the kernels, 1 at keys that no row sees; inside a graph, kernels find it in the state."""
         hidden = self.hidden
         if hidden is None or self.state is not None:
             return hidden
-        return self._once("hidden", length, device, make=lambda: mask_of(hidden.to(device), length))
+        return self._once("hidden", device, make=lambda: mask_of(hidden.to(device), self.length))
 
-    def additive_mask(self, length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def additive_mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """(B, 1, S, T): 0 where visible, the lowest number of `dtype` elsewhere; rows start 16-aligned."""
 
         def make() -> torch.Tensor:
-            padded = -(-length // 16) * 16
-            mask = torch.zeros(*self.positions.shape, padded, dtype=dtype, device=device)[..., :length]
-            return mask.masked_fill_(~self.visible(length, window, device), torch.finfo(dtype).min)[:, None]
+            padded = -(-self.length // 16) * 16
+            mask = torch.zeros(*self.positions.shape, padded, dtype=dtype, device=device)[..., : self.length]
+            return mask.masked_fill_(~self.visible(window, device), torch.finfo(dtype).min)[:, None]
 
-        return self._once(length, window, dtype, device, make=make)
+        return self._once("additive", window, dtype, device, make=make)
 
 
 def runs_on_kernels(args: AttentionArgs) -> bool:
@@ -131,13 +133,13 @@ def attend(args: AttentionArgs, rows: QueryRows) -> torch.Tensor:
         (B, H, S, D)
     """
     device = args.query.device
-    if args.sliding_window is not None and args.sliding_window >= args.length:
+    if args.sliding_window is not None and args.sliding_window >= rows.length:
         args = replace(args, sliding_window=None)
     if runs_on_kernels(args):
         return _attend_by_kernel(args, rows)[0]
     if args.softcap is not None or args.sinks is not None:
         return reference_attention(args, rows.positions.to(device), rows.hidden)
-    return sdpa_attention(args, rows.additive_mask(args.length, args.sliding_window, args.query.dtype, device))
+    return sdpa_attention(args, rows.additive_mask(args.sliding_window, args.query.dtype, device))
 
 
 def attend_in_pass(args: AttentionArgs, rows: QueryRows, layer: int) -> torch.Tensor:
@@ -147,7 +149,7 @@ def attend_in_pass(args: AttentionArgs, rows: QueryRows, layer: int) -> torch.Te
             return _recorded_by_kernel(args, rows, rows.record, layer)
         return _attend_by_kernel(args, rows, layer)[0]
     if rows.record is not None:
-        rows.record.add(layer, args, rows.visible(args.length, args.sliding_window, args.query.device))
+        rows.record.add(layer, args, rows.visible(args.sliding_window, args.query.device))
     return attend(args, rows)
 
 
@@ -155,7 +157,7 @@ def _attend_by_kernel(
     args: AttentionArgs, rows: QueryRows, layer: int = 0, return_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     device = args.query.device
-    positions, hidden = rows.for_kernels(device), rows.hidden_mask(args.length, device)
+    positions, hidden = rows.for_kernels(device), rows.hidden_mask(device)
     with _current(device):
         return kernel.attend(args, positions, hidden, state=rows.state, layer=layer, return_lse=return_lse)
 
@@ -172,7 +174,7 @@ def _recorded_by_kernel(args: AttentionArgs, rows: QueryRows, record: AttentionR
     assert lse is not None
     received = query.new_empty(0 if rows.state else query.shape[1], args.length, dtype=torch.float32)
     slot = record.layers.index(layer) if rows.state else 0
-    positions, hidden = rows.for_kernels(query.device), rows.hidden_mask(args.length, query.device)
+    positions, hidden = rows.for_kernels(query.device), rows.hidden_mask(query.device)
     with _current(query.device):
         kernel.received(args, lse, positions, hidden, out=received, state=rows.state, layer=layer, slot=slot)
     record.received[layer] = received

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -20,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.reference import AttentionArgs
-from ..locks import ForwardLock, only_inside
+from ..locks import ForwardLock
 from .by_position import QueryRows, attend_in_pass
 
 _EAGER = "eager_attention_forward"
@@ -35,12 +36,12 @@ class AttentionNotReplaceable(Exception):
 
 @dataclass(frozen=True)
 class _Scope:
-    """The rows and windows of a pass that attends by position."""
+    """The rows and windows of a pass that attends by position, and the thread that runs it."""
 
     rows: QueryRows
     windows: Mapping[int, int | None]
     learner: WindowLearner | None
-    is_inside: Callable[[], bool]
+    thread: int
 
 
 _scope: ContextVar[_Scope | None] = ContextVar("hfblend_attention_scope", default=None)
@@ -64,7 +65,8 @@ def attend_by_position(
         learner: finds the windows in this pass.
     """
     own = config._attn_implementation
-    _scope.set(_Scope(rows, {} if "flash" in own else windows, learner, only_inside()))  # ends with the work's context
+    windows = {} if "flash" in own else windows
+    _scope.set(_Scope(rows, windows, learner, threading.get_ident()))  # ends with the work's context
     lock.change(vars(config), "_attn_implementation_internal", _registered(own))
 
 
@@ -143,7 +145,7 @@ def _registered(implementation: str) -> str:
 def _current() -> _Scope | None:
     """Returns the scope of the pass that this is part of; a thread that was started in it may have its context only."""
     scope = _scope.get()
-    return scope if scope is not None and scope.is_inside() else None
+    return scope if scope is not None and scope.thread == threading.get_ident() else None
 
 
 def _mask_for_others(own_mask: Callable[..., Any] | None) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ Shapes: N reused tokens that could be recomputed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from ..prompts.filler import require_filler
 from ..prompts.prompt import ChunkSpans
 from ..prompts.separator import Span
 from ..store.base import ReadsAhead, Store
-from ..store.keys import chunk_key
+from ..store.keys import chunk_keys
 from ..trace.facts import ChunkTrace, Status
 from ..trace.observer import Observer
 from .model import BlendableModel
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _MOST_AFTER = 2**24  # ids that an entry captured in some context may claim: more than any model's context
 
 Ids = list[int]
+Text = tuple[Sequence[int], Sequence[int] | None]  # ids, and those they are computed after; `None`: in some context
 Found = tuple[Piece | None, ChunkTrace]
 
 
@@ -64,28 +65,28 @@ class ChunksOf:
         self._digest, self._dtype, self._layouts = model.digest, model.dtype, tuple(model.layouts.values())
         self._token_bytes = sum(layout.width for layout in self._layouts) * self._dtype.itemsize
 
-    def key(self, ids: Sequence[int], after_ids: Sequence[int] | None) -> str:
-        """The key of ids that are computed after others; `None`: in some context."""
-        return chunk_key(self._digest, self._dtype, ids, after_ids, self.config.namespace)
+    def keys(self, texts: Iterable[Text]) -> list[str]:
+        """The keys of texts."""
+        return chunk_keys(self._digest, self._dtype, texts, self.config.namespace)
 
-    def open(self, key: str, num_tokens: int, num_after: int | None) -> Reader | None:
-        """Returns the entry, or `None` if the store has none that can be this model's KV of so many tokens.
+    def open(self, keys: Sequence[str], texts: Sequence[Text]) -> list[Reader | None]:
+        """Returns the entries of texts; `None` where the store has none that can be this model's KV of the text.
 
         A file's header may claim anything, so what it claims is compared before any of it is read.
-
-        Args:
-            num_after: how many ids the tokens were computed after; `None`: in some context.
         """
-        entry = None if key in self.lost else self.store.open(key)
-        usable = entry is not None and self._is_usable(entry, num_tokens, num_after, key)
-        return self.model.entry_of_all(entry if usable else None)
+        return self.model.entries_of_all([self._usable(key, *text) for key, text in zip(keys, texts)])
 
-    def _is_usable(self, entry: Reader, num_tokens: int, num_after: int | None, key: str) -> bool:
+    def _usable(self, key: str, ids: Sequence[int], after_ids: Sequence[int] | None) -> Reader | None:
+        entry = None if key in self.lost else self.store.open(key)
+        if entry is None:
+            return None
+        num_after = None if after_ids is None else len(after_ids)
         try:
-            return self._fits(entry, num_tokens, num_after, key) and len(entry.cached_positions) == num_tokens
+            is_usable = self._fits(entry, len(ids), num_after, key) and len(entry.cached_positions) == len(ids)
         except ChunkLost as error:
             logger.warning("%s", error)
-            return False
+            return None
+        return entry if is_usable else None
 
     def prefill(self, key: str, ids: Ids, after_ids: Sequence[int], after: Reader | None = None) -> Reader:
         """Prefills ids alone and stores them."""
@@ -119,8 +120,9 @@ class ChunksOf:
         """
         if self.kv is None and self.after_ids and self.config.chunk_prefix in ("prompt", "filler"):
             ids = list(self.after_ids)
-            key = self.key(ids, ())
-            self.kv = self.open(key, len(ids), 0) or self.prefill(key, ids, ())
+            (key,) = self.keys([(ids, ())])
+            (self.kv,) = self.open([key], [(ids, ())])
+            self.kv = self.kv or self.prefill(key, ids, ())
         if self.kv is not None and self.kv.quantised:
             self.kv = self._prefilled([list(self.after_ids)], (), None)[0]
         return self.kv
@@ -187,7 +189,6 @@ class LookUp:
         self._prefix_stop = self.spans[0][0] if self.spans else 0
         prefix_ids = self.ids[: self._prefix_stop]
         self._chunks_of = ChunksOf(self.model, self.store, self.config, prefix_ids, self.observer, self.lost)
-        self._keys: dict[tuple[Span, bool], str] = {}
 
     @property
     def all_traces(self) -> list[ChunkTrace]:
@@ -196,15 +197,15 @@ class LookUp:
 
     def run(self) -> Reuse:
         """Finds, or makes, the KV of the prefix and of every chunk."""
-        isolated = self.config.on_miss == "isolated"
-        self._read_ahead()
-        pieces = [piece] if (piece := self._find_prefix(isolated)) else []
-        found = [self._find(span, self._chunks_of.after_ids, not isolated) for span in self.spans]
-        if isolated:
+        found = self._find_alone()
+        if self.config.on_miss == "isolated":
+            self._prefill_prefix(found)
             self._prefill_missing(found)
+        else:
+            self._find_in_context(found)
         self._chunks_of.kv = None  # an open file would wait for the garbage collector
-        pieces += [piece for piece, _ in found if piece]
-        self.chunks = [chunk for _, chunk in found]
+        pieces, traces = [piece for piece, _ in found if piece], [trace for _, trace in found]
+        self.prefix, self.chunks = (traces[0], traces[1:]) if self._prefix_stop else (None, traces)
         for chunk in self.chunks:
             if chunk.key in self.prefilled:
                 chunk.status = "miss"
@@ -212,17 +213,41 @@ class LookUp:
         self.observer.looked_up(self.prefix, self.chunks, self.num_bytes)
         return self.partition(pieces)
 
-    def _find_prefix(self, isolated: bool) -> Piece | None:
+    def _find_alone(self) -> list[Found]:
+        """The prefix, if there is one, and the chunks, each computed alone after what chunks are computed after."""
+        after_ids, stop = self._chunks_of.after_ids, self._prefix_stop
+        spans, texts = list(self.spans), [(self.ids[slice(*span)], after_ids) for span in self.spans]
+        if stop:
+            spans, texts = [(0, stop), *spans], [(self.ids[:stop], ()), *texts]
+        keys = self._chunks_of.keys(texts)
+        if isinstance(self.store, ReadsAhead):  # its entries take long to come
+            self.store.read_ahead(keys)
+        return self._find(spans, keys, texts)
+
+    def _find_in_context(self, found: list[Found]) -> None:
+        """Looks for the chunks that were not found alone: some prompt may have left its own KV of them."""
+        spans = [trace.span for piece, trace in found if piece is None and trace.span[0] >= self._prefix_stop]
+        texts: list[Text] = [(self.ids[slice(*span)], None) for span in spans]
+        again = dict(zip(spans, self._find(spans, self._chunks_of.keys(texts), texts)))
+        found[:] = [again.get(trace.span, (piece, trace)) for piece, trace in found]
+
+    def _find(self, spans: Sequence[Span], keys: Sequence[str], texts: Sequence[Text]) -> list[Found]:
+        """The entries of spans in the store."""
+        return [
+            (None, ChunkTrace(span, key, "fresh")) if entry is None else self._piece(span, entry, key, "hit")
+            for span, key, entry in zip(spans, keys, self._chunks_of.open(keys, texts))
+        ]
+
+    def _prefill_prefix(self, found: list[Found]) -> None:
+        """Prefills the prefix, if it was not found: chunks may be computed after it."""
         if not self._prefix_stop:
-            return None
-        span = (0, self._prefix_stop)
-        piece, self.prefix = self._find(span, (), accepts_in_context=False)
-        if piece is None and isolated:
-            entry = self._chunks_of.prefill(self.prefix.key, self.ids[: self._prefix_stop], ())
-            piece, self.prefix = self._piece(span, entry, self.prefix.key, "miss")
-        if piece and self.config.chunk_prefix == "prompt":
+            return
+        piece, trace = found[0]
+        if piece is None:
+            entry = self._chunks_of.prefill(trace.key, self.ids[: self._prefix_stop], ())
+            piece, trace = found[0] = self._piece(trace.span, entry, trace.key, "miss")
+        if self.config.chunk_prefix == "prompt":
             self._chunks_of.kv = piece.entry
-        return piece
 
     def _prefill_missing(self, found: list[Found]) -> None:
         """Prefills what was not found, each chunk once, and then treats it exactly like a hit."""
@@ -235,29 +260,6 @@ class LookUp:
             if piece is None:
                 found[i] = self._piece(chunk.span, made[chunk.key], chunk.key, "hit" if chunk.key in seen else "miss")
                 seen.add(chunk.key)
-
-    def _find(self, span: Span, after: tuple[int, ...], accepts_in_context: bool) -> Found:
-        """The span's entry in the store: computed alone after those ids, else (if accepted) in some context."""
-        ids = self.ids[slice(*span)]
-        for ids_before in (after, None) if accepts_in_context else (after,):
-            key = self._key(span, ids_before)
-            entry = self._chunks_of.open(key, len(ids), None if ids_before is None else len(ids_before))
-            if entry is not None:
-                return self._piece(span, entry, key, "hit")
-        return None, ChunkTrace(span, key, "fresh")
-
-    def _read_ahead(self) -> None:
-        """Tells a store whose entries take long to come what will be asked for."""
-        if isinstance(self.store, ReadsAhead):
-            prefix = [self._key((0, self._prefix_stop), ())] if self._prefix_stop else []
-            self.store.read_ahead(prefix + [self._key(span, self._chunks_of.after_ids) for span in self.spans])
-
-    def _key(self, span: Span, after: tuple[int, ...] | None) -> str:
-        """The key of a span's ids after those, or in some context. A span has one of each."""
-        place = (span, after is None)
-        if place not in self._keys:
-            self._keys[place] = self._chunks_of.key(self.ids[slice(*span)], after)
-        return self._keys[place]
 
     def _piece(self, span: Span, entry: Reader, key: str, status: Status) -> tuple[Piece, ChunkTrace]:
         """Exact is what stands where it was computed, after the same ids, in the same RoPE regime, unchanged.

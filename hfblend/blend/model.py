@@ -146,6 +146,6 @@ class BlendableModel(ReusingModel, Protocol):
         """The same scores in every process that shares the model."""
         ...
 
-    def entry_of_all(self, entry: Reader | None) -> Reader | None:
-        """A stored entry if every process that shares the model has its own."""
+    def entries_of_all(self, entries: list[Reader | None]) -> list[Reader | None]:
+        """The stored entries that every process that shares the model has, each its own; `None` for the others."""
         ...

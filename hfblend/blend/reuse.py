@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from ..kv.chunk import ChunkKV, Reader
+from ..kv.chunk import ChunkKV, Reader, layer_of_each
 from ..kv.rows import KV, ROOM, empty_kv, rows_at, sent
 from ..prompts.separator import Span
 from ..trace.observer import Observer
@@ -130,7 +130,7 @@ class ReusedKV:
         """Reads and moves every layer now, instead of when its turn comes."""
         for i in range(self.model.num_kv_layers):
             if self.reuse.moved or self.reuse.exact:
-                self._loaded[i] = self._load(i)
+                self._loaded[i] = self.layer(i)
 
     def layer(self, layer_idx: int, fresh: KV | None = None) -> KV:
         """The layer's buffers (1, Hkv, T + room, D) with every reused row in place; other rows are not yet written.
@@ -140,7 +140,12 @@ class ReusedKV:
         """
         if layer_idx in self._loaded:
             return self._loaded.pop(layer_idx)
-        return self._load(layer_idx, fresh)
+        with self.observer.layer("load", "reused KV", layer_idx):
+            loader = self.loaders.get(layer_idx)
+            is_there = loader is not None and loader.has(layer_idx)
+            buffers = loader.load([layer_idx])[layer_idx] if loader and is_there else self._assembled(layer_idx, fresh)
+        self.observer.layer_loaded(layer_idx, buffers)
+        return buffers
 
     def moved_kv(self, layer_idx: int, like: KV) -> KV:
         """K/V (1, Hkv, N, D) of the pieces that moved, realigned, on the device of `like`."""
@@ -170,29 +175,22 @@ class ReusedKV:
             for entry in self._to_read:
                 entry.prefetch(layer_idx)
 
-    def _like(self, layer_idx: int) -> KV:
-        """K/V of one entry, where the layer's own will be: a store's may be elsewhere."""
-        keys, values = (self.reuse.moved + self.reuse.exact)[0].entry.layer(layer_idx)
-        device = self.model.device_of_layer(layer_idx)
-        return keys[:, :, :0].to(device), values[:, :, :0].to(device)
-
-    def _load(self, layer_idx: int, like: KV | None = None) -> KV:
-        with self.observer.layer("load", "reused KV", layer_idx):
-            loader = self.loaders.get(layer_idx)
-            is_there = loader is not None and loader.has(layer_idx)
-            buffers = loader.load([layer_idx])[layer_idx] if loader and is_there else self._assembled(layer_idx, like)
-        self.observer.layer_loaded(layer_idx, buffers)
-        return buffers
-
-    def _assembled(self, layer_idx: int, like: KV | None) -> KV:
-        self.prefetch(layer_idx)  # first: `_like` waits for one entry, and the others are read meanwhile
-        buffers = empty_kv(self._like(layer_idx) if like is None else like, self.length + ROOM)
-        for piece in self.reuse.exact:
-            for place, states in zip(_places(buffers, piece.span), piece.entry.layer(layer_idx)):
+    def _assembled(self, layer_idx: int, fresh: KV | None) -> KV:
+        self.prefetch(layer_idx)  # first: reading waits for one entry, and the others are read meanwhile
+        pieces, num_exact = self.reuse.pieces, len(self.reuse.exact)
+        stored = layer_of_each([piece.entry for piece in pieces], layer_idx)
+        buffers = empty_kv(fresh or self._placed(stored[0], layer_idx), self.length + ROOM)
+        copies = [(kv, _places(buffers, piece.span)) for kv, piece in zip(stored, pieces)]
+        for kv, places in copies[:num_exact]:
+            for states, place in zip(kv, places):
                 place.copy_(states)
-        moved = [(piece.entry.layer(layer_idx), _places(buffers, piece.span)) for piece in self.reuse.moved]
-        self.realigner.move(layer_idx, moved)
+        self.realigner.move(layer_idx, copies[num_exact:])
         return buffers
+
+    def _placed(self, kv: KV, layer_idx: int) -> KV:
+        """K/V without rows, of the kind of an entry's, where the layer's own will be: the entry may be elsewhere."""
+        device = self.model.device_of_layer(layer_idx)
+        return kv[0][:, :, :0].to(device), kv[1][:, :, :0].to(device)
 
 
 def _places(buffers: KV, span: Span) -> KV:

@@ -6,6 +6,7 @@ Shapes: B rows of the batch, k copies of each that beams and returned sequences 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -44,6 +45,11 @@ class Asked:
     decoder: dict[str, Any]
     model: dict[str, Any] | None
     by_stock: bool
+
+    @cached_property
+    def _modules(self) -> tuple[Any, Any]:
+        """The decoder and the model."""
+        return self.hf_model.decoder, self.hf_model.model
 
     def reason_against(self) -> Fallback | None:
         """Returns why the forward, and with it the call, is not blended."""
@@ -88,7 +94,7 @@ class Asked:
 
     def _has_output_hooks(self) -> bool:
         """Whether hooks of the user read the output of the model or its decoder."""
-        own = (module._forward_hooks.values() for module in (self.hf_model.model, self.hf_model.decoder))
+        own = (module._forward_hooks.values() for module in self._modules)
         return any(map(_is_of_the_user, chain(_global_forward_hooks.values(), *own)))
 
     def _setting(self, name: str) -> Any:
@@ -96,7 +102,8 @@ class Asked:
         for given in (self.decoder, self.model or {}):
             if given.get(name) is not None:
                 return given[name]
-        return getattr(self.hf_model.decoder.config, name, None) or getattr(self.hf_model.model.config, name, None)
+        of_decoder, of_model = (getattr(module.config, name, None) for module in self._modules)
+        return of_decoder or of_model
 
     def _starts(self) -> torch.Tensor:
         """Returns (B · k, 1) the padding in front of each prompt."""

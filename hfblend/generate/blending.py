@@ -85,20 +85,21 @@ class Blending:
         if not weights_are_known:
             model.fingerprint.current(model.model)
         self.model, self.spans, self.store, self.config, self.controller = model, spans, store, config, controller
-        self.input_ids = input_ids.to(model.device)
+        device = model.device
+        self.input_ids = input_ids.to(device)
         self.length = self.input_ids.shape[1]
         self.prompt_length = prompt_length or self.length
         self.ids = ids or self.input_ids[0].tolist()
         spans.check(self.length)
         self.trace = BlendTrace() if trace is None else trace
-        self._algorithm, self._beside = algorithm, Beside(model.device)
+        self._algorithm, self._beside = algorithm, Beside(device)
         self._lost, self._prefilled = frozenset[str](), frozenset[str]()
         self.trace.num_tokens, self.trace.num_layers = self.length, model.num_layers
         if self.trace.level != "summary":
             self.trace.input_ids = torch.tensor(self.ids)
         if spans.note:
             self.trace.notes.append(spans.note)
-        self.observer = (Recorder if self.trace.level == "full" else Tracer)(self.trace, model.device)
+        self.observer = (Recorder if self.trace.level == "full" else Tracer)(self.trace, device)
 
     @property
     def buffers(self) -> dict[int, KV]:
@@ -151,9 +152,9 @@ class Blending:
             self.model, forward, self.input_ids, look_up, config, self.observer, num_read
         )
         if self.config.is_auto:
-            blend.settle = Settle(self.config, self.controller, look_up, self.trace, self.model.device)
+            blend.settle = Settle(self.config, self.controller, look_up, self.trace, self.input_ids.device)
         surely = self.config.selection == "kv_deviation" and self.config.check_layers and self.spans
-        if self.model.device.type == "cuda" and surely and not self.config.recomputes_all:
+        if self.input_ids.is_cuda and surely and not self.config.recomputes_all:
             blend.full_pass(config.check_layers[0])
             self.observer.phase_done("select")
         return blend

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 from ..config import BlendConfig
 from ..controller import Controller
 from ..locks import Running
+from ..model.compiled import give_back
 from ..model.hf_model import CACHE, CACHE_NAMES, cache_given
 from ..prompts.prompt import ChunkSpans
 from ..store import Store
@@ -54,6 +55,7 @@ class Call(Running):
 
     Attributes:
         is_waiting: whether the forward that prefills is still to come.
+        is_prefilling: whether it runs; forwards inside it are none of the call's.
         asked: arguments of the whole model's forward while it runs.
         traces_of_prompts: one for each different prompt; of a call that is not blended, one.
     """
@@ -70,10 +72,10 @@ class Call(Running):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.is_waiting, self._tokens_seen = self.plan.fallback is None, 0
+        self.is_waiting, self.is_prefilling, self._tokens_seen = self.plan.fallback is None, False, 0
         self.asked: dict[str, Any] | None = None
         self._ahead: tuple[Blending, Any] | None = None  # a blend begun before its forward was reached, and its output
-        lengths = [self.plan.num_tokens] if self.plan.fallback else map(len, self.plan.prompts)
+        lengths = [self.plan.num_tokens] if self.plan.fallback else self.plan.lengths
         self.traces_of_prompts = [
             BlendTrace(num_tokens=n, num_layers=self.hf_model.num_layers, level=self.level, tokenizer=self.tokenizer)
             for n in lengths
@@ -142,13 +144,14 @@ class Call(Running):
         expected = self.plan.input_ids.repeat_interleave(copies, 0)
         if not bool((ids[:, : self.plan.num_tokens] == expected).all()):
             return False
-        lengths = [len(self.plan.prompts[place]) for place in self.plan.prompt_of_row]
+        lengths = [self.plan.lengths[place] for place in self.plan.prompt_of_row]
         asked = Asked(self.hf_model, self.plan.num_tokens, lengths, ids, kwargs, self.asked, self.by_stock)
         if reason := asked.reason_against():
             self._fall_back(reason, "It changed inside this call." if reason is Fallback.MODEL_CHANGED else "")
             self.give_up_ahead()
         return self.is_waiting
 
+    @torch.compiler.disable
     def blended_forward(self, kwargs: dict[str, Any]) -> Any:
         """Returns the decoder's output for all prompts, with the rows of the last pass only, and fills the cache."""
         ids, cache = kwargs.pop("input_ids"), cache_given(kwargs)
@@ -156,17 +159,19 @@ class Call(Running):
         # Masks and positions follow from the padding in the plan.
         for name in ("attention_mask", "position_ids", "use_cache", *CACHE_NAMES):
             kwargs.pop(name, None)
-        self.is_waiting = False
-        drafted = ids.shape[1] - self.plan.num_tokens
-        plain = not drafted and all(value is None or value is False for value in kwargs.values())
-        if not plain:
+        self.is_waiting, self.is_prefilling = False, True
+        if ids.shape[1] > self.plan.num_tokens or not all(value is None or value is False for value in kwargs.values()):
             self.give_up_ahead()
-        if self.plan.is_one_prompt:
-            output, state = self._one_prompt(ids, kwargs)
-            hand_over(state.buffers, ids.shape[1], ids.shape[0], cache)
-            output.last_hidden_state = output.last_hidden_state.expand(ids.shape[0], -1, -1)  # (B · k, S, C)
-        else:
-            output, state = self._side_by_side(ids, kwargs, cache)
+        try:
+            if self.plan.is_one_prompt:
+                output, state = self._one_prompt(ids, kwargs)
+                hand_over(state.buffers, ids.shape[1], ids.shape[0], cache)
+                output.last_hidden_state = output.last_hidden_state.expand(ids.shape[0], -1, -1)  # (B · k, S, C)
+            else:
+                output, state = self._side_by_side(ids, kwargs, cache)
+        finally:
+            self.is_prefilling = False
+            give_back(self)
         state.observer.phase_done("hand_over")
         output[CACHE] = cache
         return output
@@ -184,12 +189,12 @@ class Call(Running):
         copies = ids.shape[0] // len(self.plan.prompt_of_row)
         kv = SideBySide(ids.shape[0], ids.shape[1])
         hidden = [torch.empty(0)] * ids.shape[0]  # (1, 1, C) each
-        for place, prompt in enumerate(self.plan.prompts):
+        for place, length in enumerate(self.plan.lengths):
             rows = [row for row in range(ids.shape[0]) if self.plan.prompt_of_row[row // copies] == place]
-            padding = self.plan.num_tokens - len(prompt)
+            padding = self.plan.num_tokens - length
             state, output = self._blend(place, ids[rows[0] : rows[0] + 1, padding:], kwargs)
             state.join(output)
-            kv.put(rows, state.buffers, len(prompt))
+            kv.put(rows, state.buffers, length)
             for row in rows:
                 hidden[row] = output.last_hidden_state[:, -1:]
             state.buffers.clear()
@@ -199,12 +204,13 @@ class Call(Running):
 
     def _blend(self, place: int, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[Blending, Any]:
         """Starts to blend a prompt; `ids` (1, n) may end in draft tokens, `kwargs` go to the forward."""
-        prompt, trace, reason = self.plan.prompts[place], self.traces_of_prompts[place], self.plan.prefilled.get(place)
+        prompt, length, reason = self.plan.prompts[place], self.plan.lengths[place], self.plan.prefilled.get(place)
+        trace = self.traces_of_prompts[place]
         spans = ChunkSpans(()) if reason else prompt.chunk_spans
-        known_ids = prompt.ids if ids.shape[1] == len(prompt) else []
+        known_ids = prompt.ids if ids.shape[1] == length else []
         state = Blending(
             self.hf_model, ids, spans, self.store, self.config, trace,
-            prompt_length=len(prompt), controller=self.controller, ids=known_ids, weights_are_known=place > 0,
+            prompt_length=length, controller=self.controller, ids=known_ids, weights_are_known=place > 0,
         )  # fmt: skip
         if reason:
             found = f" {found_chunks([prompt.chunk_spans], self.config, None)}" if prompt.chunk_spans else ""

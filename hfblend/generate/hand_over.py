@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..kv.rows import KV, ROOM, RowLayout, empty_kv
+from ..kv.rows import KV, ROOM, empty_kv
 
 
 class _SpareRows:
@@ -33,10 +33,10 @@ class _SpareRows:
         # Written through aliases with separate version counts: a graph of gradients may keep the earlier rows.
         self._written = [(t.data, *rest) for t, *rest in self._views]
         self._needs_inference_mode = keys.is_inference()  # made, and so writable, only under inference_mode
-        layout = RowLayout.of(kv)
-        adjacent = values.data_ptr() - keys.data_ptr() == layout.value_offset * keys.element_size()
-        alike = layout.key_dim == layout.value_dim == keys.stride(1) and keys.stride() == values.stride()
-        heads = layout.key_heads + layout.value_heads
+        key_bytes = keys.shape[1] * keys.shape[3] * keys.element_size()  # of one token
+        adjacent = values.data_ptr() - keys.data_ptr() == key_bytes
+        alike = keys.shape[3] == values.shape[3] == keys.stride(1) and keys.stride() == values.stride()
+        heads = keys.shape[1] + values.shape[1]
         self._both = (self._written[0][0], heads, *self._views[0][2:]) if adjacent and alike else None
 
     def may_continue(self, keys: torch.Tensor | None, values: torch.Tensor | None, added: KV) -> bool:

@@ -213,19 +213,19 @@ class _Run:
 
     def _keep_prefix(self) -> None:
         ids = list(self.chunks_of.prefix_ids)
-        key = self.chunks_of.key(ids, ())
+        (key,) = self.chunks_of.keys([(ids, ())])
         if ids and not self._holds(key):
             self.chunks_of.prefill(key, ids, ())
 
     def _holds(self, key: str) -> bool:
         """Whether the store has an entry; for a tensor-parallel model, on every rank."""
-        return self.model.ranks.all_agree(holds(self.store, key))
+        return self.model.ranks.all_agree([holds(self.store, key)])[0]
 
     def _missing(self, window: list[Ids]) -> dict[str, Ids]:
         """Returns key -> chunk of those missing in the store; counts the others."""
         missing: dict[str, Ids] = {}
-        for ids in window:
-            key = self.chunks_of.key(ids, self.chunks_of.after_ids)
+        keys = self.chunks_of.keys([(ids, self.chunks_of.after_ids) for ids in window])
+        for key, ids in zip(keys, window):
             self.report.chunks += 1
             if key in missing or self._holds(key):
                 self.report.skipped += 1

@@ -36,6 +36,7 @@ class Plan:
         num_tokens: T.
         input_ids: (B, T) of a call that is blended.
         prompts: the different prompts, without their padding, on the CPU.
+        lengths: the number of tokens of each.
         prompt_of_row: (B,) the index of each row's prompt.
         prefilled: index -> reason of the prompts that are prefilled in full while others are blended.
         fallback: why the call is stock; `None` if it is blended.
@@ -45,6 +46,7 @@ class Plan:
     num_tokens: int
     input_ids: torch.Tensor | None = None
     prompts: list[Prompt] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
     prompt_of_row: list[int] = field(default_factory=list)
     prefilled: dict[int, Fallback] = field(default_factory=dict)
     fallback: Fallback | None = None
@@ -58,11 +60,12 @@ class Plan:
                 return
         self.prompt_of_row.append(len(self.prompts))
         self.prompts.append(Prompt(row, spans))
+        self.lengths.append(row.shape[1])
 
     @property
     def is_one_prompt(self) -> bool:
         """Whether all rows are one prompt, without padding."""
-        return len(self.prompts) == 1 and len(self.prompts[0]) == self.num_tokens
+        return self.lengths == [self.num_tokens]
 
 
 @dataclass
@@ -126,7 +129,7 @@ class Request:
             planned.add_row(row, self._split(row[0].tolist()) if spans is None else spans[i].moved(-start))
         reasons = [self._nothing_reused(prompt.chunk_spans) for prompt in planned.prompts]
         planned.prefilled = {place: reason for place, reason in enumerate(reasons) if reason}
-        planned.fallback = reasons[0] if all(reasons) else self._after_splitting(ids, planned.prompts)
+        planned.fallback = reasons[0] if all(reasons) else self._after_splitting(ids, planned.lengths)
         return planned
 
     def _before_splitting(self) -> Fallback | None:
@@ -154,7 +157,7 @@ class Request:
         too_few = sum(stop - start for start, stop in spans) < self.config.min_reused_tokens
         return Fallback.TOO_FEW_TOKENS if too_few else None
 
-    def _after_splitting(self, ids: torch.Tensor, prompts: list[Prompt]) -> Fallback | None:
+    def _after_splitting(self, ids: torch.Tensor, lengths: list[int]) -> Fallback | None:
         cache = cache_given(self.kwargs)
         if isinstance(cache, Cache) and int(cache.get_seq_length()) > 0:
             return Fallback.FILLED_CACHE
@@ -166,8 +169,7 @@ class Request:
             return Fallback.ALL_ROWS_WANTED
         if self._extra_inputs(ids):
             return Fallback.EXTRA_INPUTS
-        longest = max(map(len, prompts))
-        same_regime = all(self.hf_model.same_regime(len(prompt), longest) for prompt in prompts)
+        same_regime = all(self.hf_model.same_regime(length, max(lengths)) for length in set(lengths))
         return None if same_regime else Fallback.ROPE_REGIMES
 
     def _extra_inputs(self, ids: torch.Tensor) -> list[str]:
@@ -233,7 +235,7 @@ class Request:
             case Fallback.ADAPTERS:
                 return adapters.reason_against(self.model, self.kwargs) or ""
             case Fallback.ROPE_REGIMES:
-                return f"Got prompts of {', '.join(str(len(prompt)) for prompt in planned.prompts)} tokens."
+                return f"Got prompts of {', '.join(map(str, planned.lengths))} tokens."
         return ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -211,6 +211,11 @@ class Reader(Protocol):
     def rows(self, layer_idx: int) -> torch.Tensor | None:
         """The rows (n, W) that `layer` is views of; `None` if it is not packed. Errors as there."""
         ...
+
+
+def layer_of_each(entries: Iterable[Reader], layer_idx: int) -> list[KV]:
+    """Keys and values of one layer of several entries. Errors as of `Reader.layer`."""
+    return [entry.layer(layer_idx) for entry in entries]
 
 
 def in_memory(entry: Reader) -> ChunkKV:

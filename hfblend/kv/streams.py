@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
-from ..locks import Running
+from ..locks import Running, keeps_alive
 
 T = TypeVar("T")
 
 _switched = threading.local()  # .notes: work of this thread, and the streams that were current before it
 
 
+@keeps_alive("running")
 def on_stream(stream: torch.cuda.Stream | None, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Runs work with `stream`, and its device, current; `None` changes nothing."""
     if stream is None:
         return work(*args, **kwargs)
     switch_back()
-    running = Running()
-    return running.do(_on_stream, running, stream, functools.partial(work, *args, **kwargs))
-
-
-def _on_stream(running: Running, stream: torch.cuda.Stream, work: Callable[[], T]) -> T:
-    before = torch.cuda.current_stream(stream.device), torch.cuda.current_stream()
+    running, before = Running(), (torch.cuda.current_stream(stream.device), torch.cuda.current_stream())
     notes = vars(_switched).setdefault("notes", [])
     notes.append((running, before))
     try:
         torch.cuda.set_stream(stream)
-        return work()
+        return work(*args, **kwargs)
     finally:
         for one in before:
             torch.cuda.set_stream(one)

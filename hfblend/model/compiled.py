@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ..locks import Mutex, Running, put_back
+from ..locks import Mutex, Running, keeps_alive, put_back
 
 T = TypeVar("T")
 
@@ -36,17 +36,14 @@ def as_written(forward: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(forward, "_torchdynamo_orig_callable", forward)
 
 
+@keeps_alive("owner")
 def run_as_written(modules: tuple[nn.Module, ...], work: Callable[..., T], /, **kwargs: Any) -> T:
     """Runs some work in which these modules run their code uncompiled, in other threads too."""
     if not _aside and not any(map(_compiled, modules)):
         return work(**kwargs)
     owner = Running()
-    return owner.do(_run, owner, modules, work, kwargs)
-
-
-def _run(owner: Running, modules: tuple[nn.Module, ...], work: Callable[..., T], kwargs: dict[str, Any]) -> T:
-    set_aside(owner, *modules)
     try:
+        set_aside(owner, *modules)
         return work(**kwargs)
     finally:
         give_back(owner)
@@ -55,8 +52,8 @@ def _run(owner: Running, modules: tuple[nn.Module, ...], work: Callable[..., T],
 def set_aside(owner: Running, *modules: nn.Module) -> None:
     """Has these modules run their code uncompiled, until `give_back`, or until the owner's work is over."""
     tidy()
-    for module in modules:
-        with _lock:
+    with _lock:
+        for module in modules:
             if module in _aside:
                 _aside[module].owners.append(owner)
             elif compiled := _compiled(module):

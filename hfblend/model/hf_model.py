@@ -66,6 +66,7 @@ class HFModel:
         model: a Transformers causal LM in eval mode. Nothing of it is changed.
 
     Attributes:
+        device: takes token ids, the first of those that the model is spread over; as it was looked at last.
         rotations: per layer, how cached state turns with position; set by the self-test, as are the next two.
         layouts: per layer, the shape of one token's cached state.
         fingerprint: of weights and configuration, for store keys.
@@ -93,6 +94,7 @@ class HFModel:
             )
         self.num_layers: int = self.config.num_hidden_layers
         self._decoder = weakref.ref(_find_decoder(model, self.num_layers))
+        self.device = device_of(self.decoder)
         self._layer_owner = weakref.ref(_find_layer_owner(self.decoder, self.num_layers))
         self.decoder_parameters = list(inspect.signature(type(self.decoder).forward).parameters)[1:]
         self.model_parameters = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -102,7 +104,8 @@ class HFModel:
         self.attends_by_position = bool(getattr(type(model), "_supports_attention_backend", False))
         self.windows: dict[int, int | None] = {}
         self.layers_stand_alone = True  # it also finds whether layers hand each other more than hidden states
-        self.unwrapped_forward: Callable[..., Any] | None = None  # set while the decoder's forward is wrapped
+        # While the decoder's forward is wrapped, returns the one without the wrapper.
+        self.unwrapped_forward: Callable[[], Callable[..., Any]] | None = None
         self.lock = lock_of(getattr(self.layer_owner, "config", self.config))
         self.ranks = Ranks(*_tensor_parallel(model))
         self.is_quantised = is_quantised(model)
@@ -139,11 +142,6 @@ class HFModel:
         """Whether a pass may start in the middle, or cut its last layer short."""
         return self.layers_stand_alone and self.layers_run_as_written
 
-    @property
-    def device(self) -> torch.device:
-        """The device that takes token ids: the first of those that the model is spread over."""
-        return device_of(self.decoder)
-
     def device_of_layer(self, layer_idx: int) -> torch.device:
         """The device that runs this layer and holds its K/V."""
         return device_of(self.layers[layer_idx])
@@ -174,8 +172,8 @@ class HFModel:
 
         Asked several times a prompt, so it relies on the devices that the fingerprint saw last.
         """
-        on_one = self.fingerprint.devices == {self.device} and not self.ranks.are_several
-        return has_kernels(self.device) and on_one
+        on_one = has_kernels(self.device) and self.fingerprint.devices == {self.device}
+        return on_one and not self.ranks.are_several
 
     @property
     def num_kv_layers(self) -> int:
@@ -209,7 +207,9 @@ class HFModel:
 
     def decoder_forward(self, **kwargs: Any) -> Any:
         """The decoder's own forward, past hfblend's wrapper if there is one."""
-        return run_as_written((self.decoder,), self.unwrapped_forward or self.decoder, **kwargs)
+        decoder = self.decoder
+        forward = decoder if self.unwrapped_forward is None else self.unwrapped_forward()
+        return run_as_written((decoder,), forward, **kwargs)
 
     def last_logits(self, **kwargs: Any) -> Any:
         """The whole model's forward, asked for the logits of the last row only."""
@@ -245,8 +245,10 @@ class HFModel:
         Dynamic NTK keeps the frequencies of the longest prompt so far, so its own state is asked.
         """
         trained = getattr(self.config, "max_position_embeddings", 0) or 0
+        if length < trained:
+            return length
         grown = max((s.length_in_force for s in self.rotary_sources), default=0)
-        return max(length, grown) if grown > trained and length >= trained else length
+        return max(length, grown) if grown > trained else length
 
     def prefilling(self, work: Callable[..., T], *args: Any) -> T:
         """Runs a forward of ids alone, with the frequencies of a model that has seen no prompt, then restores them."""

@@ -49,7 +49,7 @@ def _run_rows(
     model: HFModel, forward: Forward, one: Pass, cache: Any, state: Any, watches: bool
 ) -> tuple[Any, Watched | None]:
     found, lock, layers = None, model.lock, model.layers
-    mask = see_rows(model, QueryRows(one.seen_from[None], one.hidden, one.record, state), one.length)
+    mask = see_rows(model, QueryRows(one.seen_from[None], one.length, one.hidden, one.record, state))
     if model.attends_by_position:
         model.small_steps_in_one_kernel()
     if watches and one.stop_at is not None and model.may_skip_layers:
@@ -100,8 +100,8 @@ def until_stopped(
 # --- attention of selected rows ---------------------------------------------------------------------------------------
 
 
-def see_rows(model: HFModel, rows: QueryRows, length: int) -> Any:
-    """Everything a forward over rows of a prompt of `length` tokens needs to see exactly its past.
+def see_rows(model: HFModel, rows: QueryRows) -> Any:
+    """Everything a forward over rows of a prompt needs to see exactly its past.
 
     Called in the exclusive work that the forward is part of. Rows that do not see some keys, or record their
     attention, need `attends_by_position`.
@@ -109,7 +109,7 @@ def see_rows(model: HFModel, rows: QueryRows, length: int) -> Any:
     Returns the `attention_mask` to pass. Where attention is replaced, no mask is made at all.
     """
     if not model.attends_by_position:
-        return mask_rows(model, rows.positions[0], length)
+        return mask_rows(model, rows.positions[0], rows.length)
     attend_by_position(model.lock, model.layer_owner.config, rows, model.windows)
     return None
 

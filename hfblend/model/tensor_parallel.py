@@ -25,10 +25,7 @@ class Ranks:
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
         self.group, self.device = group, device
         self.size = 1 if group is None else dist.get_world_size(group)
-
-    @property
-    def are_several(self) -> bool:
-        return self.size > 1
+        self.are_several = self.size > 1
 
     def require_one(self) -> None:
         """Raises:
@@ -40,13 +37,13 @@ class Ranks:
                 f"{self.size} ranks, which must recompute the same tokens. Give a ratio."
             )
 
-    def all_agree(self, here: bool) -> bool:
-        """Whether it is so on every rank."""
+    def all_agree(self, here: list[bool]) -> list[bool]:
+        """Returns of each whether it is so on every rank."""
         if not self.are_several:
             return here
-        agreed = torch.tensor(int(here), device=self.device)
+        agreed = torch.tensor(here, dtype=torch.int32, device=self.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self.group)
-        return bool(agreed)
+        return agreed.bool().tolist()
 
     def gathered(self, states: torch.Tensor, dim: int) -> torch.Tensor:
         """Returns the heads of all ranks, in order, of states that have H of them in dimension `dim`."""

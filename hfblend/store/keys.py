@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -33,6 +33,13 @@ def chunk_key(
     digest.update(array("q", ids))
     digest.update(array("q", behind_ids))
     return digest.hexdigest()
+
+
+def chunk_keys(
+    fingerprint: str, dtype: torch.dtype, texts: Iterable[tuple[Sequence[int], Sequence[int] | None]], namespace: str
+) -> list[str]:
+    """Returns the keys of several texts, each given as its ids and the ids before it; the rest as in `chunk_key`."""
+    return [chunk_key(fingerprint, dtype, ids, behind_ids, namespace) for ids, behind_ids in texts]
 
 
 def file_name_of(key: str) -> str:

@@ -78,12 +78,13 @@ class TestedModel(HFModel):
     def state(self) -> tuple[bool, bool]:
         """Returns whether the model, or a module inside it that then computes otherwise, is in training mode, and
         whether the rest is as it was when it was looked at last."""
-        as_it_was = self._is_as_it_was()
-        modules = self._structure.with_mode if as_it_was else with_mode(self.model.modules())
-        return self.model.training or any_training(modules), as_it_was
+        model, self.device = self.model, device_of(self.decoder)
+        as_it_was = self._is_as_it_was(model)
+        modules = self._structure.with_mode if as_it_was else with_mode(model.modules())
+        return model.training or any_training(modules), as_it_was
 
-    def _is_as_it_was(self) -> bool:
-        kind, own = _forward_of(self.model)
+    def _is_as_it_was(self, model: nn.Module) -> bool:
+        kind, own = _forward_of(model)
         has_forward = kind is self._forward[0] and (self.unwrapped_forward is not None or own == self._forward[1])
         return has_forward and self._structure.is_as_it_was()
 
@@ -93,9 +94,9 @@ class TestedModel(HFModel):
         return self._structure.has_hooks()
 
     def _prove_again(self) -> None:
-        if self._is_as_it_was():  # another thread was quicker
-            return
         model, forward = self.model, self.unwrapped_forward
+        if self._is_as_it_was(model):  # another thread was quicker
+            return
         try:
             fresh = _proved(model)
             if forward is not None and fresh.decoder is not self.decoder:
@@ -175,16 +176,22 @@ class TestedModel(HFModel):
         """The first rank's scores."""
         return self.ranks.as_first(scores)
 
-    def entry_of_all(self, entry: Reader | None) -> Reader | None:
-        """The entry, in memory, if every rank has its own; a chunk that one cannot read is prefilled by all."""
+    def entries_of_all(self, entries: list[Reader | None]) -> list[Reader | None]:
+        """The entries that every rank has, in memory; a chunk that one cannot read is prefilled by all."""
         if not self.ranks.are_several:
-            return entry
-        try:
-            entry = None if entry is None else in_memory(entry)
-        except ChunkLost as error:
-            logger.warning("%s", error)
-            entry = None
-        return entry if self.ranks.all_agree(entry is not None) else None
+            return entries
+        read = list(map(_read, entries))
+        agreed = self.ranks.all_agree([entry is not None for entry in read])
+        return [entry if everywhere else None for entry, everywhere in zip(read, agreed)]
+
+
+def _read(entry: Reader | None) -> Reader | None:
+    """The entry in memory; `None` where it cannot be read."""
+    try:
+        return None if entry is None else in_memory(entry)
+    except ChunkLost as error:
+        logger.warning("%s", error)
+        return None
 
 
 def _forward_of(model: nn.Module) -> tuple[type, tuple[Any, ...]]:

@@ -67,7 +67,7 @@ def _learn_windows(hf_model: HFModel) -> dict[int, int | None]:
     learner = WindowLearner()
 
     def learn() -> None:
-        attend_by_position(hf_model.lock, hf_model.layer_owner.config, QueryRows(positions[None]), {}, learner)
+        attend_by_position(hf_model.lock, hf_model.layer_owner.config, QueryRows(positions[None], LENGTH), {}, learner)
         hf_model.run_stock(positions)
 
     hf_model.lock.exclusive(learn)
