@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -235,8 +237,8 @@ def test_missing_gguf_package_is_named(tmp_path, monkeypatch):
     gguf = tmp_path / demo_model.GGUF_FILE
     gguf.write_bytes(b"GGUF")
     monkeypatch.setenv("HFBLEND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install gguf"):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"needs the package gguf: run `pip install 'hfblend\[demo\]'`"):
         demo_model.converted(gguf)
 
 
@@ -249,7 +251,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setenv("HFBLEND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "gguf", ModuleType("gguf"))
     monkeypatch.setattr(demo_model, "_convert", fail)
     with pytest.raises(OSError, match="disk full"):
         demo_model.converted(gguf)

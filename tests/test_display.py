@@ -18,7 +18,7 @@ from rich.console import Console
 import hfblend
 from hfblend.display import Display, view
 from hfblend.display.html import rendered
-from hfblend.display.text import clipped
+from hfblend.display.view import clipped
 from hfblend.lab import plots
 from hfblend.trace.facts import ChunkTrace, LayerMaps
 from hfblend.trace.timeline import Interval, SavedTimeline

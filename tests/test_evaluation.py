@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
@@ -415,11 +414,14 @@ def test_markdown_table_leaves_out_empty_columns():
     assert "0.2000 [" in lines[4]
 
 
-def test_labels_are_spread():
-    assert plots.spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
-    spread = plots.spread([0.1, 0.5, 0.52, 0.55, 0.9], 0.1)
-    assert all(high - low >= 0.1 - 1e-9 for low, high in pairwise(spread))
-    assert (spread[0], spread[4]) == (0.1, 0.9)
+def test_every_line_has_a_label_that_no_other_covers():
+    pytest.importorskip("matplotlib")
+    figure = plots.plot_quality(rows_by_hand())
+    figure.draw_without_rendering()
+    labels = figure.legends[0].get_texts()
+    assert [label.get_text() for label in labels] == ["kv_deviation", "hfblend"]
+    boxes = [label.get_window_extent() for label in labels]
+    assert not boxes[0].overlaps(boxes[1])
 
 
 def test_missing_matplotlib_is_named(monkeypatch, tmp_path):

@@ -112,8 +112,8 @@ def test_order_ratio_and_rule_change_what_is_recomputed(playground):
         ({"question": " "}, "no question"),
         ({"chunks": ("w6", "w" * (MAX_CHARACTERS + 1))}, "Chunk 1 is longer than 100,000 characters"),
         ({"question": "👩" * (MAX_CHARACTERS // 2 + 1)}, "The question is longer"),
-        ({"ratio": 1.5}, "between 0 and 1"),
-        ({"rule": "best"}, "rule must be one of"),
+        ({"ratio": 1.5}, r"recompute_ratios must be a number in \[0, 1\]"),
+        ({"rule": "best"}, "selection must be one of"),
     ],
 )
 def test_what_cannot_be_run_is_said_in_words(changes, message):

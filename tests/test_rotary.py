@@ -11,9 +11,9 @@ from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
 
 pytest.importorskip("triton")
-from hfblend.gpu import fused_rotary
-from hfblend.gpu.fused_rotary import NAME, find_rotary, rotary_in_one_kernel
-from hfblend.kernels.rotary import rotary
+from hfblend.gpu import fused
+from hfblend.gpu.fused import NAME, find_rotary, run_fused
+from hfblend.kernels.small import rotary
 from hfblend.locks import ForwardLock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,7 +45,7 @@ def test_kernel_equals_the_formula(shape, dtype):
 def test_only_functions_of_the_usual_form_are_found():
     decoder = MODELS["llama-gqa"](torch.bfloat16).model.to(DEVICE)
     assert list(find_rotary(decoder)) == [layer.self_attn for layer in decoder.layers]
-    usual = fused_rotary._is_usual
+    usual = fused._is_usual
     assert not usual(getattr(modeling_glm, NAME), torch.device(DEVICE), torch.bfloat16)  # pairs 2i with 2i + 1
 
 
@@ -57,8 +57,8 @@ def decoder():
 @pytest.fixture
 def answered(monkeypatch):
     """Shapes of the queries that the kernel turned."""
-    shapes, own = [], fused_rotary.kernel.rotary
-    monkeypatch.setattr(fused_rotary.kernel, "rotary", lambda *given: shapes.append(given[0].shape) or own(*given))
+    shapes, own = [], fused.kernels.rotary
+    monkeypatch.setattr(fused.kernels, "rotary", lambda *given: shapes.append(given[0].shape) or own(*given))
     return shapes
 
 
@@ -71,7 +71,7 @@ def in_a_pass(decoder, work):
     lock, found = ForwardLock(), find_rotary(decoder)
 
     def run():
-        rotary_in_one_kernel(lock, found)
+        run_fused(lock, found)
         return work()
 
     return lock.exclusive(run)
@@ -109,7 +109,7 @@ def test_names_of_the_module_are_looked_up_when_they_are_used(decoder, answered,
     monkeypatch.setitem(LLAMA, NAME, lambda *given, **options: called.append(1) or own(*given, **options))
 
     def run():
-        rotary_in_one_kernel(lock, found)
+        run_fused(lock, found)
         return forward(decoder)
 
     lock.exclusive(run)
@@ -125,7 +125,7 @@ def test_a_forward_that_stands_before_the_class_s_is_kept(decoder, answered):
     lock = ForwardLock()
 
     def run():
-        rotary_in_one_kernel(lock, found)
+        run_fused(lock, found)
         return forward(decoder)
 
     lock.exclusive(run)
@@ -143,7 +143,7 @@ def test_other_calls_are_left_to_the_function(why, answered):
     if why == "gradient":
         query = query.clone().requires_grad_()
     eager = LLAMA[NAME](query, key, cos, sin, **options)
-    inside = fused_rotary._Names(LLAMA)[NAME](query, key, cos, sin, **options)
+    inside = fused._Names(LLAMA)[NAME](query, key, cos, sin, **options)
     assert all(torch.equal(a, b) for a, b in zip(inside, eager))
     assert (inside[0].requires_grad, answered) == (why == "gradient", [])
 

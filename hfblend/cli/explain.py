@@ -164,10 +164,10 @@ class Explained:
     @classmethod
     def of(cls, blender: Blender, prompt: Prompt, max_new_tokens: int, prefill_before: bool) -> Explained:
         """Blends a prompt, and prefills it in full; `prefill_before` stores its chunks first."""
-        from ..demo.passages import greedy_answer, greedy_ids
+        from ..demo.passages import greedy_answer
 
         if prefill_before:
-            greedy_ids(blender.model, prompt, 1)
+            greedy_answer(blender.model, blender.tokenizer, prompt, 1)
         full_answer = greedy_answer(
             blender.model, blender.tokenizer, prompt, max_new_tokens, replace(blender.config, enabled=False)
         )

@@ -5,7 +5,7 @@ Measured per method: time to first token, share of (token, layer) pairs computed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
@@ -18,12 +18,12 @@ from rich.text import Text
 
 from ..config import BlendConfig
 from ..generate.blending import blend
-from ..measure.divergence import describe_machine, kl_divergence, teacher_forced_logits, top1_agreement
+from ..measure.divergence import FullAnswer, describe_machine, kl_divergence, teacher_forced_logits, top1_agreement
 from ..patching import Blender, patch
 from ..prompts.filler import filler_ids
 from ..prompts.prompt import Prompt
 from ..trace.trace import BlendTrace
-from .passages import FULL_PREFILL, NOTHING_RECOMPUTED, demo_data, demo_prompt, greedy_answer, greedy_ids
+from .passages import FULL_PREFILL, NOTHING_RECOMPUTED, demo_data, demo_prompt, greedy_answer
 
 QUESTION = 2  # of those that come with the passages: it shows what full reuse loses, and blending brings back
 REPEATS = 3
@@ -68,54 +68,47 @@ class Run:
         return f"blend {self.recompute_ratio}" if self.method == "blend" else self.method.replace("_", " ")
 
 
-@dataclass
-class Comparison:
-    """All methods on one prompt, and the trace of its first (untimed) blended call."""
-
-    prompt: Prompt
-    runs: list[Run]
-    first_trace: BlendTrace
-
-
 STEPS = 1 + REPEATS * len(METHODS) + 1 + len(METHODS)  # reported by `compare`
 
 
-def compare(blender: Blender, prompt: Prompt, advance: Callable[[], None]) -> Comparison:
+def compare(blender: Blender, prompt: Prompt, advance: Callable[[], None]) -> tuple[list[Run], BlendTrace]:
     """Runs every method on a prompt.
 
     Args:
         blender: of the patched model, with a tokenizer.
         advance: called `STEPS` times, as the work goes on.
+
+    Returns:
+        The runs, and the trace of the first (untimed) blended call.
     """
     # 1. chunk KV into the store; not timed
-    greedy_ids(blender.model, prompt, 1, _REUSE)
+    greedy_answer(blender.model, blender.tokenizer, prompt, 1, _REUSE)
     first_trace = blender.trace
     advance()
     # 2. time to first token, the methods taking turns so that a slow moment of the machine affects all alike
     ttft_ms: dict[Any, list[float]] = {method: [] for method in METHODS}
     for method, config in REPEATS * list(METHODS.items()):
-        greedy_ids(blender.model, prompt, 1, config)
+        greedy_answer(blender.model, blender.tokenizer, prompt, 1, config)
         assert blender.trace.ttft_ms is not None
         ttft_ms[method].append(blender.trace.ttft_ms)
         advance()
     # 3. full prefill's text, not stopped by the end token, and its likelihood after each method
-    forced_ids = greedy_ids(blender.model, prompt, FORCED_TOKENS, FULL_PREFILL, min_new_tokens=FORCED_TOKENS).tolist()
-    full_logits = teacher_forced_logits(blender.model, prompt.input_ids, forced_ids)  # (P, V)
+    full = FullAnswer.of(blender.model, prompt, FORCED_TOKENS)
     advance()
     # 4. answers
     runs = []
     for method, config in METHODS.items():
-        logits, share = full_logits, 1.0
+        logits, share = full.logits, 1.0
         if config.enabled:
             filled = replace(config, filler_ids=filler_ids(blender.tokenizer))
             result = blend(blender.model, prompt, store=blender.store, config=filled)
-            logits = teacher_forced_logits(blender.model, prompt.input_ids, forced_ids, result.cache)
+            logits = teacher_forced_logits(blender.model, prompt.input_ids, full.ids, result.cache)
             share = result.trace.recomputed_pairs_share
         answer = greedy_answer(blender.model, blender.tokenizer, prompt, ANSWER_TOKENS, config)
-        kl, agreement = kl_divergence(full_logits, logits).mean().item(), top1_agreement(full_logits, logits)
+        kl, agreement = kl_divergence(full.logits, logits).mean().item(), top1_agreement(full.logits, logits)
         runs.append(Run(*method, median(ttft_ms[method]), kl, agreement, answer, share))
         advance()
-    return Comparison(prompt, runs, first_trace)
+    return runs, first_trace
 
 
 # --- telling ----------------------------------------------------------------------------------------------------------
@@ -130,27 +123,27 @@ def run_demo(model: Any, tokenizer: Any, model_name: str, console: Console) -> d
     data = demo_data()
     question, order = data["questions"][QUESTION]["question"], range(len(data["passages"]))
     forms = {"Passages in order": order, "The same passages reversed": order[::-1]}
+    prompts = {title: demo_prompt(tokenizer, data, question, passages) for title, passages in forms.items()}
     stderr = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
-    comparisons = {}
     with patch(model, tokenizer=tokenizer) as blender, bar:
-        for title, passages in forms.items():
-            advance = partial(bar.advance, bar.add_task(title, total=STEPS))
-            comparisons[title] = compare(blender, demo_prompt(tokenizer, data, question, passages), advance)
+        found = [
+            compare(blender, prompt, partial(bar.advance, bar.add_task(title, total=STEPS)))
+            for title, prompt in prompts.items()
+        ]
     machine, dtype = describe_machine(model.device), str(model.dtype).removeprefix("torch.")
     console.print(f"\n[bold]{question}[/bold]\n{model_name}, {dtype}, {machine}", highlight=False)
-    for title, comparison in comparisons.items():
+    for (title, prompt), (runs, first_trace) in zip(prompts.items(), found):
         console.print()
-        console.print(_table(comparison, title))
-        console.print(_answers(comparison))
-        console.print(_reuse_line(comparison.first_trace), highlight=False)
+        console.print(_table(runs, f"{title}: {len(prompt)} tokens"))
+        console.print(_answers(runs))
+        console.print(_reuse_line(first_trace), highlight=False)
     console.print(f"\n{_CAPTION}", highlight=False)
-    first, reordered = comparisons.values()
     return {
-        "context_tokens": len(first.prompt),
-        "runs": [asdict(run) for run in first.runs],
-        "reordered_runs": [asdict(run) for run in reordered.runs],
+        "context_tokens": len(next(iter(prompts.values()))),
+        "runs": [asdict(run) for run in found[0][0]],
+        "reordered_runs": [asdict(run) for run in found[1][0]],
         "machine": machine,
         "model": model_name,
         "dtype": dtype,
@@ -167,22 +160,22 @@ _CAPTION = (
 )
 
 
-def _table(comparison: Comparison, title: str) -> Table:
-    table = Table(title=f"{title}: {len(comparison.prompt)} tokens", title_justify="left")
+def _table(runs: Sequence[Run], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
     table.add_column("method", no_wrap=True)
     for heading in ("TTFT ms", "speed-up", "computed", "KL nats", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
-    full_ms = comparison.runs[0].ttft_ms
-    for run in comparison.runs:
+    full_ms = runs[0].ttft_ms
+    for run in runs:
         times = (f"{run.ttft_ms:.0f}", f"{full_ms / run.ttft_ms:.1f}×")
         quality = (f"{run.recomputed_pairs_share:.1%}", f"{run.kl:.3f}", f"{run.top1_agreement:.0%}")
         table.add_row(run.label, *times, *quality)
     return table
 
 
-def _answers(comparison: Comparison) -> Table:
+def _answers(runs: Sequence[Run]) -> Table:
     table = Table.grid(padding=(0, 2))
-    for run in comparison.runs:
+    for run in runs:
         table.add_row(Text(run.label, style="bold"), Text(run.answer))
     return table
 

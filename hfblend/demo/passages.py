@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-import torch
-
 from ..config import BlendConfig
 from ..prompts.prompt import Prompt
 
@@ -48,16 +46,10 @@ def question_prompt(tokenizer: Any, system: str, passages: Sequence[str], questi
     return Prompt.from_chat(tokenizer, messages, documents, placeholder=place)
 
 
-def greedy_ids(
-    model: Any, prompt: Prompt, num_tokens: int, config: BlendConfig | None = None, **kwargs: Any
-) -> torch.Tensor:
-    """The ids (P,) of a greedy answer of a patched model; `config=None` takes its blender's settings."""
-    options = {"blend_config": config, "max_new_tokens": num_tokens, "do_sample": False, **kwargs}
-    return model.generate(**prompt.inputs(model.device), **options)[0, len(prompt) :]
-
-
 def greedy_answer(
     model: Any, tokenizer: Any, prompt: Prompt, num_tokens: int, config: BlendConfig | None = None
 ) -> str:
-    """The text of a greedy answer."""
-    return tokenizer.decode(greedy_ids(model, prompt, num_tokens, config), skip_special_tokens=True).strip()
+    """The text of a greedy answer of a patched model; `config=None` takes its blender's settings."""
+    inputs = prompt.inputs(model.device)
+    ids = model.generate(**inputs, blend_config=config, max_new_tokens=num_tokens, do_sample=False)
+    return tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()

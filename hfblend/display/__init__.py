@@ -1,7 +1,6 @@
 """A trace, shown: in a terminal, in a notebook, as an HTML page, as matplotlib figures.
 
 view.py        the content, as plain lists: parts, bins, shades, tokens to write out
-text.py        text of prompts made harmless
 html.py        for notebooks and pages: HTML, CSS and inline SVG, no JavaScript; `templates/` holds the markup
 terminal.py    for rich
 plots.py       for matplotlib

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,8 +16,7 @@ from ..trace.timeline import Interval
 from ..trace.trace import BlendTrace
 from ..util import visible
 from . import palette, view
-from .text import clipped
-from .view import Grid, Part
+from .view import Grid, Part, clipped
 
 CHUNK_ROWS = 60  # of the table
 _PHASES = ("exact", "hit", "miss", "unused", "fresh")  # their colours, for phases
@@ -144,10 +144,10 @@ def _paths(grid: Grid, prefix: str) -> list[tuple[str, str]]:
     drawn: dict[int, list[str]] = {}
     for y, row in enumerate(grid):
         x = 0
-        while x < len(row):
-            width = next((w for w in range(1, len(row) - x) if row[x + w] != row[x]), len(row) - x)
-            if row[x]:
-                drawn.setdefault(row[x], []).append(f"M{x} {y}h{width}v1h-{width}z")
+        for level, run in groupby(row):
+            width = len(list(run))
+            if level:
+                drawn.setdefault(level, []).append(f"M{x} {y}h{width}v1h-{width}z")
             x += width
     return [(f"{prefix}{level}", "".join(d)) for level, d in sorted(drawn.items())]
 

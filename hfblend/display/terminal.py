@@ -14,8 +14,7 @@ from rich.text import Text
 from ..trace.trace import BlendTrace
 from ..util import visible
 from . import palette, view
-from .text import clipped
-from .view import Grid, Part
+from .view import Grid, Part, clipped
 
 CHUNK_ROWS = 24
 TOP_TOKENS = 8

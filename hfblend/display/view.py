@@ -24,6 +24,7 @@ from ..trace.trace import BlendTrace
 
 COLUMNS, ROWS = 160, 40  # of a map
 TOKENS = 2500  # written out
+LONGEST = 60  # characters of a token
 SHORTEST = 4  # tokens that are worth leaving out
 HEAD, AROUND = 12, 5  # tokens written out of a long part: its first ones, and those around a high score
 SHARES = (0.01, 0.03, 0.08, 0.15, 0.30, 0.50)  # of the scored tokens, from the highest down: levels 7 … 1
@@ -163,6 +164,11 @@ def highest_first(scores: Sequence[float | None]) -> list[int]:
     """The scored tokens, the highest score first."""
     ranks = {i: _rank(score) for i, score in enumerate(scores) if score is not None}
     return sorted(ranks, key=ranks.__getitem__, reverse=True)
+
+
+def clipped(text: str, longest: int = LONGEST) -> str:
+    """The text, shortened to `longest` characters."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def binned(values: Any, most: int, combine: Callable[[Any], Any]) -> list[Any]:

@@ -18,7 +18,7 @@ import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,24 +71,19 @@ class GraphCache(RowsCache):
         return key_states, value_states  # attention takes shapes from them, and K/V from the state
 
 
-@dataclass
-class Part:
-    """The graph of some layers of a pass, from where the first one's K/V are written."""
-
-    graph: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
-    layers: list[int] = field(default_factory=list)
-
-
 class Recording:
     """A pass that is recorded in parts.
 
     Args:
         pool: of CUDA graphs, whose memory they work in.
+
+    Attributes:
+        parts: the graph of some layers each, from where the first one's K/V are written, and those layers.
     """
 
     def __init__(self, device: torch.device, pool: Any) -> None:
         self._stream, self._pool = torch.cuda.Stream(device), pool
-        self.parts: list[Part] = []
+        self.parts: list[tuple[torch.cuda.CUDAGraph, list[int]]] = []
         self._is_open = False
 
     def run(self, call: Callable[[], Any]) -> Any:
@@ -113,21 +108,20 @@ class Recording:
 
     def reached(self, layer_idx: int) -> None:
         """The call comes to where K/V of a layer are written."""
-        layers = self.parts[-1].layers
-        if layer_idx in layers:
+        if layer_idx in self.parts[-1][1]:
             return
         if len(self.parts) <= LAYERS_A_PART or layer_idx % LAYERS_A_PART == 0:
             self._end()
             self._begin()
-        self.parts[-1].layers.append(layer_idx)
+        self.parts[-1][1].append(layer_idx)
 
     def _begin(self) -> None:
-        self.parts.append(Part())
+        self.parts.append((torch.cuda.CUDAGraph(), []))
         self._is_open = True
-        self.parts[-1].graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        self.parts[-1][0].capture_begin(self._pool, capture_error_mode="thread_local")
 
     def _end(self) -> None:
-        self.parts[-1].graph.capture_end()
+        self.parts[-1][0].capture_end()
         self._is_open = False
 
 
@@ -176,9 +170,9 @@ class PassGraph:
             if getattr(one, name) is not None:
                 getattr(self._inputs, name).copy_(getattr(one, name))
         self.state.numbers.copy_(numbers)
-        for part in self._parts:
-            load(part.layers)
-            part.graph.replay()
+        for graph, layers in self._parts:
+            load(layers)
+            graph.replay()
         if self.output is None:
             return None
         return type(self.output)(**{k: v.clone() for k, v in self.output.items() if torch.is_tensor(v)})
@@ -216,7 +210,10 @@ class PassGraphs:
         if form is None or not self._is_ready(form):
             return False, None
         padded, count = self._padded(one), len(one.rows)
-        received = self._received(one)
+        received = None
+        if one.record is not None:
+            shape = (len(one.record.layers), self.hf_model.config.num_attention_heads, one.length)
+            received = torch.empty(shape, dtype=torch.float32, device=self.hf_model.device)
         mask = None if one.hidden is None else mask_of(one.hidden, one.length)
         rows = [buffers[i][0] if i in buffers else None for i in range(self.hf_model.num_layers)]  # keys come first
         numbers = [one.length, count, *(0 if t is None else t.data_ptr() for t in (received, mask, *rows))]
@@ -272,7 +269,8 @@ class PassGraphs:
         if not self._graphs:  # a pool ends with the last graph that was in it
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            self._graphs[form] = self._recorded(forward, padded, numbers)
+            with torch.inference_mode(False), torch.no_grad():
+                self._graphs[form] = PassGraph(self.hf_model, forward, padded, numbers, self._pool)
         except Exception as error:  # anything that a model does and a graph cannot hold
             self._works = False
             name = type(self.hf_model.model).__name__
@@ -281,11 +279,6 @@ class PassGraphs:
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return True
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _recorded(self, forward: Forward, padded: Pass, numbers: torch.Tensor) -> PassGraph:
-        return PassGraph(self.hf_model, forward, padded, numbers, self._pool)
 
     def _padded(self, one: Pass) -> Pass:
         """The pass with copies of its last row up to the rounded size."""
@@ -298,12 +291,6 @@ class PassGraphs:
         entered = None if one.resume_with is None else fill(one.resume_with, 1)
         rows, seen_from = fill(one.rows, 0), fill(one.seen_from, 0)
         return replace(one, ids=fill(one.ids, 1), rows=rows, seen_from=seen_from, resume_with=entered)
-
-    def _received(self, one: Pass) -> torch.Tensor | None:
-        if one.record is None:
-            return None
-        shape = (len(one.record.layers), self.hf_model.config.num_attention_heads, one.length)
-        return torch.empty(shape, dtype=torch.float32, device=self.hf_model.device)
 
 
 def can_record(hf_model: HFModel) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,7 +92,7 @@ class GPULoader:
         starts, sizes = [p.span[0] for p in pieces], [p.span[1] - p.span[0] for p in pieces]
         in_place = ([t + start * n for t, n in zip(targets, row_bytes)] for start in starts)  # what is copied there
         sources = [own if there is None else there for own, there in zip(in_place, near)]  # (pieces, L)
-        turns = [-1] * len(reuse.exact) + _starts(sizes[len(reuse.exact) :])
+        turns = [-1] * len(reuse.exact) + [0, *accumulate(sizes[len(reuse.exact) :])][:-1]
         tiles = tiles_of(list(zip(sizes, starts, turns)))
         numbers = [torch.tensor(targets), torch.tensor(sources).T.flatten(), tiles.flatten()]
         on_device = sent(torch.cat(numbers), device).split([len(part) for part in numbers])
@@ -241,15 +241,5 @@ class OverTheBus:
 
 def _runs(layers: Sequence[int], kind: Callable[[int], Any]) -> list[list[int]]:
     """Layers that follow each other and are of one kind, together."""
-    runs: list[list[int]] = []
-    for i in layers:
-        if runs and runs[-1][-1] == i - 1 and kind(runs[-1][0]) == kind(i):
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return runs
-
-
-def _starts(sizes: list[int]) -> list[int]:
-    """The start of each of several pieces that follow each other."""
-    return [0, *accumulate(sizes)][: len(sizes)]
+    runs = groupby(enumerate(layers), lambda numbered: (numbered[1] - numbered[0], kind(numbered[1])))
+    return [[layer for _, layer in run] for _, run in runs]

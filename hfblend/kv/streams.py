@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -47,3 +48,12 @@ def synchronize(device: torch.device) -> None:
     """Waits for all that was asked of a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def clocked(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Calls once; returns the seconds on the host's clock, the device idle before and after, and the result."""
+    synchronize(device)
+    began = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return time.perf_counter() - began, result

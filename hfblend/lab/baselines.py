@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -84,8 +86,9 @@ class LMCacheV1(StaleRows, LeakyMask):
         reuse = super().find()
         last = self.length - 1
         like = (reuse.moved + reuse.exact)[0].entry
-        unknown = _runs([i for i in reuse.fresh_idx.tolist() if i != last])
-        reuse.moved += [Piece(span, _zero_kv(like, span), exact=False) for span in unknown]
+        unknown = enumerate(i for i in reuse.fresh_idx.tolist() if i != last)
+        runs = groupby(unknown, lambda numbered: numbered[1] - numbered[0])
+        reuse.moved += [_zeros(like, [i for _, i in run]) for _, run in runs]
         reuse.moved.sort(key=lambda piece: piece.span)
         reuse.candidate_idx = torch.cat([reuse.candidate_idx, reuse.fresh_idx[:-1]]).sort().values
         reuse.fresh_idx = reuse.fresh_idx[-1:]
@@ -108,23 +111,15 @@ class PrefixReuse(Blend):
         return False  # it is measured unchanged
 
 
-def _runs(idx: Sequence[int]) -> list[tuple[int, int]]:
-    """Rising indices as [start, stop) of each unbroken run."""
-    among = set(idx)
-    starts = [i for i in idx if i - 1 not in among]
-    stops = [i + 1 for i in idx if i + 1 not in among]
-    return list(zip(starts, stops))
-
-
-def _zero_kv(like: Any, span: tuple[int, int]) -> ChunkKV:
-    """KV of zeros for the tokens of a span, in the form of another entry."""
-    start, stop = span
+def _zeros(like: Any, rows: list[int]) -> Piece:
+    """KV of zeros for neighbouring rows, in the form of another entry."""
 
     def zeros(layer: int) -> KV:
-        keys, values = (t.new_zeros(*t.shape[:2], stop - start, t.shape[3]) for t in like.layer(layer))
+        keys, values = (t.new_zeros(*t.shape[:2], len(rows), t.shape[3]) for t in like.layer(layer))
         return keys, values
 
-    return ChunkKV(full_length_cache(map(zeros, range(like.num_layers))), torch.arange(start, stop), regime=like.regime)
+    cache = full_length_cache(map(zeros, range(like.num_layers)))
+    return Piece((rows[0], rows[-1] + 1), ChunkKV(cache, torch.tensor(rows), regime=like.regime), exact=False)
 
 
 # --- methods by name ------------------------------------------------------------------------------------------------
@@ -139,7 +134,6 @@ class Method:
         config: ratio -> settings.
         algorithm: what does the phases.
         fixed_ratio: the ratio, where the method knows only one.
-        uses_filler: chunks are computed after prefix and filler; needs a tokenizer.
         in_context: chunk KV comes from another request that held the chunk, in its context there.
         whole: no chunks: the prompt is prefilled in full.
     """
@@ -148,7 +142,6 @@ class Method:
     config: Callable[[float], BlendConfig]
     algorithm: type[Blend] = Blend
     fixed_ratio: float | None = None
-    uses_filler: bool = False
     in_context: bool = False
     whole: bool = False
 
@@ -181,10 +174,10 @@ class Method:
         if self.whole:
             return blend(model, Prompt(prompt.input_ids, ChunkSpans(())), store=store)
         config = self.config(ratio)
-        if self.uses_filler:
+        if config.chunk_prefix == "filler":
             if tokenizer is None:
                 raise ValueError(f'Method "{self.name}" computes chunks after a filler text and needs a tokenizer.')
-            config = replace(config, chunk_prefix="filler", filler_ids=filler_ids(tokenizer))
+            config = replace(config, filler_ids=filler_ids(tokenizer))
         if self.in_context:
             config = replace(config, on_miss="in_context", namespace="in_context")
             self._capture(model, prompt, store, config, elsewhere)
@@ -204,57 +197,48 @@ class Method:
                 store.put(key, replace(entry, provenance="in_context"))
 
 
-def _rule(selection: Any, **settings: Any) -> Callable[[float], BlendConfig]:
+def _rule(selection: Any, times: Sequence[float] = (1.0,), **settings: Any) -> Callable[[float], BlendConfig]:
+    """The settings of a selection rule; `times` is each check layer's ratio over the ratio asked for."""
+
     def config(ratio: float) -> BlendConfig:
-        return BlendConfig(selection=selection, recompute_ratios=(ratio,), min_reused_tokens=0, **settings)
+        ratios = tuple(min(max(ratio, 1.0), ratio * more) for more in times)
+        return BlendConfig(selection=selection, recompute_ratios=ratios, min_reused_tokens=0, **settings)
 
     return config
 
 
-def _full_reuse(ratio: float) -> BlendConfig:
-    return BlendConfig(check_layers=(), recompute_ratios=(), min_reused_tokens=0)
-
-
-def _prefix_reuse(ratio: float) -> BlendConfig:
-    return replace(_full_reuse(ratio), on_miss="in_context", namespace="prefix_reuse")
-
-
-def _gradual(ratio: float) -> BlendConfig:
-    """Filtering over three layers, "r1 slightly higher than r", then shrinking to it."""
-    ratios = tuple(min(1.0, ratio * more) for more in (1.2, 1.1, 1.0))
-    settings: dict[str, Any] = {"check_layers": (1, 2, 3), "recompute_ratios": ratios}
-    return BlendConfig(
-        selection="kv_deviation", deviation="key_value", chunk_prefix="none", min_reused_tokens=0, **settings
-    )
-
-
-_V = _rule("kv_deviation")
+_deviation = partial(_rule, "kv_deviation")
+_full_reuse = partial(_rule, "suffix_attention", (), check_layers=())
+# filters over three layers, "r1 slightly higher than r", then shrinking to it
+_PAPER = _deviation((1.2, 1.1, 1.0), check_layers=(1, 2, 3), deviation="key_value", chunk_prefix="none")
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         # hfblend's own recommendation: what the suffix attends to, over chunk KV computed after a filler
-        Method("hfblend", _rule("suffix_attention"), uses_filler=True),
+        Method("hfblend", _rule("suffix_attention", chunk_prefix="filler")),
         # baselines
-        Method("full_prefill", _full_reuse, fixed_ratio=1.0, whole=True),
-        Method("prefix_reuse", _prefix_reuse, PrefixReuse, fixed_ratio=1.0),
-        Method("full_reuse", _full_reuse, fixed_ratio=0.0),
-        Method("full_reuse_filler", _full_reuse, fixed_ratio=0.0, uses_filler=True),
+        Method("full_prefill", _full_reuse(), fixed_ratio=1.0, whole=True),
+        Method(
+            "prefix_reuse", _full_reuse(on_miss="in_context", namespace="prefix_reuse"), PrefixReuse, fixed_ratio=1.0
+        ),
+        Method("full_reuse", _full_reuse(), fixed_ratio=0.0),
+        Method("full_reuse_filler", _full_reuse(chunk_prefix="filler"), fixed_ratio=0.0),
         # selection rules, over chunk KV computed after the prompt's prefix
         *(Method(name, _rule(name)) for name in ("suffix_attention", "chunk_start", "mixed", "random", "last")),
-        Method("kv_deviation", _V),
+        Method("kv_deviation", _deviation()),
         # the references
-        Method("cacheblend_paper", _gradual),
-        Method("research_repo", _rule("kv_deviation", chunk_prefix="bos"), ResearchRepository),
-        Method("lmcache_v1", _rule("kv_deviation", deviation="key"), LMCacheV1, in_context=True),
+        Method("cacheblend_paper", _PAPER),
+        Method("research_repo", _deviation(chunk_prefix="bos"), ResearchRepository),
+        Method("lmcache_v1", _deviation(deviation="key"), LMCacheV1, in_context=True),
         Method("epic", _rule("chunk_start", chunk_prefix="none")),
         # CacheBlend's rule with one departure each
-        Method("kv_deviation_leaky", _V, LeakyMask),
-        Method("kv_deviation_stale", _V, StaleRows),
-        Method("kv_deviation_key", _rule("kv_deviation", deviation="key")),
-        Method("kv_deviation_bos", _rule("kv_deviation", chunk_prefix="bos")),
-        Method("kv_deviation_none", _rule("kv_deviation", chunk_prefix="none")),
-        Method("kv_deviation_in_context", _V, in_context=True),
-        Method("kv_deviation_filler", _V, uses_filler=True),
+        Method("kv_deviation_leaky", _deviation(), LeakyMask),
+        Method("kv_deviation_stale", _deviation(), StaleRows),
+        Method("kv_deviation_key", _deviation(deviation="key")),
+        Method("kv_deviation_bos", _deviation(chunk_prefix="bos")),
+        Method("kv_deviation_none", _deviation(chunk_prefix="none")),
+        Method("kv_deviation_in_context", _deviation(), in_context=True),
+        Method("kv_deviation_filler", _deviation(chunk_prefix="filler")),
     )
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ..kv.streams import synchronize
+from ..kv.streams import clocked, synchronize
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -37,14 +36,11 @@ class Turn(NamedTuple):
 def timed(call: Callable[[], Any], device: torch.device) -> Turn:
     """Calls once, on a device that is idle before and after."""
     on_gpu = device.type == "cuda"
-    synchronize(device)
     if on_gpu:
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    started = time.perf_counter()
-    result = call()
-    synchronize(device)
-    ms = 1000 * (time.perf_counter() - started)
-    return Turn(ms, torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None, result)
+    seconds, result = clocked(call, device)
+    return Turn(1000 * seconds, torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None, result)
 
 
 def take_turns(
@@ -139,9 +135,5 @@ class Peaks:
 
 
 def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
-    def batch() -> None:
-        for _ in range(_CALLS):
-            call()
-
     call()
-    return min(timed(batch, device).ms for _ in range(_BATCHES)) / 1000 / _CALLS
+    return min(clocked(lambda: [call() for _ in range(_CALLS)], device)[0] for _ in range(_BATCHES)) / _CALLS

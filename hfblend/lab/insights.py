@@ -13,7 +13,7 @@ Source: CacheBlend (arXiv 2405.16444) section 4.3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -171,37 +171,37 @@ def attention_deviation(
         raise ValueError("attention_deviation needs a prompt with chunks, got none.")
     if not hf_model.attends_by_position:
         raise ValueError(f"The attention of {type(model).__name__} cannot be recorded.")
-    full = _attend_again(hf_model, prompt, _full_prefill_kv(hf_model, prompt))
+    full = _attend_again(hf_model, prompt, _full_prefill_kv(hf_model, prompt), lambda layer, weights: weights.cpu())
+
+    def distance(layer: int, weights: torch.Tensor) -> float:
+        return (weights - full[layer].to(weights.device)).norm(dim=-1).mean().item()
+
     rows = []
     for ratio in ratios:
         state = _blending(hf_model, prompt, store, with_ratio(config, ratio))
         state.run(hf_model.last_logits)
-        rows.append(_attend_again(hf_model, prompt, state.buffers, full))
-    return torch.tensor([[row[layer] for layer in range(hf_model.num_layers)] for row in rows])
+        rows.append(_attend_again(hf_model, prompt, state.buffers, distance))
+    return torch.tensor(rows)
 
 
 class _SuffixAttention(AttentionRecord):
-    """Keeps every layer's attention weights (H, S, T) on the CPU, or only their mean L2 distance from a reference."""
+    """Keeps what a function makes of every layer's attention weights (H, S, T)."""
 
-    def __init__(self, num_layers: int, reference: Mapping[int, Any] | None) -> None:
+    def __init__(self, num_layers: int, keep: Callable[[int, torch.Tensor], Any]) -> None:
         super().__init__(range(num_layers))
-        self.reference, self.found = reference, dict[int, Any]()
+        self.keep, self.found = keep, list[Any]()
 
     def add(self, layer: int, args: AttentionArgs, seen: torch.Tensor) -> None:
-        weights = attention_weights(args, seen)[0]
-        if self.reference is None:
-            self.found[layer] = weights.cpu()
-        else:
-            self.found[layer] = (weights - self.reference[layer].to(weights.device)).norm(dim=-1).mean().item()
+        self.found.append(self.keep(layer, attention_weights(args, seen)[0]))
         if layer == max(self.layers):
             raise StopForward
 
 
 def _attend_again(
-    hf_model: TestedModel, prompt: Prompt, buffers: dict[int, KV], reference: Mapping[int, Any] | None = None
-) -> dict[int, Any]:
+    hf_model: TestedModel, prompt: Prompt, buffers: dict[int, KV], keep: Callable[[int, torch.Tensor], Any]
+) -> list[Any]:
     """Runs the suffix's rows over a prompt's KV, and returns the records of `_SuffixAttention` by layer."""
-    length, record = len(prompt), _SuffixAttention(hf_model.num_layers, reference)
+    length, record = len(prompt), _SuffixAttention(hf_model.num_layers, keep)
     rows = torch.arange(min(prompt.chunk_spans[-1][1], length - 1), length, device=hf_model.device)
     cache = BlendingCache(hf_model.num_layers, buffers, rows, length)
     one = Pass(prompt.input_ids.to(hf_model.device)[:, rows], rows, rows, length, record=record)

@@ -23,7 +23,6 @@ _BASELINES = {"full_prefill": palette.BLACK, "prefix_reuse": palette.GREY, "full
 _COLOURS = [colour for colour in palette.LINES if colour not in _BASELINES.values()]
 _MARKERS = "osD^vPX*<>hp"
 _STROKES = ("-", ":", "--", "-.")
-_LABEL_STEP = 0.045  # of the axes' height, between the labels of two lines
 
 Look = dict[str, Any]  # keywords of a line
 Line = tuple[Look, list[Row]]
@@ -56,29 +55,10 @@ def plot_quality(rows: Sequence[Row], title: str = "") -> Figure:
     for row in rows:
         if row["kl"] >= EXACT_KL:
             drawn.setdefault(row["method"], []).append(row)
-    for i, line in enumerate(drawn.values()):
-        line.sort(key=lambda row: row["recomputed_pairs_share"])
-        _draw_quality(axes, line, i)
+    for i, (method, line) in enumerate(drawn.items()):
+        _draw_quality(axes, method, sorted(line, key=lambda row: row["recomputed_pairs_share"]), i)
     exact = [f"{row['method']} ({row['recomputed_pairs_share']:.0%} computed)" for row in rows if row["kl"] < EXACT_KL]
-    _dress_quality(axes, title, f"\nexact, not drawn: {', '.join(exact)}" if exact else "")
-    _label_lines(axes, drawn)
-    return figure
-
-
-def _colour(i: int) -> str:
-    return palette.LINES[i % len(palette.LINES)]
-
-
-def _draw_quality(axes: Any, rows: Sequence[Row], i: int) -> None:
-    cost, kl = [100 * row["recomputed_pairs_share"] for row in rows], [row["kl"] for row in rows]
-    below = [max(0.0, row["kl"] - row["kl_ci95"][0]) for row in rows]
-    above = [max(0.0, row["kl_ci95"][1] - row["kl"]) for row in rows]
-    axes.errorbar(cost, kl, [below, above], fmt="none", ecolor=_colour(i), elinewidth=0.8, alpha=0.3)
-    style = "-" if i < len(palette.LINES) else "--"
-    axes.plot(cost, kl, style, marker=_MARKERS[i % len(_MARKERS)], color=_colour(i), markersize=6, linewidth=1.5)
-
-
-def _dress_quality(axes: Any, title: str, note: str) -> None:
+    note = f"\nexact, not drawn: {', '.join(exact)}" if exact else ""
     axes.set_yscale("log")
     _plain_numbers(axes.yaxis)
     axes.xaxis.set_major_formatter("{x:g} %")
@@ -87,41 +67,18 @@ def _dress_quality(axes: Any, title: str, note: str) -> None:
     axes.set_xlabel("computed share of a full prefill's (token, layer) pairs; left and low is better" + note)
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(which="major", color="0.9", linewidth=0.7)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    return figure
 
 
-def _label_lines(axes: Any, lines: Mapping[str, Sequence[Row]]) -> None:
-    """Writes a line's name right of the axes, as near to the height of its last point as its neighbours leave room; a
-    single point's name next to it."""
-    axes.figure.draw_without_rendering()  # settles the limits
-    ends = []
-    for i, (method, rows) in enumerate(lines.items()):
-        point = (100 * rows[-1]["recomputed_pairs_share"], rows[-1]["kl"])
-        look = {"color": _colour(i), "fontsize": 9, "va": "center"}
-        if len(rows) == 1:
-            axes.annotate(method, point, xytext=(7, 7), textcoords="offset points", **look)
-        else:
-            height = axes.transAxes.inverted().transform(axes.transData.transform(point))[1]
-            ends.append((height, point, method, look))
-    ends.sort(key=lambda end: end[0])
-    for height, (_, point, method, look) in zip(spread([end[0] for end in ends], _LABEL_STEP), ends):
-        leader = {"arrowstyle": "-", "color": look["color"], "linewidth": 0.6, "alpha": 0.5, "shrinkA": 1, "shrinkB": 4}
-        place = {"xytext": (1.03, height), "textcoords": "axes fraction", "annotation_clip": False}
-        axes.annotate(method, point, **place, **look, arrowprops=leader)
-
-
-def spread(heights: Sequence[float], step: float) -> list[float]:
-    """Rising heights, moved so that neighbours are `step` apart: those too close spread about their middle.
-
-    >>> spread([0.5, 0.5], 0.1)
-    [0.45, 0.55]
-    """
-    groups: list[list[float]] = []  # [middle of the wanted heights, how many]
-    for height in heights:
-        groups.append([height, 1])
-        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < step * (groups[-1][1] + groups[-2][1]) / 2:
-            (second, more), (first, some) = groups.pop(), groups.pop()
-            groups.append([(first * some + second * more) / (some + more), some + more])
-    return [middle + step * (i - (count - 1) / 2) for middle, count in groups for i in range(int(count))]
+def _draw_quality(axes: Any, method: str, rows: Sequence[Row], i: int) -> None:
+    cost, kl = [100 * row["recomputed_pairs_share"] for row in rows], [row["kl"] for row in rows]
+    below = [max(0.0, row["kl"] - row["kl_ci95"][0]) for row in rows]
+    above = [max(0.0, row["kl_ci95"][1] - row["kl"]) for row in rows]
+    colour, style = palette.LINES[i % len(palette.LINES)], "-" if i < len(palette.LINES) else "--"
+    axes.errorbar(cost, kl, [below, above], fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.3)
+    look = {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 6, "linewidth": 1.5, "label": method}
+    axes.plot(cost, kl, style, color=colour, **look)
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -201,11 +158,12 @@ def _looks(cases: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], Look]:
     places = list(dict.fromkeys(place for *_, place in cases if place))
     looks = {}
     for method, ratio, place in cases:
-        label, i, colour = method, 0, _BASELINES.get(method)
+        label, i = method, 0
+        colour: Any = _BASELINES.get(method)
         if colour is None:
             ratios = sorted({other for name, other, _ in cases if name == method})
             label, i = f"{method} {ratio:g}", ratios.index(ratio)
-            colour = _tint(_COLOURS[methods.index(method) % len(_COLOURS)], i / (len(ratios) + 1))
+            colour = _COLOURS[methods.index(method) % len(_COLOURS)], 1 - i / (len(ratios) + 1)  # and its opacity
         at = places.index(place) if place else 0
         looks[method, ratio, place] = {
             "color": colour,
@@ -217,8 +175,3 @@ def _looks(cases: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], Look]:
             "label": label + (f", {place}" if place and len(places) > 1 else ""),
         }
     return looks
-
-
-def _tint(colour: str, share_of_white: float) -> Any:
-    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return tuple(channel + (1 - channel) * share_of_white for channel in channels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ PLACES = {
 DEFAULT_BASELINE = "kv_deviation"
 
 
-def _at_least(least: int, default: int) -> Any:
-    return field(default=default, metadata={"least": least})
+def _require_least(values: Any, **least: int) -> None:
+    for name, bound in least.items():
+        whole(name, getattr(values, name), bound)
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,6 @@ class Settings:
         outside = [ratio for ratio in self.ratios if not 0 <= ratio <= 1]
         if outside or not self.ratios:
             raise ValueError(f"Ratios are shares in [0, 1], got {outside or 'none'}.")
-        for one in fields(self):
-            if "least" in one.metadata:
-                whole(one.name, getattr(self, one.name), one.metadata["least"])
 
     def cases(self) -> list[Case]:
         """A case per method and ratio, each once; a method that knows only one ratio has one."""
@@ -99,15 +97,16 @@ class BenchSettings(Settings):
     methods: tuple[str, ...] = ("prefix_reuse", "suffix_attention", "kv_deviation")
     ratios: tuple[float, ...] = (0.0, 0.05, 0.15, 0.30)
     lengths: tuple[int, ...] = ()
-    repeats: int = _at_least(1, 7)
+    repeats: int = 7
     layout: Layout = field(default_factory=Layout)
     chunks_in: tuple[str, ...] = ()
-    decoded_tokens: int = _at_least(0, 64)
-    throughput_prompts: int = _at_least(0, 0)
-    batch_prompts: int = _at_least(0, 0)
+    decoded_tokens: int = 64
+    throughput_prompts: int = 0
+    batch_prompts: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_least(self, repeats=1, decoded_tokens=0, throughput_prompts=0, batch_prompts=0)
         if nowhere := [place for place in self.chunks_in if place not in PLACES]:
             raise ValueError(f"Chunks are in some of {', '.join(PLACES)}, got {', '.join(nowhere)}.")
         for length in self.lengths:
@@ -155,14 +154,15 @@ class EvalSettings(Settings):
 
     methods: tuple[str, ...] = ("full_prefill", "full_reuse", "kv_deviation", "hfblend")
     ratios: tuple[float, ...] = (0.05, 0.15, 0.3)
-    max_context: int = _at_least(1, 6500)
-    answer_tokens: int = _at_least(0, 32)
-    forced_tokens: int = _at_least(1, 16)
+    max_context: int = 6500
+    answer_tokens: int = 32
+    forced_tokens: int = 16
     kv_dtype: str | None = None
     baseline: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_least(self, max_context=1, answer_tokens=0, forced_tokens=1)
         require_kv_dtype(self.kv_dtype)
         if not self.methods:
             raise ValueError("Name at least one method, got none.")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,7 @@ from ..config import BlendConfig, as_config
 from ..controller import BlendCost, BlendShape, Cost, Load, LoadCost, Profile, Work
 from ..generate.blending import blend
 from ..kv.chunk import ChunkKV, ChunkLost, Reader
-from ..kv.streams import synchronize
+from ..kv.streams import clocked
 from ..prompts.prompt import Prompt
 from ..store import MemoryStore, Store, file_stores_of, tiers_of
 from ..store.files import FileStore
@@ -65,7 +64,8 @@ def profile_of(
     """
     config, hf_model = as_config(config), model_of(model)
     made_of = _made_of(hf_model, store, config)
-    file = _file_of(made_of) if file is None else file
+    if file is None:
+        file = cache_folder() / "profiles" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
     found = None if refresh else Profile.load(file)
     if found is not None and found.made_of == made_of:
         return found
@@ -90,10 +90,6 @@ def _made_of(hf_model: TestedModel, store: Store, config: BlendConfig) -> str:
     ]
     parts = [describe_machine(hf_model.device), threads, name, str(hf_model.dtype), shape, rule, *places]
     return ", ".join(filter(None, parts))
-
-
-def _file_of(made_of: str) -> Path:
-    return cache_folder() / "profiles" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -168,22 +164,23 @@ def _tiers(
 def _loads_from(store: FileStore, chunks: Mapping[str, ChunkKV], device: torch.device) -> dict[str, tuple[Load, float]]:
     """Tier -> load and seconds: from the disk, if the system lets go of its copies, then from those copies in RAM."""
     found: dict[str, tuple[Load, float]] = {}
+
+    def load() -> tuple[str, Load]:
+        entries = [entry for key in chunks if (entry := store.open(key)) is not None]
+        if len(entries) < len(chunks):
+            raise ChunkLost(next(iter(chunks)), "the store does not have all that was just put into it")
+        tier = entries[0].tier_beside(device)
+        _load(entries, device)
+        return tier, _total(entries)
+
     try:
         for key, chunk_kv in chunks.items():
             store.put(key, chunk_kv)
         for key in chunks:
             store.drop_from_ram(key)
         for _ in range(1 + _TURNS):
-            synchronize(device)
-            began = time.perf_counter()
-            entries = [entry for key in chunks if (entry := store.open(key)) is not None]
-            if len(entries) < len(chunks):
-                raise ChunkLost(next(iter(chunks)), "the store does not have all that was just put into it")
-            tier = entries[0].tier_beside(device)
-            _load(entries, device)
-            synchronize(device)
-            seconds = time.perf_counter() - began
-            found[tier] = _total(entries), min(seconds, found[tier][1] if tier in found else seconds)
+            seconds, (tier, total) = clocked(load, device)
+            found[tier] = total, min(seconds, found[tier][1] if tier in found else seconds)
         return found
     finally:
         for key in chunks:
@@ -220,11 +217,4 @@ def _ids(hf_model: TestedModel, tokens: int) -> torch.Tensor:
 
 def _quickest(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of the quickest turn, after one that warms up."""
-    times = []
-    for _ in range(1 + _TURNS):
-        synchronize(device)
-        began = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+    return min([clocked(call, device)[0] for _ in range(1 + _TURNS)][1:])

@@ -18,8 +18,7 @@ from ..blend.caches import BlendingCache, RecordingCache
 from ..blend.model import Forward, Pass, Watched
 from ..blend.reuse import Reuse, ReusedKV
 from ..config import BlendConfig
-from ..gpu.fused_norms import Norms, find_norms, norms_in_one_kernel
-from ..gpu.fused_rotary import Rotary, find_rotary, rotary_in_one_kernel
+from ..gpu.fused import Fused, find_norms, find_rotary, run_fused
 from ..gpu.graphs import PassGraphs
 from ..gpu.loader import loaders_of
 from ..kv.chunk import ChunkKV, ChunkLost, Reader, in_memory
@@ -57,7 +56,7 @@ class TestedModel(HFModel):
         self._kv_dtypes = {super().dtype: dtype}
         self.fingerprint = Fingerprint(model)
         self.graphs = PassGraphs(self)
-        self._small_steps: tuple[Norms, Rotary] | None = None
+        self._small_steps: Fused | None = None
         prove_rows(self, stock)
         self._forward = _forward_of(model)
         self.reads_last_row_only = _reads_last_row_only(self)
@@ -149,10 +148,8 @@ class TestedModel(HFModel):
         if not self.takes_kernels or self.dtype not in HALF or not self.layers_run_as_written:
             return
         if self._small_steps is None:
-            self._small_steps = find_norms(self.decoder), find_rotary(self.decoder)
-        norms, rotary = self._small_steps
-        norms_in_one_kernel(self.lock, norms)
-        rotary_in_one_kernel(self.lock, rotary)
+            self._small_steps = find_norms(self.decoder) | find_rotary(self.decoder)
+        run_fused(self.lock, self._small_steps)
 
     # --- chunks ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 from ...config import BlendConfig, Selection
 from ...display import Display
@@ -62,10 +62,7 @@ class Setup:
                 )
         if not self.question.strip():
             raise ValueError("There is no question. Write one.")
-        if self.rule not in get_args(Selection):
-            raise ValueError(f"The rule must be one of {', '.join(get_args(Selection))}, got {self.rule!r}.")
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"The ratio must lie between 0 and 1, got {self.ratio}.")
+        _ = self.config  # refuses other rules and ratios
 
     @property
     def config(self) -> BlendConfig:
@@ -193,7 +190,7 @@ class Playground:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.blender = patch(model, _BLEND, tokenizer=tokenizer, trace="tokens")
         self._one_at_a_time = threading.Lock()
-        self._latest: tuple[Prompt, tuple[Answer, Answer]] | None = None
+        self._latest: tuple[Any, tuple[Answer, Answer]] | None = None
 
     def close(self) -> None:
         """Leaves the model as it was."""
@@ -218,10 +215,11 @@ class Playground:
             storing_ms = None if all(found) else blended.ttft_ms
             if storing_ms is not None:  # the time to show is that of a later call
                 blended = self._answer("blended", prompt, setup.config)
-            repeated = self._latest is not None and _same(self._latest[0], prompt)
+            content = prompt.ids, prompt.chunk_spans
+            repeated = self._latest is not None and self._latest[0] == content
             if self._latest is None or not repeated:
                 full_reuse = self._answer("full_reuse", prompt, _FULL_REUSE)
-                self._latest = prompt, (self._answer("full_prefill", prompt, FULL_PREFILL), full_reuse)
+                self._latest = content, (self._answer("full_prefill", prompt, FULL_PREFILL), full_reuse)
             answers = (*self._latest[1], blended)
         return Outcome(prompt, answers, found, storing_ms, repeated)
 
@@ -240,7 +238,3 @@ class Playground:
                 f"The prompt has {len(prompt)} tokens and the answer takes up to {ANSWER_TOKENS}, but this model was "
                 f"made for {room}. Shorten or remove a chunk."
             )
-
-
-def _same(one: Prompt, other: Prompt) -> bool:
-    return one.ids == other.ids and one.chunk_spans == other.chunk_spans

@@ -67,8 +67,6 @@ class Page:
     def __init__(self, nicegui: Any, playground: Playground, model_name: str) -> None:
         self.ui, self.io_bound = nicegui.ui, nicegui.run.io_bound
         self.playground, self.model_name, self.presets = playground, model_name, presets()
-        self.fields: dict[Any, Any] = {}  # card -> its text field
-        self.lines: dict[Any, Any] = {}  # card -> the last run's line about its chunk
         self.is_running = self.is_wanted = False
         self.num_runs = 0
 
@@ -147,7 +145,7 @@ class Page:
                 ):
                     ui.button(on_click=act).props(f'flat dense round size=sm icon={icon} aria-label="{name}"')
             field = ui.textarea(value=text, on_change=self._edited).props(f'{FIELD} aria-label="Text of the chunk"')
-            self.fields[card], self.lines[card] = field, ui.label().classes("dim")
+            card.field, card.line = field, ui.label().classes("dim")  # its text, the last run's line about its chunk
         return field
 
     # --- changes ------------------------------------------------------------------------------------------------------
@@ -160,13 +158,11 @@ class Page:
     @property
     def content(self) -> tuple[Any, ...]:
         """The fields of a `Setup`, unchecked."""
-        chunks = tuple(self.fields[card].value or "" for card in self.order)
+        chunks = tuple(card.field.value or "" for card in self.order)
         return chunks, self.question.value or "", float(self.ratio.value), self.rule.value
 
     def _fill(self, preset: Setup) -> None:
         self.cards.clear()
-        self.fields.clear()
-        self.lines.clear()
         for text in preset.chunks:
             self._add(text)
         self.question.value = preset.question
@@ -187,7 +183,6 @@ class Page:
             await self._changed()
 
     async def _remove(self, card: Any) -> None:
-        del self.fields[card], self.lines[card]
         card.delete()
         await self._changed()
 
@@ -251,4 +246,4 @@ class Page:
         if is_current:
             self.results.classes(remove="stale")
             for card, line in zip(self.order, outcome.chunk_lines):
-                self.lines[card].text = line
+                card.line.text = line

@@ -103,8 +103,6 @@ class Pair(AbstractContextManager["Pair"]):
             self.stock.generate(**inputs, **options)
             return None
         config = replace(case.method.config(case.ratio), layerwise=case.chunks_in != "disk_whole")
-        if case.method.uses_filler:
-            config = replace(config, chunk_prefix="filler")
         self._blender.store = _store_of(case, stores)
         self.model.generate(**inputs, **options, blend_config=config)
         trace = self._blender.trace

@@ -87,7 +87,7 @@ def bootstrap_mean_ci(values: Sequence[float], seed: int = 0) -> Interval:
     >>> bootstrap_mean_ci([0.5, 0.5, 0.5])
     (0.5, 0.5)
     """
-    return _interval(_resampled_means([values], seed)[0])
+    return bootstrap_ratio_ci(values, [1.0] * len(values), seed)
 
 
 def bootstrap_ratio_ci(values: Sequence[float], baseline_values: Sequence[float], seed: int = 0) -> Interval:
@@ -101,20 +101,10 @@ def bootstrap_ratio_ci(values: Sequence[float], baseline_values: Sequence[float]
     """
     if len(values) != len(baseline_values):
         raise ValueError(f"A ratio is paired by question, got {len(values)} and {len(baseline_values)} values.")
-    means = _resampled_means([values, baseline_values], seed)
-    return _interval(means[0] / means[1])
-
-
-def _resampled_means(rows: Sequence[Sequence[float]], seed: int) -> torch.Tensor:
-    """Means of M rows over the same resampled questions: (M, NUM_RESAMPLES)."""
-    values = torch.tensor([list(row) for row in rows], dtype=torch.float64)
-    count = values.shape[1]
-    if count == 0:
+    if not values:
         raise ValueError("The bootstrap needs at least one value, got none.")
-    drawn = torch.randint(count, (NUM_RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
-    return torch.stack([row[drawn].mean(1) for row in values])
-
-
-def _interval(samples: torch.Tensor) -> Interval:
-    low, high = torch.quantile(samples, torch.tensor(_TAILS, dtype=samples.dtype)).tolist()
+    pairs = torch.tensor([list(values), list(baseline_values)], dtype=torch.float64)
+    drawn = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
+    means, baseline_means = (row[drawn].mean(1) for row in pairs)
+    low, high = torch.quantile(means / baseline_means, torch.tensor(_TAILS, dtype=torch.float64)).tolist()
     return low, high

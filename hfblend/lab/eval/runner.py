@@ -87,24 +87,17 @@ class Runner:
 
     def run(self, questions: Iterable[int]) -> list[Record]:
         """The records of these questions, in order."""
-        questions, cases = list(questions), self.settings.cases()
+        found, cases = [], self.settings.cases()
         for index in questions:
-            missing = [case for case in cases if (index, case.method.name, case.ratio) not in self.records.found]
-            for _ in range(len(cases) - len(missing)):
+            question: _Question | None = None
+            for case in cases:
+                key = index, case.method.name, case.ratio
+                if key not in self.records.found:
+                    question = question or _Question(self, index)
+                    self.records.add(question.measure(case))
+                found.append(self.records.found[key])
                 self.advance()
-            if missing:
-                self._measure_question(index, missing)
-        return [self.records.found[index, case.method.name, case.ratio] for index in questions for case in cases]
-
-    def _measure_question(self, index: int, cases: Sequence[Case]) -> None:
-        question = _Question(self.model, self.tokenizer, self.examples, index, self.settings)
-        stored: set[str] = set()
-        for case in cases:
-            if case.method.name not in stored:
-                question.blend(case)  # puts the chunk KV into the store
-                stored.add(case.method.name)
-            self.records.add(question.measure(case))
-            self.advance()
+        return found
 
 
 class _AsFromAFile(MemoryStore):
@@ -125,17 +118,15 @@ def _store_of(kv_dtype: str | None, device: torch.device) -> MemoryStore:
 class _Question:
     """One question: its prompt, its full prefill, and the store that all its methods share."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, examples: Sequence[Example], index: int, settings: EvalSettings
-    ) -> None:
-        self.model, self.tokenizer, self.index, self.settings = model, tokenizer, index, settings
-        self.example, self.store = examples[index], _store_of(settings.kv_dtype, model.device)
-        self.prompt = to_prompt(tokenizer, self.example, settings.max_context)
-        other = examples[(index + 1) % len(examples)]
-        unrelated = [] if other is self.example else Encoder(tokenizer).plain(passage_text(other.passages[0]))
+    def __init__(self, runner: Runner, index: int) -> None:
+        self.model, self.tokenizer, self.settings = runner.model, runner.tokenizer, runner.settings
+        self.index, self.example = index, runner.examples[index]
+        self.store, self.stored = _store_of(self.settings.kv_dtype, self.model.device), set[str]()
+        self.prompt = to_prompt(self.tokenizer, self.example, self.settings.max_context)
+        other = runner.examples[(index + 1) % len(runner.examples)]
+        unrelated = [] if other is self.example else Encoder(self.tokenizer).plain(passage_text(other.passages[0]))
         self.elsewhere = tuple(unrelated)
-        full = FullAnswer.of(model, self.prompt, settings.forced_tokens)
-        self.forced_ids, self.full_logits = full.ids, full.logits  # (P, V)
+        self.full = FullAnswer.of(self.model, self.prompt, self.settings.forced_tokens)
 
     def blend(self, case: Case) -> BlendResult:
         """Blends, up to the first token's id on the host."""
@@ -146,16 +137,19 @@ class _Question:
         return result
 
     def measure(self, case: Case) -> Record:
-        """Measures a method whose chunk KV is in the store."""
+        """Measures a method once its chunk KV is in the store."""
+        if case.method.name not in self.stored:
+            self.blend(case)
+            self.stored.add(case.method.name)
         blend, asks_answer = partial(self.blend, case), self.settings.answer_tokens > 0
         turn = timed(blend, self.model.device)
         kl, agreement, cache = 0.0, 1.0, turn.result.cache  # full prefill's, by definition
         share = turn.result.trace.recomputed_pairs_share
         if case.method.name != FULL_PREFILL:
-            logits = teacher_forced_logits(self.model, self.prompt.input_ids, self.forced_ids, cache)
-            kl = kl_divergence(self.full_logits, logits).mean().item()
-            agreement = top1_agreement(self.full_logits, logits)
-            cache = _cut_back(cache, len(self.forced_ids), blend) if asks_answer else None
+            logits = teacher_forced_logits(self.model, self.prompt.input_ids, self.full.ids, cache)
+            kl = kl_divergence(self.full.logits, logits).mean().item()
+            agreement = top1_agreement(self.full.logits, logits)
+            cache = _cut_back(cache, len(self.full.ids), blend) if asks_answer else None
         scores = self._answer_scores(cache) if asks_answer else {}
         figures = (len(self.prompt), kl, agreement, turn.ms, share)
         return Record(self.index, case.method.name, case.ratio, *figures, **scores)

@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ...kernels.device import HAS_TRITON, has_kernels
 
 if HAS_TRITON:
-    from ...kernels.samples import sample
+    from ...kernels.small import sample
 
 Place: TypeAlias = tuple[int, int]  # of a sample in a tensor's memory: how many elements, and how far apart
 

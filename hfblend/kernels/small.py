@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys in one kernel."""
+"""Small kernels that each replace many of eager code: RMS normalisation, rotary embedding, samples of the weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,39 @@ import triton
 import triton.language as tl
 
 _TOKENS = 16  # a program turns that many rows of one head
+_BLOCK = 1024  # elements that a program samples at a time
+
+
+@triton.jit
+def _rms_norm_kernel(
+    X: tl.tensor, WEIGHT: tl.tensor, OUT: tl.tensor, stride: tl.tensor, size: tl.tensor, epsilon: tl.tensor,
+    offset: tl.tensor, BLOCK: tl.constexpr, LATE: tl.constexpr,
+):  # fmt: skip
+    """One program: one row."""
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(X + row * stride + i, mask=i < size, other=0.0).to(tl.float32)
+    weight = tl.load(WEIGHT + i, mask=i < size, other=0.0).to(tl.float32) + offset
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / size + epsilon)
+    if LATE:
+        x = x.to(OUT.dtype.element_ty).to(tl.float32)
+    tl.store(OUT + row * size + i, (x * weight).to(OUT.dtype.element_ty), mask=i < size)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float, late: bool) -> torch.Tensor:
+    """x / √(mean(x²) + ε) · (weight + offset) over the last dimension, in fp32, in one kernel.
+
+    Args:
+        x: (…, C), rows of equal stride.
+        late: the quotient is rounded to the dtype of `x` before the weight comes to it, as Llama does.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    size = rows.shape[1]
+    _rms_norm_kernel[(len(rows),)](
+        rows, weight, out, rows.stride(0), size, epsilon, offset, BLOCK=triton.next_power_of_2(size), LATE=late,
+        num_warps=4 if size <= 2048 else 8,
+    )  # fmt: skip
+    return out.view(x.shape)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -56,3 +89,32 @@ def rotary(
         HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2), TOKENS=_TOKENS,
     )  # fmt: skip
     return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
+
+
+@triton.jit
+def _sample_kernel(TABLE: tl.tensor, OUT: tl.tensor, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: the sample of one tensor."""
+    row = TABLE + tl.program_id(0) * 4
+    source = tl.load(row).to(tl.pointer_type(dtype))
+    step, start, count = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        live = i < count
+        tl.store(OUT + start + i, tl.load(source + i * step, mask=live), mask=live)
+
+
+def sample(table: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Every `step`-th element of each of n tensors.
+
+    Args:
+        table: (n, 4) int64 on the GPU: a tensor's address, `step`, the place of its sample in the result, its length.
+        count: elements of all samples.
+        dtype: an integer as large as the tensors' elements.
+
+    Returns:
+        (count,)
+    """
+    out = torch.empty(count, dtype=dtype, device=table.device)
+    with torch.cuda.device_of(table):
+        _sample_kernel[(len(table),)](table, out, dtype=getattr(tl, str(dtype).removeprefix("torch.")), BLOCK=_BLOCK)
+    return out
