@@ -9,9 +9,10 @@ import numbers
 import re
 import reprlib
 import sys
-from collections.abc import Collection, Iterable, Mapping, Set
-from dataclasses import fields
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from dataclasses import fields, is_dataclass
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -158,3 +159,45 @@ def field_meant(name: str, names: Collection[str], aliases: Mapping[str, str]) -
     """Returns the field that an unknown name stands for, or advice instead; empty if none is close."""
     known = name.lower().removeprefix("lmcache_").removeprefix("hfblend_").removeprefix("blend_")
     return aliases.get(known) or closest(known, names)
+
+
+_LARGEST = 1e15  # number in a file
+
+
+def _is_plain(value: Any, depth: int = 1) -> bool:
+    if isinstance(value, (list, dict)):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(one, depth - 1) for one in inner)
+    return value is None or isinstance(value, (str, bool, float)) or _FITS[float](value)
+
+
+_FITS: dict[Any, Callable[[Any], bool]] = {
+    int: lambda value: type(value) is int and 0 <= value <= _LARGEST,
+    float: lambda value: type(value) in (int, float) and abs(value) <= _LARGEST,  # false for NaN
+    str: lambda value: isinstance(value, str),
+    bool: lambda value: isinstance(value, bool),
+    Any: _is_plain,
+}
+
+
+def from_json(kind: Any, value: Any, name: str) -> Any:
+    """Returns a value of a JSON file as its annotation says; dataclasses are made of objects with their fields.
+
+    An `int` is 0 or more. `Any` is a text, a number, or a list or an object of these.
+
+    Raises:
+        TypeError, LookupError: a value of another type, or an object with other fields.
+    """
+    outer, inner = get_origin(kind), get_args(kind)
+    if outer is UnionType:  # or None
+        return None if value is None else from_json(inner[0], value, name)
+    if outer is list and isinstance(value, list):
+        return [from_json(inner[0], one, name) for one in value]
+    if outer is tuple and isinstance(value, list) and len(value) == len(inner):
+        return tuple(from_json(one, part, name) for one, part in zip(inner, value))
+    if isinstance(value, dict) and (is_dataclass(kind) or outer is dict):
+        hints = dict.fromkeys(value, inner[1]) if outer is dict else get_type_hints(kind)
+        return (outer or kind)(**{key: from_json(hints[key], one, key) for key, one in value.items()})
+    if not (value in inner if outer is Literal else kind in _FITS and _FITS[kind](value)):
+        raise TypeError(f"{name} is {type(value).__name__} {str(value)[:60]!r}")
+    return value

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from .arguments import described, field_meant, is_function, known_fields, number_in, one_of, require, whole
@@ -174,7 +175,8 @@ class BlendConfig:
             if len(layers) != 1:
                 raise ValueError(f'recompute_ratios="auto" needs one check layer, got {layers}.')
         else:
-            self._set("recompute_ratios", _numbers("recompute_ratios", self.recompute_ratios, _ratio))
+            ratio = partial(number_in, least=0, most=1)
+            self._set("recompute_ratios", _numbers("recompute_ratios", self.recompute_ratios, ratio))
         ratios = self.fixed_ratios
         if len(layers) != len(ratios):
             raise ValueError(
@@ -237,24 +239,15 @@ class BlendConfig:
 
 
 def as_config(config: BlendConfig | None, name: str = "config") -> BlendConfig:
-    """Returns the settings; default ones for `None`.
-
-    Raises:
-        TypeError: something else.
-    """
+    """Returns the settings; default ones for `None`."""
     if isinstance(config, dict):
         raise TypeError(f"{name} must be a hfblend.BlendConfig, got {described(config)}: write BlendConfig(**…).")
     return BlendConfig() if config is None else require(name, config, BlendConfig, "a hfblend.BlendConfig")
 
 
-def _ratio(name: str, value: Any) -> float:
-    return number_in(name, value, 0, 1)
-
-
 def _numbers(
     name: str, values: Any, check: Callable[[str, Any], Any], expected: str = "a tuple of numbers"
 ) -> tuple[Any, ...]:
-    """Checks each number of a sequence or an array."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, int | float) and not isinstance(values, bool):
         raise TypeError(f"{name} must be {expected}, got {values}: write ({check(name, values)},).")
@@ -318,11 +311,8 @@ def _read(name: str, text: str, read: Callable[[str], Any]) -> Any:
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    """Refuses a misspelt variable, which would leave its default in force unnoticed.
-
-    Raises:
-        ValueError: a variable close to a field's; others, which another program may read, are logged.
-    """
+    """Refuses a variable close to a field's, which would leave its default in force unnoticed; logs others, which
+    another program may read."""
     names = [field.name for field in fields(BlendConfig)]
     known = _OTHER_VARIABLES.union(*map(_variables, names))
     for name in sorted(environ.keys() - known):

@@ -20,20 +20,19 @@ Shapes: T all tokens, L layers.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from .arguments import from_json
 from .blend.reuse import Reuse
 from .blend.selection import budget
-from .trace.decision import Decision
+from .store.folders import LocalFolder
+from .trace.facts import Decision
 
 PROFILE_FORMAT = "hfblend-profile-1"
 TIERS = ("remote", "disk", "page_cache", "ram", "memory")  # the cheapest first; "memory" is the model's own device
@@ -181,17 +180,13 @@ class Load:
     entries: int
     num_bytes: int
 
-    def __add__(self, other: Load) -> Load:
-        return Load(self.entries + other.entries, self.num_bytes + other.num_bytes)
-
 
 def loads_of(reuse: Reuse, device: torch.device) -> dict[str, Load]:
     """Returns tier -> the load of a prompt from it; `"memory"` is that of the device itself."""
-    found: dict[str, Load] = {}
+    sizes: dict[str, list[int]] = {}
     for piece in reuse.pieces:
-        tier = piece.entry.tier_beside(device)
-        found[tier] = found.get(tier, Load(0, 0)) + Load(1, piece.entry.num_bytes)
-    return found
+        sizes.setdefault(piece.entry.tier_beside(device), []).append(piece.entry.num_bytes)
+    return {tier: Load(len(found), sum(found)) for tier, found in sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -211,46 +206,31 @@ class Profile:
     check_layer: int | None
     prefill: Cost
     blend: BlendCost
-    tiers: Mapping[str, LoadCost] = field(default_factory=dict)
+    tiers: dict[str, LoadCost] = field(default_factory=dict)
 
     def save(self, file: Path) -> None:
         """Writes a JSON file; replaces an existing one atomically."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
         text = json.dumps({"format": PROFILE_FORMAT, **asdict(self)}, indent=1) + "\n"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        LocalFolder(file.parent).write(file.name, text.encode())
 
     @classmethod
     def load(cls, file: Path) -> Profile | None:
         """Reads a file of `save`; `None` if it is missing, has another version or holds invalid numbers."""
         try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            found = json.loads(file.read_text(encoding="utf-8"))
             if found.pop("format") != PROFILE_FORMAT:
                 return None
-            prefill, blend = Cost(**found.pop("prefill")), BlendCost(**found.pop("blend"))
-            tiers = {tier: LoadCost(**cost) for tier, cost in found.pop("tiers").items()}
-            profile = cls(prefill=prefill, blend=blend, tiers=tiers, **found)
+            profile: Profile = from_json(cls, found, "profile")
             return profile if profile._is_sound() else None
         except Exception:  # a damaged file may raise any
             return None
 
     def _is_sound(self) -> bool:
-        """Whether a controller can compute with these numbers."""
-        costs = self.prefill, self.blend, *self.tiers.values()
-        numbers = [number for cost in costs for number in vars(cost).values()]
-        return (
-            all(math.isfinite(number) and number >= 0 for number in numbers)
-            and all(cost.bytes_per_s > 0 for cost in self.tiers.values())
-            and {type(self.layers), type(self.check_layer or 0)} == {int}
-            and 0 < self.layers <= 2**16
-            and (self.check_layer is None or 0 <= self.check_layer < self.layers)
-        )
+        numbers = [
+            number for cost in (self.prefill, self.blend, *self.tiers.values()) for number in vars(cost).values()
+        ]
+        rates = [cost.bytes_per_s for cost in self.tiers.values()]
+        return min(numbers) >= 0 and 0 not in rates and (self.check_layer or 0) < self.layers <= 2**16
 
 
 class Controller:
@@ -329,14 +309,9 @@ class Controller:
 
     def _hidden_ratio(self, prompt: BlendShape, load_s: float) -> float:
         """Returns the largest ratio, to a percent, that computes no longer than loading takes."""
-        low, high = int(100 * self.least_ratio), 100
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.compute_s(prompt, middle / 100) <= load_s:
-                low = middle
-            else:
-                high = middle - 1
-        return max(self.least_ratio, low / 100)
+        percents = range(int(100 * self.least_ratio), 101)
+        hidden = bisect_right(percents, load_s, key=lambda percent: self.compute_s(prompt, percent / 100))
+        return max(self.least_ratio, percents[max(0, hidden - 1)] / 100)
 
 
 def _ms(seconds: float) -> str:

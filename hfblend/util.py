@@ -17,14 +17,7 @@ class StopForward(Exception):
 
 
 def figure_class(extra: str) -> Any:
-    """`matplotlib.figure.Figure`, which draws without a screen.
-
-    Args:
-        extra: of hfblend, that installs it.
-
-    Raises:
-        ImportError: the package is missing (the message says what to install).
-    """
+    """`matplotlib.figure.Figure`, which draws without a screen; raises as `require`."""
     return require("matplotlib.figure", "matplotlib", extra, "Pictures need").Figure
 
 

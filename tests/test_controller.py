@@ -20,7 +20,7 @@ from hfblend.config import BlendConfig
 from hfblend.controller import BlendCost, BlendShape, Controller, Cost, Load, LoadCost, Profile, Work
 from hfblend.measure import profile as profiling
 from hfblend.store import DiskStore, MemoryStore
-from hfblend.trace.decision import Decision
+from hfblend.trace.facts import Decision
 
 LAYERS = 10
 PREFILL = Cost(0.01, 1e-6, 1e-9)

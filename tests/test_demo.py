@@ -191,7 +191,7 @@ def test_a_model_that_cannot_be_patched_is_refused_in_words(monkeypatch, word_to
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2)).eval()
-    monkeypatch.setattr(demo_model, "load", lambda model_name, device: (model, word_tokenizer))
+    monkeypatch.setattr(demo_model, "load", lambda model_name, device, dtype: (model, word_tokenizer))
     outcome = CliRunner().invoke(app, ["demo"])
     assert outcome.exit_code == 2
     assert outcome.stderr.startswith("UnsupportedModel: Layer 0")

@@ -21,7 +21,7 @@ from hfblend.display.html import rendered
 from hfblend.display.view import clipped
 from hfblend.lab import plots
 from hfblend.trace.facts import ChunkTrace, LayerMaps
-from hfblend.trace.timeline import Interval, SavedTimeline
+from hfblend.trace.timeline import Interval
 from hfblend.trace.trace import BlendTrace
 from hfblend.util import visible
 
@@ -84,7 +84,7 @@ def hostile() -> BlendTrace:
     trace = made(200, texts=[HOSTILE[i % len(HOSTILE)] for i in range(200)], layers=4)
     trace.notes, trace.settings["selection"] = [bad], bad
     trace.chunks[1].key, trace.chunks[1].quantised = bad, bad
-    trace.clock = SavedTimeline((Interval("phase", bad, 0, 5), Interval("compute", bad, 1, 2, 0)))
+    trace.intervals = [Interval("phase", bad, 0, 5), Interval("compute", bad, 1, 2, 0)].copy
     return trace
 
 
@@ -200,7 +200,7 @@ def test_the_terminal_says_what_happened(trace, word_tokenizer):
 
 
 def test_figures_and_phases_are_not_torn_apart():
-    trace = made(clock=SavedTimeline((Interval("phase", "prefill_chunks", 0, 5),)), ttft_ms=10_312.0)
+    trace = made(intervals=[Interval("phase", "prefill_chunks", 0, 5)].copy, ttft_ms=10_312.0)
     for width in (80, 100, 120):
         text = printed(trace, width)
         for name, figure in view.figures_of(trace):

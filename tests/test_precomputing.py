@@ -344,12 +344,12 @@ def test_the_command_stores_a_corpus_that_generate_then_finds(folder, model, wor
         (['{"text": " "}'], (), "line 1: the text is empty"),
         (['{"body": "w7"}'], (), "line 1: no field 'text', only body"),
         (['"w7"', "7"], (), "line 2: expected a text"),
-        (['"w7"', '"w7 \\ud800 w8"'], (), "line 2: no Unicode text"),
+        (['"w7"', '"w7 \\ud800 w8"'], (), "line 2: the text must be valid Unicode"),
         ([""], (), "holds no texts"),
         (['"w7"'], ("--dtype", "int8"), "floating-point type"),
         (['"w7"'], ("--chunk-prefix", "nothing"), "chunk_prefix must be one of"),
         (['"w7"'], ("--max-bytes", "much"), "max_bytes must be"),
-        (['"w7"'], ("--prefix", "w8 \udcff"), "--prefix: no Unicode text"),
+        (['"w7"'], ("--prefix", "w8 \udcff"), "--prefix must be valid Unicode"),
         (['"w7"'], ("--prefix", "w8", "--prefix-file", "MODEL/config.json"), "use one"),
     ],
 )
@@ -389,7 +389,7 @@ def test_other_failures_of_the_command(folder, monkeypatch):
 def test_the_bar_counts_chunks():
     from hfblend.cli import precompute as command
 
-    bar = command.progress_bar(command.Console(force_terminal=True, quiet=True), "{task.fields[rate]}")
+    bar = command.progress_bar("{task.fields[rate]}")
     command._advance(bar, 10)(precomputing.Precomputed(5, 2, 1, 1, tokens=30, seconds=2.0))
     task = bar.tasks[0]
     assert (task.completed, task.total, task.fields["rate"]) == (4, 10, "15 tokens/s, 1 not kept")

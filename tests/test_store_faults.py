@@ -47,9 +47,8 @@ from hfblend.kv.ids import Ids
 from hfblend.kv.origin import Origin
 from hfblend.kv.rows import full_length_cache
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore
-from hfblend.store.folders import LocalFolder
+from hfblend.store.folders import LocalFolder, RemoteFolder
 from hfblend.store.format import MOST_UNASKED, CorruptEntry, OtherVersion, contents_of, dump, parse
-from hfblend.store.remote_folder import RemoteFolder
 
 fsspec = pytest.importorskip("fsspec")
 resource = pytest.importorskip("resource", reason="needs fork and limits of a POSIX system")

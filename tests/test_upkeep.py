@@ -16,8 +16,8 @@ import hfblend
 from hfblend.cli import app
 from hfblend.kv.origin import Origin, digest_of
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore
+from hfblend.store.folders import RemoteFolder
 from hfblend.store.format import CorruptEntry, contents_of, dump, parse
-from hfblend.store.remote_folder import RemoteFolder
 from hfblend.support.registry import model_of
 
 fsspec = pytest.importorskip("fsspec")

@@ -334,7 +334,7 @@ def test_the_blenders_calibrate_uses_its_store_and_sets_nothing():
 @pytest.fixture
 def run(monkeypatch, tmp_path, word_tokenizer):
     """`hfblend verify` of a tiny model on given rows: (exit code, output, JSON file)."""
-    monkeypatch.setattr(demo_model, "load", lambda model, device: (make_llama(), word_tokenizer))
+    monkeypatch.setattr(demo_model, "load", lambda model, device, dtype: (make_llama(), word_tokenizer))
     monkeypatch.setenv("COLUMNS", "200")
 
     def verify(rows, *options):
@@ -400,7 +400,7 @@ def test_files_and_models_that_will_not_do_are_explained(run, monkeypatch, tmp_p
     assert "does not exist" in " ".join(missing.output.replace("│", " ").split())
     assert run([PIECES], "--json", str(tmp_path / "none" / "out.json"))[0] == 2
 
-    def wrong_device(model, device):
+    def wrong_device(model, device, dtype):
         return make_llama().to(device), word_tokenizer
 
     monkeypatch.setattr(demo_model, "load", wrong_device)
@@ -408,7 +408,7 @@ def test_files_and_models_that_will_not_do_are_explained(run, monkeypatch, tmp_p
     assert code == 1
     assert "toaster" in output
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=16, n_layer=2, n_head=2)).eval()
-    monkeypatch.setattr(demo_model, "load", lambda model, device: (gpt2, word_tokenizer))
+    monkeypatch.setattr(demo_model, "load", lambda model, device, dtype: (gpt2, word_tokenizer))
     code, output, _ = run([PIECES])
     assert code == 2
     assert "UnsupportedModel" in output

@@ -10,17 +10,19 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 from typer.core import TyperGroup
 
 from .. import __version__
-from .common import EXIT_CODES, console
+from .common import console, in_words
+from .options import EXIT_CODES
 
 _COMMANDS = {  # name -> its place, and its line in the list of commands
     "demo": ("demo.demo", "Answer a question about twelve passages in three ways, and compare the answers."),
     "run": ("explain.run", "Answer the prompts of files; chunks that they share are computed once."),
     "explain": ("explain.explain", "Blend one prompt, and show which chunks and tokens were reused."),
     "playground": ("demo.playground", "Serve a page on this machine: reorder chunks, move the ratio, see the effects."),
-    "verify": ("verify.verify", "Compare the blended prompts of a file with their full prefills."),
+    "verify": ("explain.verify", "Compare the blended prompts of a file with their full prefills."),
     "eval": ("evaluate.evaluate", "Measure methods on questions: closeness to full prefill, answers, times."),
     "bench": ("bench.bench", "Measure speed: time to first token by length, method and ratio."),
     "profile": ("profile.profile", 'Measure this machine, and show what recompute_ratios="auto" would decide.'),
@@ -34,7 +36,6 @@ _EPILOGS = {
 
 
 def _load(name: str) -> Any:
-    """Imports a command's module and returns the command as Typer runs it."""
     module, attribute = _COMMANDS[name][0].split(".")
     command, group = getattr(import_module(f".{module}", __name__), attribute), typer.Typer(add_completion=False)
     group.callback()(_nothing)
@@ -49,7 +50,11 @@ def _nothing() -> None: ...
 
 
 class _Commands(TyperGroup):
-    """Lists the commands by their lines; imports the one that is called."""
+    """Lists the commands by their lines; imports the one that is called, and says its errors as messages."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with in_words():
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
@@ -76,7 +81,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """CacheBlend inside Hugging Face Transformers."""

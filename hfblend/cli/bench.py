@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.console import Console
 from rich.table import Table
+from typer import Option
 
-from .common import Device, DType, JsonFile, Markdown, Model, console, dtype_of, in_words, names, numbers
+from .common import console, dtype_of, load, names, numbers, stderr
+from .options import Device, DType, JsonFile, Markdown, Model
 
 if TYPE_CHECKING:
-    import torch
-
     from ..lab.report import Results
 
 # columns of the Markdown table that a terminal has no room for
@@ -22,42 +20,35 @@ _NOT_SHOWN = frozenset({"tokens", "TFLOP", "roofline, ms", "reused, MB", "load, 
 
 def bench(
     model: Model = None,
-    shape: Annotated[str | None, typer.Option(help="Random weights of this shape instead: llama-8b, tiny.")] = None,
+    shape: Annotated[str | None, Option(help="Random weights of this shape instead: llama-8b, tiny.")] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(
-            help="Tokens of a prompt's chunks, separated by commas.", show_default="4096 … 65536; 2000 on a CPU"
-        ),
+        Option(help="Tokens of a prompt's chunks, separated by commas.", show_default="4096 … 65536; 2000 on a CPU"),
     ] = None,
-    ratios: Annotated[str, typer.Option(help="Recompute ratios, separated by commas; 0 is full reuse.")] = (
+    ratios: Annotated[str, Option(help="Recompute ratios, separated by commas; 0 is full reuse.")] = (
         "0,0.05,0.15,0.3"
     ),
     methods: Annotated[
-        str, typer.Option(help="Names, separated by commas, to compare with full prefill.")
+        str, Option(help="Names, separated by commas, to compare with full prefill.")
     ] = "prefix_reuse,suffix_attention,kv_deviation",
-    repeats: Annotated[int, typer.Option(help="Turns that count.", min=1)] = 7,
-    chunk: Annotated[int, typer.Option(help="Tokens of a chunk.", min=1)] = 512,
-    prefix: Annotated[int, typer.Option(help="Tokens of the prefix.", min=0)] = 32,
-    suffix: Annotated[int, typer.Option(help="Tokens of the suffix.", min=1)] = 32,
+    repeats: Annotated[int, Option(help="Turns that count.", min=1)] = 7,
+    chunk: Annotated[int, Option(help="Tokens of a chunk.", min=1)] = 512,
+    prefix: Annotated[int, Option(help="Tokens of the prefix.", min=0)] = 32,
+    suffix: Annotated[int, Option(help="Tokens of the suffix.", min=1)] = 32,
     chunks_in: Annotated[
-        str,
-        typer.Option(
-            help="Where chunk KV is kept, separated by commas: gpu, ram, disk, disk_whole.", show_default="gpu if any"
-        ),
+        str, Option(help="Where chunk KV is kept, with commas: gpu, ram, disk, disk_whole.", show_default="gpu if any")
     ] = "",
-    decode: Annotated[int, typer.Option(help="Tokens to decode, for their speed; 0 measures none.", min=0)] = 64,
-    throughput: Annotated[
-        int, typer.Option(help="Prompts of a stream that shares chunks; 0 measures none.", min=0)
-    ] = 0,
+    decode: Annotated[int, Option(help="Tokens to decode, for their speed; 0 measures none.", min=0)] = 64,
+    throughput: Annotated[int, Option(help="Prompts of a stream that shares chunks; 0 measures none.", min=0)] = 0,
     batch: Annotated[
-        int, typer.Option(help="Prompts in one batch, against the same one by one; 0 measures none.", min=0)
+        int, Option(help="Prompts in one batch, against the same one by one; 0 measures none.", min=0)
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    seed: Annotated[int, Option(help="Of the prompts.")] = 0,
     device: Device = None,
     dtype: DType = None,
     json_file: JsonFile = None,
     markdown: Markdown = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time and speed-up by tokens into this file (.png).")] = None,
+    plot: Annotated[Path | None, Option(help="Draw time and speed-up by tokens into this file (.png).")] = None,
 ) -> None:
     """Measure speed: time to first token by length, method and ratio, and how near each is to its limit.
 
@@ -70,48 +61,36 @@ def bench(
     from ..lab.synthetic import Layout
     from .results import Outputs
 
-    with in_words():
-        outputs = Outputs(json_file, markdown, plot)
-        outputs.check()
-        settings = BenchSettings(
-            lengths=tuple(numbers(tokens or "", int, "--tokens")),
-            ratios=tuple(numbers(ratios, float, "--ratios")),
-            methods=tuple(names(methods)),
-            repeats=repeats,
-            layout=Layout(prefix, chunk, suffix),
-            chunks_in=tuple(names(chunks_in)),
-            decoded_tokens=decode,
-            throughput_prompts=throughput,
-            batch_prompts=batch,
-            seed=seed,
-        )
-        loaded, tokenizer, name = _load(model, shape, device, dtype_of(dtype))
-        with Console(stderr=True).status("Measuring …") as status:
-            results = run(
-                loaded,
-                name,
-                settings,
-                tokenizer=tokenizer,
-                save=outputs.write,
-                say=lambda part: status.update(f"Measuring {part}"),
-            )
-        _show(results)
+    outputs = Outputs(json_file, markdown, plot)
+    outputs.check()
+    settings = BenchSettings(
+        lengths=tuple(numbers(tokens or "", int, "--tokens")),
+        ratios=tuple(numbers(ratios, float, "--ratios")),
+        methods=tuple(names(methods)),
+        repeats=repeats,
+        layout=Layout(prefix, chunk, suffix),
+        chunks_in=tuple(names(chunks_in)),
+        decoded_tokens=decode,
+        throughput_prompts=throughput,
+        batch_prompts=batch,
+        seed=seed,
+    )
+    loaded, tokenizer, name = _load(model, shape, device, dtype)
+    with stderr.status("Measuring …") as status:
+        say = lambda part: status.update(f"Measuring {part}")  # noqa: E731
+        results = run(loaded, name, settings, tokenizer=tokenizer, save=outputs.write, say=say)
+    _show(results)
 
 
-def _load(model: str | None, shape: str | None, device: str | None, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
-    """The model to measure, its tokenizer (`None`: random weights have none), and its name.
-
-    Raises:
-        ValueError: both a model and a shape, or an unknown shape.
-    """
-    from ..demo import model as demo_model
+def _load(model: str | None, shape: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any, str]:
+    """The model to measure, its tokenizer (`None`: random weights have none), its name. Refuses both ways at once."""
     from ..lab.synthetic import random_model
 
     if model is not None and shape is not None:
         raise ValueError(f"Give --model or --shape, not both; got {model!r} and {shape!r}.")
     if shape is not None:
-        return random_model(shape, device, dtype), None, f"{shape} shape, random weights"
-    return *demo_model.load(model, device, dtype), model or demo_model.HUB_NAME
+        return random_model(shape, device, dtype_of(dtype)), None, f"{shape} shape, random weights"
+    return load(model, device, dtype)
 
 
 def _show(results: Results) -> None:

@@ -1,4 +1,4 @@
-"""The options that commands share, their errors and output, and the reading of values."""
+"""The errors and the output of commands, and the reading of values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -17,32 +18,9 @@ if TYPE_CHECKING:
 
     from ..store import DiskStore, RemoteStore
 
-EXIT_CODES = "Exit codes: 0 success; 1 failure or missing dependency; 2 invalid option, file or model."
-
-console = Console()
+console, stderr = Console(), Console(stderr=True)
 
 Number = TypeVar("Number", int, float)
-
-Model = Annotated[
-    str | None, typer.Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
-]
-Device = Annotated[str | None, typer.Option(help="As torch names it.", show_default="GPU if any, else CPU")]
-KVDType = Annotated[str | None, typer.Option(help="Keep chunk KV in 8 bits: int8 or fp8.", show_default="as computed")]
-DType = Annotated[str | None, typer.Option(help="As torch names it.", show_default="float32 on a CPU, else bfloat16")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
-Markdown = Annotated[Path | None, typer.Option(help="Write the table to this file.")]
-Ratio = Annotated[float, typer.Option(help="Share of the reused tokens to recompute.", min=0, max=1)]
-Rule = Annotated[str | None, typer.Option(help="The rule that selects them.", show_default="BlendConfig's")]
-KeptIn = Annotated[
-    str | None, typer.Option("--store", help="Folder or URL that keeps the chunk KV.", show_default="in memory")
-]
-NewTokens = Annotated[int, typer.Option(help="Longest answer.", min=1)]
-PrintJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
-
-
-def existing(help: str) -> Any:
-    """An option that takes a file which is there."""
-    return typer.Option(help=help, exists=True, dir_okay=False)
 
 
 @contextmanager
@@ -50,9 +28,26 @@ def in_words() -> Iterator[None]:
     """Prints an error that the user can mend to stderr, without a stack trace, and ends the command."""
     try:
         yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # Typer's own
+        raise
     except (OSError, ImportError, RuntimeError, ValueError) as error:  # UnsupportedModel is a ValueError
-        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
+        stderr.print(f"[red]{type(error).__name__}[/red]:", Text(str(error)))
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+def load(model: str | None, device: str | None, dtype: str | None = None) -> tuple[Any, Any, str]:
+    """Loads a model; returns it with its tokenizer and its name."""
+    from ..demo import model as demo_model
+
+    return *demo_model.load(model, device, dtype_of(dtype)), model or demo_model.HUB_NAME
+
+
+def progress_bar(*texts: str) -> Progress:
+    """A bar on stderr, in a terminal only, with more texts before its times."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *map(TextColumn, texts),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=stderr, transient=True, disable=not stderr.is_terminal,
+    )  # fmt: skip
 
 
 def store_at(where: str, max_bytes: str | None = None, kv_dtype: str | None = None) -> DiskStore | RemoteStore:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from ..util import require_folders_of
-from .common import Device, JsonFile, Model, console, in_words, write_json
+from .common import console, load, write_json
+from .options import Device, JsonFile, Model
 
 
 def demo(model: Model = None, json_file: JsonFile = None, device: Device = None) -> None:
@@ -15,28 +16,23 @@ def demo(model: Model = None, json_file: JsonFile = None, device: Device = None)
 
     Example: hfblend demo --json demo.json
     """
-    with in_words():
-        require_folders_of(json_file)
+    require_folders_of(json_file)
 
-        from ..demo import model as demo_model
-        from ..demo.demo import run_demo
+    from ..demo.demo import run_demo
 
-        loaded, tokenizer = demo_model.load(model, device)
-        results = run_demo(loaded, tokenizer, model or demo_model.HUB_NAME, console)
-    write_json(json_file, results)
+    write_json(json_file, run_demo(*load(model, device), console))
 
 
 def playground(
     model: Model = None,
     device: Device = None,
-    port: Annotated[int, typer.Option(help="Port of 127.0.0.1 that serves the page.", min=1, max=65535)] = 8017,
+    port: Annotated[int, Option(help="Port of 127.0.0.1 that serves the page.", min=1, max=65535)] = 8017,
 ) -> None:
     """Serve a page on this machine: reorder chunks, move the ratio, see tokens, answers and times.
 
     Example: hfblend playground --model path/or/hub-id --port 9000
     """
-    with in_words():
-        from ..demo import model as demo_model
-        from ..demo.playground.page import serve
+    from ..demo import model as demo_model
+    from ..demo.playground.page import serve
 
-        serve(lambda: demo_model.load(model, device), model or demo_model.HUB_NAME, port)
+    serve(lambda: demo_model.load(model, device), model or demo_model.HUB_NAME, port)

@@ -1,37 +1,24 @@
-"""`hfblend explain` and `hfblend run`: prompts from files, blended, answered, and shown."""
+"""`hfblend explain`, `run` and `verify`: prompts from files, blended, answered, shown, and compared with their full
+prefills."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 from rich.text import Text
+from typer import Argument, Exit, Option
 
 from ..config import BlendConfig
 from ..util import require_folders_of
-from .common import (
-    Device,
-    DType,
-    KeptIn,
-    Model,
-    NewTokens,
-    PrintJson,
-    Ratio,
-    Rule,
-    console,
-    dtype_of,
-    given,
-    in_words,
-    print_json,
-    store_at,
-)
+from .common import console, given, load, print_json, stderr, store_at, write_json
+from .options import Device, DType, JsonFile, KeptIn, Model, NewTokens, PrintJson, Ratio, Rule, existing
 
 if TYPE_CHECKING:
-    from ..display import Display
     from ..measure.verify import Verification
     from ..patching import Blender
     from ..prompts.prompt import Prompt
@@ -43,8 +30,8 @@ _PROMPT_HELP = "JSON: prefix, chunks, question; - is standard input."
 
 
 def explain(
-    prompt_file: Annotated[str, typer.Argument(metavar="PROMPT_FILE", help=_PROMPT_HELP)],
-    html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+    prompt_file: Annotated[str, Argument(metavar="PROMPT_FILE", help=_PROMPT_HELP)],
+    html: Annotated[Path | None, Option(help="Write the report to this file.")] = None,
     model: Model = None,
     ratio: Ratio = 0.15,
     selection: Rule = None,
@@ -60,36 +47,64 @@ def explain(
 
     Example: hfblend explain prompt.json --html report.html
     """
-    stderr = Console(stderr=True)
-    with in_words():
-        require_folders_of(html)
-        config, kept_in = config_of(ratio, selection), None if store is None else store_at(store)
-        loaded, tokenizer, (prompt, *others) = _read([prompt_file], model, device, dtype)
-        if others:
-            raise ValueError(f"explain takes one prompt, {prompt_file} holds {1 + len(others)}.")
+    require_folders_of(html)
+    config, kept_in = config_of(ratio, selection), None if store is None else store_at(store)
+    loaded, tokenizer, (prompt, *others) = _read([prompt_file], model, device, dtype)
+    if others:
+        raise ValueError(f"explain takes one prompt, {prompt_file} holds {1 + len(others)}.")
 
-        from ..patching import patch
+    from ..display import Display
+    from ..patching import patch
 
-        with (
-            stderr.status("Blending, and prefilling in full …"),
-            patch(loaded, config, tokenizer, kept_in, trace="full") as blender,
-        ):
-            explained = Explained.of(blender, prompt, max_new_tokens, prefill_before=kept_in is None)
-        if html is not None:
-            explained.display().save(html)
+    with (
+        stderr.status("Blending, and prefilling in full …"),
+        patch(loaded, config, tokenizer, kept_in, trace="full") as blender,
+    ):
+        trace, verification, said = _both_ways(blender, prompt, max_new_tokens, prefill_before=kept_in is None)
+    full_ms = said["full_prefill_ttft_ms"]
+    after = "" if full_ms is None else f", first token after {full_ms:,.0f} ms"
+    answers = {f"full prefill{after}": said["full_prefill_answer"], "blended": said["answer"]}
+    answers["how far apart"] = str(verification)
+    display = Display(trace, title="hfblend explain", answers=answers)
+    if html is not None:
+        display.save(html)
     if as_json:
-        print_json(explained.to_dict())
+        compared = {name: value for name, value in verification.to_dict().items() if name != "trace"}
+        print_json({**said, "verification": compared, "trace": trace.to_dict()})
     else:
-        console.print(explained.display())
-        for label, answer in explained.answers.items():
+        console.print(display)
+        for label, answer in answers.items():
             print_answer(label, answer)
     if html is not None:
         stderr.print(f"Wrote {html}", highlight=False, soft_wrap=True)
 
 
+def _both_ways(
+    blender: Blender, prompt: Prompt, max_new_tokens: int, prefill_before: bool
+) -> tuple[BlendTrace, Verification, dict[str, Any]]:
+    """Answers a prompt after a full prefill and after blending, and compares them; `prefill_before` stores its chunks
+    first. Returns the trace of the blended call, the distance, and the answers as JSON has them."""
+    from ..demo.passages import greedy_answer
+
+    if prefill_before:
+        greedy_answer(blender.model, blender.tokenizer, prompt, 1)
+    full_answer = greedy_answer(
+        blender.model, blender.tokenizer, prompt, max_new_tokens, replace(blender.config, enabled=False)
+    )
+    full_ttft_ms = blender.trace.ttft_ms
+    said = {
+        "answer": greedy_answer(blender.model, blender.tokenizer, prompt, max_new_tokens),
+        "full_prefill_answer": full_answer,
+        "full_prefill_ttft_ms": full_ttft_ms,
+        "chunks_prefilled_before": prefill_before,
+    }
+    trace = blender.trace
+    return trace, blender.verify(prompt, num_tokens=COMPARED_TOKENS), said
+
+
 def run(
-    prompt_files: Annotated[list[str], typer.Argument(metavar="PROMPT_FILE…", help=_PROMPT_HELP)],
-    trace: Annotated[bool, typer.Option("--trace", help="Show what was reused and recomputed.")] = False,
+    prompt_files: Annotated[list[str], Argument(metavar="PROMPT_FILE…", help=_PROMPT_HELP)],
+    trace: Annotated[bool, Option("--trace", help="Show what was reused and recomputed.")] = False,
     model: Model = None,
     ratio: Ratio = 0.15,
     selection: Rule = None,
@@ -107,22 +122,21 @@ def run(
     | hfblend run -
     """
     found: list[dict[str, Any]] = []
-    with in_words():
-        config, kept_in = config_of(ratio, selection), None if store is None else store_at(store)
-        loaded, tokenizer, prompts = _read(prompt_files, model, device, dtype)
+    config, kept_in = config_of(ratio, selection), None if store is None else store_at(store)
+    loaded, tokenizer, prompts = _read(prompt_files, model, device, dtype)
 
-        from ..demo.passages import greedy_answer
-        from ..display import Display
-        from ..patching import patch
+    from ..demo.passages import greedy_answer
+    from ..display import Display
+    from ..patching import patch
 
-        with patch(loaded, config, tokenizer, kept_in, trace="tokens" if trace else "summary") as blender:
-            for prompt in prompts:
-                answer = greedy_answer(blender.model, blender.tokenizer, prompt, max_new_tokens)
-                found.append({"answer": answer, "trace": blender.trace.to_dict()})
-                if not as_json:
-                    print_answer("", answer)
-                    if trace:
-                        console.print(Display(blender.trace))
+    with patch(loaded, config, tokenizer, kept_in, trace="tokens" if trace else "summary") as blender:
+        for prompt in prompts:
+            answer = greedy_answer(blender.model, blender.tokenizer, prompt, max_new_tokens)
+            found.append({"answer": answer, "trace": blender.trace.to_dict()})
+            if not as_json:
+                print_answer("", answer)
+                if trace:
+                    console.print(Display(blender.trace))
     if as_json:
         print_json(found)
 
@@ -130,76 +144,15 @@ def run(
 def _read(
     files: Sequence[str], model: str | None, device: str | None, dtype: str | None
 ) -> tuple[Any, Any, list[Prompt]]:
-    from ..demo import model as demo_model
     from .prompts import read_prompts
 
-    loaded, tokenizer = demo_model.load(model, device, dtype_of(dtype))
+    loaded, tokenizer, _ = load(model, device, dtype)
     return loaded, tokenizer, [prompt for file in files for prompt in read_prompts(file, tokenizer)]
 
 
 def config_of(ratio: float, selection: str | None) -> BlendConfig:
     """The settings; without a lower limit on the length of a prompt."""
     return BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=0, **given(selection=selection))
-
-
-@dataclass(frozen=True)
-class Explained:
-    """One prompt, both ways.
-
-    Attributes:
-        trace: of the blended call, level `"full"`.
-        answer, full_answer: greedy, after blending and after a full prefill.
-        full_ttft_ms: of the full prefill.
-        verification: the distance between the two.
-        prefilled_before: whether this command stored the chunks before the call that is shown.
-    """
-
-    trace: BlendTrace
-    answer: str
-    full_answer: str
-    full_ttft_ms: float | None
-    verification: Verification
-    prefilled_before: bool
-
-    @classmethod
-    def of(cls, blender: Blender, prompt: Prompt, max_new_tokens: int, prefill_before: bool) -> Explained:
-        """Blends a prompt, and prefills it in full; `prefill_before` stores its chunks first."""
-        from ..demo.passages import greedy_answer
-
-        if prefill_before:
-            greedy_answer(blender.model, blender.tokenizer, prompt, 1)
-        full_answer = greedy_answer(
-            blender.model, blender.tokenizer, prompt, max_new_tokens, replace(blender.config, enabled=False)
-        )
-        full_ttft_ms = blender.trace.ttft_ms
-        answer = greedy_answer(blender.model, blender.tokenizer, prompt, max_new_tokens)
-        trace = blender.trace
-        verification = blender.verify(prompt, num_tokens=COMPARED_TOKENS)
-        return cls(trace, answer, full_answer, full_ttft_ms, verification, prefill_before)
-
-    @property
-    def answers(self) -> dict[str, str]:
-        """Labels and texts: both answers, and their distance."""
-        full_ms = "" if self.full_ttft_ms is None else f", first token after {self.full_ttft_ms:,.0f} ms"
-        distance = {"how far apart": str(self.verification)}
-        return {f"full prefill{full_ms}": self.full_answer, "blended": self.answer, **distance}
-
-    def display(self) -> Display:
-        """The view, with the answers."""
-        from ..display import Display
-
-        return Display(self.trace, title="hfblend explain", answers=self.answers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists, for JSON."""
-        return {
-            "answer": self.answer,
-            "full_prefill_answer": self.full_answer,
-            "full_prefill_ttft_ms": self.full_ttft_ms,
-            "chunks_prefilled_before": self.prefilled_before,
-            "verification": {name: v for name, v in self.verification.to_dict().items() if name != "trace"},
-            "trace": self.trace.to_dict(),
-        }
 
 
 def print_answer(label: str, answer: str) -> None:
@@ -209,3 +162,80 @@ def print_answer(label: str, answer: str) -> None:
     text = Text(f"{label}: " if label else "", style="bold")
     text.append("\n".join(visible(line) for line in answer.split("\n")), style="not bold")
     console.print(text, soft_wrap=True)
+
+
+def verify(
+    prompts: Annotated[Path, existing('JSON: {"prefix", "chunks", "question"} or {"question", "ctxs"}, or a list.')],
+    model: Model = None,
+    ratio: Annotated[float, Option(help="Share of the reused tokens to recompute.")] = 0.15,
+    selection: Rule = None,
+    max_kl: Annotated[float | None, Option(help="In nats; exit code 1 if a prompt's mean KL is above.")] = None,
+    num_tokens: Annotated[int, Option(min=1, help="Answer tokens to compare.")] = 16,
+    json_file: JsonFile = None,
+    device: Device = None,
+) -> None:
+    """Blend the prompts of a file and say how far each is from its full prefill.
+
+    Example: hfblend verify --prompts prompts.json --max-kl 0.1 --json figures.json
+    """
+    require_folders_of(json_file)
+    config = BlendConfig(recompute_ratios=(ratio,), **given(selection=selection))
+
+    from .prompts import read_prompts
+
+    loaded, tokenizer, name = load(model, device)
+    read = read_prompts(str(prompts), tokenizer)
+    found = _verified(loaded, read, config, num_tokens)
+    console.print(_table(found, max_kl))
+    write_json(json_file, _figures(found, loaded, name, config, max_kl))
+    if any(_is_above(one, max_kl) for one in found):
+        raise Exit(1)
+
+
+def _verified(model: Any, prompts: Sequence[Prompt], config: BlendConfig, num_tokens: int) -> list[Verification]:
+    """Verifies each prompt; chunks that prompts share are prefilled once."""
+    from ..measure.verify import verify_prompt
+    from ..store import MemoryStore
+
+    store, shown = MemoryStore(), track(prompts, "Prompts", console=stderr, transient=True)
+    return [verify_prompt(model, prompt, store=store, config=config, num_tokens=num_tokens) for prompt in shown]
+
+
+def _is_above(found: Verification, max_kl: float | None) -> bool:
+    """Whether a KL exceeds the bound; NaN does."""
+    return max_kl is not None and not found.kl <= max_kl
+
+
+def _table(found: Sequence[Verification], max_kl: float | None) -> Table:
+    """One row per prompt; a KL above the bound is red and marked."""
+    table = Table(title=f"Blended against full prefill, {len(found[0].full_answer_ids)} tokens of its greedy answer")
+    for name in ("prompt", "tokens", "chunks", "KL, nats", "top-1", "largest logit diff.", "answers part at", "pairs"):
+        table.add_column(name, justify="right")
+    for i, one in enumerate(found):
+        table.add_row(
+            str(i),
+            str(one.trace.num_tokens),
+            str(len(one.trace.chunks)),
+            f"[red]{one.kl:.2e} ✗[/red]" if _is_above(one, max_kl) else f"{one.kl:.2e}",
+            f"{one.top1_agreement:.0%}",
+            f"{one.largest_logit_difference:.2e}",
+            "–" if one.first_difference is None else f"token {one.first_difference}",
+            f"{one.recomputed_pairs_share:.1%}",
+        )
+    return table
+
+
+def _figures(
+    found: Sequence[Verification], model: Any, name: str, config: BlendConfig, max_kl: float | None
+) -> dict[str, Any]:
+    from ..measure.divergence import describe_machine
+    from ..support.registry import model_of
+
+    return {
+        "model": name,
+        "machine": describe_machine(model_of(model).device),
+        "selection": config.selection,
+        "recompute_ratio": config.fixed_ratios[0],
+        "max_kl": max_kl,
+        "prompts": [one.to_dict() for one in found],
+    }

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from typer import Option
 
+from ..arguments import require_text
 from ..config import BlendConfig
-from .common import Device, DType, KVDType, Model, console, dtype_of, existing, given, in_words, print_json, store_at
-from .progress import progress_bar
+from .common import console, given, load, print_json, progress_bar, stderr, store_at
+from .options import Device, DType, KVDType, Model, existing
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,48 +24,45 @@ if TYPE_CHECKING:
 
 def precompute(
     corpus: Annotated[Path, existing("JSON lines: strings, or objects with a text.")],
-    store: Annotated[str, typer.Option(help="Folder or URL that keeps the chunk KV.")],
+    store: Annotated[str, Option(help="Folder or URL that keeps the chunk KV.")],
     model: Model = None,
-    prefix: Annotated[str | None, typer.Option(help="The text before the first chunk.")] = None,
+    prefix: Annotated[str | None, Option(help="The text before the first chunk.")] = None,
     prefix_file: Annotated[Path | None, existing("The same, from a file.")] = None,
-    field: Annotated[str, typer.Option(help="Of an object, the text.")] = "text",
+    field: Annotated[str, Option(help="Of an object, the text.")] = "text",
     chunk_prefix: Annotated[
-        str | None, typer.Option(help="The text that chunks are computed after.", show_default="BlendConfig's")
+        str | None, Option(help="The text that chunks are computed after.", show_default="BlendConfig's")
     ] = None,
-    namespace: Annotated[str, typer.Option(help="As in BlendConfig.")] = "",
+    namespace: Annotated[str, Option(help="As in BlendConfig.")] = "",
     max_bytes: Annotated[
-        str | None, typer.Option(help="Of the store; the oldest go.", show_default="50GB; of a URL, none")
+        str | None, Option(help="Of the store; the oldest go.", show_default="50GB; of a URL, none")
     ] = None,
     kv_dtype: KVDType = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Chunks in one forward.", min=1, show_default="1 on a CPU, else 8")
+        int | None, Option(help="Chunks in one forward.", min=1, show_default="1 on a CPU, else 8")
     ] = None,
     device: Device = None,
     dtype: DType = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
     """Compute and store the KV of a corpus' chunks. Stopped and started again, it goes on where it was.
 
     Example: hfblend precompute --corpus passages.jsonl --store chunks --prefix-file system.txt
     """
-    stderr = Console(stderr=True)
     try:
-        with in_words():
-            config = BlendConfig(namespace=namespace, **given(chunk_prefix=chunk_prefix))
-            before, total = prefix_of(prefix, prefix_file), count_texts(corpus, field)
+        config = BlendConfig(namespace=namespace, **given(chunk_prefix=chunk_prefix))
+        before, total = prefix_of(prefix, prefix_file), count_texts(corpus, field)
 
-            from ..demo import model as demo_model
-            from ..generate.precompute import precompute as precompute_texts
-            from ..prompts.filler import filler_ids
+        from ..generate.precompute import precompute as precompute_texts
+        from ..prompts.filler import filler_ids
 
-            kept_in = store_at(store, max_bytes, kv_dtype)
-            loaded, tokenizer = demo_model.load(model, device, dtype_of(dtype))
-            if chunk_prefix == "filler":
-                config = replace(config, filler_ids=filler_ids(tokenizer))
-            options: dict[str, Any] = {"prefix": before, "batch_size": batch_size, "store": kept_in, "config": config}
-            with progress_bar(stderr, "{task.fields[rate]}") as bar:
-                options["progress"] = _advance(bar, total)
-                report = precompute_texts(loaded, texts_of(corpus, field), tokenizer=tokenizer, **options)
+        kept_in = store_at(store, max_bytes, kv_dtype)
+        loaded, tokenizer, _ = load(model, device, dtype)
+        if chunk_prefix == "filler":
+            config = replace(config, filler_ids=filler_ids(tokenizer))
+        options: dict[str, Any] = {"prefix": before, "batch_size": batch_size, "store": kept_in, "config": config}
+        with progress_bar("{task.fields[rate]}") as bar:
+            options["progress"] = _advance(bar, total)
+            report = precompute_texts(loaded, texts_of(corpus, field), tokenizer=tokenizer, **options)
     except KeyboardInterrupt as error:
         stderr.print("Stopped. The stored chunks stay; the same command goes on from there.")
         raise typer.Exit(130) from error
@@ -77,11 +75,7 @@ def precompute(
 
 
 def count_texts(corpus: Path, field: str) -> int:
-    """Counts the texts of a corpus, and checks the whole file before any model is loaded.
-
-    Raises:
-        ValueError: a line without text, by number; no text at all; a pipe, which can be read only once.
-    """
+    """Counts the texts of a corpus, and checks the whole file before any model is loaded; raises `ValueError`."""
     if not corpus.is_file():
         raise ValueError(f"{corpus} is no file, and the corpus is read twice; write it to one.")
     count = sum(1 for _ in texts_of(corpus, field))
@@ -91,11 +85,7 @@ def count_texts(corpus: Path, field: str) -> int:
 
 
 def texts_of(corpus: Path, field: str) -> Iterator[str]:
-    """Yields the texts of a JSONL file: lines are strings, or objects with that field. Skips blank lines.
-
-    Raises:
-        ValueError: as `count_texts`.
-    """
+    """Yields the texts of a JSONL file: lines are strings, or objects with that field. Skips blank lines."""
     with corpus.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -114,29 +104,16 @@ def _text_of(line: bytes, field: str, where: str) -> str:
         raise ValueError(f'{where}: expected a text, or an object such as {{"{field}": "…"}}.')
     if not text.strip():
         raise ValueError(f"{where}: the text is empty; leave the line out.")
-    return _without_halves(text, where)
-
-
-def _without_halves(text: str, where: str) -> str:
-    """Returns the text; JSON and command lines may hold half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: no Unicode text ({error.reason} at character {error.start}).") from error
-    return text
+    return require_text(f"{where}: the text", text)
 
 
 def prefix_of(prefix: str | None, prefix_file: Path | None) -> str:
-    """Returns the prefix from either option; a file's text keeps its last newline, and loses its byte order mark.
-
-    Raises:
-        ValueError: both are given, or a text that is not UTF-8.
-    """
+    """Returns the prefix from either option; a file's text keeps its last newline, and loses its byte order mark."""
     if prefix is not None and prefix_file is not None:
         raise ValueError("--prefix and --prefix-file are two ways to give the prefix; use one.")
     if prefix_file is not None:
         return prefix_file.read_bytes().decode("utf-8-sig")
-    return _without_halves(prefix or "", "--prefix")
+    return require_text("--prefix", prefix or "")
 
 
 def _advance(bar: Progress, total: int) -> Callable[[Precomputed], None]:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.console import Console
 from rich.table import Table
+from typer import Option
 
 from ..config import BlendConfig
-from .common import Device, DType, Model, PrintJson, console, dtype_of, in_words, numbers, print_json, store_at
+from .common import console, load, numbers, print_json, stderr, store_at
+from .options import Device, DType, Model, PrintJson
 
 if TYPE_CHECKING:
     from ..controller import Controller, Profile
@@ -20,12 +20,12 @@ CHUNK, SUFFIX = 512, 32  # tokens of the forecast prompts' chunks and suffix
 
 
 def profile(
-    store: Annotated[str | None, typer.Option(help="Folder or URL whose loading is measured too.")] = None,
+    store: Annotated[str | None, Option(help="Folder or URL whose loading is measured too.")] = None,
     model: Model = None,
-    tokens: Annotated[str, typer.Option(help="Lengths to forecast, separated by commas.")] = "1024,4096,16384",
-    selection: Annotated[str, typer.Option(help="The rule to forecast.")] = "kv_deviation",
-    least_ratio: Annotated[float, typer.Option(help="The paper's r*.", min=0, max=1)] = 0.15,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
+    tokens: Annotated[str, Option(help="Lengths to forecast, separated by commas.")] = "1024,4096,16384",
+    selection: Annotated[str, Option(help="The rule to forecast.")] = "kv_deviation",
+    least_ratio: Annotated[float, Option(help="The paper's r*.", min=0, max=1)] = 0.15,
+    refresh: Annotated[bool, Option("--refresh", help="Measure again.")] = False,
     device: Device = None,
     dtype: DType = None,
     as_json: PrintJson = False,
@@ -34,23 +34,21 @@ def profile(
 
     Example: hfblend profile --store chunks --tokens 2048,8192
     """
-    with in_words():
-        lengths = numbers(tokens, int, "--tokens")
-        if not lengths or min(lengths) <= SUFFIX:
-            raise ValueError(f"--tokens must be above {SUFFIX}, got {tokens!r}.")
-        config = BlendConfig(selection=selection, recompute_ratios="auto", least_ratio=least_ratio)  # type: ignore[arg-type]
+    lengths = numbers(tokens, int, "--tokens")
+    if not lengths or min(lengths) <= SUFFIX:
+        raise ValueError(f"--tokens must be above {SUFFIX}, got {tokens!r}.")
+    config = BlendConfig(selection=selection, recompute_ratios="auto", least_ratio=least_ratio)  # type: ignore[arg-type]
 
-        from ..controller import Controller
-        from ..demo import model as demo_model
-        from ..measure.profile import profile_of
-        from ..store import MemoryStore
-        from ..support.registry import model_of
+    from ..controller import Controller
+    from ..measure.profile import profile_of
+    from ..store import MemoryStore
+    from ..support.registry import model_of
 
-        where = MemoryStore() if store is None else store_at(store)
-        loaded, _ = demo_model.load(model, device, dtype_of(dtype))
-        with Console(stderr=True).status("Measuring …"):
-            found = profile_of(loaded, where, config, refresh=refresh)
-        rows = _forecasts(Controller(found, least_ratio), lengths, model_of(loaded).kv_bytes_per_token)
+    where = MemoryStore() if store is None else store_at(store)
+    loaded, _, _ = load(model, device, dtype)
+    with stderr.status("Measuring …"):
+        found = profile_of(loaded, where, config, refresh=refresh)
+    rows = _forecasts(Controller(found, least_ratio), lengths, model_of(loaded).kv_bytes_per_token)
     if as_json:
         print_json({"profile": asdict(found), "forecasts": rows})
     else:
@@ -58,11 +56,7 @@ def profile(
 
 
 def _forecasts(controller: Controller, tokens: Sequence[int], bytes_per_token: int) -> list[dict[str, Any]]:
-    """A row per length and tier: the decision if all chunk KV lies there, in ms.
-
-    Args:
-        tokens: T of each prompt, in chunks of 512 and a suffix of 32, none of them exact.
-    """
+    """A row per length and tier: the decision, in ms, if all chunk KV lies there and no chunk is exact."""
     from ..controller import TIERS, BlendShape, Load
 
     tiers = [tier for tier in reversed(TIERS) if tier == "memory" or tier in controller.profile.tiers]

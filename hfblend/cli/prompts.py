@@ -32,18 +32,13 @@ def read_prompts(source: str, tokenizer: Any) -> list[Prompt]:
     rows = rows if isinstance(rows, list) else [rows]
     if not rows:
         raise ValueError(f"{name} holds no prompt.")
-    return [_prompt_of_row(_complete(row), f"{name}, prompt {i}", tokenizer) for i, row in enumerate(rows)]
-
-
-def _complete(row: Any) -> Any:
-    """Adds an empty prefix to a row of chunks, and takes its question for the suffix."""
-    if not isinstance(row, dict) or "chunks" not in row:
-        return row
-    return {"prefix": "", **({"suffix": row["question"]} if "question" in row else {}), **row}
+    return [_prompt_of_row(row, f"{name}, prompt {i}", tokenizer) for i, row in enumerate(rows)]
 
 
 def _prompt_of_row(row: Any, where: str, tokenizer: Any) -> Prompt:
     """Builds the prompt of one object; errors say `where` it stands."""
+    if isinstance(row, dict) and "chunks" in row:
+        row = {"prefix": "", **({"suffix": row["question"]} if "question" in row else {}), **row}
     names = set(row) if isinstance(row, dict) else set()
     try:
         if {"prefix", "chunks", "suffix"} <= names:
@@ -58,7 +53,6 @@ def _prompt_of_row(row: Any, where: str, tokenizer: Any) -> Prompt:
 
 
 def _texts(passages: Any) -> list[str]:
-    """Returns passages as texts, each after its title if it has one."""
     listed = passages if isinstance(passages, list) else [passages]
     texts = [titled(one) if isinstance(one, dict) and isinstance(one.get("text"), str) else one for one in listed]
     for text in texts:

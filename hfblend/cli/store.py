@@ -13,9 +13,11 @@ from rich import box
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Column, Table
+from typer import Argument, Option
 
 from ..util import visible
-from .common import EXIT_CODES, PrintJson, console, in_words, print_json, store_at
+from .common import console, print_json, store_at
+from .options import EXIT_CODES, PrintJson
 
 if TYPE_CHECKING:
     from ..store.files import FileStore
@@ -28,9 +30,9 @@ app = typer.Typer(
     epilog=EXIT_CODES,
 )
 
-Where = Annotated[str, typer.Argument(metavar="STORE", help='The folder, or the URL: "s3://bucket/chunks".')]
-Keys = Annotated[list[str], typer.Argument(help="Keys, or the beginnings of keys.")]
-OfModel = Annotated[str, typer.Option(help="Only entries of this model: its name, or how its fingerprint begins.")]
+Where = Annotated[str, Argument(metavar="STORE", help='The folder, or the URL: "s3://bucket/chunks".')]
+Keys = Annotated[list[str], Argument(help="Keys, or the beginnings of keys.")]
+OfModel = Annotated[str, Option(help="Only entries of this model: its name, or how its fingerprint begins.")]
 
 
 @app.command("ls", epilog=EXIT_CODES)
@@ -39,7 +41,7 @@ def list_entries(where: Where, model: OfModel = "", as_json: PrintJson = False) 
 
     Example: hfblend store ls ~/.cache/hfblend/chunks --json
     """
-    entries = sorted(_entries(where, model), key=lambda entry: -entry.last_used)
+    entries = sorted(_entries(_store_at(where), model), key=lambda entry: -entry.last_used)
     if as_json:
         print_json([asdict(entry) for entry in entries])
         return
@@ -60,7 +62,7 @@ def stat(where: Where, model: OfModel = "", as_json: PrintJson = False) -> None:
 
     Example: hfblend store stat s3://bucket/chunks
     """
-    entries = _entries(where, model)
+    entries = _entries(_store_at(where), model)
     by_model: dict[tuple[str, str], list[StoredEntry]] = {}
     for entry in entries:
         if not entry.damaged:
@@ -93,9 +95,8 @@ def verify(where: Where, as_json: PrintJson = False) -> None:
 
     Example: hfblend store verify chunks
     """
-    with in_words():
-        store = _store_at(where)
-        keys = store.keys()
+    store = _store_at(where)
+    keys = store.keys()
     shown = track(keys, "Checking", console=console, transient=True, disable=as_json or not console.is_terminal)
     damaged = {key: reason for key in shown if (reason := store.fault_of(key))}
     if as_json:
@@ -109,25 +110,21 @@ def verify(where: Where, as_json: PrintJson = False) -> None:
 
 
 @app.command(epilog=EXIT_CODES)
-def prune(where: Where, max_bytes: Annotated[str, typer.Option(help='Keep at most so much, say "20GB".')]) -> None:
+def prune(where: Where, max_bytes: Annotated[str, Option(help='Keep at most so much, say "20GB".')]) -> None:
     """Remove the least recently used entries until the rest fits; pinned ones stay.
 
     Example: hfblend store prune chunks --max-bytes 20GB
     """
-    with in_words():
-        store = _store_at(where)
-        before = len(store)
-        try:
-            store.prune(max_bytes)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--max-bytes") from error
-        console.print(f"Removed {before - len(store)} of {before} entries; {store.num_bytes:,} bytes are left.")
+    store = _store_at(where)
+    before = len(store)
+    store.prune(max_bytes)
+    console.print(f"Removed {before - len(store)} of {before} entries; {store.num_bytes:,} bytes are left.")
 
 
 @app.command(epilog=EXIT_CODES)
 def rm(
     where: Where,
-    keys: Annotated[list[str] | None, typer.Argument(help="Keys, or the beginnings of keys.")] = None,
+    keys: Annotated[list[str] | None, Argument(help="Keys, or the beginnings of keys.")] = None,
     model: OfModel = "",
 ) -> None:
     """Remove entries: those of these keys, or all of a model's.
@@ -160,31 +157,25 @@ def unpin(where: Where, keys: Keys) -> None:
 def _do_to_each(
     done: str, where: str, beginnings: list[str], act: Callable[[FileStore, str], None], model: str = ""
 ) -> None:
-    with in_words():
-        store = _store_at(where)
-        keys = [entry.key for entry in _entries(where, model)] if model else _keys_of(store, beginnings)
-        if not keys:
-            raise typer.BadParameter(f"no entry is of {model!r}; `hfblend store stat` lists the models.")
-        for key in keys:
-            act(store, key)
-            console.print(f"{done} {key}", highlight=False)
+    store = _store_at(where)
+    keys = [entry.key for entry in _entries(store, model)] if model else _keys_of(store, beginnings)
+    if not keys:
+        raise typer.BadParameter(f"no entry is of {model!r}; `hfblend store stat` lists the models.")
+    for key in keys:
+        act(store, key)
+        console.print(f"{done} {key}", highlight=False)
 
 
 def _store_at(where: str) -> FileStore:
     """Returns the store there; a folder is not made."""
-    try:
-        if "://" not in where and not Path(where).expanduser().is_dir():
-            raise ValueError(f"there is no folder {where}.")
-        return store_at(where)
-    except (ImportError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="STORE") from error
+    if "://" not in where and not Path(where).expanduser().is_dir():
+        raise typer.BadParameter(f"there is no folder {where}.", param_hint="STORE")
+    return store_at(where)
 
 
-def _entries(where: str, model: str) -> list[StoredEntry]:
+def _entries(store: FileStore, model: str) -> list[StoredEntry]:
     """Returns the entries of a model; all, if none is named."""
-    with in_words():
-        store = _store_at(where)
-        return [one for one in store.entries() if not model or model == one.model or one.fingerprint.startswith(model)]
+    return [one for one in store.entries() if not model or model == one.model or one.fingerprint.startswith(model)]
 
 
 def _keys_of(store: FileStore, beginnings: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -20,12 +20,7 @@ Render = Callable[[Sequence[str]], str]  # the documents' texts -> the prompt's 
 
 
 def as_messages(messages: Any) -> Messages:
-    """Returns messages; one text is one user message.
-
-    Raises:
-        TypeError: neither.
-        ValueError: half of a surrogate pair.
-    """
+    """Returns messages, checked; one text is one user message."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
@@ -39,14 +34,8 @@ def as_messages(messages: Any) -> Messages:
 
 
 class Chat:
-    """Messages with documents, as a tokenizer's chat template writes them.
-
-    Args:
-        encode: of that tokenizer, `marked`.
-        documents: the caller's.
-        placeholder: the text in the messages that the documents replace; `None` for the template's `documents`.
-        options: other arguments of `apply_chat_template`.
-    """
+    """Messages with documents, as a tokenizer's chat template writes them. The documents replace the `placeholder`, or
+    are the template's own `documents` (`None`); `options` are other arguments of `apply_chat_template`."""
 
     def __init__(
         self, encode: Encoder, messages: Messages, documents: Sequence[Any], placeholder: str | None, **options: Any
@@ -69,16 +58,13 @@ class Chat:
         if self.placeholder is None:
             documents = [_with_text(document, text) for document, text in zip(self.documents, texts)]
             return self.tokenizer.apply_chat_template(self.messages, documents=documents, **self.options, **options)
-        messages = _replaced(self.messages, self.placeholder, "".join(texts))
+        old, new = self.placeholder, "".join(texts)
+        messages = _with_each_text(self.messages, lambda text: text.replace(old, new))
         return self.tokenizer.apply_chat_template(messages, **self.options, **options)
 
 
 def with_placeholder(messages: Messages, placeholder: str) -> Messages:
-    """Returns messages that hold the placeholder once; if none did, it opens the last user message.
-
-    Raises:
-        ValueError: several placeholders, or none and no user message with text.
-    """
+    """Returns messages that hold the placeholder once; if none did, it opens the last user message."""
     if count := sum(text.count(placeholder) for text in texts_within(messages)):
         if count > 1:
             raise ValueError(f"The placeholder {placeholder!r} must stand in the messages once, at most.")
@@ -98,14 +84,11 @@ def cut(
 
     Chunks are the documents as the template writes them: trimmed or escaped, if it trims or escapes text.
 
-    Args:
-        readable: makes text fit for a message.
-        if_none: opens the error for a template that writes no document.
-
-    Raises:
-        ValueError: the template drops, repeats or moves documents, or changes the text around them.
+    Raises `ValueError` if the template drops, repeats or moves documents (`if_none` opens the error if it writes none),
+    or changes the text around them (`readable` makes that fit for a message).
     """
-    text, letters = render(documents), _marks(documents)
+    text = render(documents)
+    letters = [uuid.uuid4().hex[: max(12, min(len(document), 32))] for document in documents]  # that no text contains
     # Marks as long as the documents, for a template that looks at lengths; then letters, for one that escapes others.
     gaps = None
     for marks in (_as_long(documents, letters), letters):
@@ -126,11 +109,6 @@ def cut(
     if woven(gaps, chunks) != text:
         raise ValueError(_CHANGES.format(parting(readable(woven(gaps, documents)), readable(text))))
     return gaps, chunks
-
-
-def _marks(documents: Sequence[str]) -> list[str]:
-    """Returns a mark for each document, of letters that no text contains."""
-    return [uuid.uuid4().hex[: max(12, min(len(document), 32))] for document in documents]
 
 
 def _as_long(documents: Sequence[str], marks: Sequence[str]) -> list[str]:
@@ -176,21 +154,19 @@ def _opened(content: str | Sequence[Any], text: str) -> str | list[Any]:
     return [{"type": "text", "text": text}, *parts]
 
 
-def texts_within(value: Any) -> Iterator[str]:
-    """Yields the texts in messages, at any depth."""
-    if isinstance(value, str):
-        yield value
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    for one in values:
-        yield from texts_within(one)
+def texts_within(value: Any) -> list[str]:
+    """Returns the texts in messages, at any depth."""
+    found: list[str] = []
+    _with_each_text(value, found.append)
+    return found
 
 
-def _replaced(value: Any, old: str, new: str) -> Any:
+def _with_each_text(value: Any, change: Callable[[str], Any]) -> Any:
     if isinstance(value, str):
-        return value.replace(old, new)
+        return change(value)
     if isinstance(value, Mapping):
-        return {name: _replaced(one, old, new) for name, one in value.items()}
-    return [_replaced(one, old, new) for one in value] if isinstance(value, (list, tuple)) else value
+        return {name: _with_each_text(one, change) for name, one in value.items()}
+    return [_with_each_text(one, change) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _with_text(document: Any, text: str) -> dict[str, Any]:

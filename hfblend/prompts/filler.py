@@ -3,7 +3,8 @@
 A chunk that is computed right after the prefix takes itself for the beginning of the text. Its first tokens draw the
 attention that beginnings draw, and all its keys and values carry that; in the prompt it stands in the middle. After a
 text, any text, it is computed as one passage among others. The filler is the same for every chunk and every user, so
-that nothing of one request reaches another, and its rows are dropped like the prefix's.
+that nothing of one request reaches another, and its rows are dropped like the prefix's. It holds entries of an
+encyclopaedia on unrelated subjects, some invented, written for this package.
 """
 
 from __future__ import annotations
@@ -16,11 +17,6 @@ from ..arguments import require_tokenizer, whole
 from .tokenize import Encoder
 
 _known: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionary()  # tokenizer -> repeats -> ids
-
-
-def filler_text() -> str:
-    """Returns the text: entries of an encyclopaedia on unrelated subjects, some invented, written for this package."""
-    return (resources.files("hfblend") / "data" / "filler.txt").read_text(encoding="utf-8")
 
 
 def filler_ids(tokenizer: Any, repeats: int = 2) -> tuple[int, ...]:
@@ -36,7 +32,8 @@ def filler_ids(tokenizer: Any, repeats: int = 2) -> tuple[int, ...]:
     """
     known, repeats = _known.setdefault(require_tokenizer(tokenizer), {}), whole("repeats", repeats, 1)
     if repeats not in known:
-        known[repeats] = tuple(Encoder(tokenizer)(filler_text() * repeats))
+        text = (resources.files("hfblend") / "data" / "filler.txt").read_text(encoding="utf-8")
+        known[repeats] = tuple(Encoder(tokenizer)(text * repeats))
     return known[repeats]
 
 

@@ -53,11 +53,7 @@ class ChunkSpans(tuple[Span, ...]):
             stop_before = stop
 
     def moved(self, by: int) -> ChunkSpans:
-        """Returns the spans `by` tokens later.
-
-        Raises:
-            ValueError: a span would begin before the prompt does.
-        """
+        """Returns the spans `by` tokens later; raises `ValueError` if one would begin before the prompt does."""
         if self and self[0][0] + by < 0:
             raise ValueError(f"Chunk span {self[0]} begins in the padding, the first {-by} tokens of its row.")
         return ChunkSpans(((start + by, stop + by) for start, stop in self), self.differs_from_joined_text, self.note)
@@ -69,9 +65,6 @@ def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSp
     Args:
         chunk_spans: of one prompt, if all rows are that prompt; or a list of them, one a row.
         rows: (B, T) ids.
-
-    Raises:
-        ValueError: neither.
     """
     if not isinstance(chunk_spans, ChunkSpans):
         given = [one if isinstance(one, ChunkSpans) else _listed(one, chunk_spans) for one in _listed(chunk_spans)]
@@ -91,11 +84,8 @@ def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSp
 
 
 def _listed(values: Any, given: Any = None) -> list[Any]:
-    """Returns spans, lists of them, or one span's ends, as a list; arrays and tensors too.
-
-    Args:
-        given: the argument that holds the values, for the error.
-    """
+    """Returns spans, lists of them, or one span's ends, as a list; arrays and tensors too. An error says what was
+    `given`."""
     plain = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(plain, str | bytes | Mapping) or not isinstance(plain, Iterable):
         given = values if given is None else given
@@ -345,7 +335,6 @@ class Prompt:
 
 
 def _require_prompt_ids(input_ids: Any) -> None:
-    """Raises `TypeError` or `ValueError` unless these are the ids of one prompt."""
     how = "a tensor (1, T) of token ids, as of tokenizer(text, return_tensors='pt').input_ids"
     require("input_ids", input_ids, torch.Tensor, how)
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
@@ -365,7 +354,6 @@ _OURS = {"tokenize", "return_dict", "return_tensors", "truncation", "padding", "
 
 
 def _check_template_arguments(placeholder: Any, add_generation_prompt: Any, more: Mapping[str, Any]) -> None:
-    """Raises `TypeError` or `ValueError` unless `apply_chat_template` may be called with these."""
     if placeholder is not None:
         require_text("placeholder", placeholder, "a text or None")
     require("add_generation_prompt", add_generation_prompt, bool, "True or False")

@@ -47,7 +47,7 @@ class Separator:
         self.variants = sorted(variants, key=len, reverse=True)
         self._firsts = {ids[0] for ids in self.variants}
         self._warned = False
-        if any(_overlaps_itself(ids) for ids in self.variants):
+        if any(ids[:n] == ids[-n:] for ids in self.variants for n in range(1, len(ids))):
             logger.info("The separator's ids %s overlap themselves; in a run the leftmost match counts.", self.variants)
         if self.text and not self.is_found_in_joined_text():
             self._warn(f"the sample {self._sample!r}", 2, len(self._in_sample()))
@@ -99,7 +99,3 @@ def require_a_token(separator: Any, ids: Collection[Any]) -> None:
     """Raises `ValueError` for a separator without ids."""
     if not ids:
         raise ValueError(f"separator must have a token, got {separator!r}, which tokenises to nothing; choose another.")
-
-
-def _overlaps_itself(ids: Sequence[int]) -> bool:
-    return any(ids[:n] == ids[-n:] for n in range(1, len(ids)))

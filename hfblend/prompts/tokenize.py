@@ -25,11 +25,7 @@ def text_in(document: Any) -> str | None:
 
 
 def texts_in(documents: Any, name: str) -> list[str]:
-    """Returns the texts of several documents.
-
-    Raises:
-        TypeError: one document where several are expected, or one without text.
-    """
+    """Returns the texts of several documents; raises `TypeError` for a single one, or one without text."""
     if isinstance(documents, Mapping | Set) or text_in(documents) is not None or not isinstance(documents, Iterable):
         one = f"; write [{name[:-1]}]" if text_in(documents) is not None else ""
         raise TypeError(f"{name} must be a list of texts, got {described(documents)}{one}.")
@@ -60,11 +56,7 @@ class Encoder:
         return self._parsed(text, self._after)
 
     def plain(self, text: str) -> list[int]:
-        """Returns the ids of a document; control tokens written in it are plain text.
-
-        Raises:
-            ValueError: a control token that cannot be split.
-        """
+        """Returns the ids of a document; control tokens written in it are plain text, or refused if they cannot be."""
         ids = self._after(text, plain=True)
         if self.controls.ids.isdisjoint(ids):
             return ids
@@ -91,16 +83,14 @@ class Encoder:
     def controls(self) -> Controls:
         """The tokenizer's control tokens."""
         tokenizer = self.tokenizer
-        state = (len(tokenizer), tuple(tokenizer.all_special_ids), str(getattr(tokenizer, "chat_template", None)))
-        if tokenizer not in _known or _known[tokenizer][0] != state:
-            _known[tokenizer] = (state, {})
-        by_template = _known[tokenizer][1]
-        if self.template not in by_template:
+        own_template = str(getattr(tokenizer, "chat_template", None))
+        state = (len(tokenizer), tuple(tokenizer.all_special_ids), own_template, self.template)
+        known = _known.setdefault(tokenizer, {})
+        if state not in known:
             unknown = tokenizer.unk_token_id
             only_unknown = unknown not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id)
-            controls = Controls(control_tokens(tokenizer, self.template), unknown if only_unknown else None)
-            by_template[self.template] = controls
-        return by_template[self.template]
+            known[state] = Controls(control_tokens(tokenizer, self.template), unknown if only_unknown else None)
+        return known[state]
 
     def count_as_control(self, ids: Sequence[int], text: str) -> None:
         """Counts more added tokens as control tokens in this prompt: those that are more frequent in `ids`, written by
@@ -191,8 +181,8 @@ class Controls:
         return [match.start() + 1 for match in re.finditer(f"(?=(?:{self._any}))", text)]
 
 
-# tokenizer -> its state, its control tokens by the template used
-_known: WeakKeyDictionary[Any, tuple[Any, dict[str | None, Controls]]] = WeakKeyDictionary()
+# tokenizer -> its control tokens, by its state and the template used
+_known: WeakKeyDictionary[Any, dict[Any, Controls]] = WeakKeyDictionary()
 
 # An added token that is a control token by its shape.
 _MARKER = re.compile(r"<[|｜].+>|<.+[|｜]>|</?(?:think|tool)\w*>|\[/?[A-Z_]+\]", re.DOTALL)
@@ -203,11 +193,8 @@ _NAMES = re.compile(r"[a-z_]+|[\d\s]+")  # ordinary always: roles, fields and fu
 
 def control_tokens(tokenizer: Any, template: str | None = None) -> dict[str, int]:
     """Returns the control tokens by text: special ones, those shaped as such, and those that the tokenizer's templates
-    write. Other added tokens, such as words, runs of spaces or HTML tags, are ordinary.
-
-    Args:
-        template: a chat template, or the name of one, that replaces the tokenizer's.
-    """
+    write. Other added tokens, such as words, runs of spaces or HTML tags, are ordinary. A `template` (or its name)
+    replaces the tokenizer's."""
     controls = {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
     if parses_nothing(tokenizer):
         return controls

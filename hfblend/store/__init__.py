@@ -9,17 +9,6 @@ from .remote import RemoteStore
 from .tiers import TieredStore, file_stores_of, flush, holds, store_at, tiers_of
 
 __all__ = [
-    "DiskStore",
-    "MemoryStore",
-    "Reader",
-    "ReadsAhead",
-    "RemoteStore",
-    "Store",
-    "TieredStore",
-    "chunk_key",
-    "file_stores_of",
-    "flush",
-    "holds",
-    "store_at",
-    "tiers_of",
-]
+    "DiskStore", "MemoryStore", "Reader", "ReadsAhead", "RemoteStore", "Store", "TieredStore", "chunk_key",
+    "file_stores_of", "flush", "holds", "store_at", "tiers_of",
+]  # fmt: skip

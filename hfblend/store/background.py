@@ -214,7 +214,6 @@ def _around(rows: Sequence[torch.Tensor], like: ChunkKV) -> ChunkKV:
 
 @functools.cache
 def _copying(gpu: torch.device) -> torch.cuda.Stream:
-    """Returns one stream per GPU for all copies of this kind."""
     return torch.cuda.Stream(gpu)
 
 

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Annotated
 
 from ..locks import Mutex
 
 
 @dataclass
 class StoreCounts:
-    """Counters, which only grow. `hfblend.store.prometheus` shows them to Prometheus.
+    """Counters, which only grow. `hfblend.store.prometheus` shows them to Prometheus, with these texts."""
 
-    Attributes:
-        hits, misses: entries that were asked for, and found or not.
-        stored: entries that were kept.
-        evicted: entries that made room for others.
-        damaged: entries that were not what was written.
-        failed: requests that the disk or the network refused.
-        bytes_read, bytes_written: of files; memory moves none.
-        read_seconds: spent in reading and checking, all threads together.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    stored: int = 0
-    evicted: int = 0
-    damaged: int = 0
-    failed: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    read_seconds: float = 0.0
+    hits: Annotated[int, "Chunks found"] = 0
+    misses: Annotated[int, "Chunks asked for and not found"] = 0
+    stored: Annotated[int, "Chunks kept"] = 0
+    evicted: Annotated[int, "Chunks that had to go for others"] = 0
+    damaged: Annotated[int, "Chunks that were not what was written"] = 0
+    failed: Annotated[int, "Reads and writes that the disk or the network refused"] = 0
+    bytes_read: Annotated[int, "Bytes of chunk KV read from files"] = 0
+    bytes_written: Annotated[int, "Bytes of chunk KV written to files"] = 0
+    read_seconds: Annotated[float, "Seconds spent in reading and checking chunk KV, all threads together"] = 0.0
     _lock: Mutex = field(default_factory=Mutex, repr=False, compare=False)
 
     def add(self, **more: float) -> None:

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .base import require_folder
-from .files import READ_ANSWERS, FileStore
+from .files import FileStore
 from .folders import LocalFolder, is_abandoned
 from .format import Contents
 from .keys import file_name_of
 from .loader import Source
-from .requests import Requests
 from .sources import FileSource
 
 _APART = re.compile(r"hfblend-profile\.(\d{1,10})\.\w{8}")  # the process that made it
@@ -49,8 +48,6 @@ class DiskStore(FileStore):
     ) -> None:
         self.path = require_folder(path)
         super().__init__(LocalFolder(self.path), str(self.path), max_bytes, kv_dtype)
-        self._reading = Requests(self.where, self.counts, READ_ANSWERS)
-        self._writing = Requests(self.where, self.counts)
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[DiskStore]:

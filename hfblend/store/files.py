@@ -9,35 +9,35 @@ import contextlib
 import logging
 from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 from ..kv.chunk import ChunkKV, ChunkLost
 from .base import require_chunk_kv
-from .folders import LocalFolder
+from .folders import LocalFolder, RemoteFolder
 from .format import HEAD_BYTES, Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes
 from .keys import file_name_of
 from .loader import LayerwiseChunk, Places, Source
 from .quantise import require_kv_dtype, takes
-from .remote_folder import RemoteFolder
 from .requests import Requests
 from .upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
 _MAKING_ROOM_S = 600.0  # listing and removing many objects may take so long
-READ_ANSWERS = (FileNotFoundError, CorruptEntry, OtherVersion)  # of a request to read, not failures
 
 
 class FileStore(Upkeep):
     """Keeps each chunk's KV in a file `<key>.safetensors`. Base of `DiskStore` and `RemoteStore`."""
 
-    _reading: Requests
-    _writing: Requests
-
     def __init__(
-        self, folder: LocalFolder | RemoteFolder, where: str, max_bytes: int | str | None, kv_dtype: str | None
-    ) -> None:
+        self, folder: LocalFolder | RemoteFolder, where: str, max_bytes: int | str | None, kv_dtype: str | None,
+        **limits: Any,
+    ) -> None:  # fmt: skip
         super().__init__(folder, where, max_bytes)
         self.kv_dtype = require_kv_dtype(kv_dtype)
+        self._reading = Requests(where, self.counts, (FileNotFoundError, CorruptEntry, OtherVersion), **limits)
+        self._writing = Requests(where, self.counts, **limits)
+        self._reading.siblings = self._writing.siblings = (self._reading, self._writing)
 
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
         """Keeps an entry; one that is refused, late, or in 8 bits of another kind, is logged and not kept."""
@@ -112,11 +112,9 @@ class FileStore(Upkeep):
     def _lost(self, key: str, opened: Contents | None, error: Exception, places: Places = ()) -> None:
         """Says that an entry is damaged, and removes it if a second reading brings the same bytes.
 
-        Args:
-            opened: by its header, if that was whole; `places` of it were not.
-            error: `OSError`s have been logged by `Requests.answer`.
+        `opened` is the entry by its header, if that was whole; `places` of it were not.
         """
-        if not isinstance(error, CorruptEntry):
+        if not isinstance(error, CorruptEntry):  # an `OSError` that `Requests.answer` has logged
             return
         self.counts.add(damaged=1)
         self.drop_from_ram(key)  # so that the disk is asked again
@@ -144,11 +142,7 @@ class FileStore(Upkeep):
     def _comes_alike(
         self, key: str, num_bytes: int, error: CorruptEntry, opened: Contents | None, places: Places
     ) -> bool:
-        """Whether a second reading brings the same damaged bytes, not only some that are damaged.
-
-        Raises:
-            OSError: an answer that cannot be from the file of so many bytes.
-        """
+        """Whether a second reading brings the same damaged bytes, not only some that are damaged."""
 
         def read(start: int, stop: int) -> bytes:
             data, stop = self._folder.read(file_name_of(key), start, stop), min(stop, num_bytes)

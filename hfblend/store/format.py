@@ -58,14 +58,9 @@ class OtherVersion(ValueError):
 
 
 def dump(key: str, chunk_kv: ChunkKV, kv_dtype: str | None = None) -> bytes:
-    """Returns the file of a chunk.
+    """Returns the file of a chunk. Under another key than this one it is refused.
 
-    Args:
-        key: under which it is stored; read back under another one, it is refused.
-        kv_dtype: `"int8"` or `"fp8"` keeps KV in 8 bits, if all of it is finite and of one dtype.
-
-    Raises:
-        ValueError: quantised KV would be kept as if it were in another form.
+    With a `kv_dtype`, KV is in 8 bits, if all of it is finite and of one dtype. Quantised KV is kept in no other form.
     """
     layers = [rows_of(chunk_kv.layer(i)).cpu().contiguous() for i in range(chunk_kv.num_layers)]
     if len({rows.dtype for rows in layers}) > 1 or not all(map(can_be_quantised, layers)):
@@ -189,7 +184,6 @@ def _checksum(dtype: torch.dtype, shape: Sequence[int], memory: memoryview) -> s
 
 @functools.cache
 def _names_of(layer_idx: int, quantised: str | None) -> tuple[str, ...]:
-    """Returns the names of a layer's tensors, in the file's order."""
     slots = ("layer",) if quantised is None else ("key_scales", "value_scales", "layer")
     return tuple(f"{slot}_{layer_idx:04}" for slot in slots)
 
@@ -247,8 +241,8 @@ class Contents:
             raise OtherVersion(f"its KV is in {self.quantised}, this store serves {kv_dtype or 'none in 8 bits'}")
 
 
-def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
-    """Returns the contents of a file of so many bytes, by its beginning, `header_bytes` long or more.
+def contents_of(key: str, start: bytes, num_bytes: int | None) -> Contents:
+    """Returns the contents of a file of so many bytes (`None`: any), by its beginning, `header_bytes` long or more.
 
     Raises:
         CorruptEntry: the header is not what `dump` wrote under this key, or does not fit the file's length.
@@ -263,7 +257,7 @@ def contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
         raise
 
 
-def _contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
+def _contents_of(key: str, start: bytes, num_bytes: int | None) -> Contents:
     header = header_of(start)
     metadata = header.pop("__metadata__")
     form = metadata.get("format")
@@ -272,7 +266,10 @@ def _contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
     if metadata.get("key") != key:
         raise CorruptEntry(f"it was stored under {metadata.get('key')!r}")
     try:
-        layouts = tuple(map(_layout_of, json.loads(metadata["layouts"])))
+        rows = json.loads(metadata["layouts"])
+        if any(type(number) is not int for numbers in rows for number in numbers):  # 2.0 and `true` equal them
+            raise CorruptEntry(f"it has rows of {rows[:2]!r}")
+        layouts = tuple(RowLayout.shared(*numbers) for numbers in rows)
         in_8_bits = (metadata["kv_dtype"], _KV[metadata["dtype"]]) if form == QUANTISED_FORMAT else (None, None)
         places = _places_of(header, layouts, in_8_bits[0], json.loads(metadata["checksums"]), len(start))
         regime, provenance, origin = int(metadata["regime"]), metadata["provenance"], origin_of(metadata)
@@ -281,7 +278,7 @@ def _contents_of(key: str, start: bytes, num_bytes: int) -> Contents:
     except Exception as error:  # a header that was made to do harm can make anything go wrong
         raise CorruptEntry(f"{type(error).__name__}: {error}") from error
     stop = places[next(reversed(places))].stop
-    if stop != num_bytes:
+    if num_bytes not in (None, stop):
         raise CorruptEntry(f"its tensors end at byte {stop}, the file at {num_bytes}")
     if provenance not in ("isolated", "in_context") or not 0 < regime <= _MOST:
         raise CorruptEntry(f"its provenance is {provenance!r}, its regime {regime}")
@@ -310,13 +307,6 @@ def parse(key: str, file: bytes) -> ChunkKV:
     kv = (layout.views(read(place)[None]) for layout, place in zip(contents.layouts, contents.layers))
     said = (contents.provenance, contents.regime, contents.quantised, contents.origin)
     return ChunkKV(full_length_cache(packed(one) for one in kv), positions, behind_ids, *said)
-
-
-def _layout_of(numbers: Sequence[int]) -> RowLayout:
-    """Returns a layer's layout; 2.0 and `true` equal whole numbers, and are refused."""
-    if any(type(number) is not int for number in numbers):
-        raise CorruptEntry(f"it has rows of {numbers!r}")
-    return RowLayout.shared(*numbers)
 
 
 def _places_of(
@@ -396,7 +386,6 @@ def _header_stop(file: bytes | bytearray) -> int:
 
 
 def _digest_place(file: bytes | bytearray) -> tuple[int, int]:
-    """Returns the place of the header's digest in the file, [start, stop)."""
     name = b'"header":"'
     found = file.find(name, 8, _header_stop(file))
     if found < 0:

@@ -43,7 +43,7 @@ class Source:
     """The file of one chunk, with requests to it."""
 
     def __init__(self, requests: Requests) -> None:
-        self._requests = requests
+        self.requests = requests
 
     def fill(self, buffer: memoryview, start: int) -> None:
         """Fills a buffer with the bytes from `start` on; raises `CorruptEntry` if the file ends before, or goes on."""
@@ -55,26 +55,14 @@ class Source:
 
     def begin(self, read: Callable[[], T]) -> Future[T]:
         """Calls `read` in a thread, soon."""
-        return self._requests.begin(read)
-
-    def result(self, begun: Future[T]) -> T:
-        """Returns or raises what that call does; `OSError` if it does not come in time."""
-        try:
-            return self._requests.answer("read from", begun)
-        finally:
-            del begun
+        return self.requests.begin(read)
 
 
 class LayerwiseChunk:
     """A chunk in a file whose header has been checked. A `Reader`.
 
-    Args:
-        source, contents: the file, and its contents by its header.
-        counts: of the store; what is read is added.
-        lost: called with the error and its places before `ChunkLost` is raised.
-
-    Raises:
-        ChunkLost: positions or ids came with the header, and are damaged. Very many are read when they are asked for.
+    The store's `counts` grow by what is read; `lost` is called with an error and its places before `ChunkLost` is
+    raised: at once, if positions or ids that came with the header are damaged. Very many are read when asked for.
     """
 
     def __init__(
@@ -113,8 +101,7 @@ class LayerwiseChunk:
     def layer(self, layer_idx: int) -> KV:
         """Returns keys and values (1, Hkv, n, D), packed in rows, in RAM (pinned if there is a GPU).
 
-        Raises:
-            ChunkLost: they cannot be read, or are damaged.
+        Raises `ChunkLost` if they cannot be read, or are damaged.
         """
         return self.layouts[layer_idx].views(self.rows(layer_idx)[None])
 
@@ -127,10 +114,13 @@ class LayerwiseChunk:
             self.prefetch(layer_idx)
             start = run * LAYERS_A_READ
             try:
-                self._latest = run, self._source.result(self._ahead.pop(run))
+                self._latest = run, self._source.requests.answer("read from", self._ahead.pop(run))
             except (OSError, CorruptEntry) as error:
                 raise self._given_up(error, self._contents.layers[start : start + LAYERS_A_READ]) from error
-            self._keep(start, self._latest[1])
+            if self._kept is not None:  # neighbours that were not asked for, too: some rules never ask for layer 0
+                self._kept.update(enumerate(self._latest[1], start))
+                if len(self._kept) == self.num_layers:
+                    self._whole(in_memory(self))
         return self._latest[1][at]
 
     def prefetch(self, layer_idx: int) -> None:
@@ -149,14 +139,6 @@ class LayerwiseChunk:
         """Keeps every layer that is read, and hands the whole chunk over once all of them are there."""
         self._kept, self._whole = {}, whole
 
-    def _keep(self, first: int, rows: Sequence[torch.Tensor]) -> None:
-        """Keeps a whole run, neighbours that were not asked for too: some rules never ask for layer 0."""
-        if self._kept is None:
-            return
-        self._kept.update(enumerate(rows, first))
-        if len(self._kept) == self.num_layers:
-            self._whole(in_memory(self))
-
     def _given_up(self, error: Exception, places: Places) -> ChunkLost:
         self._lost(error, places)
         return ChunkLost(self._contents.key, str(error))
@@ -172,8 +154,9 @@ class LayerwiseChunk:
         """Returns a tensor that is not a layer: now, if it came with the header, else once a thread has read it."""
         place = self._contents.places[name]
         try:
-            came = place.stop <= MOST_UNASKED
-            return as_asked(self._read(place) if came else self._source.result(self._begun([place]))[0])
+            if place.stop <= MOST_UNASKED:
+                return as_asked(self._read(place))
+            return as_asked(self._source.requests.answer("read from", self._begun([place]))[0])
         except (OSError, CorruptEntry) as error:
             raise self._given_up(error, [place]) from error
 

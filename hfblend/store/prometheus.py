@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..util import require
 from .base import Store
 from .counts import StoreCounts
 from .remote import RemoteStore
 from .tiers import tiers_of
-
-_HELP = {
-    "hits": "Chunks found",
-    "misses": "Chunks asked for and not found",
-    "stored": "Chunks kept",
-    "evicted": "Chunks that had to go for others",
-    "damaged": "Chunks that were not what was written",
-    "failed": "Reads and writes that the disk or the network refused",
-    "bytes_read": "Bytes of chunk KV read from files",
-    "bytes_written": "Bytes of chunk KV written to files",
-    "read_seconds": "Seconds spent in reading and checking chunk KV, all threads together",
-}
 
 
 def export_to_prometheus(store: Store, name: str = "chunks", registry: Any = None) -> Any:
@@ -64,8 +52,9 @@ class _Collector:
 
         labels = ("store", "tier", "kind")
         counted = [(values, tier.counts.to_dict()) for values, tier in self._tiers if _counts(tier)]
-        for name, text in _HELP.items():
-            family = CounterMetricFamily(f"hfblend_store_{name}", f"{text}.", labels=labels)
+        hints = get_type_hints(StoreCounts, include_extras=True)
+        for name in StoreCounts().to_dict():
+            family = CounterMetricFamily(f"hfblend_store_{name}", f"{hints[name].__metadata__[0]}.", labels=labels)
             for values, counts in counted:
                 family.add_metric(values, counts[name])
             yield family

@@ -13,12 +13,11 @@ from typing import Any
 
 from ..arguments import closest, number_in, whole
 from ..locks import Mutex
-from .files import READ_ANSWERS, FileStore
+from .files import FileStore
+from .folders import RemoteFolder
 from .format import Contents
 from .keys import file_name_of
 from .loader import Source
-from .remote_folder import RemoteFolder
-from .requests import RemoteRequests
 from .sources import ObjectSource
 from .upkeep import USED
 
@@ -81,11 +80,8 @@ class RemoteStore(FileStore):
                 raise ValueError(f"{name} must be above 0, got {limit}.")
         limits["max_failures"] = whole("max_failures", max_failures, 1)
         folder = RemoteFolder(url, timeout_s, storage_options)
-        super().__init__(folder, folder.url, max_bytes, kv_dtype)
+        super().__init__(folder, folder.url, max_bytes, kv_dtype, **limits)
         self.url, self.timeout_s = folder.url, timeout_s
-        self._reading = RemoteRequests(self.where, self.counts, READ_ANSWERS, **limits)
-        self._writing = RemoteRequests(self.where, self.counts, **limits)
-        self._reading.siblings = self._writing.siblings = (self._reading, self._writing)
         self._ahead: dict[str, Future[tuple[ObjectSource, Contents]]] = {}  # begun, and not yet asked for
         self._ahead_lock = Mutex()
         self._marked: dict[str, float] = {}  # key -> when it was marked as used
@@ -123,7 +119,6 @@ class RemoteStore(FileStore):
         return self._reading.begin(partial(ObjectSource.opened, self._folder, key, self._reading))
 
     def _taken(self, key: str) -> Future[tuple[ObjectSource, Contents]] | None:
-        """Returns the request begun for an entry, once."""
         with self._ahead_lock:
             return self._ahead.pop(key, None)
 

@@ -27,27 +27,43 @@ LATE = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # 
 
 
 class Requests:
-    """Reads, or writes, of one store, by the thread that asks. Failures are logged, counted, and `OSError`s.
+    """Reads, or writes, of one store. Failures are logged, counted, and `OSError`s.
+
+    Without a timeout, the thread that asks makes them. With one, other threads do: after one late answer, or
+    `max_failures` errors in a row, none is made for `pause_s`. The first error after a pause begins another. When one
+    begins, requests that still wait are dropped.
 
     Args:
-        where: the store's place, for logs.
-        counts: of the store.
         answers: exceptions that are an answer, not a failure: the file is missing, or damaged.
+
+    Attributes:
+        siblings: all that pause when one of them is late.
     """
 
-    timeout_s: float | None = None
-
-    def __init__(self, where: str, counts: StoreCounts, answers: tuple[type[Exception], ...] = ()) -> None:
+    def __init__(
+        self, where: str, counts: StoreCounts, answers: tuple[type[Exception], ...] = (),
+        *, timeout_s: float | None = None, pause_s: float = 0.0, max_failures: int = 1,
+    ) -> None:  # fmt: skip
         self._where, self._counts, self._answers = where, counts, answers
+        self._timeout_s, self._pause_s, self._max_failures = timeout_s, pause_s, max_failures
+        self._failures, self._until = 0, 0.0
+        self._lock, self._threads = Mutex(), None if timeout_s is None else DaemonThreads(REQUESTS, "hfblend-remote")
+        self.siblings: tuple[Requests, ...] = (self,)
 
     @property
     def is_paused(self) -> bool:
         """Whether nothing is asked for the time being."""
-        return False
+        return time.monotonic() < self._until
 
     def begin(self, call: Callable[[], T]) -> Future[T]:
         """Starts a request; it is cancelled during a pause."""
-        return completed(call)
+        if self._threads is None:
+            return completed(call)
+        if not self.is_paused:
+            return self._threads.begin(call)
+        dropped: Future[T] = Future()
+        dropped.cancel()
+        return dropped
 
     def ask(self, what: str, call: Callable[[], T]) -> T:
         """Returns the answer to a request; raises as `answer`."""
@@ -56,11 +72,9 @@ class Requests:
     def answer(self, what: str, begun: Future[T], within_s: float | None = None) -> T:
         """Returns the answer to a request that has begun; `what` is its kind, as "read from".
 
-        Raises:
-            OSError: there is none within so many seconds (default, `timeout_s`), or during a pause.
-            Exception: one of `answers`.
+        Raises one of `answers`, or `OSError` if none comes within so many seconds (default, the timeout) or in a pause.
         """
-        within_s = within_s or self.timeout_s
+        within_s = within_s or self._timeout_s
         try:
             if self.is_paused and not begun.done():
                 raise CancelledError
@@ -82,45 +96,16 @@ class Requests:
         self._succeeded()
         return answer
 
-    def _succeeded(self) -> None: ...
-
-    def _failed(self, is_late: bool) -> None: ...
-
-
-class RemoteRequests(Requests):
-    """Requests in threads. One late answer, or `max_failures` errors in a row, and none is made for `pause_s`.
-
-    The first error after a pause begins another. When one begins, requests that still wait are dropped.
-
-    Attributes:
-        siblings: all that pause when one of them is late.
-    """
-
-    def __init__(self, *args: Any, timeout_s: float, pause_s: float, max_failures: int) -> None:
-        super().__init__(*args)
-        self.timeout_s, self._pause_s, self._max_failures = timeout_s, pause_s, max_failures
-        self._failures, self._until = 0, 0.0
-        self._lock, self._threads = Mutex(), DaemonThreads(REQUESTS, "hfblend-remote")
-        self.siblings: tuple[RemoteRequests, ...] = (self,)
-
-    @property
-    def is_paused(self) -> bool:
-        return time.monotonic() < self._until
-
-    def begin(self, call: Callable[[], T]) -> Future[T]:
-        if not self.is_paused:
-            return self._threads.begin(call)
-        dropped: Future[T] = Future()
-        dropped.cancel()
-        return dropped
-
     def _succeeded(self) -> None:
         """Forgets earlier failures, unless a pause has begun since the request was made."""
-        with self._lock:
-            if not self.is_paused:
-                self._failures = 0
+        if self._failures:
+            with self._lock:
+                if not self.is_paused:
+                    self._failures = 0
 
     def _failed(self, is_late: bool) -> None:
+        if self._threads is None:
+            return
         with self._lock:
             self._failures += 1
         pausing = self.siblings if is_late else (self,) if self._failures >= self._max_failures else ()
@@ -132,6 +117,7 @@ class RemoteRequests(Requests):
         with self._lock:
             was_paused = self.is_paused
             self._failures, self._until = self._max_failures, time.monotonic() + self._pause_s
+        assert self._threads is not None
         self._threads.drop()
         return not was_paused
 

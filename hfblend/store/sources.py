@@ -12,11 +12,10 @@ from io import FileIO
 from typing import TypeVar
 
 from ..locks import Mutex
-from .folders import LocalFolder
-from .format import HEAD_BYTES, MOST_UNASKED, Contents, CorruptEntry, contents_of, header_bytes, header_of
+from .folders import LocalFolder, RemoteFolder
+from .format import HEAD_BYTES, MOST_UNASKED, Contents, CorruptEntry, contents_of, header_bytes
 from .keys import file_name_of
 from .loader import Source
-from .remote_folder import RemoteFolder
 from .requests import Requests
 
 T = TypeVar("T")
@@ -25,11 +24,8 @@ READERS = 12  # threads that read from disks, of all stores of the process toget
 
 
 class FileSource(Source):
-    """A file on a disk. It stays open as long as this lives, so that it can be read on when its name is gone.
-
-    Args:
-        head: its first bytes, which are not read again.
-    """
+    """A file on a disk. It stays open as long as this lives, so that it can be read on when its name is gone. The first
+    bytes, `head`, are not read again."""
 
     def __init__(self, stream: FileIO, head: bytes, requests: Requests) -> None:
         super().__init__(requests)
@@ -78,12 +74,7 @@ class FileSource(Source):
 
 
 class ObjectSource(Source):
-    """A file at a URL.
-
-    Args:
-        head: its first bytes.
-        num_bytes: of all of it, by its header; `None` if `head` is the whole file.
-    """
+    """A file at a URL: its first bytes, and the length by its header (`None` if these are all)."""
 
     def __init__(self, folder: RemoteFolder, name: str, head: bytes, num_bytes: int | None, requests: Requests) -> None:
         super().__init__(requests)
@@ -97,12 +88,11 @@ class ObjectSource(Source):
         is_whole = len(head) != HEAD_BYTES  # shorter; or longer, if the filesystem reads no parts
         if not is_whole and header_bytes(head[:8]) > len(head):
             head += folder.read(name, len(head), header_bytes(head[:8]))
-        num_bytes = None if is_whole else _stated_bytes(head)
-        contents = contents_of(key, head, len(head) if num_bytes is None else num_bytes)
+        contents = contents_of(key, head, len(head) if is_whole else None)
         stop = contents.first_stop
         if not is_whole and len(head) < stop <= MOST_UNASKED:
             head += folder.read(name, len(head), stop)
-        return cls(folder, name, head, num_bytes, requests), contents
+        return cls(folder, name, head, None if is_whole else contents.layers[-1].stop, requests), contents
 
     def fill(self, buffer: memoryview, start: int) -> None:
         stop = start + len(buffer)
@@ -117,15 +107,6 @@ class ObjectSource(Source):
 
     def tier(self, start: int) -> str:
         return "remote"
-
-
-def _stated_bytes(head: bytes) -> int:
-    """Returns the length of a file by its header; 0 if that says none, and `contents_of` says why."""
-    try:
-        tensors = [one for name, one in header_of(head).items() if name != "__metadata__"]
-        return header_bytes(head[:8]) + int(max(one["data_offsets"][1] for one in tensors))
-    except (LookupError, TypeError, ValueError, OverflowError):
-        return 0
 
 
 @functools.cache

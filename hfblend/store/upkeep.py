@@ -15,10 +15,9 @@ from dataclasses import dataclass, field, replace
 
 from ..locks import Mutex
 from .counts import StoreCounts
-from .folders import LocalFolder
+from .folders import LocalFolder, RemoteFolder
 from .format import CorruptEntry, OtherVersion, header_bytes, header_of, origin_of, parse
 from .keys import SUFFIX, file_name_of, is_key
-from .remote_folder import RemoteFolder
 from .sizes import num_bytes_of
 
 logger = logging.getLogger(__name__)
@@ -58,8 +57,6 @@ class StoredEntry:
 
 @dataclass
 class _Listed:
-    """An entry's files, by the folder's list."""
-
     key: str
     num_bytes: int = 0
     last_used: float = 0.0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from .decision import Decision
-from .timeline import PhaseClock, SavedTimeline
+from .timeline import Interval
 
 Status = Literal["hit", "miss", "fresh", "unused"]
 Level = Literal["summary", "tokens", "full"]
@@ -58,6 +58,30 @@ class LayerMaps:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+@dataclass(frozen=True)
+class Decision:
+    """The ratio for one prompt, the reason, and the forecast that it rests on, in ms.
+
+    Attributes:
+        ratio: to recompute; `None`: compute the prompt in full.
+        reason: as a message.
+        full_ms, compute_ms, load_ms: of a full prefill, of the blend's computing, and of its loading.
+        ttft_ms: of the decision; `None`, and `load_ms` too, where a tier is not known.
+    """
+
+    ratio: float | None
+    reason: str
+    full_ms: float
+    compute_ms: float
+    load_ms: float | None
+    ttft_ms: float | None
+
+    @property
+    def share(self) -> float:
+        """The ratio; 1 where the prompt is computed in full."""
+        return 1.0 if self.ratio is None else self.ratio
+
+
 @dataclass
 class Facts:
     """The attributes of a `BlendTrace`, which explains them."""
@@ -80,7 +104,7 @@ class Facts:
     decision: Decision | None = None
     verification: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
-    clock: PhaseClock | SavedTimeline | None = field(default=None, repr=False)
+    intervals: Callable[[], list[Interval]] = field(default=list, repr=False, compare=False)
     level: Level = "summary"
     settings: dict[str, Any] = field(default_factory=dict)
     input_ids: torch.Tensor | None = field(default=None, repr=False)

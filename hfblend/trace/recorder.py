@@ -63,14 +63,8 @@ class Recorder(Tracer):
 
 
 def relative_deviation(computed: torch.Tensor, reused: torch.Tensor) -> torch.Tensor:
-    """Returns ‖computed − reused‖ / ‖computed‖ of each token, over heads and dimensions, in fp32.
-
-    Args:
-        computed, reused: keys or values, each (B, Hkv, N, D).
-
-    Returns:
-        (B, N)
-    """
+    """Returns ‖computed − reused‖ / ‖computed‖ of each token's keys or values (B, Hkv, N, D), over heads and
+    dimensions, in fp32: (B, N)."""
     size = computed.float().square().sum(dim=(1, 3)).sqrt()
     distance = (computed.float() - reused.float()).square().sum(dim=(1, 3)).sqrt()
     return distance / size.clamp_min(torch.finfo(torch.float32).tiny)

@@ -46,17 +46,6 @@ def ms_per_phase(timeline: Iterable[Interval]) -> dict[str, float]:
     return spent
 
 
-@dataclass(frozen=True)
-class SavedTimeline:
-    """The intervals of a clock, read from a file."""
-
-    saved: tuple[Interval, ...]
-
-    def intervals(self) -> list[Interval]:
-        """Returns them in the order in which they ended."""
-        return list(self.saved)
-
-
 class PhaseClock:
     """Notes the ends of phases, and intervals within them; only `intervals` waits for a GPU."""
 

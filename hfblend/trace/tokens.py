@@ -9,50 +9,42 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import torch
+
 from .facts import Facts
+
+_COLUMNS = (
+    "index", "id", "text", "part", "chunk", "origin", "status", "old_position", "new_position", "score", "selected",
+)  # fmt: skip
 
 
 def columns_of(trace: Facts, texts: list[str] | None) -> dict[str, list[Any]]:
     """Returns column -> T values; `None` where a value is not known."""
-    count = trace.num_tokens
-    nothing: list[Any] = [None] * count
-    columns: dict[str, list[Any]] = {
-        "index": list(range(count)),
-        "id": nothing if trace.input_ids is None else trace.input_ids.tolist(),
-        "text": texts or nothing,
-        **_places(trace, count),
-        "status": _statuses(trace, count),
-        "new_position": list(range(count)),
-        "score": list(nothing),
-        "selected": [False] * count,
-    }
-    if trace.scores is not None and trace.candidate_idx is not None:
-        for i, score in zip(trace.candidate_idx.tolist(), trace.scores.tolist()):
-            columns["score"][i] = score
-    for i in [] if trace.selected_idx is None else trace.selected_idx.tolist():
-        columns["selected"][i] = True
-    order = "index id text part chunk origin status old_position new_position score selected"
-    return {name: columns[name] for name in order.split()}
-
-
-def _places(trace: Facts, count: int) -> dict[str, list[Any]]:
-    """Returns the part of the prompt that each token stands in, and its position when it was computed."""
-    chunks = trace.chunks
+    count, chunks = trace.num_tokens, trace.chunks
+    columns: dict[str, list[Any]] = {name: [None] * count for name in _COLUMNS}
     first, last = (chunks[0].span[0], chunks[-1].span[1]) if chunks else (count, count)
-    part = ["prefix" if i < first else "gap" if i < last else "suffix" for i in range(count)]
-    columns: dict[str, list[Any]] = {"part": part}
-    columns |= {name: [None] * count for name in ("chunk", "origin", "old_position")}
+    selected = set(_listed(trace.selected_idx))
+    columns["index"], columns["new_position"] = list(range(count)), list(range(count))
+    columns["id"], columns["text"] = _listed(trace.input_ids) or columns["id"], texts or columns["text"]
+    columns["part"] = ["prefix" if i < first else "gap" if i < last else "suffix" for i in range(count)]
+    columns["status"], columns["selected"] = _statuses(trace, count), [i in selected for i in range(count)]
     for number, piece in [(None, trace.prefix), *enumerate(chunks)]:
-        if piece is None:
-            continue
-        start, stop = piece.span
-        columns["origin"][start:stop] = [piece.status] * (stop - start)
-        if number is not None:
-            part[start:stop] = ["chunk"] * (stop - start)
-            columns["chunk"][start:stop] = [number] * (stop - start)
-        if piece.cached_start is not None:
-            columns["old_position"][start:stop] = range(piece.cached_start, piece.cached_start + stop - start)
+        if piece is not None:
+            start, stop = piece.span
+            same: dict[str, Any] = {"origin": piece.status}
+            if number is not None:
+                same |= {"part": "chunk", "chunk": number}
+            for name, value in same.items():
+                columns[name][start:stop] = [value] * (stop - start)
+            if piece.cached_start is not None:
+                columns["old_position"][start:stop] = range(piece.cached_start, piece.cached_start + stop - start)
+    for i, score in zip(_listed(trace.candidate_idx), _listed(trace.scores)):
+        columns["score"][i] = score
     return columns
+
+
+def _listed(values: torch.Tensor | None) -> list[Any]:
+    return [] if values is None else values.tolist()
 
 
 def _statuses(trace: Facts, count: int) -> list[str]:
@@ -62,7 +54,7 @@ def _statuses(trace: Facts, count: int) -> list[str]:
     statuses = ["recomputed" if trace.computes_all else "exact"] * count
     marked = (("reused", trace.candidate_idx), ("recomputed", trace.selected_idx), ("computed", trace.fresh_idx))
     for status, idx in marked:
-        for i in [] if idx is None else idx.tolist():
+        for i in _listed(idx):
             statuses[i] = status
     return statuses
 

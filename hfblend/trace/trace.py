@@ -13,45 +13,28 @@ Shapes: T all tokens, N reused tokens that could be recomputed, S selected token
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
 from ..arguments import one_of, require_tokenizer
 from ..arguments import require as require_type
 from ..config import BlendConfig
 from ..util import require
-from .facts import TENSORS, ChunkTrace, Facts, LayerMaps, Level, Status
+from .facts import TENSORS, ChunkTrace, Facts, Level
 from .file import load_trace, save_trace
 from .observer import Observer
 from .timeline import Interval, PhaseClock, ms_per_phase
 from .tokens import columns_of, texts_of
 
-__all__ = ["BlendTrace", "ChunkTrace", "LayerMaps", "Level", "Status", "Tracer", "as_level"]
-
 
 def as_level(level: str) -> Level:
-    """Returns a level of detail, checked.
-
-    Raises:
-        ValueError: none of the three.
-    """
+    """Returns a level of detail; raises `ValueError` for another word."""
     one_of("trace", level, get_args(Level))
     return level  # type: ignore[return-value]
-
-
-def _settings_of(config: BlendConfig) -> dict[str, Any]:
-    """Returns the settings of the selection, as plain values."""
-    rule = config.selection
-    return {
-        "selection": getattr(rule, "__name__", type(rule).__name__) if callable(rule) else rule,
-        "recompute_ratios": list(config.fixed_ratios),
-        "check_layers": list(config.check_layers),
-        "chunk_prefix": config.chunk_prefix,
-    }
 
 
 @dataclass
@@ -135,7 +118,7 @@ class BlendTrace(Facts):
 
         On a GPU, reading it waits until the work is done; nothing waits before.
         """
-        return self.clock.intervals() if self.clock else []
+        return self.intervals()
 
     def token_texts(self, tokenizer: Any = None) -> list[str] | None:
         """Returns each token's text; `None` without ids, or where no tokenizer is known."""
@@ -233,28 +216,21 @@ _PLAIN_FIELDS = (
 
 def plain_list(values: torch.Tensor) -> list[Any]:
     """Returns nested lists, `None` for NaN and infinities, which JSON does not know."""
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, list):
-            return [cleaned(one) for one in value]
-        return value if math.isfinite(value) else None
-
-    plain = values.tolist()
-    return plain if not values.is_floating_point() or bool(values.isfinite().all()) else cleaned(plain)
+    if not values.is_floating_point():
+        return values.tolist()
+    numbers = values.double().numpy(force=True)
+    plain = numbers.astype(object)
+    plain[~np.isfinite(numbers)] = None
+    return plain.tolist()
 
 
 class Tracer(Observer):
-    """Writes a `BlendTrace` of level `"summary"` or `"tokens"`.
-
-    Args:
-        trace: of one prompt.
-        device: the model's, for the clock.
-    """
+    """Writes a `BlendTrace` of level `"summary"` or `"tokens"`, with a clock of the model's device."""
 
     def __init__(self, trace: BlendTrace, device: torch.device) -> None:
         self.trace = trace
-        self.trace.blended, self.trace.clock = True, PhaseClock(device)
-        self.clock = self.trace.clock
+        self.clock = PhaseClock(device)
+        self.trace.blended, self.trace.intervals = True, self.clock.intervals
 
     def phase_done(self, phase: str) -> None:
         self.clock.end_of(phase)
@@ -270,7 +246,13 @@ class Tracer(Observer):
         self.trace.candidate_idx, self.trace.fresh_idx = candidate_idx, fresh_idx
 
     def realigned(self, config: BlendConfig) -> None:
-        self.trace.settings = _settings_of(config)
+        rule = config.selection
+        self.trace.settings = {
+            "selection": getattr(rule, "__name__", type(rule).__name__) if callable(rule) else rule,
+            "recompute_ratios": list(config.fixed_ratios),
+            "check_layers": list(config.check_layers),
+            "chunk_prefix": config.chunk_prefix,
+        }
 
     def computed(self, pairs: int) -> None:
         self.trace.computed_pairs += pairs

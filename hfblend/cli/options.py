@@ -1,0 +1,29 @@
+"""The options that commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+EXIT_CODES = "Exit codes: 0 success; 1 failure or missing dependency; 2 invalid option, file or model."
+
+Model = Annotated[str | None, Option(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")]
+Device = Annotated[str | None, Option(help="As torch names it.", show_default="GPU if any, else CPU")]
+KVDType = Annotated[str | None, Option(help="Keep chunk KV in 8 bits: int8 or fp8.", show_default="as computed")]
+DType = Annotated[str | None, Option(help="As torch names it.", show_default="float32 on a CPU, else bfloat16")]
+JsonFile = Annotated[Path | None, Option("--json", help="Write the figures to this file.")]
+Markdown = Annotated[Path | None, Option(help="Write the table to this file.")]
+Ratio = Annotated[float, Option(help="Share of the reused tokens to recompute.", min=0, max=1)]
+Rule = Annotated[str | None, Option(help="The rule that selects them.", show_default="BlendConfig's")]
+KeptIn = Annotated[
+    str | None, Option("--store", help="Folder or URL that keeps the chunk KV.", show_default="in memory")
+]
+NewTokens = Annotated[int, Option(help="Longest answer.", min=1)]
+PrintJson = Annotated[bool, Option("--json", help="Print JSON instead.")]
+
+
+def existing(help: str) -> Any:
+    """An option that takes a file which is there."""
+    return Option(help=help, exists=True, dir_okay=False)
