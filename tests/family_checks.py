@@ -21,6 +21,8 @@ from hfblend.support.registry import model_of
 
 PROMPT = make_prompt()
 SHIFT, NEW_TOKENS = 100, 3
+_tested_models: dict[str, Any] = {}  # by the family's name
+_stock_outputs: dict[tuple[str, str | None], Any] = {}  # and the attention implementation
 ATTENTION = ("eager", "sdpa", "flex_attention")
 
 
@@ -36,7 +38,7 @@ def ratio_1(family: Family, implementation: str | None = None) -> float:
 
 def true_kv(family: Family, ratio: float, rule: str = "suffix_attention") -> tuple[float, str]:
     """True in-context KV, moved elsewhere and blended back, against stock; and the rule that selected."""
-    stock, model = _stock(family), _make(family)
+    stock, model = _stock(family), _tested(family)
     store = store_of_true_kv(model, PROMPT, SHIFT)
     with hfblend.patch(model, config=config(ratio, selection=rule), store=store) as blender:
         blended = _run(model, PROMPT.inputs())
@@ -51,7 +53,7 @@ def true_kv(family: Family, ratio: float, rule: str = "suffix_attention") -> tup
 
 def realign_error(family: Family) -> float:
     """Keys moved by the rotation that the self-test found, against keys computed there, in the worst layer."""
-    hf_model = model_of(family.make())
+    hf_model = model_of(_tested(family))
     old, distance = torch.arange(20), 30
     kv, truth = (hf_model.run_stock(positions)[0] for positions in (old, old + distance))
     found = moved_kv(hf_model, kv, (old, old + distance, 20), 20 + distance)
@@ -62,7 +64,7 @@ def realign_error(family: Family) -> float:
 @torch.no_grad()
 def future_leak(family: Family) -> float:
     """How much the early rows of a pass change when everything reused behind them does; the late ones must change."""
-    model, first_changed = family.make(), 41
+    model, first_changed = _tested(family), 41
     hf_model = model_of(model)
 
     def rows_of_last_layer(change: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +104,7 @@ def batch(family: Family) -> float | str:
         return "n/a"
     steps, differences = NEW_TOKENS if own < 1e-3 else 1, []
     for ratio in (1.0, 0.3):
-        model, store = family.make(), hfblend.MemoryStore()
+        model, store = _tested(family), hfblend.MemoryStore()
         for prompt in prompts:
             store_of_true_kv(model, prompt, SHIFT, store=store)
         with hfblend.patch(model, config=config(ratio), store=store) as blender:
@@ -122,7 +124,7 @@ def _from_alone(batch: Any, alone: list[Any], steps: int) -> float:
 
 def window(family: Family) -> str:
     """What the last row sees of the prompt, by the model's own masks, where that is not all."""
-    hf_model, length = model_of(family.make()), len(PROMPT)
+    hf_model, length = model_of(_tested(family)), len(PROMPT)
     masks = mask_rows(hf_model, torch.tensor([length - 1]), length)
     masks = masks if isinstance(masks, dict) else {"": masks}
     seen = {int((mask if mask.dtype == torch.bool else mask == 0).sum()) for mask in masks.values()} - {length}
@@ -144,7 +146,7 @@ def attention(family: Family, implementation: str) -> float | str:
 
 def keys_turn(family: Family) -> str:
     """How cached keys depend on position, as the self-test found it."""
-    hf_model = model_of(family.make())
+    hf_model = model_of(_tested(family))
     found = []
     for layer, rotation in enumerate(hf_model.rotations):
         if rotation is None:
@@ -168,7 +170,22 @@ def _make(family: Family, implementation: str | None = None) -> Any:
     return model
 
 
+def _tested(family: Family) -> Any:
+    """A model that all measurements but the first share, so that it tests itself once."""
+    name = getattr(family, "name", "made up")
+    if name not in _tested_models:
+        _tested_models[name] = family.make()
+    return _tested_models[name]
+
+
 def _stock(family: Family, implementation: str | None = None) -> Any:
+    key = getattr(family, "name", "made up"), implementation
+    if key not in _stock_outputs:
+        _stock_outputs[key] = _run_stock(family, implementation)
+    return _stock_outputs[key]
+
+
+def _run_stock(family: Family, implementation: str | None) -> Any:
     output = _run(
         _make(family, implementation),
         {"input_ids": PROMPT.input_ids, "attention_mask": torch.ones_like(PROMPT.input_ids)},

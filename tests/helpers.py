@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import torch
@@ -97,6 +98,12 @@ def make_mistral(window: int | None = 24, dtype: torch.dtype = torch.float32) ->
     )
     torch.manual_seed(0)
     return MistralForCausalLM(config).to(dtype).eval()
+
+
+@functools.cache
+def shared(make=make_llama, **settings):
+    """A model for tests that leave it as it is: it is made, and tests itself, once."""
+    return make(**settings)
 
 
 MODELS = {

@@ -1,11 +1,12 @@
 """Scripts in processes that begin as copies of one that has imported PyTorch and Transformers.
 
 Starting Python anew and importing them takes five seconds of a core. A script whose exit is the thing under test (what
-it writes at its end, threads that outlive it) needs a new Python: `subprocess.run`.
+it writes at its end, threads that outlive it) needs a Python that ends by itself: `run_copies`.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -52,3 +53,34 @@ def _run(
         runpy.run_path(str(script), run_name="__main__")
     else:
         exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
+
+
+_COPIES = """
+import json, os
+exec(PREPARATION)
+codes = []
+for number, script in enumerate(SCRIPTS):
+    if not (child := os.fork()):
+        for stream in (1, 2):
+            os.dup2(os.open(f"{FOLDER}/{number}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
+        exec(compile(script, "<script>", "exec"))
+        break  # the copy is at its end, and ends as Python does
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+else:
+    print(json.dumps(codes))
+"""
+
+
+def run_copies(preparation: str, scripts: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """Runs scripts one after the other, each in a copy of one new Python that has run the preparation.
+
+    Needs `os.fork`. The preparation should start no thread.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        names = {"PREPARATION": preparation, "SCRIPTS": scripts, "FOLDER": folder}
+        code = "".join(f"{name} = {value!r}\n" for name, value in names.items()) + _COPIES
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        codes = json.loads(done.stdout.splitlines()[-1])
+        said = [[Path(folder, f"{i}.{stream}").read_text("utf-8") for stream in (1, 2)] for i in range(len(codes))]
+    return [subprocess.CompletedProcess(script, code, *texts) for script, code, texts in zip(scripts, codes, said)]

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from helpers import config, make_llama, make_mistral, make_prompt
+from helpers import config, make_llama, make_mistral, make_prompt, shared
 from transformers import DynamicCache, LogitsProcessorList
 
 import hfblend
@@ -198,8 +198,9 @@ def answers(model, inputs, loop, by):
 @pytest.mark.parametrize("make", [make_llama, make_mistral])
 def test_a_loop_gets_what_its_forward_asked_for(make, name):
     loop, fallback = LOOPS[name]
-    model = make(attn_implementation="eager") if make is make_llama else make()
+    model = shared(make, attn_implementation="eager") if make is make_llama else shared(make)
     if name == "attentions" and make is make_mistral:
+        model = make_mistral()
         model.set_attn_implementation("eager")
     plain = {"input_ids": PROMPT.input_ids, "attention_mask": torch.ones_like(PROMPT.input_ids)}
     stock = answers(model, plain, loop, "custom_generate")
@@ -232,7 +233,7 @@ def test_a_subclass_with_a_generate_of_its_own(name):
 
 
 def test_a_batch_with_drafts_is_stock():
-    model, inputs = make_llama(), Prompt.batch([PROMPT, PROMPT], pad_token_id=0)
+    model, inputs = shared(), Prompt.batch([PROMPT, PROMPT], pad_token_id=0)
     drafts = torch.tensor([[9, 8], [20, 30]])
 
     def loop(model, ids, kwargs):
@@ -248,7 +249,7 @@ def test_a_batch_with_drafts_is_stock():
 
 @pytest.mark.parametrize("mask", ["given", "none", "of ones"])
 def test_padding_is_what_the_call_said(mask):
-    model, prompts = make_llama(), [PROMPT, SHORT]
+    model, prompts = shared(), [PROMPT, SHORT]
     inputs = Prompt.batch(prompts, pad_token_id=0)
     given = {"given": inputs["attention_mask"], "none": None, "of ones": torch.ones_like(inputs["attention_mask"])}
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)

@@ -6,7 +6,16 @@ import functools
 
 import pytest
 import torch
-from helpers import config, generate, largest_difference, make_llama, make_mistral, make_prompt, store_of_true_kv
+from helpers import (
+    config,
+    generate,
+    largest_difference,
+    make_llama,
+    make_mistral,
+    make_prompt,
+    shared,
+    store_of_true_kv,
+)
 from test_generate_modes import MODES
 from transformers import DynamicCache, set_seed
 
@@ -43,7 +52,7 @@ def far_apart(one, other) -> float:
 @pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation"])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 def test_rows_equal_the_rows_run_alone(make, selection, ratio):
-    model = make()
+    model = shared(make)
     with hfblend.patch(model, config=config(ratio, selection=selection)) as blender:
         alone = []
         for prompt in PROMPTS:
@@ -70,7 +79,7 @@ def test_rows_equal_the_rows_run_alone(make, selection, ratio):
 @pytest.mark.parametrize("make", [make_llama, make_mistral])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 def test_true_kv_and_ratio_1_are_stock(make, ratio):
-    model = make()
+    model = shared(make)
     prompts, store = [SHARED, LONG], hfblend.MemoryStore()
     for prompt in prompts:
         store_of_true_kv(model, prompt, store=store)
@@ -88,7 +97,7 @@ ONE_PROMPT_ONLY = {"draft_model", "prompt_lookup", "streamer"}  # stock `generat
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ONE_PROMPT_ONLY])
 @pytest.mark.parametrize("make", [make_llama, make_mistral])
 def test_every_mode_of_generate(make, mode):
-    model, outputs = make(), []
+    model, outputs = shared(make), []
     for patched in (False, True):
         inputs = Prompt.batch(PROMPTS, pad_token_id=PAD) if patched else stock_inputs(PROMPTS)
         arguments = MODES[mode]()
@@ -107,7 +116,7 @@ def test_every_mode_of_generate(make, mode):
 
 
 def test_one_padded_prompt():
-    model = make_llama()
+    model = shared()
     ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), SHARED.input_ids], 1)
     spans = SHARED.chunk_spans.moved(3)
     stock = generate(model, {"input_ids": ids})
@@ -121,7 +130,7 @@ def test_one_padded_prompt():
 
 
 def test_a_second_turn_of_a_batch_is_stock():
-    model, turns = make_llama(), []
+    model, turns = shared(), []
     for patched in (False, True):
         blender = hfblend.patch(model, config=config(1.0)) if patched else None
         first = together(model, PROMPTS) if patched else generate(model, stock_inputs(PROMPTS))
@@ -137,7 +146,7 @@ def test_a_second_turn_of_a_batch_is_stock():
 
 
 def test_equal_rows_are_blended_once():
-    model, seen = make_llama(), []
+    model, seen = shared(), []
     with hfblend.patch(model, config=config(0.2)) as blender:
         handle = model.model.layers[2].register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[0]))
         output = together(model, [SHARED, LONG, SHARED], num_beams=2, max_new_tokens=2)
@@ -149,7 +158,7 @@ def test_equal_rows_are_blended_once():
 
 
 def test_a_prompt_without_chunks_is_prefilled_beside_the_others():
-    model = make_llama()
+    model = shared()
     plain = Prompt(make_prompt(seed=5).input_ids, ())
     short = make_prompt((4,), seed=6)
     prompts = [plain, SHARED, short]
@@ -168,7 +177,7 @@ def test_a_prompt_without_chunks_is_prefilled_beside_the_others():
 
 
 def test_each_row_is_split_at_separators():
-    model = make_llama()
+    model = shared()
     inputs = stock_inputs(PROMPTS)
     stock = generate(model, inputs)
     with hfblend.patch(model, config=config(1.0, separator=(5, 6))) as blender:
@@ -179,7 +188,7 @@ def test_each_row_is_split_at_separators():
 
 @pytest.mark.parametrize("masked", ["right", "hole", "whole row"])
 def test_other_padding_falls_back(masked):
-    model = make_llama()
+    model = shared()
     inputs = Prompt.batch(PROMPTS, pad_token_id=PAD)
     mask = inputs["attention_mask"]
     if masked == "right":
@@ -230,7 +239,7 @@ def test_a_model_that_counts_padding_falls_back():
 
 
 def test_spans_that_do_not_fit_the_batch_are_refused():
-    model, inputs = make_llama(), Prompt.batch(PROMPTS, pad_token_id=PAD)
+    model, inputs = shared(), Prompt.batch(PROMPTS, pad_token_id=PAD)
     with hfblend.patch(model, config=config(0.2)):
         for spans, words in [
             (SHARED.chunk_spans, "one prompt for a batch of 3"),
@@ -248,7 +257,7 @@ def test_spans_that_do_not_fit_the_batch_are_refused():
 
 
 def test_a_cache_of_ones_own_takes_a_batch():
-    model = make_mistral()
+    model = shared(make_mistral)
     stock = generate(model, stock_inputs(PROMPTS), past_key_values=DynamicCache(config=model.config))
     with hfblend.patch(model, config=config(1.0)):
         blended = together(model, PROMPTS, past_key_values=DynamicCache(config=model.config))
@@ -259,7 +268,7 @@ def test_a_cache_of_ones_own_takes_a_batch():
 
 
 def test_verification_checks_every_prompt_of_a_batch():
-    model = make_llama()
+    model = shared()
     with hfblend.patch(model, config=config(1.0), verify=1) as blender:
         together(model, [SHARED, LONG])
         assert all(trace.verification["kl"] < 1e-6 for trace in blender.traces)

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import config, generate, make_llama, make_mistral, make_prompt
+from helpers import config, generate, make_llama, make_mistral, make_prompt, shared
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import hfblend
@@ -17,7 +17,7 @@ from hfblend.model.hf_model import CACHE
 
 PROMPT = make_prompt()
 IDS = PROMPT.input_ids
-MODEL = make_llama()
+MODEL = shared()
 
 
 def cache_of(model, blended, **arguments):
@@ -146,7 +146,7 @@ WAYS = {
 def compare(make, way, made_in=torch.no_grad, used_in=torch.no_grad):
     found = []
     for blended in (False, True):
-        model = make()
+        model = shared(make)
         with made_in():
             cache = cache_of(model, blended)
         with used_in():
@@ -235,7 +235,7 @@ def test_what_cannot_be_joined_meets_stocks_answer(wrong):
     """Another batch size, number of heads, head size, device: an error, as stock's; another dtype: its promotion."""
     outcomes = []
     for blended in (False, True):
-        cache = cache_of(make_llama(), blended)
+        cache = cache_of(MODEL, blended)
         layer = cache.layers[0]
         added = wrong([torch.ones(1, *t.shape[1:2], 1, t.shape[3]) for t in (layer.keys, layer.values)])
         try:
@@ -249,8 +249,7 @@ def test_what_cannot_be_joined_meets_stocks_answer(wrong):
 def test_a_cache_of_another_dtype(dtype):
     found = []
     for blended in (False, True):
-        model = make_llama()
-        cache = cache_of(model, blended)
+        cache = cache_of(MODEL, blended)
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
         layer = cache.layers[0]

@@ -13,6 +13,7 @@ from helpers import (
     make_llama,
     make_mistral,
     make_prompt,
+    shared,
     store_of_true_kv,
 )
 
@@ -38,7 +39,7 @@ def stock_inputs(prompt):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 0.1)], ids=["fp32", "bf16"])
 def test_ratio_1_equals_full_prefill(name, dtype, tolerance):
-    model = MODELS[name](dtype)
+    model = shared(MODELS[name], dtype=dtype)
     stock = generate(model, stock_inputs(PROMPT))
     with hfblend.patch(model, config=config(1.0)) as blender:
         for hits in (0, 3):  # cold, then warm
@@ -57,7 +58,7 @@ def test_ratio_1_equals_full_prefill(name, dtype, tolerance):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5])
 def test_true_kv_moved_and_blended_is_exact(name, ratio):
-    model = MODELS[name]()
+    model = shared(MODELS[name])
     stock = generate(model, stock_inputs(PROMPT))
     with hfblend.patch(model, config=config(ratio), store=store_of_true_kv(model, PROMPT)) as blender:
         blended = generate(model, PROMPT.inputs())
@@ -73,7 +74,7 @@ def test_true_kv_moved_and_blended_is_exact(name, ratio):
 
 @pytest.mark.parametrize("check_layers", [(1, 2, 3), ()])
 def test_true_kv_is_exact_under_gradual_filtering_and_full_reuse(check_layers):
-    model = make_llama()
+    model = shared()
     stock = generate(model, stock_inputs(PROMPT))
     ratios = (0.5, 0.3, 0.1)[: len(check_layers)]
     settings = config(selection="kv_deviation", check_layers=check_layers, recompute_ratios=ratios)
@@ -122,7 +123,7 @@ def deviation_first(evidence):
 @pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5])
 def test_every_layer_holds_reused_or_fresh_rows(ratio, selection):
     """Unselected rows above the check layer are the realigned entries; nothing is zero, stale or uninitialised."""
-    model, store = make_llama(), MemoryStore()
+    model, store = shared(), MemoryStore()
     check_layer = 3 if selection is deviation_first else 1
     settings = config(ratio, selection=selection, check_layers=(check_layer,))
     hfblend.blend(model, PROMPT, store=store, config=settings)
@@ -158,7 +159,7 @@ def test_every_layer_holds_reused_or_fresh_rows(ratio, selection):
 
 
 def test_gaps_suffix_and_only_they_are_always_fresh():
-    model = make_llama()
+    model = shared()
     trace = hfblend.blend(model, PROMPT, config=config(0.15)).trace
     reused = {i for start, stop in [(0, PROMPT.chunk_spans[0][0]), *PROMPT.chunk_spans] for i in range(start, stop)}
     assert trace.fresh_idx.tolist() == [i for i in range(len(PROMPT)) if i not in reused]
@@ -169,7 +170,7 @@ def test_gaps_suffix_and_only_they_are_always_fresh():
     [((1,), (0.15,)), ((2,), (0.0,)), ((1, 2), (0.5, 0.2)), ((1, 2, 3), (0.6, 0.4, 0.1)), ((), ())],
 )
 def test_computed_pairs_are_counted(layers, ratios):
-    model = make_llama()
+    model = shared()
     seen = []
 
     def count(module, args, kwargs):
@@ -198,14 +199,14 @@ def test_computed_pairs_are_counted(layers, ratios):
 
 
 def test_isolated_prefills_are_counted_apart():
-    model = make_llama()
+    model = shared()
     trace = hfblend.blend(model, PROMPT, config=config(0.15)).trace
     assert trace.misses == 3
     assert trace.isolated_pairs == 4 * (9 + 20 + 31 + 13)
 
 
 def test_chunk_where_it_was_computed_is_exact_and_never_a_candidate():
-    model = make_llama()
+    model = shared()
     prompt = make_prompt(sizes=(30,))
     stock = generate(model, stock_inputs(prompt))
     with hfblend.patch(model, config=config(0.0)) as blender:
@@ -219,7 +220,7 @@ def test_chunk_where_it_was_computed_is_exact_and_never_a_candidate():
 
 
 def test_reused_elsewhere_is_not_exact_and_deviates_less_the_more_is_recomputed():
-    model = make_llama()
+    model = shared()
     stock = generate(model, stock_inputs(PROMPT), max_new_tokens=1)
     differences = []
     with hfblend.patch(model) as blender:
@@ -235,7 +236,7 @@ def test_reused_elsewhere_is_not_exact_and_deviates_less_the_more_is_recomputed(
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
 def test_cold_equals_warm_bit_for_bit(name):
-    model = MODELS[name]()
+    model = shared(MODELS[name])
     with hfblend.patch(model, config=config(0.2)) as blender:
         cold = generate(model, PROMPT.inputs())
         assert blender.trace.misses == 3
@@ -247,7 +248,7 @@ def test_cold_equals_warm_bit_for_bit(name):
 
 def test_missing_chunks_are_prefilled_together_where_that_is_quicker(monkeypatch):
     """As on a GPU; a chunk that stands twice is prefilled once."""
-    model, outputs = make_llama(), []
+    model, outputs = shared(), []
     prompt = make_prompt((20, 31, 13, 20, 25), seed=8)
     start, stop = prompt.chunk_spans[0]
     again = prompt.input_ids.clone()
@@ -275,7 +276,7 @@ def test_missing_chunks_are_prefilled_together_where_that_is_quicker(monkeypatch
 
 
 def test_a_miss_in_the_middle_costs_only_that_chunk():
-    model = make_llama()
+    model = shared()
     with hfblend.patch(model, config=config(0.2)) as blender:
         for chunk in (0, 2):
             generate(model, make_prompt(order=[chunk]).inputs())
@@ -286,7 +287,7 @@ def test_a_miss_in_the_middle_costs_only_that_chunk():
 
 
 def test_chunks_are_reused_in_any_order():
-    model = make_llama()
+    model = shared()
     with hfblend.patch(model, config=config(0.2)) as blender:
         generate(model, PROMPT.inputs())
         reordered = make_prompt(order=[2, 0, 1])
@@ -301,7 +302,7 @@ def test_chunks_are_reused_in_any_order():
 
 
 def test_in_context_misses_are_fresh_exact_and_captured():
-    model = make_llama()
+    model = shared()
     stock = generate(model, stock_inputs(PROMPT))
     with hfblend.patch(model, config=config(0.2, on_miss="in_context")) as blender:
         first = generate(model, PROMPT.inputs())
@@ -317,7 +318,7 @@ def test_in_context_misses_are_fresh_exact_and_captured():
 
 
 def test_in_context_misses_behind_reused_chunks_are_not_captured():
-    model = make_llama()
+    model = shared()
     with hfblend.patch(model, config=config(0.2, on_miss="in_context")) as blender:
         generate(model, make_prompt(order=[1]).inputs())
         entries = len(blender.store)
@@ -342,7 +343,7 @@ def test_nothing_is_captured_behind_a_prefix_of_another_rope_regime(rope):
 
 def test_little_that_is_exact_is_computed_again_rather_than_attended_by_position():
     """A prefix of 9 tokens before 125 that are fresh: a stock forward over all of them is quicker, and the same."""
-    model, prompt = make_llama(), make_prompt(sizes=(40, 41, 33))
+    model, prompt = shared(), make_prompt(sizes=(40, 41, 33))
     with hfblend.patch(model, config=config(0.2, on_miss="in_context")) as blender:
         generate(model, make_prompt(sizes=(5,)).inputs())
         output = generate(model, prompt.inputs())
@@ -359,7 +360,7 @@ def test_little_that_is_exact_is_computed_again_rather_than_attended_by_position
 @pytest.mark.parametrize("make", [make_llama, make_mistral])
 def test_no_selected_token_sees_a_later_position(make):
     """Rows of a pass do not change when everything reused behind them does."""
-    model = make()
+    model = shared(make)
     hf_model = model_of(model)
     first_poisoned = 41
 
@@ -394,7 +395,7 @@ def test_no_selected_token_sees_a_later_position(make):
 @pytest.mark.parametrize("make", [make_llama, make_mistral])
 @pytest.mark.parametrize("patched", [False, True])
 def test_blend_returns_logits_and_a_cache_that_stock_generate_continues(make, patched):
-    model = make()
+    model = shared(make)
     stock = generate(model, stock_inputs(PROMPT))
     store = store_of_true_kv(model, PROMPT)
     blender = hfblend.patch(model) if patched else None
@@ -410,7 +411,7 @@ def test_blend_returns_logits_and_a_cache_that_stock_generate_continues(make, pa
 
 
 def test_prompt_without_suffix_or_prefix():
-    model = make_llama()
+    model = shared()
     for prompt in (make_prompt(prefix=0, separator=()), make_prompt(suffix=0, separator=())):
         full = generate(model, stock_inputs(prompt), max_new_tokens=1)
         result = hfblend.blend(model, prompt, store=store_of_true_kv(model, prompt), config=config(0.0))
@@ -419,7 +420,7 @@ def test_prompt_without_suffix_or_prefix():
 
 
 def test_prompt_without_chunks_is_a_full_prefill():
-    model = make_llama()
+    model = shared()
     prompt = hfblend.Prompt.from_ids([1, 2, 3, 4], [], [5, 6, 7])
     stock = generate(model, stock_inputs(prompt), max_new_tokens=1)
     result = hfblend.blend(model, prompt)
@@ -430,7 +431,7 @@ def test_prompt_without_chunks_is_a_full_prefill():
 @pytest.mark.parametrize("name", MODELS)
 def test_prefill_chunk_equals_stock_rows(name):
     """Also for sliding models, and continued from the prefix's own KV."""
-    model = MODELS[name]()
+    model = shared(MODELS[name])
     ids, behind = PROMPT.ids[40:80], PROMPT.ids[:35]
     full = full_prefill_kv(model, torch.tensor([behind + ids]))
     prefix = hfblend.prefill_chunk(model, behind)
@@ -442,7 +443,7 @@ def test_prefill_chunk_equals_stock_rows(name):
 
 
 def test_a_prefix_kept_at_other_positions_is_not_continued_from():
-    model = make_llama()
+    model = shared()
     behind = PROMPT.prefix_ids
     away = store_of_true_kv(model, PROMPT).open(hfblend.blend(model, PROMPT).trace.prefix.key)
     assert away.cached_positions[0] == 100
@@ -452,7 +453,7 @@ def test_a_prefix_kept_at_other_positions_is_not_continued_from():
 
 
 def test_layerwise_and_all_at_once_are_the_same():
-    model = make_llama()
+    model = shared()
     with hfblend.patch(model) as blender:
         outputs = [generate(model, PROMPT.inputs(), blend_config=config(0.2, layerwise=lw)) for lw in (True, False)]
         assert blender.trace.hits == 3
@@ -461,7 +462,7 @@ def test_layerwise_and_all_at_once_are_the_same():
 
 @pytest.mark.parametrize("chunk_prefix", ["prompt", "bos", "none"])
 def test_chunk_prefix_says_what_chunks_are_computed_behind(chunk_prefix):
-    model = make_llama()
+    model = shared()
     trace = hfblend.blend(model, PROMPT, config=config(0.2, chunk_prefix=chunk_prefix)).trace
     start = {"prompt": len(PROMPT.prefix_ids), "bos": 1, "none": 0}[chunk_prefix]
     assert [chunk.cached_start for chunk in trace.chunks] == [start] * 3

@@ -24,6 +24,7 @@ def run(script, *arguments, **environment):
 
 
 @pytest.mark.smollm
+@pytest.mark.thorough
 @needs_packaged_model
 def test_quickstart():
     output = run("examples/quickstart.py")
@@ -40,7 +41,7 @@ FIGURES = re.compile(r"hits (\d), misses (\d), exact (\d), selected (\d+) of (\d
     ("ratio", "environment"),
     [
         pytest.param(0.15, {}, marks=pytest.mark.slow),
-        (0.3, {"LMCACHE_BLEND_RECOMPUTE_RATIOS": "0.3"}),
+        pytest.param(0.3, {"LMCACHE_BLEND_RECOMPUTE_RATIOS": "0.3"}, marks=pytest.mark.thorough),
     ],
 )
 def test_blend(ratio, environment):

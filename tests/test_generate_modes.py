@@ -7,7 +7,16 @@ import logging
 
 import pytest
 import torch
-from helpers import config, generate, largest_difference, make_llama, make_mistral, make_prompt, store_of_true_kv
+from helpers import (
+    config,
+    generate,
+    largest_difference,
+    make_llama,
+    make_mistral,
+    make_prompt,
+    shared,
+    store_of_true_kv,
+)
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, pipeline, set_seed
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria
@@ -113,7 +122,7 @@ def check(model, mode, settings, store, tolerance, expected_hits):
 def test_blended_ahead_of_stock_generate(mode, monkeypatch):
     """As on a GPU, where blending starts before stock `generate` prepares itself; drafts make it start later."""
     monkeypatch.setattr(hfblend.patching.Blender, "_blends_ahead", lambda self: True)
-    check(make_llama(), mode, config(1.0), None, 1e-4, 0)
+    check(shared(), mode, config(1.0), None, 1e-4, 0)
 
 
 def test_what_was_blended_ahead_is_dropped_where_it_does_not_fit(monkeypatch):
@@ -134,20 +143,20 @@ def test_what_was_blended_ahead_is_dropped_where_it_does_not_fit(monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", [make_llama, make_mistral])
 def test_ratio_1_is_stock(make, mode):
-    check(make(), mode, config(1.0), hfblend.MemoryStore(), 2e-4, 0)
+    check(shared(make), mode, config(1.0), hfblend.MemoryStore(), 2e-4, 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", [make_llama, make_mistral])
 def test_true_kv_from_elsewhere_is_stock(make, mode):
-    model = make()
+    model = shared(make)
     check(model, mode, config(0.2), store_of_true_kv(model, PROMPT), 1e-3, 3)
 
 
 @pytest.mark.parametrize("mode", ["greedy", "draft_model", "beams"])
 def test_a_prompt_that_ends_in_a_chunk(mode):
     """Its last token is computed, and draft tokens behind it ride along."""
-    model, prompt = make_llama(), make_prompt(suffix=0, separator=())
+    model, prompt = shared(), make_prompt(suffix=0, separator=())
     stock, _ = run(model, {"input_ids": prompt.input_ids}, MODES[mode])
     with hfblend.patch(model, config=config(0.15), store=store_of_true_kv(model, prompt)) as blender:
         blended, _ = run(model, prompt.inputs(), MODES[mode])
@@ -157,7 +166,7 @@ def test_a_prompt_that_ends_in_a_chunk(mode):
 
 
 def test_fp8_quantised_cache():
-    model = make_llama()
+    model = shared()
     arguments = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     try:
         stock = generate(model, {"input_ids": IDS}, **arguments)
@@ -171,7 +180,7 @@ def test_fp8_quantised_cache():
 
 @pytest.mark.parametrize("make", [make_llama, make_mistral])
 def test_second_turn_on_a_returned_cache_is_stock(make):
-    model = make()
+    model = shared(make)
     turns = []
     for patched in (False, True):
         blender = hfblend.patch(model, config=config(1.0)) if patched else None
@@ -187,7 +196,7 @@ def test_second_turn_on_a_returned_cache_is_stock(make):
 
 
 def test_what_inference_mode_made_is_continued_outside_it():
-    model = make_llama()
+    model = shared()
     stock = generate(model, {"input_ids": IDS})
     with hfblend.patch(model, config=config(0.2), store=store_of_true_kv(model, PROMPT)) as blender:
         with torch.inference_mode():
@@ -202,7 +211,7 @@ def test_what_inference_mode_made_is_continued_outside_it():
 
 
 def test_identical_rows_blend_once():
-    model = make_llama()
+    model = shared()
     seen = []
     with hfblend.patch(model, config=config(0.2)) as blender:
         handle = model.model.layers[2].register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[0]))
@@ -262,9 +271,9 @@ def fallback_calls(model):
     }
 
 
-@pytest.mark.parametrize("name", fallback_calls(make_llama()))
+@pytest.mark.parametrize("name", fallback_calls(shared()))
 def test_fallbacks_are_stock_and_say_so_in_one_line(name, caplog):
-    model = make_llama()
+    model = shared()
     inputs, options = fallback_calls(model)[name]
     stock_options = {k: v for k, v in options.items() if k != "blend_config"}
     stock = generate(model, {k: v for k, v in inputs.items() if k != "chunk_spans"}, **stock_options)
@@ -286,7 +295,7 @@ def test_fallbacks_are_stock_and_say_so_in_one_line(name, caplog):
      ({"prefill_chunk_size": 16}, None)],
 )  # fmt: skip
 def test_a_generation_config_without_a_name_counts(settings, fallback):
-    model = make_llama()
+    model = shared()
     common = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     stock = model.generate(IDS, GenerationConfig(**common, **settings))
     with hfblend.patch(model, config=config(1.0)) as blender:
@@ -335,7 +344,7 @@ def test_autocast_falls_back_and_leaves_the_store_as_it_is(caplog):
 
 
 def test_early_exit_drafts_are_nested_and_stock():
-    model = make_llama()
+    model = shared()
     stock = generate(model, {"input_ids": IDS}, assistant_early_exit=2)
     with hfblend.patch(model, config=config(1.0)) as blender:
         output = generate(model, PROMPT.inputs(), assistant_early_exit=2)
@@ -366,6 +375,7 @@ def test_another_patched_model_blends_inside_a_call():
         assert torch.equal(output.sequences, stock.sequences)
 
 
+@pytest.mark.thorough  # tracing a layer takes 15 seconds of a core
 def test_compiled_layers_blend():
     """Hooks on them might not be looked at, so nothing is resumed or cut; the result is the same."""
     model = make_llama()
@@ -474,7 +484,7 @@ def test_a_forward_that_never_meets_the_prompts_ids_falls_back():
 
 
 def test_every_fallback_has_a_test():
-    tested = {*fallback_calls(make_llama()), "training_mode", "autocast", "nested", "not_reached"}
+    tested = {*fallback_calls(shared()), "training_mode", "autocast", "nested", "not_reached"}
     tested |= {"adapters"}  # tests/test_adapters.py
     tested |= {"rope_regimes", "positions"}  # tests/test_batches.py
     tested |= {"model_changed", "continuous_batching"}  # tests/test_changed_models.py

@@ -6,8 +6,6 @@ import contextlib
 import gc
 import logging
 import os
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import config, damage, generate, make_llama, make_prompt
+from processes import run_copies
 
 import hfblend
 from hfblend.kv.chunk import ChunkLost
@@ -268,10 +267,9 @@ again()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of processes")
-@pytest.mark.parametrize("then", [IN_A_THREAD, WITHOUT_THREADS], ids=["late", "limited"])
-def test_where_no_thread_is_to_be_had_the_caller_reads(tmp_path, then):
+def test_where_no_thread_is_to_be_had_the_caller_reads(tmp_path):
     """A thread that outlives the main one cannot start others, nor can a process at its limit."""
-    script = f"""
+    prepared = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import os, threading
 import torch; torch.set_num_threads(1)
@@ -280,17 +278,21 @@ from hfblend.store import DiskStore, sources
 from helpers import config, damage, generate, make_llama, make_prompt
 
 model, prompt = make_llama(), make_prompt()
-os.chdir({str(tmp_path)!r})
-os.chmod(".", 0o777)
-blender = hfblend.patch(model, config=config(0.3), store=DiskStore("."))
-intact = generate(model, prompt.inputs())
-damage(blender.store, blender.trace.chunks[0].key, 1)
+
+def begin(folder):
+    global blender, intact
+    os.mkdir(folder)
+    os.chdir(folder)
+    os.chmod(".", 0o777)
+    blender = hfblend.patch(model, config=config(0.3), store=DiskStore("."))
+    intact = generate(model, prompt.inputs())
+    damage(blender.store, blender.trace.chunks[0].key, 1)
 
 def again():
     output = generate(model, prompt.inputs())
     print(torch.equal(output.sequences, intact.sequences), [chunk.status for chunk in blender.trace.chunks])
     print(sources._threads()._threads)
-{then}
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.splitlines() == ["True ['miss', 'hit', 'hit']", "set()"], done.stderr
+    ends = {"late": IN_A_THREAD, "limited": WITHOUT_THREADS}
+    for done in run_copies(prepared, [f"begin({str(tmp_path / name)!r})\n{end}" for name, end in ends.items()]):
+        assert done.stdout.splitlines() == ["True ['miss', 'hit', 'hit']", "set()"], done.stderr

@@ -33,9 +33,16 @@ def name_of(notebook: Path) -> str:
     return notebook.stem
 
 
+QUICK = ("3_rope_and_positions",)  # the others take 14 to 23 seconds of a core each
+
+
 @pytest.mark.smollm
 @needs_packages
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+@pytest.mark.parametrize(
+    "notebook",
+    [pytest.param(one, marks=() if one.stem in QUICK else pytest.mark.thorough) for one in NOTEBOOKS],
+    ids=name_of,
+)
 def test_short(notebook):
     run(notebook, short=True)
 

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,8 +185,8 @@ def test_a_taken_port_is_named(monkeypatch):
 # --- the page, in a browser ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tiny_folder(tmp_path):
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
     """A random model with a byte-level tokenizer, which knows any text."""
     from tokenizers import Tokenizer
     from tokenizers.decoders import ByteLevel as Decoder
@@ -207,14 +208,15 @@ def tiny_folder(tmp_path):
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.15, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-@pytest.fixture
-def address(tiny_folder, tmp_path):
-    """A playground of its own process, as the command starts it."""
+@pytest.fixture(scope="module")
+def address(tiny_folder, tmp_path_factory):
+    """A playground in another process, as the command starts it."""
     chromium()
     pytest.importorskip("nicegui")
     with socket.socket() as free:
@@ -223,13 +225,13 @@ def address(tiny_folder, tmp_path):
     command = ["playground", "--model", str(tiny_folder), "--device", "cpu", "--port", str(port)]
     code = f"from hfblend.cli import app; app({command!r})"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "NICEGUI"))}
-    log = (tmp_path / "server.log").open("w+")
+    log = (tmp_path_factory.mktemp("playground") / "server.log").open("w+")
     server = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_for(url, server, log)
         yield url
-        assert "Traceback" not in (tmp_path / "server.log").read_text()
+        assert "Traceback" not in Path(log.name).read_text()
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(20)

@@ -23,6 +23,7 @@ PASSAGES = [
     "Ada Brandt was born in Vellmar, a village known for its glass. She left it at nineteen to work at sea. ",
     "Glass from Vellmar is green because of the iron in its sand. Buyers came from three countries each spring. ",
 ]
+NEW_TOKENS = 5
 QUESTION = "Where was the keeper of Skerry Point born?"
 
 
@@ -69,7 +70,7 @@ def real(request):
 
 
 def stock_run(model, prompt, **kwargs):
-    return generate(model, {"input_ids": prompt.input_ids}, max_new_tokens=12, **kwargs)
+    return generate(model, {"input_ids": prompt.input_ids}, max_new_tokens=NEW_TOKENS, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -81,18 +82,18 @@ def test_ratio_1_equals_full_prefill(real, stock):
     model, prompt = real
     with hfblend.patch(model, config=config(1.0)) as blender:
         for hits in (0, 3):
-            blended = generate(model, prompt.inputs(), max_new_tokens=12)
+            blended = generate(model, prompt.inputs(), max_new_tokens=NEW_TOKENS)
             assert blender.trace.hits == hits
             assert blender.trace.computed_pairs == len(prompt) * model.config.num_hidden_layers
             assert torch.equal(blended.sequences, stock.sequences)
             assert largest_difference(blended, stock) <= 1e-3
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5])
+@pytest.mark.parametrize("ratio", [pytest.param(0.0, marks=pytest.mark.thorough), 0.15, 0.5])
 def test_true_kv_from_elsewhere_is_exact(real, stock, ratio):
     model, prompt = real
     with hfblend.patch(model, config=config(ratio), store=store_of_true_kv(model, prompt, shift=1000)) as blender:
-        blended = generate(model, prompt.inputs(), max_new_tokens=12)
+        blended = generate(model, prompt.inputs(), max_new_tokens=NEW_TOKENS)
         assert blender.trace.hits == 3
         assert not any(chunk.exact for chunk in blender.trace.chunks)
         assert torch.equal(blended.sequences, stock.sequences)
@@ -115,10 +116,10 @@ def test_recomputing_more_comes_closer_to_full_prefill(real, stock):
 def test_cold_equals_warm_and_removal_is_bit_equal(real, stock):
     model, prompt = real
     with hfblend.patch(model, config=config(0.15)) as blender:
-        cold, warm = (generate(model, prompt.inputs(), max_new_tokens=12) for _ in range(2))
+        cold, warm = (generate(model, prompt.inputs(), max_new_tokens=NEW_TOKENS) for _ in range(2))
         assert blender.trace.hits == 3
         assert largest_difference(cold, warm) == 0.0
-        few = generate(model, prompt.inputs(), max_new_tokens=12, blend_config=config(min_reused_tokens=10**6))
+        few = generate(model, prompt.inputs(), max_new_tokens=NEW_TOKENS, blend_config=config(min_reused_tokens=10**6))
         assert blender.trace.fallback == "too_few_tokens"
         assert largest_difference(few, stock) == 0.0
     assert largest_difference(stock_run(model, prompt), stock) == 0.0
@@ -130,8 +131,8 @@ def test_plain_text_is_split_at_lmcaches_separator(smollm):
     text = "You answer briefly. # # " + " # # ".join(PASSAGES) + " # # Where was the keeper born?"
     ids = tokenizer(text, return_tensors="pt").input_ids
     with hfblend.patch(model, tokenizer=tokenizer, config=hfblend.BlendConfig(min_reused_tokens=0)) as blender:
-        generate(model, {"input_ids": ids})
-        generate(model, {"input_ids": ids})
+        for _ in range(2):
+            generate(model, {"input_ids": ids}, max_new_tokens=1)
         assert blender.trace.hits == 3
     chunks = [tokenizer.decode(ids[0, slice(*chunk.span)]) for chunk in blender.trace.chunks]
     assert [chunk.strip() for chunk in chunks] == [passage.strip() for passage in PASSAGES]
@@ -153,11 +154,11 @@ def test_a_batch_is_what_its_rows_are_alone(real):
     model, prompt = real
     other = hfblend.Prompt(prompt.input_ids[:, : prompt.chunk_spans[1][1]], prompt.chunk_spans[:2])
     inputs = hfblend.Prompt.batch([prompt, other], pad_token_id=0)
-    stock = generate(model, {name: inputs[name] for name in ("input_ids", "attention_mask")}, max_new_tokens=6)
+    stock = generate(model, {name: inputs[name] for name in ("input_ids", "attention_mask")}, max_new_tokens=NEW_TOKENS)
     store = store_of_true_kv(model, prompt, shift=1000)
     for settings in (config(1.0), config(0.15)):
         with hfblend.patch(model, config=settings, store=store) as blender:
-            blended = generate(model, inputs, max_new_tokens=6)
+            blended = generate(model, inputs, max_new_tokens=NEW_TOKENS)
             assert [trace.hits for trace in blender.traces] == [3, 2]
         assert torch.equal(blended.sequences, stock.sequences)
         assert largest_difference(blended, stock) <= 1e-3

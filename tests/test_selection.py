@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import config, generate, make_llama, make_mistral, make_prompt, store_of_true_kv
+from helpers import config, generate, make_llama, make_mistral, make_prompt, shared, store_of_true_kv
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,16 +72,14 @@ PROMPT = make_prompt()
 
 @pytest.mark.parametrize("deviation", ["value", "key", "key_value"])
 def test_the_tokens_that_deviate_most_are_selected(deviation):
-    trace = hfblend.blend(
-        make_llama(), PROMPT, config=config(0.25, selection="kv_deviation", deviation=deviation)
-    ).trace
+    trace = hfblend.blend(shared(), PROMPT, config=config(0.25, selection="kv_deviation", deviation=deviation)).trace
     chosen = torch.isin(trace.candidate_idx, trace.selected_idx)
     assert trace.selected_tokens == math.ceil(0.25 * 44) == chosen.sum()
     assert trace.scores[chosen].min() >= trace.scores[~chosen].max()
 
 
 def test_gradual_filtering_ranks_only_what_was_kept():
-    model = make_llama()
+    model = shared()
     first = hfblend.blend(model, PROMPT, config=config(0.5, selection="kv_deviation")).trace.selected_idx
     settings = config(selection="kv_deviation", check_layers=(1, 3), recompute_ratios=(0.5, 0.2))
     trace = hfblend.blend(model, PROMPT, config=settings).trace
@@ -90,7 +88,7 @@ def test_gradual_filtering_ranks_only_what_was_kept():
 
 
 def test_force_chunk_start_stays_inside_the_budget():
-    trace = hfblend.blend(make_llama(), PROMPT, config=config(0.1, force_chunk_start=2)).trace
+    trace = hfblend.blend(shared(), PROMPT, config=config(0.1, force_chunk_start=2)).trace
     starts = [start for start, _ in PROMPT.chunk_spans[1:]]
     assert {s + i for s in starts for i in (0, 1)} <= set(trace.selected_idx.tolist())
     assert trace.selected_tokens == math.ceil(0.1 * 44)
@@ -100,7 +98,7 @@ def test_deviation_of_reused_tokens_is_that_of_a_stock_forward():
     """At layer 1, against keys and values computed by stock Transformers."""
     from helpers import full_prefill_kv
 
-    model, store = make_llama(), hfblend.MemoryStore()
+    model, store = shared(), hfblend.MemoryStore()
     trace = hfblend.blend(model, PROMPT, store=store, config=config(0.2, selection="kv_deviation")).trace
     full = full_prefill_kv(model, PROMPT.input_ids)[1][1]
     reused = [store.open(chunk.key).layer(1)[1] for chunk in trace.chunks[1:]]
@@ -112,7 +110,7 @@ def test_deviation_of_reused_tokens_is_that_of_a_stock_forward():
 def test_trace_reports_in_plain_words_and_json():
     import json
 
-    model = make_llama()
+    model = shared()
     with hfblend.patch(model, config=config(0.2)) as blender:
         assert str(blender.trace) == "not blended: no call yet"
         generate(model, PROMPT.inputs(), max_new_tokens=3)
@@ -127,7 +125,7 @@ def test_trace_reports_in_plain_words_and_json():
 
 
 def test_trace_notes_pieces_that_join_differently(word_tokenizer):
-    model = make_llama()
+    model = shared()
     prompt = hfblend.Prompt.from_texts(word_tokenizer, prefix="w8", chunks=["w9 w10"], suffix="w13")
     assert "'w8 w9 w10 w13'" in hfblend.blend(model, prompt, config=config(0.2)).trace.notes[0]
     other_tokens = ChunkSpans(prompt.chunk_spans, differs_from_joined_text=True)  # the text is the same
@@ -184,7 +182,7 @@ def true_attention(model, prompt, rows):
 
 @pytest.mark.parametrize("make", [make_llama, make_mistral])
 def test_suffix_attention_over_true_kv_is_the_stock_models(make):
-    model = make()
+    model = shared(make)
     prompt = make_prompt(separator=())  # no gaps: nothing is hidden
     store = store_of_true_kv(model, prompt)
     seen = {}
@@ -203,7 +201,7 @@ def test_suffix_attention_over_true_kv_is_the_stock_models(make):
 
 def test_gaps_and_chunks_not_yet_computed_are_hidden_from_the_suffix():
     """With them masked out, what the suffix gives to all other keys sums to one."""
-    model = make_llama()
+    model = shared()
     hf_model, store = model_of(model), hfblend.MemoryStore()
     hfblend.blend(model, make_prompt(order=(1, 0)), store=store, config=config(on_miss="in_context"))
     state = Blending(hf_model, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.2, on_miss="in_context"))
@@ -221,7 +219,7 @@ def test_gaps_and_chunks_not_yet_computed_are_hidden_from_the_suffix():
 
 
 def test_recording_in_blocks_is_recording_at_once(monkeypatch):
-    model, prompt = make_llama(), make_prompt(suffix=150)
+    model, prompt = shared(), make_prompt(suffix=150)
     store = hfblend.MemoryStore()
     whole = hfblend.blend(model, prompt, store=store, config=config(0.2)).trace.scores
     monkeypatch.setattr(AttentionRecord, "ROWS_AT_ONCE", 7)
@@ -230,7 +228,7 @@ def test_recording_in_blocks_is_recording_at_once(monkeypatch):
 
 
 def test_score_pass_is_counted_and_needs_no_pass_over_all_tokens():
-    model, store = make_llama(), hfblend.MemoryStore()
+    model, store = shared(), hfblend.MemoryStore()
     for _ in range(2):
         trace = hfblend.blend(model, PROMPT, store=store, config=config(0.2)).trace
     suffix = len(PROMPT) - PROMPT.chunk_spans[-1][1]
@@ -239,7 +237,7 @@ def test_score_pass_is_counted_and_needs_no_pass_over_all_tokens():
 
 
 def test_models_whose_attention_cannot_be_recorded_are_ranked_by_deviation(monkeypatch, caplog):
-    model, store = make_llama(), hfblend.MemoryStore()
+    model, store = shared(), hfblend.MemoryStore()
     monkeypatch.setattr(model_of(model), "attends_by_position", False)
     trace = hfblend.blend(model, PROMPT, store=store, config=config(0.2)).trace
     expected = hfblend.blend(model, PROMPT, store=store, config=config(0.2, selection="kv_deviation")).trace
@@ -255,7 +253,7 @@ def test_a_rule_of_ones_own():
     names = {}
     exec(block, names)
     settings = replace(names["config"], recompute_ratios=(0.2,))
-    trace = hfblend.blend(make_llama(), PROMPT, config=settings).trace
+    trace = hfblend.blend(shared(), PROMPT, config=settings).trace
     chosen = torch.isin(trace.candidate_idx, trace.selected_idx)
     assert trace.selected_tokens == math.ceil(0.2 * 44)
     assert trace.scores[chosen].min() >= trace.scores[~chosen].max()
@@ -266,7 +264,7 @@ def test_a_rule_may_score_in_whole_numbers_and_flags(kind):
     def rule(evidence):
         return (evidence.candidate_idx >= 50).to(kind)
 
-    trace = hfblend.blend(make_llama(), PROMPT, config=config(0.2, selection=rule, force_chunk_start=1)).trace
+    trace = hfblend.blend(shared(), PROMPT, config=config(0.2, selection=rule, force_chunk_start=1)).trace
     starts = [start for start, _ in PROMPT.chunk_spans[1:]]
     assert trace.selected_tokens == math.ceil(0.2 * 44)
     assert set(starts) <= set(trace.selected_idx.tolist())
@@ -274,7 +272,7 @@ def test_a_rule_may_score_in_whole_numbers_and_flags(kind):
 
 
 def test_a_layer_that_gives_no_attention_is_noticed(monkeypatch):
-    model = make_llama()
+    model = shared()
     monkeypatch.setattr(AttentionRecord, "add", lambda *args: None)
     trace = hfblend.blend(model, PROMPT, config=config(0.2)).trace
     assert "cannot be recorded" in trace.notes[0]
@@ -287,9 +285,9 @@ def test_a_rule_that_asks_for_layers_beyond_the_model_is_told(layers):
         return evidence.suffix_attention(layers).mean((0, 1))
 
     with pytest.raises(ValueError, match="one or more of 0 … 3"):
-        hfblend.blend(make_llama(), PROMPT, config=config(0.2, selection=rule))
+        hfblend.blend(shared(), PROMPT, config=config(0.2, selection=rule))
 
 
 def test_a_rule_must_score_every_candidate():
     with pytest.raises(ValueError, match="one score per candidate"):
-        hfblend.blend(make_llama(), PROMPT, config=config(0.2, selection=lambda evidence: torch.zeros(3)))
+        hfblend.blend(shared(), PROMPT, config=config(0.2, selection=lambda evidence: torch.zeros(3)))

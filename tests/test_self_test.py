@@ -62,6 +62,12 @@ SOUND = {
 }
 
 
+each_precision = pytest.mark.parametrize(
+    "precision",
+    [pytest.param(one, marks=() if one in ("fp32", "bf16") else pytest.mark.thorough) for one in PRECISIONS],
+)
+
+
 def self_tested(model, precision):
     """The self-test of a model in a precision, and what it found."""
     dtype, mode = PRECISIONS[precision]
@@ -74,7 +80,7 @@ def found_in_fp32(name):
     return self_tested(SOUND[name](), "fp32")
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_precision
 @pytest.mark.parametrize("name", SOUND)
 def test_every_precision_finds_what_fp32_finds(name, precision):
     hf_model, exact = self_tested(SOUND[name](), precision), found_in_fp32(name)
@@ -85,7 +91,7 @@ def test_every_precision_finds_what_fp32_finds(name, precision):
 
 
 @pytest.mark.smollm
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_precision
 def test_real_weights_pass_in_every_precision(precision):
     hf_model = self_tested(load_smollm()[0], precision)
     assert {(r.slot, r.pairing, r.sign) for r in hf_model.rotations} == {(0, "half", 1)}
@@ -93,7 +99,7 @@ def test_real_weights_pass_in_every_precision(precision):
     assert hf_model.layers_stand_alone
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_precision
 def test_what_is_allowed_is_a_few_times_what_stock_differs_from_itself(precision):
     """Moved to other positions, layers of a sound model change about as much as by the noise that was measured."""
     dtype, mode = PRECISIONS[precision]
@@ -126,7 +132,7 @@ PECULIAR = {
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_precision
 @pytest.mark.parametrize("peculiarity", PECULIAR)
 def test_a_peculiar_model_is_refused(peculiarity, precision):
     with pytest.raises(hfblend.UnsupportedModel, match=PECULIAR[peculiarity]):
@@ -194,7 +200,7 @@ def one_off(own):
     return positions
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_precision
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gemma2", "deep"])
 @pytest.mark.parametrize("wrong", WRONG_ROTATIONS)
 def test_a_wrong_rotation_is_refused(wrong, name, precision, monkeypatch):
@@ -203,7 +209,7 @@ def test_a_wrong_rotation_is_refused(wrong, name, precision, monkeypatch):
         self_tested(SOUND[name](), precision)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_precision
 def test_dimensions_that_turn_are_seen_where_biases_dwarf_them(precision):
     """In real models key biases of a hundred stand on dimensions that hardly turn."""
     model = make("qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e12})
@@ -252,7 +258,7 @@ def narrow(hf_model):
     return dict.fromkeys(range(hf_model.num_layers), 3)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_precision
 @pytest.mark.parametrize("wrong", WRONG_ATTENTION)
 def test_wrong_attention_by_position_is_not_taken(wrong, precision, monkeypatch):
     name, mutate = WRONG_ATTENTION[wrong]
@@ -289,7 +295,7 @@ def test_layers_stand_alone_also_where_rounding_sends_a_row_to_other_experts(
     assert shortened
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_precision
 @pytest.mark.parametrize("by", [1, 40])
 def test_rows_at_other_positions_are_refused(by, precision, monkeypatch):
     from hfblend.model import passes
@@ -303,7 +309,7 @@ def test_rows_at_other_positions_are_refused(by, precision, monkeypatch):
 # --- chunks prefilled in one forward
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_precision
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "deep"])
 def test_a_batch_of_chunks_is_taken_where_only_rounding_differs(name, precision, monkeypatch):
     model = SOUND[name]()

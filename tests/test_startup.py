@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from processes import run_copies
 from typer.testing import CliRunner
 
 import hfblend
@@ -33,37 +34,30 @@ def fresh(code: str) -> object:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("command", "exit_code", "says"),
-    [
-        (["--help"], 0, "precompute"),
-        (["--version"], 0, f"hfblend {hfblend.__version__}"),
-        (["--verison"], 2, "No such option: --verison"),
-        (["bnech"], 2, "Did you mean 'bench'?"),
-        (["verify", "--help"], 0, "--max-kl"),
-        (["precompute", "--corpsu", "a.jsonl"], 2, "No such option: --corpsu"),
-        (["profile", "--tokens", "5"], 2, "--tokens must be above 32"),
-        (["bench", "--lenghts", "5"], 2, "No such option: --lenghts"),
-        (["eval", "--help"], 0, "--max-context"),
-        (["store", "--help"], 0, "prune"),
-        (["store", "ls", "--jsn", "folder"], 2, "No such option: --jsn"),
-        *(([name, "--nope"], 2, "No such option: --nope") for name in ("demo", "run", "explain", "playground")),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_help_and_mistakes_load_no_torch(command, exit_code, says):
-    found = fresh(
-        "import contextlib, io, json, sys\n"
-        "from hfblend.cli import app\n"
-        "said = io.StringIO()\n"
-        "with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):\n"
-        f"    try: app({command!r})\n"
-        "    except SystemExit as end: code = end.code\n"
-        f"print(json.dumps([code, said.getvalue(), [name for name in {HEAVY} if name in sys.modules]]))"
-    )
-    assert found[0] == exit_code
-    assert says in " ".join(found[1].replace("│", " ").split())
-    assert found[2] == []
+COMMANDS = [
+    (["--help"], 0, "precompute"),
+    (["--version"], 0, f"hfblend {hfblend.__version__}"),
+    (["--verison"], 2, "No such option: --verison"),
+    (["bnech"], 2, "Did you mean 'bench'?"),
+    (["verify", "--help"], 0, "--max-kl"),
+    (["precompute", "--corpsu", "a.jsonl"], 2, "No such option: --corpsu"),
+    (["profile", "--tokens", "5"], 2, "--tokens must be above 32"),
+    (["bench", "--lenghts", "5"], 2, "No such option: --lenghts"),
+    (["eval", "--help"], 0, "--max-context"),
+    (["store", "--help"], 0, "prune"),
+    (["store", "ls", "--jsn", "folder"], 2, "No such option: --jsn"),
+    *(([name, "--nope"], 2, "No such option: --nope") for name in ("demo", "run", "explain", "playground")),
+]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_help_and_mistakes_load_no_torch():
+    """In copies of a process that has imported the command."""
+    copies = [f"try: app({command!r})\nfinally: assert not {{*{HEAVY}}} & {{*sys.modules}}" for command, *_ in COMMANDS]
+    prepared = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom hfblend.cli import app"
+    for (command, exit_code, says), done in zip(COMMANDS, run_copies(prepared, copies)):
+        assert (command, done.returncode) == (command, exit_code)
+        assert says in " ".join((done.stdout + done.stderr).replace("│", " ").split())
 
 
 def test_every_command_is_listed_and_has_its_own_help():
@@ -110,34 +104,32 @@ FIRST = [
     "from hfblend import blend, store",
     "import hfblend.store; import hfblend.blend.rotation",
 ]
+LOOK = """
+import hfblend
+from hfblend import blend
+import hfblend.blend.caches
+assert hfblend.blend is blend and isinstance(blend, types.FunctionType)
+assert isinstance(sys.modules["hfblend.blend"], types.ModuleType)
+assert hfblend.store.DiskStore and hfblend.generate.fallbacks.Fallback
+assert {name for name in dir(hfblend) if name[0] != "_"} == {*hfblend.__all__}
+"""
+LAZY = """
+before = {*sys.modules}
+import hfblend.trace.recorder, hfblend.trace.file, hfblend.patching
+assert not {"matplotlib", "pandas", "IPython", "hfblend.display"} & ({*sys.modules} - before)
+"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_blend_is_the_function_whatever_is_imported_first():
+def test_blend_is_the_function_whatever_is_imported_first_and_displays_are_loaded_when_asked_for():
     """In copies of a process that has imported what hfblend needs."""
-    codes = fresh(f"""
-import json, os, sys, types
-import torch, transformers, rich.console
-from transformers import GenerationMixin, LlamaForCausalLM
-
-def look(first):
-    exec(first)
-    import hfblend
-    from hfblend import blend
-    import hfblend.blend.caches
-    assert hfblend.blend is blend and isinstance(blend, types.FunctionType)
-    assert isinstance(sys.modules["hfblend.blend"], types.ModuleType)
-    assert hfblend.store.DiskStore and hfblend.generate.fallbacks.Fallback
-    assert {{name for name in dir(hfblend) if name[0] != "_"}} == {{*hfblend.__all__}}
-
-codes = []
-for first in {FIRST!r}:
-    if not (child := os.fork()):
-        look(first)
-        os._exit(0)
-    codes.append(os.waitpid(child, 0)[1])
-print(json.dumps(codes))""")
-    assert codes == [0] * len(FIRST)
+    needed = (
+        "import types, torch, transformers, rich.console\nfrom transformers import GenerationMixin, LlamaForCausalLM"
+    )
+    prepared = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{needed}"
+    end = "import os; os._exit(0)"  # at once: what torch leaves takes a second to be freed
+    for done in run_copies(prepared, [*(first + LOOK + end for first in FIRST), LAZY + end]):
+        assert done.returncode == 0, done.stderr
 
 
 def test_public_names_are_pickled_and_unknown_ones_refused():

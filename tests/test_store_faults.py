@@ -162,7 +162,10 @@ class Place:
             fsspec.filesystem("memory").pipe_file(f"/faults/chunks/{key}.safetensors", file)
 
 
-@pytest.fixture(params=["disk", "remote", "tiers"])
+KINDS = ["disk", "remote", pytest.param("tiers", marks=pytest.mark.thorough)]
+
+
+@pytest.fixture(params=KINDS)
 def place(request, tmp_path):
     MemoryFileSystem.store.clear()
     yield Place(request.param, tmp_path)
@@ -187,7 +190,7 @@ def parse_or_none(key, file):
         return parse(key, file)
 
 
-@pytest.mark.parametrize("kind", ["disk", "remote", "tiers"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_claim_takes_no_memory_and_costs_reuse_only(kind, tmp_path):
     """Sparse files as long as they claim, and objects that are not; in a process that may not have the memory."""
     script = f"""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import config, entry, generate, make_llama, make_prompt, same
+from processes import run_copies
 
 import hfblend
 from hfblend.generate import precompute as precomputing
@@ -183,9 +182,12 @@ def test_a_store_that_nobody_has_any_more_writes_what_waits(tmp_path):
     assert len(DiskStore(tmp_path)) == 40
 
 
-@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "1 / 0", "import atexit; atexit.register(put, 20, 40)"])
-def test_a_process_that_ends_writes_what_waits(tmp_path, end):
-    script = f"""
+ENDS = {"": 0, "raise SystemExit(3)": 3, "1 / 0": 1, "import atexit; atexit.register(put, 20, 40)": 0}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_ends_writes_what_waits(tmp_path):
+    prepared = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import time
 from helpers import entry
@@ -196,16 +198,19 @@ class Slow(DiskStore):
         time.sleep(0.05)
         super().put(key, chunk_kv)
 
-tiers = TieredStore([MemoryStore(), Slow({str(tmp_path)!r})])
 def put(start, stop):
     for i in range(start, stop):
         tiers.put(f"{{i:064x}}", entry(seed=i))
-put(0, 20)
-{end}
 """
-    subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120, check=False)
-    count = 40 if "atexit" in end else 20
-    assert [same(DiskStore(tmp_path).open(key), entry(seed=i)) for i, key in enumerate(KEYS[:count])] == [True] * count
+    folders = [tmp_path / str(number) for number in range(len(ENDS))]
+    scripts = [
+        f"tiers = TieredStore([MemoryStore(), Slow({str(folder)!r})])\nput(0, 20)\n{end}"
+        for folder, end in zip(folders, ENDS)
+    ]
+    assert [done.returncode for done in run_copies(prepared, scripts)] == [*ENDS.values()]
+    for folder, end in zip(folders, ENDS):
+        stored, count = DiskStore(folder), 40 if "atexit" in end else 20
+        assert [same(stored.open(key), entry(seed=i)) for i, key in enumerate(KEYS[:count])] == [True] * count, end
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -234,14 +239,15 @@ def test_a_forked_process_goes_on_and_so_does_its_parent(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_threads_that_fork_at_once(tmp_path):
+@pytest.mark.parametrize("times", [15, pytest.param(50, marks=pytest.mark.thorough)])
+def test_threads_that_fork_at_once(tmp_path, times):
     """In the child as in the parent, entries are still written."""
     if torch.cuda.is_initialized():
         pytest.skip("a child that frees what other tests left on a GPU ends")
     tiers, codes, refused = TieredStore([MemoryStore(), DiskStore(tmp_path)]), [], []
 
     def fork():
-        for _ in range(50):
+        for _ in range(times):
             try:
                 pid = os.fork()
             except RuntimeError as error:  # versions of filelock forbid it while another thread forks
@@ -261,8 +267,8 @@ def test_threads_that_fork_at_once(tmp_path):
         thread.start()
     for thread in forking:
         thread.join(60)
-    assert codes == [0] * (200 - len(refused))
-    assert len(codes) >= 50
+    assert codes == [0] * (4 * times - len(refused))
+    assert len(codes) >= times
     assert all("os.fork is unsafe" in reason for reason in refused)
     for key in KEYS:
         tiers.put(key, entry())
