@@ -60,8 +60,8 @@ def test_a_recompute_pass_through_a_state(name):
     assert len(one.rows) == _rounded(live) > live
     buffers = {i: reused.layer(i) for i in range(hf_model.num_layers)}
     state = state_of(hf_model, buffers, live)
-    got, _ = run_rows(
-        hf_model, hf_model.decoder_forward, one, GraphCache(hf_model.num_layers, one.rows, state, None), state
+    got, _ = hf_model.lock.exclusive(
+        run_rows, hf_model, hf_model.decoder_forward, one, GraphCache(hf_model.num_layers, one.rows, state, None), state
     )
     assert got.last_hidden_state.shape[1] == 1
     assert torch.allclose(got.last_hidden_state[:, -1], output.last_hidden_state[:, -1], atol=1e-5)
@@ -86,7 +86,9 @@ def test_a_score_pass_through_a_state():
     received = torch.full((3, hf_model.config.num_attention_heads, len(PROMPT)), torch.nan)
     mask = mask_of(hidden, len(PROMPT))
     state = state_of(hf_model, buffers, live, received.data_ptr(), mask.data_ptr())
-    run_rows(hf_model, hf_model.decoder_forward, one, GraphCache(hf_model.num_layers, one.rows, state, None), state)
+    hf_model.lock.exclusive(
+        run_rows, hf_model, hf_model.decoder_forward, one, GraphCache(hf_model.num_layers, one.rows, state, None), state
+    )
     assert torch.allclose(received.mean((0, 1))[reuse.candidate_idx], done.trace.scores, atol=1e-6)
     assert not received[:, :, hidden].any()
 
@@ -103,8 +105,13 @@ def test_a_pass_resumed_behind_the_check_layer_through_a_state():
         one, live = padded(hf_model, one)
         buffers = {i: done.buffers[i] if i <= 2 else reused.layer(i) for i in range(hf_model.num_layers)}
         state = state_of(hf_model, buffers, live)
-        got, _ = run_rows(
-            hf_model, hf_model.decoder_forward, one, GraphCache(hf_model.num_layers, one.rows, state, None), state
+        got, _ = hf_model.lock.exclusive(
+            run_rows,
+            hf_model,
+            hf_model.decoder_forward,
+            one,
+            GraphCache(hf_model.num_layers, one.rows, state, None),
+            state,
         )
     assert torch.allclose(got.last_hidden_state[:, -1], output.last_hidden_state[:, -1], atol=1e-5)
 

@@ -478,3 +478,33 @@ def test_an_exception_in_put_leaves_no_store_that_waits(monkeypatch):
         assert in_another_thread(put_and_flush, store, "b" * 64)
         assert in_another_thread(put_and_flush, store, "a" * 64)
         store.close()
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_undoes_nothing_of_the_pass_it_waits_for():
+    lock, names, is_inside, may_end = ForwardLock(), {}, threading.Event(), threading.Event()
+    found = []
+
+    def work():
+        lock.change(names, "it", "changed")
+        is_inside.set()
+        may_end.wait(ANSWER_S)
+        found.append(dict(names))
+
+    def interrupted(other):
+        raise KeyboardInterrupt
+
+    thread = threading.Thread(target=lock.exclusive, args=(work,))
+    thread.start()
+    is_inside.wait(ANSWER_S)
+    lock._before = interrupted  # as it looks for the claim that it waits for
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lock.exclusive(dict)
+    finally:
+        del lock._before
+        may_end.set()
+        thread.join(ANSWER_S)
+    assert found == [{"it": "changed"}]
+    assert names == {}
+    lock.exclusive(dict)
+    assert lock._claims == []

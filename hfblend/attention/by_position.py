@@ -87,6 +87,9 @@ class QueryRows:
 
     def visible(self, window: int | None, device: torch.device) -> torch.Tensor:
         """(B, S, T) bool."""
+        return self._once("visible", window, device, make=lambda: self._visible(window, device))
+
+    def _visible(self, window: int | None, device: torch.device) -> torch.Tensor:
         return visible(self.positions.to(device), self.length, window, self.hidden)
 
     def hidden_mask(self, device: torch.device) -> torch.Tensor | None:
@@ -102,7 +105,7 @@ class QueryRows:
         def make() -> torch.Tensor:
             padded = -(-self.length // 16) * 16
             mask = torch.zeros(*self.positions.shape, padded, dtype=dtype, device=device)[..., : self.length]
-            return mask.masked_fill_(~self.visible(window, device), torch.finfo(dtype).min)[:, None]
+            return mask.masked_fill_(~self._visible(window, device), torch.finfo(dtype).min)[:, None]
 
         return self._once("additive", window, dtype, device, make=make)
 

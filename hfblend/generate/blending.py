@@ -24,9 +24,9 @@ from ..blend.model import Forward
 from ..blend.reuse import Reuse
 from ..config import BlendConfig, as_config
 from ..controller import BlendShape, Controller, loads_of
-from ..gpu.streams import Beside
 from ..kv.chunk import ChunkLost
 from ..kv.rows import KV
+from ..kv.streams import Beside
 from ..prompts.prompt import ChunkSpans, Prompt
 from ..store import Store, store_at
 from ..support.registry import TestedModel, model_of

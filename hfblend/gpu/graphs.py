@@ -148,7 +148,7 @@ class PassGraph:
             if record is not None:
                 record.received.clear()
             cache = GraphCache(hf_model.num_layers, self._inputs.rows, self.state, stop_at, reached)
-            return run_rows(hf_model, forward, self._inputs, cache, self.state)[0]
+            return hf_model.lock.exclusive(run_rows, hf_model, forward, self._inputs, cache, self.state)[0]
 
         side = torch.cuda.Stream(hf_model.device)
         side.wait_stream(torch.cuda.current_stream(hf_model.device))

@@ -24,10 +24,9 @@ from ..blend.rotation import Realigner
 from ..kernels.device import HAS_TRITON, has_kernels
 from ..kv.chunk import ChunkKV, Reader
 from ..kv.rows import KV, ROOM, packed, rows_behind, sent
-from ..kv.streams import on_stream
+from ..kv.streams import bus_stream, on_stream
 from ..model.hf_model import HFModel
 from ..prompts.separator import Span
-from .streams import bus_stream
 
 if HAS_TRITON:
     from ..kernels.rows import load_rows, tiles_of

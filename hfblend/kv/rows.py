@@ -9,9 +9,9 @@ Shapes: B batch, Hkv KV heads, n tokens, D head_dim, W width of a row.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -38,17 +38,17 @@ class RowLayout:
         return cls.shared(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3])
 
     @classmethod
-    @lru_cache(maxsize=1024)
+    @functools.lru_cache(maxsize=1024)
     def shared(cls, *numbers: int) -> RowLayout:
         """The layout of these four numbers: one object for all, so that comparing many costs nothing."""
         return cls(*numbers)
 
-    @cached_property
+    @property
     def value_offset(self) -> int:
         """Elements of a row before its values."""
         return self.key_heads * self.key_dim
 
-    @cached_property
+    @property
     def width(self) -> int:
         """W, elements of a row."""
         return self.value_offset + self.value_heads * self.value_dim

@@ -205,7 +205,7 @@ def _attend_again(
     rows = torch.arange(min(prompt.chunk_spans[-1][1], length - 1), length, device=hf_model.device)
     cache = BlendingCache(hf_model.num_layers, buffers, rows, length)
     one = Pass(prompt.input_ids.to(hf_model.device)[:, rows], rows, rows, length, record=record)
-    run_rows(hf_model, hf_model.decoder_forward, one, cache)
+    hf_model.lock.exclusive(run_rows, hf_model, hf_model.decoder_forward, one, cache)
     return record.found
 
 

@@ -39,7 +39,7 @@ def as_written(forward: Callable[..., Any]) -> Callable[..., Any]:
 @keeps_alive("owner")
 def run_as_written(modules: tuple[nn.Module, ...], work: Callable[..., T], /, **kwargs: Any) -> T:
     """Runs some work in which these modules run their code uncompiled, in other threads too."""
-    if not _aside and not any(map(_compiled, modules)):
+    if _run_as_written(modules):
         return work(**kwargs)
     owner = Running()
     try:
@@ -52,6 +52,8 @@ def run_as_written(modules: tuple[nn.Module, ...], work: Callable[..., T], /, **
 def set_aside(owner: Running, *modules: nn.Module) -> None:
     """Has these modules run their code uncompiled, until `give_back`, or until the owner's work is over."""
     tidy()
+    if _run_as_written(modules):
+        return
     with _lock:
         for module in modules:
             if module in _aside:
@@ -77,6 +79,11 @@ def tidy() -> None:
     """Gives compiled code back that interrupted work has set aside."""
     if _aside:
         give_back(Running())
+
+
+def _run_as_written(modules: tuple[nn.Module, ...]) -> bool:
+    """Whether these modules run their code uncompiled already, and no work has set any aside."""
+    return not _aside and not any(map(_compiled, modules))
 
 
 def _compiled(module: nn.Module) -> dict[str, Any]:

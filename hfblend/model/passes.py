@@ -17,11 +17,7 @@ from .layers import cut, resume, watch
 
 
 def run_all(model: HFModel, forward: Forward, ids: torch.Tensor, cache: RecordingCache) -> tuple[Any, Watched | None]:
-    """Runs a forward over all tokens (1, T), which its cache may end."""
-    return model.lock.exclusive(_run_all, model, forward, ids, cache)
-
-
-def _run_all(model: HFModel, forward: Forward, ids: torch.Tensor, cache: RecordingCache) -> tuple[Any, Watched | None]:
+    """Runs a forward over all tokens (1, T), which its cache may end, in exclusive work of the model's lock."""
     rows, found = torch.arange(ids.shape[1], device=ids.device), None
     model.small_steps_in_one_kernel()
     if cache.stop_at is not None and model.may_skip_layers:
@@ -32,7 +28,7 @@ def _run_all(model: HFModel, forward: Forward, ids: torch.Tensor, cache: Recordi
 def run_rows(
     model: HFModel, forward: Forward, one: Pass, cache: Any, state: Any = None, watches: bool = False
 ) -> tuple[Any, Watched | None]:
-    """Runs a forward over some rows.
+    """Runs a forward over some rows, in exclusive work of the model's lock.
 
     Args:
         cache: its `update` mixes K/V, and stops the forward at `stop_at`; `take_last` leaves it with a few rows.
@@ -42,12 +38,6 @@ def run_rows(
     Returns:
         The forward's output, `None` if it was stopped; and what was watched.
     """
-    return model.lock.exclusive(_run_rows, model, forward, one, cache, state, watches)
-
-
-def _run_rows(
-    model: HFModel, forward: Forward, one: Pass, cache: Any, state: Any, watches: bool
-) -> tuple[Any, Watched | None]:
     found, lock, layers = None, model.lock, model.layers
     mask = see_rows(model, QueryRows(one.seen_from[None], one.length, one.hidden, one.record, state))
     if model.attends_by_position:

@@ -121,7 +121,7 @@ class TestedModel(HFModel):
 
     def full_pass(self, forward: Forward, ids: torch.Tensor, cache: RecordingCache) -> tuple[Any, Watched | None]:
         """A forward over all tokens."""
-        return run_all(self, forward, ids, cache)
+        return self.lock.exclusive(run_all, self, forward, ids, cache)
 
     def rows_pass(self, forward: Forward, one: Pass, cache: BlendingCache, watch: bool) -> tuple[Any, Watched | None]:
         """A forward over some rows: a CUDA graph where that gives all that is asked for."""
@@ -132,7 +132,7 @@ class TestedModel(HFModel):
             ran, output = self.graphs.run(forward, one, {**reused.unfilled, **cache.buffers}, cache.load)
             if ran:
                 return output, None
-        return run_rows(self, forward, one, cache, watches=watch)
+        return self.lock.exclusive(run_rows, self, forward, one, cache, watches=watch)
 
     def gather(self, reuse: Reuse, length: int, config: BlendConfig, observer: Observer) -> ReusedKV:
         """The reused K/V of a prompt, gathered by kernels on a GPU."""

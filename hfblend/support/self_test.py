@@ -110,7 +110,7 @@ def _run_rows(
 
     def run() -> tuple[dict[int, KV], Any]:
         cache = BlendingCache(hf_model.num_layers, buffers, rows, LENGTH)
-        return buffers, run_rows(hf_model, hf_model.try_forward, one, cache)[0]
+        return buffers, hf_model.lock.exclusive(run_rows, hf_model, hf_model.try_forward, one, cache)[0]
 
     return run_steps(hf_model, run, [None, *(hidden[..., list(of), :] for hidden in stock.hidden[1:])])
 
