@@ -1,5 +1,5 @@
-"""Checks of arguments. Each raises a `TypeError` (another type) or a `ValueError` (out of bounds), which says what
-was got and what is expected."""
+"""Checks of arguments, and of values in JSON files. Each raises a `TypeError` (another type) or a `ValueError` (out of
+bounds), which says what was got and what is expected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import fields, is_dataclass
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -161,7 +161,10 @@ def field_meant(name: str, names: Collection[str], aliases: Mapping[str, str]) -
     return aliases.get(known) or closest(known, names)
 
 
-_LARGEST = 1e15  # number in a file
+# --- values in JSON files -----------------------------------------------------------------------------------------
+
+_LARGEST = 1e15  # number
+_hints_of = functools.cache(get_type_hints)
 
 
 def _is_plain(value: Any, depth: int = 1) -> bool:
@@ -189,14 +192,14 @@ def from_json(kind: Any, value: Any, name: str) -> Any:
         TypeError, LookupError: a value of another type, or an object with other fields.
     """
     outer, inner = get_origin(kind), get_args(kind)
-    if outer is UnionType:  # or None
+    if outer in (Union, UnionType):  # or None
         return None if value is None else from_json(inner[0], value, name)
     if outer is list and isinstance(value, list):
         return [from_json(inner[0], one, name) for one in value]
     if outer is tuple and isinstance(value, list) and len(value) == len(inner):
         return tuple(from_json(one, part, name) for one, part in zip(inner, value))
     if isinstance(value, dict) and (is_dataclass(kind) or outer is dict):
-        hints = dict.fromkeys(value, inner[1]) if outer is dict else get_type_hints(kind)
+        hints = dict.fromkeys(value, inner[1]) if outer is dict else _hints_of(kind)
         return (outer or kind)(**{key: from_json(hints[key], one, key) for key, one in value.items()})
     if not (value in inner if outer is Literal else kind in _FITS and _FITS[kind](value)):
         raise TypeError(f"{name} is {type(value).__name__} {str(value)[:60]!r}")

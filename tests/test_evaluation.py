@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import hfblend
 from hfblend.cli import app
-from hfblend.cli.results import Outputs
+from hfblend.cli.common import Outputs
 from hfblend.demo import model as demo_model
 from hfblend.lab import plots, report
 from hfblend.lab.baselines import METHODS
@@ -427,7 +427,7 @@ def test_every_line_has_a_label_that_no_other_covers():
 def test_missing_matplotlib_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'hfblend\[plots\]'"):
-        Outputs(plot=tmp_path / "quality.png").check()
+        Outputs(plot=tmp_path / "quality.png")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

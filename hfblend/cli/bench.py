@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from typer import Option
 
-from .common import console, dtype_of, load, names, numbers, stderr
+from .common import Outputs, console, dtype_of, load, names, numbers, stderr
 from .options import Device, DType, JsonFile, Markdown, Model
 
 if TYPE_CHECKING:
@@ -59,10 +59,8 @@ def bench(
     from ..lab.bench.runner import run
     from ..lab.settings import BenchSettings
     from ..lab.synthetic import Layout
-    from .results import Outputs
 
     outputs = Outputs(json_file, markdown, plot)
-    outputs.check()
     settings = BenchSettings(
         lengths=tuple(numbers(tokens or "", int, "--tokens")),
         ratios=tuple(numbers(ratios, float, "--ratios")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,9 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ..util import figure_class, require_folders_of
+
 if TYPE_CHECKING:
     import torch
 
+    from ..lab.report import Results
     from ..store import DiskStore, RemoteStore
 
 console, stderr = Console(), Console(stderr=True)
@@ -69,6 +73,40 @@ def write_json(file: Path | None, values: Any) -> None:
     if file is not None:
         file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         console.print(f"Wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files that measuring commands write; those that are `None` are not written."""
+
+    json: Path | None = None
+    markdown: Path | None = None
+    plot: Path | None = None
+    records: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a folder that does not exist, `ImportError` for a missing package."""
+        require_folders_of(self.json, self.markdown, self.plot, self.records)
+        if self.plot is not None:
+            figure_class("plots")
+
+    def write(self, results: Results) -> None:
+        """Writes all but the records anew.
+
+        Raises:
+            ValueError: the plot's ending is none that matplotlib knows.
+        """
+        from ..lab.plots import plot_quality, plot_ttft
+        from ..lab.report import markdown, title
+
+        if self.json is not None:
+            self.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if self.markdown is not None:
+            self.markdown.write_text(markdown(results), encoding="utf-8")
+        if self.plot is not None:
+            is_bench = "peaks" in results
+            figure = plot_ttft(results) if is_bench else plot_quality(results["rows"], title(results))
+            figure.savefig(self.plot)
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from .common import console, load, names, numbers, progress_bar
+from .common import Outputs, console, load, names, numbers, progress_bar
 from .options import Device, DType, JsonFile, KVDType, Markdown, Model
 
 
@@ -48,10 +48,8 @@ def evaluate(
     from ..lab.eval.runner import run
     from ..lab.report import table
     from ..lab.settings import EvalSettings
-    from .results import Outputs
 
     outputs = Outputs(json_file, markdown, plot, records)
-    outputs.check()
     settings = EvalSettings(
         methods=tuple(names(methods)),
         ratios=tuple(numbers(ratios, float, "--ratios")),

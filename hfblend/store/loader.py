@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import cached_property
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -39,23 +39,22 @@ Places = Sequence[Place | QuantisedPlace]
 LAYERS_A_READ = 4  # neighbours in the file; each read costs a turn of Python's lock, or a request
 
 
-class Source:
+class Source(Protocol):
     """The file of one chunk, with requests to it."""
 
-    def __init__(self, requests: Requests) -> None:
-        self.requests = requests
+    requests: Requests
 
     def fill(self, buffer: memoryview, start: int) -> None:
         """Fills a buffer with the bytes from `start` on; raises `CorruptEntry` if the file ends before, or goes on."""
-        raise NotImplementedError
+        ...
 
     def tier(self, start: int) -> str:
         """Returns where the bytes from `start` on are read from, of `hfblend.controller.TIERS`."""
-        raise NotImplementedError
+        ...
 
     def begin(self, read: Callable[[], T]) -> Future[T]:
         """Calls `read` in a thread, soon."""
-        return self.requests.begin(read)
+        ...
 
 
 class LayerwiseChunk:

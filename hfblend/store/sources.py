@@ -15,7 +15,6 @@ from ..locks import Mutex
 from .folders import LocalFolder, RemoteFolder
 from .format import HEAD_BYTES, MOST_UNASKED, Contents, CorruptEntry, contents_of, header_bytes
 from .keys import file_name_of
-from .loader import Source
 from .requests import Requests
 
 T = TypeVar("T")
@@ -23,13 +22,12 @@ T = TypeVar("T")
 READERS = 12  # threads that read from disks, of all stores of the process together
 
 
-class FileSource(Source):
+class FileSource:
     """A file on a disk. It stays open as long as this lives, so that it can be read on when its name is gone. The first
     bytes, `head`, are not read again."""
 
     def __init__(self, stream: FileIO, head: bytes, requests: Requests) -> None:
-        super().__init__(requests)
-        self._stream, self._head, self._seeking = stream, head, Mutex()
+        self.requests, self._stream, self._head, self._seeking = requests, stream, head, Mutex()
         weakref.finalize(self, stream.close)
 
     @classmethod
@@ -46,6 +44,7 @@ class FileSource(Source):
             return cls(stream, head[: contents.first_stop], requests), contents
 
     def fill(self, buffer: memoryview, start: int) -> None:
+        """Fills a buffer with the bytes from `start` on; raises `CorruptEntry` if the file ends before, or goes on."""
         here = self._head[start : start + len(buffer)]
         buffer[: len(here)] = here
         read = len(here)
@@ -63,6 +62,7 @@ class FileSource(Source):
             return self._stream.readinto(buffer)
 
     def tier(self, start: int) -> str:
+        """Returns where the bytes from `start` on are read from, of `hfblend.controller.TIERS`."""
         if hasattr(os, "RWF_NOWAIT"):
             with contextlib.suppress(OSError):
                 os.preadv(self._stream.fileno(), [bytearray(1)], start, os.RWF_NOWAIT)
@@ -70,15 +70,17 @@ class FileSource(Source):
         return "disk"  # or the system does not say
 
     def begin(self, read: Callable[[], T]) -> Future[T]:
+        """Calls `read` in a thread, soon."""
         return _threads().submit(read)
 
 
-class ObjectSource(Source):
-    """A file at a URL: its first bytes, and the length by its header (`None` if these are all)."""
+class ObjectSource:
+    """A file at a URL, with the methods of `FileSource`: its first bytes, and its length by its header (`None` if these
+    are all)."""
 
     def __init__(self, folder: RemoteFolder, name: str, head: bytes, num_bytes: int | None, requests: Requests) -> None:
-        super().__init__(requests)
-        self._folder, self._name, self._head, self._num_bytes = folder, name, head, num_bytes
+        self.requests, self._folder, self._name = requests, folder, name
+        self._head, self._num_bytes = head, num_bytes
 
     @classmethod
     def opened(cls, folder: RemoteFolder, key: str, requests: Requests) -> tuple[ObjectSource, Contents]:
@@ -107,6 +109,9 @@ class ObjectSource(Source):
 
     def tier(self, start: int) -> str:
         return "remote"
+
+    def begin(self, read: Callable[[], T]) -> Future[T]:
+        return self.requests.begin(read)
 
 
 @functools.cache
