@@ -60,9 +60,9 @@ def find_norms(decoder: nn.Module) -> Fused:
     """Finds the normalisations of a known form."""
     found: Fused = {}
     for module in decoder.modules():
-        name, epsilon = _weight_name(module), _epsilon(module)
-        if name is None or epsilon is None:
+        if (names := _weight_and_epsilon(module)) is None:
             continue
+        name, epsilon = names
         weight = module._parameters[name]
         assert weight is not None
         generator = torch.Generator(weight.device).manual_seed(0)
@@ -84,20 +84,15 @@ def _norm(
     return kernels.rms_norm(hidden_states, getattr(module, name), getattr(module, epsilon), offset, late)
 
 
-def _weight_name(module: nn.Module) -> str | None:
-    """The name of the module's only parameter, if that is a vector in half precision on a GPU."""
+def _weight_and_epsilon(module: nn.Module) -> tuple[str, str] | None:
+    """The names of its only parameter, if that is a vector in half precision on a GPU, and of its only ε."""
     takes_one = len(inspect.signature(type(module).forward).parameters) == 2
-    if len(module._parameters) != 1 or module._modules or not takes_one or "forward" in module.__dict__:
+    epsilons = [name for name, value in vars(module).items() if "eps" in name and isinstance(value, float)]
+    if len(module._parameters) != 1 or module._modules or not takes_one or "forward" in vars(module):
         return None
     name, weight = next(iter(module._parameters.items()))
     fits = weight is not None and weight.ndim == 1 and weight.is_cuda and weight.dtype in HALF
-    return name if fits else None
-
-
-def _epsilon(module: nn.Module) -> str | None:
-    """The name of its only number of that kind."""
-    names = [name for name, value in vars(module).items() if "eps" in name and isinstance(value, float)]
-    return names[0] if len(names) == 1 else None
+    return (name, epsilons[0]) if fits and len(epsilons) == 1 else None
 
 
 # --- rotary embedding -------------------------------------------------------------------------------------------------

@@ -135,5 +135,9 @@ class Peaks:
 
 
 def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    def batch() -> None:
+        for _ in range(_CALLS):
+            call()
+
     call()
-    return min(clocked(lambda: [call() for _ in range(_CALLS)], device)[0] for _ in range(_BATCHES)) / _CALLS
+    return min(clocked(batch, device)[0] for _ in range(_BATCHES)) / _CALLS
