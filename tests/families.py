@@ -202,7 +202,7 @@ def as_trained(model: Any) -> Any:
     """
     generator = torch.Generator().manual_seed(1)
     for _, tensor in sorted(model.state_dict().items()):
-        if tensor.is_floating_point() and len(tensor.unique()) == 1:
+        if tensor.is_floating_point() and tensor.numel() and (tensor == tensor.flatten()[0]).all():
             tensor += SPREAD * torch.randn(tensor.shape, generator=generator).to(tensor)
     return model
 
