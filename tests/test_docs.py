@@ -34,7 +34,7 @@ EXTERNAL_LINKS = {  # checked by hand when they were added; no test asks the net
     "https://semver.org/spec/v2.0.0.html",
 }
 FOREIGN_NAMES = {  # of Python, pytest, Transformers, peft, RAG frameworks and other projects; families of models
-    *("MemoryError", "True", "False", "None", "browser", "smollm", "with"),
+    *("MemoryError", "True", "False", "None", "browser", "smollm", "thorough", "with"),
     *("PeftModel", "add_adapter", "continuous_batching", "cpu_offload", "disk_offload", "dispatch_model"),
     *("generate_batch", "init_continuous_batching", "inv_freq", "load_adapter", "modules_to_save"),
     *("output_scores", "pixel_values", "set_adapter", "set_stance", "token_type_ids"),
