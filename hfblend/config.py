@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 Deviation = Literal["value", "key", "key_value"]
 ChunkPrefix = Literal["prompt", "filler", "bos", "none"]
 Selection = Literal["suffix_attention", "kv_deviation", "chunk_start", "mixed", "random", "last"]
+Correction = Literal["offset"]
 OnMiss = Literal["isolated", "in_context"]
 
 # Other names for the fields (the paper's, LMCache's, earlier ones), and arguments of `patch`.
@@ -64,6 +65,8 @@ class BlendConfig:
         score_layers: 0-based layers whose attention `"suffix_attention"` averages; `None`: all from L/3 up.
         deviation: what `"kv_deviation"` ranks: squared L2 distance (fp32) of the fresh from the reused `"value"`, of
             the realigned `"key"`, or `"key_value"`, the sum of both, each divided by its mean.
+        correction: of the reused rows that are not recomputed, by those that are. `"offset"`, `None`, or your function:
+            see `hfblend.blend.correction`.
         min_reused_tokens: prompts with fewer chunk tokens go through stock `generate` (blending would not pay).
         force_chunk_start: this many first tokens of every chunk are selected first, inside the budget.
         chunk_prefix: the text that a chunk's KV is computed after (its rows are then dropped): the `"prompt"`'s prefix,
@@ -90,6 +93,7 @@ class BlendConfig:
     check_layers: tuple[int, ...] = (1,)
     score_layers: tuple[int, ...] | None = None
     deviation: Deviation = "value"
+    correction: Correction | Callable[..., Any] | None = None
     min_reused_tokens: int = 256
     force_chunk_start: int = 0
     chunk_prefix: ChunkPrefix = "prompt"
@@ -162,6 +166,9 @@ class BlendConfig:
             one_of(
                 "selection", self.selection, get_args(Selection), ", or a function of hfblend.blend.selection.Evidence"
             )
+        if self.correction is not None and not is_function(self.correction):
+            names = get_args(Correction)
+            one_of("correction", self.correction, names, ", None, or a function of hfblend.blend.correction.Errors")
         if self.score_layers is not None:
             self._set("score_layers", _numbers("score_layers", self.score_layers, whole))
             if not self.score_layers:
@@ -276,7 +283,7 @@ def _flag(text: str) -> bool:
     return _WORDS[text.strip().lower()]
 
 
-def _separator(text: str) -> str | None:
+def _text_or_none(text: str) -> str | None:
     return None if text.strip().lower() == "none" or not text else text
 
 
@@ -292,7 +299,7 @@ _READ: dict[str, Callable[[str], Any]] = {  # the other fields are text
     **dict.fromkeys(("enabled", "layerwise", "cuda_graphs"), _flag),
     **dict.fromkeys(("check_layers", "score_layers", "filler_ids"), _list_of),
     **dict.fromkeys(("min_reused_tokens", "force_chunk_start"), int),
-    "separator": _separator,
+    **dict.fromkeys(("separator", "correction"), _text_or_none),
     "recompute_ratios": _ratios,
     "least_ratio": float,
 }

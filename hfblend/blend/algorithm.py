@@ -141,12 +141,11 @@ class Blend:
             fresh, places = rows_at(self.buffers[layer], kept), torch.searchsorted(reuse.candidate_idx, kept)
             return all_heads(fresh), all_heads(rows_at(self.reused.moved_kv(layer, fresh), places))
 
-        def suffix_attention(layers: Sequence[int]) -> torch.Tensor:
+        def attention(layers: Sequence[int]) -> torch.Tensor:
             received = self.suffix_attention(layers)
             return model.all_heads(torch.stack([received[i].to(kept.device)[:, kept] for i in layers]), 1)
 
-        spans = [piece.span for piece in reuse.moved]
-        return Evidence(kept, spans, check_layer, model.num_layers, self.config, kv, suffix_attention)
+        return Evidence(kept, [p.span for p in reuse.moved], check_layer, model.num_layers, self.config, kv, attention)
 
     def compute_up_to(self, layer: int, kept: torch.Tensor) -> None:
         """Fresh K/V at `layer`: of all tokens the first time, of those still in the running from there on."""
@@ -160,9 +159,8 @@ class Blend:
     def suffix_attention(self, layers: Sequence[int]) -> dict[int, torch.Tensor]:
         """Layer -> (H, T) attention received from the suffix in one pass of it over the reused KV. Other fresh tokens
         (gaps, chunks that are computed in this prompt) have no KV yet: no row sees them."""
-        num_layers = self.model.num_layers
-        if not layers or not 0 <= min(layers) <= max(layers) < num_layers:
-            raise ValueError(f"Layers must be one or more of 0 … {num_layers - 1}, got {tuple(layers)}.")
+        if not layers or not 0 <= min(layers) <= max(layers) < self.model.num_layers:
+            raise ValueError(f"Layers must be one or more of 0 … {self.model.num_layers - 1}, got {tuple(layers)}.")
         if not self.model.attends_by_position:
             raise AttentionNotRecorded(self.model.name)
         record, hidden = AttentionRecord(layers), self.reuse.unread_idx
@@ -220,8 +218,9 @@ class Blend:
         )  # fmt: skip
         self.observer.computed(one.pairs(self.model.num_layers))
         cache = BlendingCache(
-            self.model.num_layers, self.buffers, rows, self.length, None if record else stop_at, self.reused, hidden
-        )
+            self.model.num_layers, self.buffers, rows, self.length, None if record else stop_at, self.reused, hidden,
+            None if record else self.reused.correcting(above=self.fresh_up_to),
+        )  # fmt: skip
         with self.observer.of_pass(name, cache):
             output, seen = self.model.rows_pass(self.forward, one, cache, watch=record is None)
         self.entered = self.entered if seen is None else seen

@@ -5,7 +5,7 @@ Shapes: B batch, Hkv KV heads, T all tokens, S rows of a pass, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,8 +29,7 @@ class PassCache(Cache):
 
 
 class RecordingCache(PassCache):
-    """Keeps the fresh K/V of all tokens, with `room` spare rows, and ends the forward at layer `stop_at`, before that
-    layer's attention."""
+    """Keeps the fresh K/V of all tokens, with `room` spare rows; ends the forward before layer `stop_at` attends."""
 
     def __init__(self, num_layers: int, stop_at: int | None = None, room: int = 0) -> None:
         super().__init__(num_layers)
@@ -75,6 +74,7 @@ class BlendingCache(RowsCache):
         buffers: layer -> buffers (B, Hkv, T + room, D); filled as layers are reached, and read by the caller later.
         reused: may be left out where every layer has its buffers.
         hidden: (K,) tokens that the rows do not see, and that are not computed yet.
+        correct: is given a layer's rows (S,), their fresh K/V and the buffers, before the fresh take their places.
     """
 
     def __init__(
@@ -86,14 +86,13 @@ class BlendingCache(RowsCache):
         stop_at: int | None = None,
         reused: ReusedLayers | None = None,
         hidden: torch.Tensor | None = None,
+        correct: Callable[[int, torch.Tensor, KV, KV], None] | None = None,
     ) -> None:
         super().__init__(num_layers, rows, stop_at)
-        self.buffers, self.length, self.reused, self.hidden = buffers, length, reused, hidden
+        self.buffers, self.length, self.reused, self.hidden, self.correct = buffers, length, reused, hidden, correct
 
     def load(self, layers: Sequence[int], like: KV | None = None) -> None:
-        """Puts reused KV of some layers into the buffers. Hidden rows become 0: even unseen, 0 · NaN is NaN.
-
-        `like` is fresh K/V of any tokens in these layers."""
+        """Fills buffers of some layers, whose fresh K/V of any tokens are `like`. Hidden rows are 0: 0 · NaN is NaN."""
         assert self.reused is not None
         for layer_idx, kv in self.reused.layers([i for i in layers if i not in self.buffers], like).items():
             for states in kv:
@@ -108,6 +107,8 @@ class BlendingCache(RowsCache):
             self.load([layer_idx], (key_states, value_states))
         keys, values = (buffer[:, :, : self.length] for buffer in self.buffers[layer_idx])
         rows = self.rows.to(keys.device)
+        if self.correct is not None:
+            self.correct(layer_idx, rows, (key_states, value_states), (keys, values))
         keys.index_copy_(2, rows, key_states)
         values.index_copy_(2, rows, value_states)
         if layer_idx == self.stop_at:

@@ -10,9 +10,9 @@ Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -21,7 +21,8 @@ from ..kv.chunk import ChunkKV, Reader, layer_of_each
 from ..kv.rows import KV, ROOM, empty_kv, rows_at, sent
 from ..prompts.separator import Span
 from ..trace.observer import Observer
-from .rotation import KeyRotation, Realigner, Tables
+from .correction import Correction, Errors
+from .rotation import KeyRotation, Realigner, Tables, pair_tables, rotate, rotation_between
 
 
 @dataclass
@@ -100,14 +101,25 @@ class ReusedKV:
         model, reuse: the model and the prompt's pieces.
         length: T.
         observer: is told when layers are asked for and loaded.
+        correction: of the rows that stay reused, by those that are recomputed.
 
     Attributes:
         loaders: layer -> what gathers its rows in place of this class.
         takes_graphs: whether passes over this KV may be recorded: loaders gather all of it, into rows on one GPU.
     """
 
-    def __init__(self, model: ReusingModel, reuse: Reuse, length: int, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        model: ReusingModel,
+        reuse: Reuse,
+        length: int,
+        observer: Observer | None = None,
+        correction: Correction | None = None,
+    ) -> None:
         self.model, self.reuse, self.length, self.observer = model, reuse, length, observer or Observer()
+        self._corrector: Corrector | None = None
+        if correction is not None and reuse.moved:
+            self._corrector = Corrector(correction, model, reuse, length, self.observer)
         positions = [torch.arange(*piece.span) for piece in reuse.moved]
         moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
         self.realigner = Realigner(model.rotary_tables_of_pieces, model.rotations, moves, model.regime(length))
@@ -166,6 +178,10 @@ class ReusedKV:
             self.observer.layer_loaded(layer_idx, buffers)
         return found
 
+    def correcting(self, above: int) -> Callable[[int, torch.Tensor, KV, KV], None] | None:
+        """Returns what corrects the layers above one in a pass, `None` where nothing is corrected; see `Corrector`."""
+        return None if self._corrector is None else partial(self._corrector, above)
+
     def prefetch(self, layer_idx: int) -> None:
         """Starts reading this layer, and the next few, of entries that are not in the device's memory."""
         with self.observer.layer("ask", "asked for", layer_idx):
@@ -191,6 +207,77 @@ class ReusedKV:
         """K/V without rows, of the kind of an entry's, where the layer's own will be: the entry may be elsewhere."""
         device = self.model.device_of_layer(layer_idx)
         return kv[0][:, :, :0].to(device), kv[1][:, :, :0].to(device)
+
+
+class Corrector:
+    """Corrects the rows of moved pieces that stay reused, each layer once.
+
+    Args:
+        length: T.
+        observer: is told how much was added.
+    """
+
+    def __init__(
+        self, correction: Correction, model: ReusingModel, reuse: Reuse, length: int, observer: Observer
+    ) -> None:
+        self.correction, self.model, self.observer = correction, model, observer
+        self._spans, self._done = [piece.span for piece in reuse.moved], set[int]()
+        self._regime = model.regime(length)
+        sizes = [stop - start for start, stop in self._spans]
+        self._longest, self._piece = max(sizes), torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        self._place = joined([torch.arange(size) for size in sizes])
+        self._nth = torch.full((length,), -1)  # of a token among the N
+        self._nth[joined([torch.arange(*span) for span in self._spans])] = torch.arange(sum(sizes))
+        self._tables: dict[KeyRotation, tuple[Tables, Tables]] = {}  # R⁻¹ and R of the N tokens, each (N, R)
+
+    def __call__(self, above: int, layer_idx: int, rows: torch.Tensor, fresh: KV, kv: KV) -> None:
+        """Corrects a layer before the fresh rows of a pass take their places.
+
+        Args:
+            above: K/V of layers up to this one are fresh for every token.
+            rows: (S',) of the pass, rising, in moved pieces and elsewhere.
+            fresh: their K/V (1, Hkv, S', D).
+            kv: reused K/V (1, Hkv, T, D), changed in place.
+        """
+        if layer_idx <= above or layer_idx in self._done:  # a pass comes again to the layer where it was cut
+            return
+        self._done.add(layer_idx)
+        piece, place, nth = (t.to(rows.device) for t in (self._piece, self._place, self._nth))
+        known = (nth[rows] >= 0).nonzero()[:, 0]
+        if not 0 < len(known) < len(piece):
+            return
+        added = []
+        for slot, (new, states) in enumerate(zip(fresh, kv)):
+            errors = new[0][:, known].float() - states[0][:, rows[known]].float()
+            idx = nth[rows[known]]
+            errors = self._turned(errors, layer_idx, slot, idx, back=True)
+            found = self.correction(Errors(errors, idx, piece, place, len(self._spans), self._longest))
+            if found.shape != (errors.shape[0], len(piece), errors.shape[2]):
+                raise ValueError(
+                    "A correction must return one vector per head and token of moved pieces, "
+                    f"{(errors.shape[0], len(piece), errors.shape[2])}, got {tuple(found.shape)}."
+                )
+            added.append(found)
+            turned, done = self._turned(found.float(), layer_idx, slot, None, back=False), 0
+            for start, stop in self._spans:
+                states[0][:, start:stop] += turned[:, done : (done := done + stop - start)]
+        self.observer.corrected(layer_idx, piece, added)
+
+    def _turned(
+        self, states: torch.Tensor, layer_idx: int, slot: int, idx: torch.Tensor | None, back: bool
+    ) -> torch.Tensor:
+        """States (Hkv, n, D) in fp32 of all N tokens, or of some (n,), their rotation taken off or put on."""
+        rotation = self.model.rotations[layer_idx]
+        if rotation is None or rotation.slot != slot:
+            return states
+        if rotation not in self._tables:
+            at = [(torch.arange(*span), self._regime) for span in self._spans]
+            cos, sin = pair_tables(self.model.rotary_tables_of_pieces(rotation.source, at), rotation.layout)
+            on = (cos, sin if rotation.sign == 1 else -sin)
+            self._tables[rotation] = rotation_between(on, (torch.ones_like(cos), torch.zeros_like(sin))), on
+        tables = (table.to(states.device) for table in self._tables[rotation][0 if back else 1])
+        cos, sin = (table if idx is None else table[idx] for table in tables)
+        return rotate(states[None], cos, sin, rotation.pairing)[0]
 
 
 def _places(buffers: KV, span: Span) -> KV:

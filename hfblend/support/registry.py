@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from ..arguments import described
 from ..attention.by_position import HALF
 from ..blend.caches import BlendingCache, RecordingCache
+from ..blend.correction import CORRECTIONS
 from ..blend.model import Forward, Pass, Watched
 from ..blend.reuse import Reuse, ReusedKV
 from ..config import BlendConfig
@@ -136,9 +137,16 @@ class TestedModel(HFModel):
 
     def gather(self, reuse: Reuse, length: int, config: BlendConfig, observer: Observer) -> ReusedKV:
         """The reused K/V of a prompt, gathered by kernels on a GPU."""
-        reused = ReusedKV(self, reuse, length, observer)
+        reused = ReusedKV(
+            self,
+            reuse,
+            length,
+            observer,
+            config.correction if callable(config.correction) else CORRECTIONS.get(config.correction),
+        )
         reused.loaders = loaders_of(self, reuse, reused.realigner, length)
-        reused.takes_graphs = config.cuda_graphs and bool(reused.loaders) and self.takes_kernels
+        graphs = config.cuda_graphs and config.correction is None  # a recorded pass has no correction yet
+        reused.takes_graphs = graphs and bool(reused.loaders) and self.takes_kernels
         if not config.layerwise:
             reused.preload()
         return reused

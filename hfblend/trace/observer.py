@@ -6,7 +6,7 @@ Shapes: H heads, T all tokens, N reused tokens that could be recomputed, S selec
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,9 @@ class Observer:
 
     def scored(self, scores: torch.Tensor) -> None:
         """Takes the (N,) scores of one round."""
+
+    def corrected(self, layer_idx: int, piece: torch.Tensor, added: Sequence[torch.Tensor]) -> None:
+        """Takes what was added to keys, their rotation off, and values (Hkv, N, D) of N tokens of moved pieces (N,)."""
 
     def selected(self, selected_idx: torch.Tensor) -> None:
         """Takes the (S,) tokens to recompute."""
