@@ -68,6 +68,9 @@ FORMS = {
     "in_context": config(on_miss="in_context"),
     "at_once": config(layerwise=False),
     "no_prefix": config(chunk_prefix="none"),
+    "corrected": config(correction="offset"),
+    "corrected_kv_deviation": config(correction="offset", selection="kv_deviation"),
+    "corrected_gradual": config(correction="offset", **GRADUAL),
 }
 
 
@@ -75,7 +78,7 @@ FORMS = {
 def test_nothing_replaced_equals_blend(model, prompt, form):
     expected = hfblend.blend(model, prompt, config=FORMS[form])
     steps = stepped(model, prompt, settings=FORMS[form])
-    rounds = len(FORMS[form].check_layers) if form == "gradual" else 1
+    rounds = len(FORMS[form].check_layers) or 1
     assert [step.name for step in steps] == NAMES[:2] + ["scored"] * rounds + NAMES[3:]
     assert_same(steps[-1].result, expected)
     assert expected.trace.blended
@@ -139,6 +142,69 @@ def test_other_tokens(model, prompt, store):
     expected = hfblend.blend(model, prompt, store=store, config=config(ratio, selection=rule))
     assert expected.trace.selected_idx.tolist() == [31, 45, 70]
     assert torch.equal(generated.result.logits, expected.logits)
+
+
+def test_other_tokens_correct_the_rest(model, prompt, store):
+    """In every rule: those chosen by hand say what is added, as those of a rule that chooses them do."""
+    chosen, settings = torch.tensor([31, 36, 45, 52, 70]), config(correction="offset")
+
+    def rule(evidence):
+        return torch.isin(evidence.candidate_idx, chosen).float()
+
+    by_hand = last(model, prompt, store, settings, selected=set_to("selected_idx", lambda step: chosen))
+    ratio = len(chosen) / len(by_hand.trace.candidate_idx)
+    by_rule = hfblend.blend(model, prompt, store=store, config=config(ratio, selection=rule, correction="offset"))
+    assert torch.equal(by_hand.result.logits, by_rule.logits)
+    uncorrected = hfblend.blend(model, prompt, store=store, config=config(ratio, selection=rule))
+    assert not torch.allclose(by_hand.result.logits, uncorrected.logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["corrected", "corrected_kv_deviation", "corrected_gradual"])
+def test_with_no_token_left_to_say_it_nothing_is_added(model, prompt, store, form):
+    none = set_to("selected_idx", lambda step: step.candidate_idx[:0])
+    corrected, plain = (
+        last(model, prompt, store, settings, selected=none)
+        for settings in (FORMS[form], replace(FORMS[form], correction=None))
+    )
+    if form == "corrected_gradual":  # its first ranking was corrected by the tokens that it kept
+        assert not torch.equal(corrected.result.logits, plain.result.logits)
+    else:
+        assert torch.equal(corrected.result.logits, plain.result.logits)
+
+
+def test_kv_shown_before_the_pass_are_not_corrected_yet(model, prompt, store):
+    kept = {}
+
+    def keep(step):
+        kept[step.name] = {layer: values.clone() for layer, (_, values) in step.kv.items()}
+
+    reused = {}
+    for form in ("corrected", "suffix_attention"):
+        stepped(model, prompt, store, FORMS[form], realigned=keep, recomputed=keep)
+        reused[form] = {name: dict(kv) for name, kv in kept.items()}
+    corrected, plain = reused["corrected"], reused["suffix_attention"]
+    assert all(torch.equal(corrected["realigned"][i], plain["realigned"][i]) for i in range(4))
+    assert torch.allclose(corrected["recomputed"][0], plain["recomputed"][0], atol=1e-5)  # no context, no error
+    assert not torch.allclose(corrected["recomputed"][2], plain["recomputed"][2], atol=1e-2)
+
+
+def test_what_is_put_in_place_of_reused_kv_is_corrected(model, prompt, store):
+    """An error that is the same in all rows is foretold by the few whose error is known."""
+    errors = {}
+
+    def raise_by_one(step):
+        step.kv[0][1][:, :, step.moved_idx] += 1
+        errors["moved"] = step.moved_idx
+
+    def look(step):
+        errors[form] = (step.kv[0][1] - true)[:, :, errors["moved"]].abs().mean()
+
+    true = hfblend.blend(model, prompt, store=store, config=config(0.0)).cache.layers[0].values
+    true = torch.cat([true, true[:, :, -1:]], 2)  # the last token is not of a chunk
+    for form in ("corrected", "suffix_attention"):
+        stepped(model, prompt, store, FORMS[form], realigned=raise_by_one, recomputed=look)
+    assert errors["suffix_attention"] > 0.8
+    assert errors["corrected"] < 0.35
 
 
 def test_tokens_that_gradual_filtering_had_left_out(model, prompt):

@@ -26,6 +26,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..arguments import require_tokenizer, whole
+from ..blend.correction import Correction
 from ..blend.reuse import Piece, Reuse, ReusedKV
 from ..blend.selection import Evidence
 from ..config import BlendConfig, as_config
@@ -35,7 +36,7 @@ from ..model.hf_model import CACHE
 from ..prompts.prompt import Prompt
 from ..prompts.separator import Span
 from ..store import Store, store_at
-from ..support.registry import TestedModel, model_of
+from ..support.registry import TestedModel, correction_of, model_of
 from ..trace.observer import Observer
 from ..trace.trace import BlendTrace
 from .blending import Blending, BlendResult, require_prompt
@@ -215,14 +216,16 @@ class _Holding:
         return getattr(self._model, name)
 
     def gather(self, reuse: Reuse, length: int, config: BlendConfig, observer: Observer) -> HeldKV:
-        return HeldKV(self._model, reuse, length, observer)
+        return HeldKV(self._model, reuse, length, observer, correction_of(config))
 
 
 class HeldKV(ReusedKV):
     """Every layer's reused KV, realigned once and held for changes; each pass takes a copy."""
 
-    def __init__(self, model: TestedModel, reuse: Reuse, length: int, observer: Observer) -> None:
-        super().__init__(model, reuse, length, observer)
+    def __init__(
+        self, model: TestedModel, reuse: Reuse, length: int, observer: Observer, correction: Correction | None
+    ) -> None:
+        super().__init__(model, reuse, length, observer, correction)
         self._held: dict[int, KV] = {}
         for layer in range(model.num_kv_layers if reuse.exact or reuse.moved else 0):
             self._held[layer] = super().layer(layer)

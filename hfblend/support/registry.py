@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from ..arguments import described
 from ..attention.by_position import HALF
 from ..blend.caches import BlendingCache, RecordingCache
-from ..blend.correction import CORRECTIONS
+from ..blend.correction import CORRECTIONS, Correction
 from ..blend.model import Forward, Pass, Watched
 from ..blend.reuse import Reuse, ReusedKV
 from ..config import BlendConfig
@@ -137,13 +137,7 @@ class TestedModel(HFModel):
 
     def gather(self, reuse: Reuse, length: int, config: BlendConfig, observer: Observer) -> ReusedKV:
         """The reused K/V of a prompt, gathered by kernels on a GPU."""
-        reused = ReusedKV(
-            self,
-            reuse,
-            length,
-            observer,
-            config.correction if callable(config.correction) else CORRECTIONS.get(config.correction),
-        )
+        reused = ReusedKV(self, reuse, length, observer, correction_of(config))
         reused.loaders = loaders_of(self, reuse, reused.realigner, length)
         graphs = config.cuda_graphs and config.correction is None  # a recorded pass has no correction yet
         reused.takes_graphs = graphs and bool(reused.loaders) and self.takes_kernels
@@ -188,6 +182,11 @@ class TestedModel(HFModel):
         read = list(map(_read, entries))
         agreed = self.ranks.all_agree([entry is not None for entry in read])
         return [entry if everywhere else None for entry, everywhere in zip(read, agreed)]
+
+
+def correction_of(config: BlendConfig) -> Correction | None:
+    """Returns the correction that settings name, or hold; `None` for none."""
+    return config.correction if callable(config.correction) else CORRECTIONS.get(config.correction)
 
 
 def _read(entry: Reader | None) -> Reader | None:
