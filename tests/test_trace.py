@@ -12,6 +12,7 @@ from helpers import config, generate, make_llama, make_mistral, make_prompt, sto
 from safetensors.torch import load_file, save_file
 
 import hfblend
+from hfblend.lab.baselines import LMCacheV1
 from hfblend.trace.recorder import relative_deviation
 from hfblend.trace.timeline import Interval, PhaseClock, ms_per_phase
 from hfblend.trace.tokens import texts_of
@@ -27,7 +28,11 @@ RULES = {
     "whole": {"layerwise": False},
     "all": {"recompute_ratios": (1.0,)},
     "in_context": {"on_miss": "in_context"},
-}
+    "corrected": {"correction": "offset"},
+    "corrected_gradual": {
+        "correction": "offset", "selection": "kv_deviation", "check_layers": (1, 2), "recompute_ratios": (0.5, 0.2),
+    },
+}  # fmt: skip
 
 
 def blended(level="full", prompt=PROMPT, model=None, store=None, **settings):
@@ -137,10 +142,81 @@ def test_attention_is_that_of_the_scores():
     assert blended(selection="chunk_start").trace.maps.attention is None
 
 
+@pytest.mark.parametrize("rule", ["corrected", "corrected_gradual"])
+def test_a_corrected_row_is_no_computed_one(rule):
+    """Its K/V are another than the stored, and yet no pass computed them."""
+    trace = blended(**RULES[rule]).trace
+    plain = blended(**{**RULES[rule], "correction": None}).trace
+    known, plain_known = (~one.maps.value_deviation.isnan() for one in (trace, plain))
+    assert torch.equal(known, plain_known)
+    assert known[3].nonzero()[:, 0].tolist() == trace.selected_idx.tolist()
+
+
 def test_relative_deviation():
     computed = torch.tensor([[[[3.0, 4.0], [1.0, 0.0]]]])  # (1, 1, 2, 2)
     reused = torch.tensor([[[[3.0, 3.0], [1.0, 0.0]]]])
     assert relative_deviation(computed, reused).tolist() == [[pytest.approx(0.2), 0.0]]
+
+
+# --- the correction ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("prefix", [7, 0])
+@pytest.mark.parametrize(("rule", "first"), [("suffix_attention", 0), ("kv_deviation", 2), ("gradual", 2)])
+def test_what_was_added_is_kept_by_layer_and_piece(rule, first, prefix, level):
+    prompt = make_prompt(prefix=prefix, separator=(5, 6) if prefix else ())
+    model, store, settings = make_llama(), hfblend.MemoryStore(), {"ratio": 0.2, **RULES[rule]}
+    blended(level, prompt, model, store, **settings)
+    plain = hfblend.blend(model, prompt, store=store, config=config(**settings))
+    result = hfblend.blend(model, prompt, store=store, config=config(**settings, correction="offset"), trace=level)
+    trace = result.trace
+    assert trace.settings["correction"] == "offset"
+    assert plain.trace.settings["correction"] is None
+    assert plain.trace.offsets is None
+    if level == "summary":
+        assert trace.offsets is None
+        return
+    assert trace.offsets.shape == (4, 2, len(trace.pieces)) == (4, 2, len(prompt.chunk_spans) + bool(prefix))
+    moved = torch.tensor([not piece.exact for piece in trace.pieces])
+    assert 1 < moved.sum() < len(moved) or not prefix
+    known = ~trace.offsets.isnan()
+    assert torch.equal(known, (torch.arange(4)[:, None, None] >= first) & moved.expand(4, 2, -1))
+    rest = set(trace.candidate_idx.tolist()) - set(trace.selected_idx.tolist())
+    for number in moved.nonzero()[:, 0].tolist() if rule != "gradual" else ():  # it filtered on after the first layer
+        rows = torch.tensor(sorted(rest & set(range(*trace.pieces[number].span))))
+        for layer, name in ((first, "keys"), (first, "values"), (3, "values")):
+            corrected, reused = (getattr(one.cache.layers[layer], name)[0][:, rows] for one in (result, plain))
+            added = (corrected - reused).square().mean().sqrt().item()
+            found = trace.offsets[layer, int(name == "values"), number].item()
+            assert found == pytest.approx(added, rel=1e-3, abs=1e-6)
+    assert trace.offsets[2:].nan_to_num().max() > 0.05
+
+
+@pytest.mark.parametrize("settings", [{"ratio": 0.0}, {"recompute_ratios": (1.0,)}])
+def test_nothing_is_added_where_nothing_or_all_is_recomputed(settings):
+    trace = blended(**settings, correction="offset").trace
+    assert trace.offsets[:, :, 2:].eq(0).all()
+    assert trace.offsets[:, :, :2].isnan().all()  # prefix and first chunk are exact
+
+
+def test_a_function_is_named_and_exact_prompts_have_no_offsets():
+    def half_the_mean(errors):
+        mean = errors.known.mean(1, keepdim=True) / 2
+        return mean.expand(-1, len(errors.rest_place), -1)
+
+    assert blended(correction=half_the_mean).trace.settings["correction"] == "half_the_mean"
+    exact = blended(prompt=make_prompt(sizes=(20,)), correction="offset").trace
+    assert exact.chunks[0].exact
+    assert exact.offsets is None
+
+
+def test_offsets_of_pieces_that_are_no_chunks_are_left_out():
+    """Algorithms of the lab reuse other spans, too; no column would be theirs."""
+    settings = config(0.3, selection="kv_deviation", correction="offset")
+    trace = hfblend.blend(make_llama(), PROMPT, config=settings, algorithm=LMCacheV1, trace="full").trace
+    assert trace.settings["correction"] == "offset"
+    assert trace.offsets is None
 
 
 # --- timeline ---------------------------------------------------------------------------------------------------------
@@ -252,6 +328,8 @@ def test_a_trace_comes_back_from_its_file(tmp_path, level, settings):
     assert again.timeline == trace.timeline
     assert again.chunks == trace.chunks
     assert str(again) == str(trace)
+    if settings.get("correction") and level != "summary":
+        assert torch.equal(again.offsets.nan_to_num(-1), trace.offsets.nan_to_num(-1))
     for name, values in {} if trace.maps is None else trace.maps.items().items():
         assert torch.equal(getattr(again.maps, name).nan_to_num(-1), values.nan_to_num(-1))
 
@@ -317,6 +395,7 @@ def rewritten(path, change=None, tensors=None):
         lambda d: d.update(notes=[["a"]]),
         lambda d: d.update(settings=[]),
         lambda d: d["settings"].update(recompute_ratios=["a"]),
+        lambda d: d["settings"].update(correction=5),
         lambda d: d["timeline"][0].update(lane="other"),
         lambda d: d["timeline"][0].update(start_ms="soon"),
         lambda d: d["chunks"][0].update(key=5),
@@ -331,7 +410,30 @@ def test_a_damaged_trace_is_refused(saved, change):
         hfblend.BlendTrace.load(saved)
 
 
-@pytest.mark.parametrize("tensors", [{"selected_idx": torch.tensor([10**6])}, {"maps.key_deviation": torch.zeros(2)}])
+def test_a_trace_of_an_earlier_version_has_no_correction(saved):
+    from safetensors import safe_open
+
+    with safe_open(saved, "pt") as file:
+        described = file.metadata()
+    earlier = json.loads(described["trace"])
+    del earlier["settings"]["correction"]
+    tensors = load_file(saved)
+    assert tensors.pop("offsets", None) is None  # this one has none either
+    save_file(tensors, saved, {**described, "trace": json.dumps(earlier)})
+    trace = hfblend.BlendTrace.load(saved)
+    assert trace.offsets is None
+    assert "correction" not in trace.settings
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"selected_idx": torch.tensor([10**6])},
+        {"maps.key_deviation": torch.zeros(2)},
+        {"offsets": torch.zeros(4, 2, 3)},
+        {"offsets": torch.zeros(4, 2, 4, dtype=torch.long)},
+    ],
+)
 def test_damaged_tensors_are_refused(saved, tensors):
     rewritten(saved, tensors=tensors)
     with pytest.raises(ValueError, match="damaged"):

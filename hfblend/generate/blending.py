@@ -134,7 +134,7 @@ class Blending:
     def join(self, output: Any) -> None:
         """Makes the current stream wait for the work of `start`; `output` is its result."""
         trace = self.trace
-        made = [trace.scores, trace.candidate_idx, trace.fresh_idx, trace.selected_idx]
+        made = [trace.scores, trace.candidate_idx, trace.fresh_idx, trace.selected_idx, trace.offsets]
         made += trace.maps.items().values() if trace.maps else ()
         made += [] if output is None else output.values()
         buffers = (states for kv in self.buffers.values() for states in kv)

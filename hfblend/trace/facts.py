@@ -12,7 +12,7 @@ from .timeline import Interval
 
 Status = Literal["hit", "miss", "fresh", "unused"]
 Level = Literal["summary", "tokens", "full"]
-TENSORS = ("candidate_idx", "scores", "selected_idx", "fresh_idx", "input_ids")
+TENSORS = ("candidate_idx", "scores", "selected_idx", "fresh_idx", "input_ids", "offsets")
 
 
 @dataclass
@@ -108,9 +108,15 @@ class Facts:
     level: Level = "summary"
     settings: dict[str, Any] = field(default_factory=dict)
     input_ids: torch.Tensor | None = field(default=None, repr=False)
+    offsets: torch.Tensor | None = field(default=None, repr=False)
     maps: LayerMaps | None = field(default=None, repr=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     texts: list[str] | None = field(default=None, repr=False)
+
+    @property
+    def pieces(self) -> list[ChunkTrace]:
+        """The prefix, if there is one, and the chunks."""
+        return [self.prefix, *self.chunks] if self.prefix else self.chunks
 
     @property
     def computes_all(self) -> bool:

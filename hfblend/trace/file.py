@@ -21,7 +21,10 @@ _MOST_TOKENS, _MOST_LAYERS = 2**24, 2**16  # a page of a trace grows with its to
 _INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _IN_JSON = [field.name for field in fields(Facts) if field.name not in {*TENSORS, "maps", "intervals", "tokenizer"}]
-_SETTINGS = {"selection": str, "recompute_ratios": list[float], "check_layers": list[float], "chunk_prefix": str}
+_SETTINGS = {
+    "selection": str, "recompute_ratios": list[float], "check_layers": list[float], "chunk_prefix": str,
+    "correction": str | None,
+}  # fmt: skip
 
 
 def save_trace(trace: Facts, path: str | os.PathLike[str], texts: list[str] | None) -> None:
@@ -73,7 +76,7 @@ def _check(trace: Facts) -> None:
         raise ValueError(f"{length} tokens, {layers} layers")
     for name in _SETTINGS.keys() & trace.settings.keys():
         from_json(_SETTINGS[name], trace.settings[name], name)
-    for piece in [trace.prefix, *trace.chunks] if trace.prefix else trace.chunks:
+    for piece in trace.pieces:
         start, stop = piece.span
         if not at <= start < stop <= length:
             raise ValueError(f"a chunk {piece.span} in {length} tokens, after one up to {at}")
@@ -87,6 +90,8 @@ def _check(trace: Facts) -> None:
         if trace.candidate_idx is None:
             raise ValueError("scores without their candidates")
         _check_tensor("scores", trace.scores, trace.candidate_idx.shape, _FLOATS)
+    if trace.offsets is not None:
+        _check_tensor("offsets", trace.offsets, [layers, 2, len(trace.pieces)], _FLOATS)
     for name, values in (("input_ids", trace.input_ids), ("texts", trace.texts)):
         if values is not None and len(values) != length:
             raise ValueError(f"{len(values)} {name} of {length} tokens")

@@ -1,7 +1,7 @@
 """Level `"full"` of the trace: layer x token maps, noted while a prompt is blended, without any effect on the result.
 
 A layer's reused rows are copied as they are assembled, and compared at the end with the rows that the passes left in
-their place: K/V that were not recomputed equal their copy. So passes run unchanged, CUDA graphs too.
+their place. So passes run unchanged, CUDA graphs too.
 
 Shapes: Hkv KV heads, T all tokens, N candidates, D head_dim, L layers, H heads.
 """
@@ -25,10 +25,11 @@ class Recorder(Tracer):
 
     _attention: dict[int, torch.Tensor]  # layer -> (T,)
     _reused: dict[int, KV]  # layer -> copies (1, Hkv, N, D)
+    _passes: list[tuple[torch.Tensor, int | None]]  # of some rows: the rows (S,), and the last layer
 
     def realigned(self, config: BlendConfig) -> None:
         super().realigned(config)
-        self._reused, self._attention = {}, {}
+        self._reused, self._attention, self._passes = {}, {}, []
 
     def layer(self, lane: Lane, name: str, layer_idx: int) -> Any:
         return self.clock.layer(lane, name, layer_idx)
@@ -38,28 +39,39 @@ class Recorder(Tracer):
             self._reused[layer_idx] = rows_at(buffers, self.trace.candidate_idx)
 
     def of_pass(self, name: str, cache: Any) -> Any:
+        if hasattr(cache, "rows"):
+            self._passes.append((cache.rows, cache.stop_at))
         return self.clock.layers_of_pass(name, cache)
 
     def attention(self, received: Mapping[int, torch.Tensor]) -> None:
         self._attention |= {layer: weights.mean(0) for layer, weights in received.items()}
 
     def finish(self, buffers: Mapping[int, KV], fresh_up_to: int) -> None:
+        super().finish(buffers, fresh_up_to)
         trace = self.trace
         assert trace.candidate_idx is not None
-        assert trace.selected_idx is not None
         idx, shape = trace.candidate_idx, (trace.num_layers, trace.num_tokens)
         key, value, attention = (torch.full(shape, torch.nan, device=idx.device) for _ in range(3))
-        selected = torch.isin(idx, trace.selected_idx.to(idx.device))  # (N,)
         for layer, reused in self._reused.items():
             computed = rows_at(buffers[layer], idx)
             found = [relative_deviation(now, then)[0].to(idx.device) for now, then in zip(computed, reused)]
-            was_computed = selected | (layer <= fresh_up_to) | (found[0] + found[1] > 0)
+            computed_at = self._computed_at(layer, fresh_up_to)
             for one, deviation in zip((key, value), found):
-                one[layer, idx] = deviation.masked_fill(~was_computed, torch.nan)
+                one[layer, idx] = deviation.masked_fill(~computed_at, torch.nan)
         for layer, received in self._attention.items():
             attention[layer] = received.to(idx.device)
         trace.maps = LayerMaps(key, value, attention if self._attention else None)
         self._reused.clear()
+
+    def _computed_at(self, layer: int, fresh_up_to: int) -> torch.Tensor:
+        """(N,) whether a pass left a candidate's K/V at a layer; others are reused, and perhaps corrected."""
+        idx = self.trace.candidate_idx
+        assert idx is not None
+        computed = torch.full_like(idx, layer <= fresh_up_to, dtype=torch.bool)
+        for rows, stop_at in self._passes:
+            if stop_at is None or layer <= stop_at:
+                computed |= torch.isin(idx, rows.to(idx.device))
+        return computed
 
 
 def relative_deviation(computed: torch.Tensor, reused: torch.Tensor) -> torch.Tensor:

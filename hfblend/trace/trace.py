@@ -3,17 +3,19 @@
 Three levels of detail, each with all of the one before:
 
     summary    chunks, figures, phases; which tokens were candidates, scored, selected: it costs nothing
-    tokens     the prompt's ids and, through the tokenizer, its texts
+    tokens     the prompt's ids and, through the tokenizer, its texts; how much a correction added
     full       layer x token maps, and when each layer was asked for, loaded and computed; costs time and memory
 
 `hfblend.display` shows traces; this folder does not depend on it.
 
-Shapes: T all tokens, N reused tokens that could be recomputed, S selected tokens, L layers.
+Shapes: T all tokens, N reused tokens that could be recomputed, S selected tokens, L layers, P pieces: the prefix, if
+there is one, and the chunks.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
@@ -23,6 +25,7 @@ import torch
 from ..arguments import one_of, require_tokenizer
 from ..arguments import require as require_type
 from ..config import BlendConfig
+from ..kv.rows import KV, sent
 from ..util import require
 from .facts import TENSORS, ChunkTrace, Facts, Level
 from .file import load_trace, save_trace
@@ -65,8 +68,12 @@ class BlendTrace(Facts):
             of `hfblend.Verification`, with `max_kl` and `within_bound`; or `{"error": ...}`.
         notes: remarks, one line each.
         level: of detail.
-        settings: of the rule: selection, recompute_ratios, check_layers, chunk_prefix.
+        settings: of the rule: selection, recompute_ratios, check_layers, chunk_prefix, correction.
         input_ids: (T,) on the CPU, from level `"tokens"` on.
+        offsets: (L, 2, P) in fp32, from level `"tokens"` on: how much `correction` added to the keys, before their
+            rotation, and to the values of each of `pieces`, as the root mean square over its rows that stay reused, KV
+            heads and dimensions. NaN where no row was corrected: an exact or computed piece, or a layer whose K/V are
+            fresh; 0 where nothing was added. `None` without a correction.
         maps: level `"full"`.
         tokenizer: decodes the ids; never saved.
         texts: of the tokens, in a trace that was saved where a tokenizer was known.
@@ -224,8 +231,15 @@ def plain_list(values: torch.Tensor) -> list[Any]:
     return plain.tolist()
 
 
+def _name_of(rule: Any) -> str | None:
+    """Returns the name in the settings, or that of the user's function."""
+    return getattr(rule, "__name__", type(rule).__name__) if callable(rule) else rule
+
+
 class Tracer(Observer):
     """Writes a `BlendTrace` of level `"summary"` or `"tokens"`, with a clock of the model's device."""
+
+    _added: dict[int, torch.Tensor]  # layer -> (2, P) of the pieces that moved
 
     def __init__(self, trace: BlendTrace, device: torch.device) -> None:
         self.trace = trace
@@ -246,12 +260,13 @@ class Tracer(Observer):
         self.trace.candidate_idx, self.trace.fresh_idx = candidate_idx, fresh_idx
 
     def realigned(self, config: BlendConfig) -> None:
-        rule = config.selection
+        self._added = {}
         self.trace.settings = {
-            "selection": getattr(rule, "__name__", type(rule).__name__) if callable(rule) else rule,
+            "selection": _name_of(config.selection),
             "recompute_ratios": list(config.fixed_ratios),
             "check_layers": list(config.check_layers),
             "chunk_prefix": config.chunk_prefix,
+            "correction": _name_of(config.correction),
         }
 
     def computed(self, pairs: int) -> None:
@@ -261,8 +276,24 @@ class Tracer(Observer):
         if self.trace.scores is None:
             self.trace.scores = scores
 
+    def corrected(self, layer_idx: int, sizes: torch.Tensor) -> None:
+        if self.trace.level != "summary":
+            self._added[layer_idx] = sizes
+
     def selected(self, selected_idx: torch.Tensor) -> None:
         self.trace.selected_idx = selected_idx
+
+    def finish(self, buffers: Mapping[int, KV], fresh_up_to: int) -> None:
+        pieces, added = self.trace.pieces, self._added
+        moved = [i for i, piece in enumerate(pieces) if piece.cached_start is not None and not piece.exact]
+        if {sizes.shape[1] for sizes in added.values()} != {len(moved)}:  # none; or an algorithm reuses other pieces
+            return
+        device = next(iter(added.values())).device
+        offsets = torch.full((self.trace.num_layers, 2, len(pieces)), torch.nan, device=device)
+        columns = sent(torch.tensor(moved), device)
+        for layer, sizes in added.items():  # a GPU is not waited for
+            offsets[layer].index_copy_(1, columns, sizes.to(device))
+        self.trace.offsets = offsets
 
     def note(self, text: str) -> None:
         self.trace.notes.append(text)
