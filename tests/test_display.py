@@ -82,7 +82,7 @@ def hostile() -> BlendTrace:
     """One in which every text that can be chosen by somebody else is hostile."""
     bad = "".join(HOSTILE)
     trace = made(200, texts=[HOSTILE[i % len(HOSTILE)] for i in range(200)], layers=4)
-    trace.notes, trace.settings["selection"] = [bad], bad
+    trace.notes, trace.settings["selection"], trace.settings["correction"] = [bad], bad, bad
     trace.chunks[1].key, trace.chunks[1].quantised = bad, bad
     trace.intervals = [Interval("phase", bad, 0, 5), Interval("compute", bad, 1, 2, 0)].copy
     return trace
@@ -349,10 +349,103 @@ def test_the_mask_is_the_rule_that_passes_follow(trace):
 def test_maps_are_binned_by_their_highest():
     values = torch.full((2, 1000), torch.nan)
     values[1, 500] = 0.9
-    grid = view.map_levels(values, "key_deviation")
+    grid = view.map_of(values, "key_deviation").grid
     assert (len(grid), len(grid[0])) == (2, view.COLUMNS)
     assert grid[0] == [0] * view.COLUMNS
     assert [level for level in grid[1] if level] == [7]
+
+
+# --- the correction ---------------------------------------------------------------------------------------------------
+
+
+def corrected(layers=3, **kwargs) -> BlendTrace:
+    """A trace by hand, in which more was added to later pieces and layers, and to keys 10 times as much."""
+    trace = made(layers=layers, **kwargs)
+    trace.settings["correction"] = "offset"
+    pieces = torch.arange(1.0, len(trace.pieces) + 1)
+    keys = torch.arange(1.0, layers + 1)[:, None] * pieces
+    trace.offsets = torch.stack([keys, keys / 10], 1)
+    trace.offsets[:, :, :2] = torch.nan  # prefix and first chunk are exact
+    trace.offsets[0] = torch.nan  # fresh for every token
+    return trace
+
+
+def test_a_correction_is_shown_by_chunk():
+    trace = corrected()
+    page, text = Display(trace).to_html(), printed(trace)
+    cells = re.findall(r"<td>([^<]*)</td>", page)
+    for number in range(1, len(trace.chunks)):
+        piece = number + 2  # the prefix, counted from 1
+        size = ((4 + 9) / 2) ** 0.5 * piece  # over layers 1 and 2
+        assert f"{size:.2g} · {size / 10:.2g}" in cells
+        line = next(line for line in text.splitlines() if line.startswith(f"chunk {number}"))
+        assert f"{size:.2g} · {size / 10:.2g}" in line
+    first = next(line for line in text.splitlines() if line.startswith("chunk 0"))
+    assert re.search("– +– ", first)
+    assert "added to K · V" in page
+    assert "added to K · V" in text
+    assert ("correction", "offset") in view.figures_of(trace)
+    assert Tags(page).unclosed == []
+    assert max(map(len, printed(trace, 60).splitlines())) <= 60
+
+
+@pytest.mark.parametrize("offsets", [None, 0.0, float("nan")])
+def test_a_correction_that_added_nothing_takes_no_room(offsets):
+    trace = made(layers=3)
+    if offsets is not None:
+        trace.offsets = torch.full((3, 2, len(trace.pieces)), offsets)
+    for shown in (Display(trace).to_html(), printed(trace)):
+        assert "added to" not in shown
+        assert "offset" not in shown
+    assert [one.name for one in view.maps_of(trace)] == ["key_deviation", "value_deviation", "attention"]
+    assert not [name for name, _ in view.figures_of(trace) if name == "correction"]
+
+
+def test_a_correction_is_shown_by_layer_and_chunk():
+    trace = corrected()
+    keys, values = view.maps_of(trace)[-2:]
+    assert (keys.name, values.name) == ("key_offset", "value_offset")
+    assert keys.grid == values.grid  # each shaded by shares of its largest
+    assert keys.bounds == pytest.approx([10 * bound for bound in values.bounds])
+    assert keys.bounds[-1] == pytest.approx(0.75 * 3 * len(trace.pieces))
+    assert len(keys.grid) == 3
+    assert len(keys.grid[0]) == view.COLUMNS
+    assert set(keys.grid[0]) == {0}
+    assert keys.grid[1] == sorted(keys.grid[1][:144]) + [0] * 16  # more and more, then the suffix of 20 tokens of 200
+    assert all(low <= high for low, high in zip(keys.grid[1], keys.grid[2]))
+    assert max(keys.grid[2]) == 7
+    assert keys.grid[2][47] == 0  # the first chunk is exact
+    assert keys.grid[2][49] > 0
+    page, text = Display(trace).to_html(), printed(trace)
+    assert "Values: added to the rows that stay reused" in page
+    assert "blank: nothing to correct" in page
+    assert f"≥ {keys.bounds[-1]:.2g}" in page
+    assert f"key offset, layers 0 … 2 downwards; █ {keys.bounds[-1]:.2g} or more" in text
+    trace.maps = None
+    assert view.maps_of(trace) == []  # below level "full"
+
+
+def test_a_blended_prompts_correction_is_shown(word_tokenizer):
+    model, store, settings = make_llama(), hfblend.MemoryStore(), config(0.3, correction="offset")
+    pages = {}
+    for level in ("summary", "tokens", "full"):
+        trace = hfblend.blend(model, PROMPT, store=store, config=settings, trace=level).trace
+        pages[level] = Display(trace, word_tokenizer).to_html()
+        assert "correction" in pages[level]
+        sizes = view.added_texts(trace)
+        assert [size == "–" for size in sizes] == [piece.exact or level == "summary" for piece in trace.pieces]
+    assert "added to K" not in pages["summary"]
+    assert "added to K · V" in pages["tokens"]
+    assert "added to the rows that stay reused" not in pages["tokens"]
+    assert "added to the rows that stay reused" in pages["full"]
+
+
+def test_many_layers_and_chunks_are_binned_by_their_highest():
+    trace = corrected(layers=100, length=20_000, chunk=10)
+    grid = view.maps_of(trace)[-1].grid
+    assert (len(grid), len(grid[0])) == (view.ROWS, view.COLUMNS)
+    assert max(map(max, grid)) == grid[-1][-2] == 7
+    assert len(Display(trace).to_html().encode()) < 800_000
 
 
 def test_bins_cover_everything_once():

@@ -16,7 +16,7 @@ from ..trace.timeline import Interval
 from ..trace.trace import BlendTrace
 from ..util import visible
 from . import palette, view
-from .view import Grid, Part, clipped
+from .view import Grid, ShadedMap, Part, clipped
 
 CHUNK_ROWS = 60  # of the table
 _PHASES = ("exact", "hit", "miss", "unused", "fresh")  # their colours, for phases
@@ -59,10 +59,11 @@ def _prompt(trace: BlendTrace, columns: dict[str, list[Any]], parts: Sequence[Pa
         "bar": [(part, _title(part), _label(part, trace.num_tokens)) for part in view.few(parts, 300)],
         "origins": {part.origin for part in parts},
         "rows": rows,
+        "added": view.added_to(trace),
         "rows_left_out": range(CHUNK_ROWS - 5, len(rows) - 5),
         "scores": None if trace.scores is None else _scores(trace, columns),
         "tokens": None if columns["text"][0] is None else _tokens(parts, columns),
-        "maps": [_map(trace, name, values) for name, values in (trace.maps.items().items() if trace.maps else ())],
+        "maps": [_map(trace, one) for one in view.maps_of(trace)],
         "mask": _drawn(view.mask_of(trace, 30) if trace.blended else [], "k"),
     }
 
@@ -125,14 +126,13 @@ def _token(i: int, level: int, columns: dict[str, list[Any]]) -> dict[str, Any]:
 # --- maps and time ----------------------------------------------------------------------------------------------------
 
 
-def _map(trace: BlendTrace, name: str, values: Any) -> dict[str, Any]:
-    bounds = view.ATTENTION if name == "attention" else view.DEVIATIONS
-    grid = view.map_levels(values, name)
-    each = trace.num_tokens / len(grid[0])
+def _map(trace: BlendTrace, one: ShadedMap) -> dict[str, Any]:
+    each = trace.num_tokens / len(one.grid[0])
     binned = f"; a column is {each:.0f} tokens, the highest counts" if each > 1 else ""
-    names = [f"< {bounds[0]:g}", *(f"≥ {bound:g}" for bound in bounds)]
+    blank = "nothing to correct" if one.name in view.added_to(trace) else "not known"
+    names = [f"< {one.bounds[0]:.2g}", *(f"≥ {bound:.2g}" for bound in one.bounds)]
     key = [(f"s{level}", name) for level, name in enumerate(names, 1)]
-    return {"name": name, "note": f"{binned}; blank: not known", "key": key, "image": _drawn(grid, "s")}
+    return {"name": one.name, "note": f"{binned}; blank: {blank}", "key": key, "image": _drawn(one.grid, "s")}
 
 
 def _drawn(grid: Grid, prefix: str) -> dict[str, Any] | None:

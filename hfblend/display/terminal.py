@@ -81,10 +81,11 @@ def _chunks(trace: BlendTrace, parts: Sequence[Part]) -> Iterator[RenderableType
     if not rows:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("part", "origin", "tokens", "keys from → to", "recomputed", "store key"):
-        is_figure = name in ("tokens", "keys from → to", "recomputed")
-        table.add_column(name, justify="right" if is_figure else "left", no_wrap=True)
-    for part, piece, recomputed in rows[:CHUNK_ROWS]:
+    added = ("added to K · V",) if view.added_to(trace) else ()
+    for name in ("part", "origin", "tokens", "keys from → to", "recomputed", *added, "store key"):
+        is_text = name in ("part", "origin", "store key")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+    for part, piece, recomputed, size in rows[:CHUNK_ROWS]:
         origin = f"{part.origin}, {piece.quantised}" if piece.quantised else part.origin
         table.add_row(
             part.name,
@@ -92,6 +93,7 @@ def _chunks(trace: BlendTrace, parts: Sequence[Part]) -> Iterator[RenderableType
             f"{part.tokens:,}",
             view.moved_text(piece),
             f"{recomputed:,}" if recomputed else "–",
+            *((size,) if added else ()),
             Text(visible(piece.key[:8]), "dim"),
         )
     yield Padding(table, (1, 0, 0, 0))
@@ -119,9 +121,10 @@ def _top_tokens(columns: dict[str, list[Any]]) -> Iterator[RenderableType]:
 
 
 def _maps(trace: BlendTrace, across: int) -> Iterator[RenderableType]:
-    for name, values in ({} if trace.maps is None else trace.maps.items()).items():
-        down = view.binned(view.map_levels(values, name), 12, lambda rows: [max(column) for column in zip(*rows)])
-        yield Text(f"\n{name.replace('_', ' ')}, layers 0 … {trace.num_layers - 1} downwards", style="dim")
+    for one in view.maps_of(trace):
+        down = view.binned(one.grid, 12, lambda rows: [max(column) for column in zip(*rows)])
+        name, layers = one.name.replace("_", " "), f"layers 0 … {trace.num_layers - 1} downwards"
+        yield Text(f"\n{name}, {layers}; █ {one.bounds[-1]:.2g} or more", style="dim")
         yield Padding(_shades([view.binned(row, across, max) for row in down]), (0, 0, 0, 13))
 
 

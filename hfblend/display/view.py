@@ -102,6 +102,7 @@ def figures_of(trace: BlendTrace) -> list[tuple[str, str]]:
         ("read", f"{trace.bytes_reused / 1e6:,.1f} MB"),
         *first_token,
         *([("rule", rule_of(trace))] if trace.settings else []),
+        *([("correction", correction)] if (correction := trace.settings.get("correction")) else []),
     ]
 
 
@@ -135,11 +136,21 @@ def moved_text(piece: ChunkTrace) -> str:
     return f"{piece.cached_start:,} → {now:,}" + (f" ({shift:+,})" if shift else "")
 
 
-def looked_up(trace: BlendTrace, parts: Sequence[Part]) -> list[tuple[Part, ChunkTrace, int]]:
-    """The parts that were looked up, each with its record and the number of its recomputed tokens."""
+def looked_up(trace: BlendTrace, parts: Sequence[Part]) -> list[tuple[Part, ChunkTrace, int, str]]:
+    """The parts that were looked up, each with its record, the number of its recomputed tokens, and what a correction
+    added."""
     selected = [] if trace.selected_idx is None else sorted(trace.selected_idx.tolist())
     counted = [(part, bisect_left(selected, part.stop) - bisect_left(selected, part.start)) for part in parts]
-    return [(part, part.piece, recomputed) for part, recomputed in counted if part.piece is not None]
+    known = [(part, part.piece, recomputed) for part, recomputed in counted if part.piece is not None]
+    return [(*one, added) for one, added in zip(known, added_texts(trace))]
+
+
+def added_texts(trace: BlendTrace) -> list[str]:
+    """0.12 · 0.031: what was added to the keys and to the values of each of `trace.pieces`, over all layers."""
+    if trace.offsets is None:
+        return ["–"] * len(trace.pieces)
+    sizes = trace.offsets.float().cpu().square().nanmean(0).sqrt().T.tolist()  # (P, 2)
+    return [" · ".join(f"{size:.2g}" for size in both) if max(both) > 0 else "–" for both in sizes]
 
 
 # --- shades -----------------------------------------------------------------------------------------------------------
@@ -188,16 +199,59 @@ def score_strip(columns: dict[str, list[Any]], most: int) -> tuple[list[int], li
     return levels, binned(columns["selected"], most, lambda some: sum(some) / len(some))
 
 
-def map_levels(values: torch.Tensor, name: str) -> Grid:
-    """A map (L, T) as levels, binned: the highest of a bin."""
+@dataclass(frozen=True)
+class ShadedMap:
+    """Layers x tokens as levels, binned: the highest of a bin. `bounds` are the least values of levels 2 … 7."""
+
+    name: str
+    grid: Grid
+    bounds: Sequence[float]
+
+
+def maps_of(trace: BlendTrace) -> list[ShadedMap]:
+    """Level `"full"`: the maps of a trace, and what a correction added to keys and to values, if it did."""
+    if trace.maps is None:
+        return []
+    maps = [map_of(values, name) for name, values in trace.maps.items().items()]
+    return maps + [_offset_map(trace, slot, name) for slot, name in enumerate(added_to(trace))]
+
+
+def map_of(values: torch.Tensor, name: str) -> ShadedMap:
+    """A map (L, T); attention times the mean over all tokens."""
     values = values.float().cpu()
     if name == "attention":
         values = values * values.shape[1]
     values = values.nan_to_num(nan=-torch.inf)
     for most in (ROWS, COLUMNS):  # layers, then tokens
         values = torch.stack(binned(values, most, lambda some: some.amax(0))).T
-    bounds = torch.tensor(ATTENTION if name == "attention" else DEVIATIONS)
-    return (1 + torch.bucketize(values.contiguous(), bounds)).masked_fill(values.isinf(), 0).tolist()
+    bounds = ATTENTION if name == "attention" else DEVIATIONS
+    return ShadedMap(name, _levels(values, bounds), bounds)
+
+
+def added_to(trace: BlendTrace) -> tuple[str, ...]:
+    """The names of the maps of a correction; none where it added nothing."""
+    added = trace.offsets is not None and bool((trace.offsets > 0).any())
+    return ("key_offset", "value_offset") if added else ()
+
+
+def _offset_map(trace: BlendTrace, slot: int, name: str) -> ShadedMap:
+    """A column is shaded by its pieces; bounds are shares of the largest value."""
+    assert trace.offsets is not None
+    values = trace.offsets[:, slot].float().cpu().nan_to_num(nan=-torch.inf)
+    rows = torch.stack([*binned(values, ROWS, lambda some: some.amax(0))])
+    rows = torch.cat([rows, rows.new_full((len(rows), 1), -torch.inf)], 1)  # of what is no piece
+    number = torch.full((trace.num_tokens,), len(trace.pieces))
+    for i, piece in enumerate(trace.pieces):
+        number[slice(*piece.span)] = i
+    columns = binned(number, COLUMNS, lambda some: rows[:, some.unique()].amax(1))
+    bounds = [share * max(float(values.max()), 0.0) for share in DEVIATIONS]
+    return ShadedMap(name, _levels(torch.stack(columns, 1), bounds), bounds)
+
+
+def _levels(values: torch.Tensor, bounds: Sequence[float]) -> Grid:
+    """Values as levels 1 … 7; 0 for -inf, which is unknown."""
+    levels = 1 + torch.bucketize(values.contiguous(), torch.tensor(bounds))
+    return levels.masked_fill(values.isinf(), 0).tolist()
 
 
 # --- the mask ---------------------------------------------------------------------------------------------------------
