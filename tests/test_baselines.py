@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import config, full_prefill_kv, generate, make_llama, make_mistral, make_prompt
 
 import hfblend
+from hfblend.blend.algorithm import Blend
 from hfblend.lab import baselines
 from hfblend.lab.baselines import METHODS
 from hfblend.measure.divergence import kl_divergence
@@ -51,6 +53,28 @@ def test_every_method_gives_finite_logits_and_a_cache_to_continue(model, name, w
         assert torch.isfinite(layer.keys).all()
     out = model.generate(PROMPT.input_ids, past_key_values=result.cache, max_new_tokens=3, do_sample=False)
     assert out.shape[1] == len(PROMPT) + 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_only_methods_of_our_own_are_corrected(name):
+    """Whatever the default is, the others stay what their papers and the baselines' names say."""
+    method = METHODS[name]
+    default = hfblend.BlendConfig().correction
+    own = "offset" if name.endswith("_offset") else default if name == "hfblend" else None
+    assert method.config(0.2).correction == own
+    for correction in ("offset", None):
+        changed = method.corrected(correction)
+        taken = correction if method.takes_correction else own
+        assert changed.config(0.2) == replace(method.config(0.2), correction=taken)
+        assert (changed is method) == (not method.takes_correction)
+    assert not (method.takes_correction and (method.algorithm is not Blend or "deviation" in name))
+
+
+def test_offset_methods_recompute_the_same_tokens(model):
+    for name in ("suffix_attention", "kv_deviation"):
+        plain, corrected = run(model, name), run(model, f"{name}_offset")
+        assert corrected.trace.selected_idx.tolist() == plain.trace.selected_idx.tolist()
+        assert (corrected.logits - plain.logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["full_prefill", "prefix_reuse"])

@@ -388,9 +388,33 @@ def test_the_command_writes_its_files(tmp_path):
     assert "Time to first token, 364 tokens, 1 turns" in outcome.output
 
 
+def test_a_correction_is_one_of_every_method_that_takes_it():
+    settings = BenchSettings(methods=("suffix_attention", "kv_deviation"), ratios=(0.0, 0.15), correction="offset")
+    corrections = {str(case): case.method.config(case.ratio).correction for case in settings.cases()}
+    assert corrections["suffix_attention 0.15 from gpu"] == "offset"
+    assert set(corrections.values()) == {"offset", None}
+    assert [name for name, correction in corrections.items() if correction] == ["suffix_attention 0.15 from gpu"]
+    assert all(case.through_generate for case in settings.cases())
+    both = BenchSettings(methods=("suffix_attention", "suffix_attention_offset"), ratios=(0.15,)).cases()
+    assert [case.method.config(0.15).correction for case in both[-2:]] == [None, "offset"]
+
+
+def test_the_command_takes_a_correction(tmp_path):
+    files = {name: tmp_path / f"bench.{name}" for name in ("json", "md")}
+    outcome = invoke(
+        *("--shape", "tiny", "--device", "cpu", "--tokens", "300", "--ratios", "0.2", "--methods", "chunk_start"),
+        *("--repeats", "1", "--chunk", "100", "--decode", "0", "--correction", "offset"),
+        *("--json", str(files["json"]), "--markdown", str(files["md"])),
+    )
+    assert outcome.exit_code == 0, outcome.output
+    assert json.loads(files["json"].read_text())["settings"]["correction"] == "offset"
+    assert "float32, correction offset, sdpa" in files["md"].read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--shape", "tiny", "--correction", "ofset"), "Did you mean 'offset'"),
         (("--shape", "huge"), "no shape 'huge'"),
         (("--shape", "tiny", "--model", "x"), "not both"),
         (("--shape", "tiny", "--methods", "magic"), "Unknown methods: magic"),

@@ -476,9 +476,30 @@ def test_the_command_refuses_the_records_of_other_settings(evaluate, tmp_path):
     assert "holds records of another run (settings:" in " ".join(outcome.output.split())
 
 
+def test_the_command_says_the_correction(evaluate, tmp_path):
+    files = {name: (tmp_path / f"{name}.json", tmp_path / f"{name}.md") for name in ("offset", "none")}
+    records = tmp_path / "records.jsonl"
+    how = ("--n", "1", "--methods", "kv_deviation,hfblend", "--ratios", "0.3", "--answer-tokens", "0")
+    for name, (json_file, markdown) in files.items():
+        more = ("--records", str(records)) if name == "offset" else ()
+        outcome = evaluate(*how, "--correction", name, "--json", str(json_file), "--markdown", str(markdown), *more)
+        assert outcome.exit_code == 0, outcome.output
+        assert f"correction {name}" in markdown.read_text()
+    found = {name: json.loads(json_file.read_text()) for name, (json_file, _) in files.items()}
+    assert [results["settings"]["correction"] for results in found.values()] == ["offset", "none"]
+    (rule, ours), (rule_without, ours_without) = (results["rows"] for results in found.values())
+    assert rule["kl"] == pytest.approx(rule_without["kl"])  # CacheBlend's, as it is
+    assert ours["kl"] != pytest.approx(ours_without["kl"], rel=1e-2)
+    outcome = evaluate(*how, "--correction", "none", "--records", str(records))
+    assert outcome.exit_code == 2
+    assert "holds records of another run (settings:" in " ".join(outcome.output.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--correction", "ofset"), "Did you mean 'offset'"),
+        (("--correction", "offset", "--methods", "kv_deviation,epic"), "None of kv_deviation, epic takes a correction"),
         (("--methods", "magic"), "Unknown methods: magic"),
         (("--ratios", "0.1,1.5"), "shares in [0, 1], got [1.5]"),
         (("--ratios", "much"), "'much'"),

@@ -10,6 +10,7 @@ import pytest
 from helpers import make_llama
 from typer.testing import CliRunner
 
+import hfblend
 from hfblend.cli import app
 from hfblend.cli.prompts import read_prompts
 from hfblend.demo import model as demo_model
@@ -79,6 +80,24 @@ def test_explain_of_a_store_shows_what_it_held(run, tmp_path):
     assert first["answer"] == second["answer"]
 
 
+@pytest.mark.parametrize(("command", "show"), [("explain", ()), ("run", ("--trace",))])
+def test_the_correction_is_an_option(run, command, show):
+    def trace(*options):
+        found = json.loads(run(command, "--json", "--ratio", 0.5, *options).stdout)
+        return (found[0] if isinstance(found, list) else found)["trace"]
+
+    offset, none, default = trace("--correction", "offset"), trace("--correction", "none"), trace()
+    assert offset["settings"]["correction"] == "offset"
+    assert none["settings"]["correction"] is none["offsets"] is None
+    assert default["settings"]["correction"] == hfblend.BlendConfig().correction
+    shown = {name: run(command, *show, "--correction", name, "--ratio", 0.5).stdout for name in ("offset", "none")}
+    assert "added to K · V" in shown["offset"]
+    assert "added to K · V" not in shown["none"]
+    if command == "explain":  # the others keep a summary
+        assert offset["offsets"][2][0][3] > 0
+        assert offset["offsets"][2][0][:2] == [None, None]  # prefix and first chunk are exact
+
+
 def test_prompts_from_standard_input(run):
     found = json.loads(run("explain", "--json", stdin=json.dumps(PIECES)).stdout)
     assert found["trace"]["num_tokens"] == json.loads(run("explain", "--json").stdout)["trace"]["num_tokens"]
@@ -128,6 +147,7 @@ def test_other_mistakes_are_explained(run, tmp_path, monkeypatch):
         (("--html", tmp_path), "is a folder"),
         (("--store", __file__), "a store is a folder"),
         (("--selection", "best"), "selection must be one of"),
+        (("--correction", "ofset"), "correction must be one of ('offset',), None"),
         (("--ratio", 3), "--ratio"),
         (("--dtype", "int7"), "--dtype"),
     ):

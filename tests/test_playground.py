@@ -104,6 +104,19 @@ def test_order_ratio_and_rule_change_what_is_recomputed(playground):
     assert "hit · exact at" in first
 
 
+def test_the_correction_is_a_setting(playground):
+    plain, corrected = (
+        playground.run(Setup(**{**vars(SETUP), "correction": correction})) for correction in (None, "offset")
+    )
+    assert Setup(CHUNKS, "w8").config.correction == BlendConfig().correction
+    assert corrected.trace.selected_idx.tolist() == plain.trace.selected_idx.tolist()
+    assert corrected.repeated  # full prefill and full reuse know none
+    assert plain.trace.offsets is None
+    assert (corrected.trace.offsets[1:, :, 2:] > 0).all()
+    assert "added to K · V" in corrected.tokens_html
+    assert "added to K · V" not in plain.tokens_html
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -115,6 +128,7 @@ def test_order_ratio_and_rule_change_what_is_recomputed(playground):
         ({"question": "👩" * (MAX_CHARACTERS // 2 + 1)}, "The question is longer"),
         ({"ratio": 1.5}, r"recompute_ratios must be a number in \[0, 1\]"),
         ({"rule": "best"}, "selection must be one of"),
+        ({"correction": "best"}, "correction must be one of"),
     ],
 )
 def test_what_cannot_be_run_is_said_in_words(changes, message):
@@ -303,6 +317,12 @@ def test_the_page_shows_every_change(page, address):
     before, after = change(page, lambda: pick(page, "Rule", "chunk_start"))
     assert before[1] != after[1]
     answers = {before[0], after[0]}
+    # correction
+    added, switch = page.get_by_text("added to K · V"), page.get_by_role("switch", name="Correct the rows")
+    was_shown = added.count()
+    change(page, switch.click)
+    assert added.count() == 1 - was_shown
+    change(page, switch.click)
     # order: by button, by dragging
     names = page.locator(".chunk textarea").evaluate_all("fields => fields.map(field => field.value.slice(0, 9))")
     full_before = page.locator(".answer.full_prefill .text").inner_text()

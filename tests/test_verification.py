@@ -287,6 +287,24 @@ def test_calibrate_chooses_among_check_layers_and_score_layers(rule, name, layer
     assert verify_prompt(model, PROMPT, config=found.config).kl == pytest.approx(best.kl, rel=1e-3)
 
 
+@pytest.mark.parametrize("make", [make_llama, make_mistral])
+def test_verify_and_calibrate_measure_with_the_correction(make):
+    model, settings = make(), config(0.3, correction="offset")
+    plain, corrected = (verify_prompt(model, PROMPT, config=one) for one in (config(0.3), settings))
+    assert corrected.kl != pytest.approx(plain.kl, rel=1e-2)
+    assert corrected.recomputed_pairs_share == plain.recomputed_pairs_share  # no row more
+    found = calibrate(model, [PROMPT], max_kl=9.0, config=settings, ratios=(0.3, 1.0))
+    assert found.config == settings
+    assert found.rows[0].kl == pytest.approx(corrected.kl, rel=1e-3)
+    with hfblend.patch(model, config=settings, verify=1) as blender:
+        assert blender.verify(PROMPT).kl == pytest.approx(corrected.kl, rel=1e-3)
+        assert blender.verify(PROMPT).trace.settings["correction"] == "offset"
+        for _ in range(2):
+            generate(model, PROMPT.inputs())
+        of_four = verify_prompt(model, PROMPT, config=settings, num_tokens=4).kl
+        assert blender.trace.verification["kl"] == pytest.approx(of_four, rel=1e-3)
+
+
 def test_calibrate_says_the_best_that_was_reached():
     with pytest.raises(ValueError, match=r"smallest mean KL is [\d.e-]+ nats, at ratio 0\.\d") as error:
         calibrate(make_llama(), [PROMPT], max_kl=1e-9, config=config(), ratios=(0.1, 0.3))
@@ -374,6 +392,18 @@ def test_a_kl_above_the_bound_is_exit_code_1(run):
     assert run([PIECES], "--ratio", "0.0", "--selection", "kv_deviation")[0] == 0  # without a bound
 
 
+def test_the_command_takes_a_correction(run):
+    kls = {}
+    for name in ("offset", "none"):
+        code, output, out = run([PIECES], "--ratio", "0.3", "--correction", name)
+        assert code == 0, output
+        figures = json.loads(out.read_text())
+        kls[name] = figures["prompts"][0]["kl"]
+        assert figures["correction"] == figures["prompts"][0]["trace"]["settings"]["correction"]
+        assert figures["correction"] == (None if name == "none" else name)
+    assert kls["offset"] != pytest.approx(kls["none"], rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "says"),
     [
@@ -384,6 +414,7 @@ def test_a_kl_above_the_bound_is_exit_code_1(run):
         ([{**PIECES, "chunks": ["w7", ""]}], (), "prompt 0: Chunk 1 of 2"),
         ([PIECES], ("--ratio", "2"), "recompute_ratios must be a number in"),
         ([PIECES], ("--selection", "wrong"), "selection must be one of"),
+        ([PIECES], ("--correction", "wrong"), "correction must be one of"),
     ],
 )
 def test_bad_input_is_explained_without_a_stack_trace(run, rows, options, says):

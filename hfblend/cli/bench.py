@@ -9,7 +9,7 @@ from rich.table import Table
 from typer import Option
 
 from .common import Outputs, console, dtype_of, load, names, numbers, stderr
-from .options import Device, DType, JsonFile, Markdown, Model
+from .options import Correction, Device, DType, JsonFile, Markdown, Model
 
 if TYPE_CHECKING:
     from ..lab.report import Results
@@ -31,6 +31,7 @@ def bench(
     methods: Annotated[
         str, Option(help="Names, separated by commas, to compare with full prefill.")
     ] = "prefix_reuse,suffix_attention,kv_deviation",
+    correction: Correction = None,
     repeats: Annotated[int, Option(help="Turns that count.", min=1)] = 7,
     chunk: Annotated[int, Option(help="Tokens of a chunk.", min=1)] = 512,
     prefix: Annotated[int, Option(help="Tokens of the prefix.", min=0)] = 32,
@@ -65,6 +66,7 @@ def bench(
         lengths=tuple(numbers(tokens or "", int, "--tokens")),
         ratios=tuple(numbers(ratios, float, "--ratios")),
         methods=tuple(names(methods)),
+        correction=correction,
         repeats=repeats,
         layout=Layout(prefix, chunk, suffix),
         chunks_in=tuple(names(chunks_in)),

@@ -114,6 +114,11 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def corrected(correction: str | None) -> dict[str, str | None]:
+    """The setting of `--correction`; nothing if it was not given."""
+    return {} if correction is None else {"correction": None if correction == "none" else correction}
+
+
 def names(text: str) -> list[str]:
     """Splits text at commas."""
     return [name for part in text.split(",") if (name := part.strip())]

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from .common import Outputs, console, load, names, numbers, progress_bar
-from .options import Device, DType, JsonFile, KVDType, Markdown, Model
+from .options import Correction, Device, DType, JsonFile, KVDType, Markdown, Model
 
 
 def evaluate(
@@ -19,6 +19,7 @@ def evaluate(
         str, Option(help="Names, separated by commas.")
     ] = "full_prefill,full_reuse,kv_deviation,hfblend",
     ratios: Annotated[str, Option(help="Recompute ratios, separated by commas.")] = "0.05,0.15,0.3",
+    correction: Correction = None,
     max_context: Annotated[int, Option(help="Tokens of the longest prompt.", min=1)] = 6500,
     answer_tokens: Annotated[int, Option(help="Of greedy answers, for F1; 0 measures none.", min=0)] = 32,
     baseline: Annotated[
@@ -54,6 +55,7 @@ def evaluate(
         methods=tuple(names(methods)),
         ratios=tuple(numbers(ratios, float, "--ratios")),
         seed=seed,
+        correction=correction,
         max_context=max_context,
         answer_tokens=answer_tokens,
         kv_dtype=kv_dtype,

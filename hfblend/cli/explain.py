@@ -15,8 +15,8 @@ from typer import Argument, Exit, Option
 
 from ..config import BlendConfig
 from ..util import require_folders_of
-from .common import console, given, load, print_json, stderr, store_at, write_json
-from .options import Device, DType, JsonFile, KeptIn, Model, NewTokens, PrintJson, Ratio, Rule, existing
+from .common import console, corrected, given, load, print_json, stderr, store_at, write_json
+from .options import Correction, Device, DType, JsonFile, KeptIn, Model, NewTokens, PrintJson, Ratio, Rule, existing
 
 if TYPE_CHECKING:
     from ..measure.verify import Verification
@@ -35,6 +35,7 @@ def explain(
     model: Model = None,
     ratio: Ratio = 0.15,
     selection: Rule = None,
+    correction: Correction = None,
     store: KeptIn = None,
     max_new_tokens: NewTokens = 32,
     device: Device = None,
@@ -48,7 +49,7 @@ def explain(
     Example: hfblend explain prompt.json --html report.html
     """
     require_folders_of(html)
-    config, kept_in = config_of(ratio, selection), None if store is None else store_at(store)
+    config, kept_in = config_of(ratio, selection, correction), None if store is None else store_at(store)
     loaded, tokenizer, (prompt, *others) = _read([prompt_file], model, device, dtype)
     if others:
         raise ValueError(f"explain takes one prompt, {prompt_file} holds {1 + len(others)}.")
@@ -108,6 +109,7 @@ def run(
     model: Model = None,
     ratio: Ratio = 0.15,
     selection: Rule = None,
+    correction: Correction = None,
     store: KeptIn = None,
     max_new_tokens: NewTokens = 64,
     device: Device = None,
@@ -122,7 +124,7 @@ def run(
     | hfblend run -
     """
     found: list[dict[str, Any]] = []
-    config, kept_in = config_of(ratio, selection), None if store is None else store_at(store)
+    config, kept_in = config_of(ratio, selection, correction), None if store is None else store_at(store)
     loaded, tokenizer, prompts = _read(prompt_files, model, device, dtype)
 
     from ..demo.passages import greedy_answer
@@ -150,9 +152,10 @@ def _read(
     return loaded, tokenizer, [prompt for file in files for prompt in read_prompts(file, tokenizer)]
 
 
-def config_of(ratio: float, selection: str | None) -> BlendConfig:
+def config_of(ratio: float, selection: str | None, correction: str | None) -> BlendConfig:
     """The settings; without a lower limit on the length of a prompt."""
-    return BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=0, **given(selection=selection))
+    chosen: dict[str, Any] = given(selection=selection) | corrected(correction)
+    return BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=0, **chosen)
 
 
 def print_answer(label: str, answer: str) -> None:
@@ -169,6 +172,7 @@ def verify(
     model: Model = None,
     ratio: Annotated[float, Option(help="Share of the reused tokens to recompute.")] = 0.15,
     selection: Rule = None,
+    correction: Correction = None,
     max_kl: Annotated[float | None, Option(help="In nats; exit code 1 if a prompt's mean KL is above.")] = None,
     num_tokens: Annotated[int, Option(min=1, help="Answer tokens to compare.")] = 16,
     json_file: JsonFile = None,
@@ -179,7 +183,7 @@ def verify(
     Example: hfblend verify --prompts prompts.json --max-kl 0.1 --json figures.json
     """
     require_folders_of(json_file)
-    config = BlendConfig(recompute_ratios=(ratio,), **given(selection=selection))
+    config = config_of(ratio, selection, correction)
 
     from .prompts import read_prompts
 
@@ -235,6 +239,7 @@ def _figures(
         "model": name,
         "machine": describe_machine(model_of(model).device),
         "selection": config.selection,
+        "correction": config.correction,
         "recompute_ratio": config.fixed_ratios[0],
         "max_kl": max_kl,
         "prompts": [one.to_dict() for one in found],

@@ -17,6 +17,10 @@ JsonFile = Annotated[Path | None, Option("--json", help="Write the figures to th
 Markdown = Annotated[Path | None, Option(help="Write the table to this file.")]
 Ratio = Annotated[float, Option(help="Share of the reused tokens to recompute.", min=0, max=1)]
 Rule = Annotated[str | None, Option(help="The rule that selects them.", show_default="BlendConfig's")]
+Correction = Annotated[
+    str | None, Option(metavar="offset|none", help="How rows that stay reused are corrected.",
+                       show_default="BlendConfig's")
+]  # fmt: skip
 KeptIn = Annotated[
     str | None, Option("--store", help="Folder or URL that keeps the chunk KV.", show_default="in memory")
 ]

@@ -16,7 +16,7 @@ from ..trace.timeline import Interval
 from ..trace.trace import BlendTrace
 from ..util import visible
 from . import palette, view
-from .view import Grid, ShadedMap, Part, clipped
+from .view import Grid, Part, ShadedMap, clipped
 
 CHUNK_ROWS = 60  # of the table
 _PHASES = ("exact", "hit", "miss", "unused", "fresh")  # their colours, for phases

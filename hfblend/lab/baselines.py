@@ -136,6 +136,7 @@ class Method:
         fixed_ratio: the ratio, where the method knows only one.
         in_context: chunk KV comes from another request that held the chunk, in its context there.
         whole: no chunks: the prompt is prefilled in full.
+        takes_correction: rows that stay reused may be corrected; references stay what their papers say.
     """
 
     name: str
@@ -144,11 +145,18 @@ class Method:
     fixed_ratio: float | None = None
     in_context: bool = False
     whole: bool = False
+    takes_correction: bool = False
 
     @property
     def takes_ratio(self) -> bool:
         """Whether the ratio makes a difference."""
         return self.fixed_ratio is None
+
+    def corrected(self, correction: Any) -> Method:
+        """This method with a correction, or without any, if it is one that takes it; itself if not."""
+        if not self.takes_correction:
+            return self
+        return replace(self, config=lambda ratio: replace(self.config(ratio), correction=correction))
 
     def blend(
         self,
@@ -198,7 +206,9 @@ class Method:
 
 
 def _rule(selection: Any, times: Sequence[float] = (1.0,), **settings: Any) -> Callable[[float], BlendConfig]:
-    """The settings of a selection rule; `times` is each check layer's ratio over the ratio asked for."""
+    """The settings of a selection rule, without a correction unless one is named; `times` is each check layer's ratio
+    over the ratio asked for."""
+    settings = {"correction": None, **settings}
 
     def config(ratio: float) -> BlendConfig:
         ratios = tuple(min(max(ratio, 1.0), ratio * more) for more in times)
@@ -212,11 +222,14 @@ _full_reuse = partial(_rule, "suffix_attention", (), check_layers=())
 # filters over three layers, "r1 slightly higher than r", then shrinking to it
 _PAPER = _deviation((1.2, 1.1, 1.0), check_layers=(1, 2, 3), deviation="key_value", chunk_prefix="none")
 
+_RULES = ("suffix_attention", "chunk_start", "mixed", "random", "last")
+_DEFAULT = BlendConfig.correction
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         # hfblend's own recommendation: what the suffix attends to, over chunk KV computed after a filler
-        Method("hfblend", _rule("suffix_attention", chunk_prefix="filler")),
+        Method("hfblend", _rule("suffix_attention", chunk_prefix="filler", correction=_DEFAULT), takes_correction=True),
         # baselines
         Method("full_prefill", _full_reuse(), fixed_ratio=1.0, whole=True),
         Method(
@@ -225,8 +238,10 @@ METHODS: dict[str, Method] = {
         Method("full_reuse", _full_reuse(), fixed_ratio=0.0),
         Method("full_reuse_filler", _full_reuse(chunk_prefix="filler"), fixed_ratio=0.0),
         # selection rules, over chunk KV computed after the prompt's prefix
-        *(Method(name, _rule(name)) for name in ("suffix_attention", "chunk_start", "mixed", "random", "last")),
+        *(Method(name, _rule(name), takes_correction=True) for name in _RULES),
         Method("kv_deviation", _deviation()),
+        # two of them, with the rows that stay reused corrected by the others
+        *(Method(f"{name}_offset", _rule(name, correction="offset")) for name in ("suffix_attention", "kv_deviation")),
         # the references
         Method("cacheblend_paper", _PAPER),
         Method("research_repo", _deviation(chunk_prefix="bos"), ResearchRepository),

@@ -90,7 +90,8 @@ def markdown(results: Results) -> str:
 def title(results: Results) -> str:
     """Model, prompts and machine, in two lines."""
     settings, machine = results["settings"], results["machine"]
-    about = f"{results['model']}, {results['dtype']}"
+    correction = f", correction {settings['correction']}" if settings.get("correction") else ""
+    about = f"{results['model']}, {results['dtype']}{correction}"
     if "layout" in settings:
         parts = "prefix {prefix}, chunks of {chunk}, suffix {suffix} tokens".format_map(settings["layout"])
         return f"{about}, {results['attention']}; {parts}\n{machine}, transformers {results['transformers']}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from ..arguments import whole
+from ..arguments import one_of, whole
 from ..blend.algorithm import Blend
+from ..config import Correction
 from ..store.quantise import require_kv_dtype
 from .baselines import METHODS, Method
 from .synthetic import Layout
@@ -55,6 +56,7 @@ class Settings:
         methods: names of `hfblend.lab.baselines.METHODS`.
         ratios: recompute ratios in [0, 1].
         seed: of everything drawn.
+        correction: `"offset"` or `"none"`, for the methods that take one; `None`: each as it is in `METHODS`.
 
     Raises:
         ValueError: a value outside its bounds.
@@ -63,6 +65,7 @@ class Settings:
     methods: tuple[str, ...]
     ratios: tuple[float, ...]
     seed: int = 0
+    correction: str | None = None
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.methods if name not in METHODS]:
@@ -70,14 +73,24 @@ class Settings:
         outside = [ratio for ratio in self.ratios if not 0 <= ratio <= 1]
         if outside or not self.ratios:
             raise ValueError(f"Ratios are shares in [0, 1], got {outside or 'none'}.")
+        if self.correction is not None:
+            one_of("correction", self.correction, (*get_args(Correction), "none"))
+            if not any(METHODS[name].takes_correction for name in self.methods):
+                able = ", ".join(method.name for method in METHODS.values() if method.takes_correction)
+                raise ValueError(f"None of {', '.join(self.methods)} takes a correction. Those that do: {able}.")
 
     def cases(self) -> list[Case]:
         """A case per method and ratio, each once; a method that knows only one ratio has one."""
         return [
             Case(method, ratio)
-            for method in (METHODS[name] for name in dict.fromkeys(self.methods))
+            for method in map(self._method, dict.fromkeys(self.methods))
             for ratio in (dict.fromkeys(self.ratios) if method.fixed_ratio is None else (method.fixed_ratio,))
         ]
+
+    def _method(self, name: str) -> Method:
+        if self.correction is None:
+            return METHODS[name]
+        return METHODS[name].corrected(None if self.correction == "none" else self.correction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +140,7 @@ class BenchSettings(Settings):
     def cases(self) -> list[Case]:
         """Full prefill, the methods with one ratio only, then the others by ratio; in every place if they reuse."""
         names = ("full_prefill", *self.methods, *(("full_reuse",) if 0 in self.ratios else ()))
-        cases = Settings(methods=names, ratios=self.ratios).cases()
+        cases = Settings(methods=names, ratios=self.ratios, correction=self.correction).cases()
         wanted = [case for case in cases if case.ratio > 0 or not case.method.takes_ratio]
         wanted.sort(key=lambda case: case.method.takes_ratio)
         return [one for case in wanted for one in self._in_places(case)]

@@ -47,6 +47,7 @@ class Setup:
     question: str
     ratio: float = 0.15
     rule: Selection = "suffix_attention"
+    correction: Any = BlendConfig.correction
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.chunks) <= MAX_CHUNKS:
@@ -67,7 +68,7 @@ class Setup:
     @property
     def config(self) -> BlendConfig:
         """The settings of the blended answer."""
-        return replace(_BLEND, selection=self.rule, recompute_ratios=(self.ratio,))
+        return replace(_BLEND, selection=self.rule, recompute_ratios=(self.ratio,), correction=self.correction)
 
     def prompt(self, tokenizer: Any) -> Prompt:
         """The chunks in their order after hfblend's system text, then the question."""

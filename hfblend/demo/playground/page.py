@@ -105,6 +105,8 @@ class Page:
             self.rule = ui.select(list(RULE_WORDS), value="suffix_attention", label="Rule").props("outlined dense")
             ui.label().classes("dim").bind_text_from(self.rule, "value", lambda rule: f"Recompute {RULE_WORDS[rule]}.")
             self.rule.on_value_change(self._changed)
+            self.is_corrected = ui.switch("Correct the rows that stay reused", value=Setup.correction is not None)
+            self.is_corrected.on_value_change(self._changed)
             with ui.element("div").classes("row"):
                 ui.button("Run", on_click=self.run).props("unelevated no-caps")
                 self.runs_at_once = ui.switch("Run after every change", value=True)
@@ -159,7 +161,8 @@ class Page:
     def content(self) -> tuple[Any, ...]:
         """The fields of a `Setup`, unchecked."""
         chunks = tuple(card.field.value or "" for card in self.order)
-        return chunks, self.question.value or "", float(self.ratio.value), self.rule.value
+        correction = "offset" if self.is_corrected.value else None
+        return chunks, self.question.value or "", float(self.ratio.value), self.rule.value, correction
 
     def _fill(self, preset: Setup) -> None:
         self.cards.clear()
