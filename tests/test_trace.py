@@ -184,31 +184,34 @@ def test_what_was_added_is_kept_by_layer_and_piece(rule, first, prefix, level):
     assert torch.equal(known, (torch.arange(4)[:, None, None] >= first) & moved.expand(4, 2, -1))
     rest = set(trace.candidate_idx.tolist()) - set(trace.selected_idx.tolist())
     for number in moved.nonzero()[:, 0].tolist() if rule != "gradual" else ():  # it filtered on after the first layer
-        rows = torch.tensor(sorted(rest & set(range(*trace.pieces[number].span))))
+        span = range(*trace.pieces[number].span)
+        rows = torch.tensor(sorted(rest & set(span)))
         for layer, name in ((first, "keys"), (first, "values"), (3, "values")):
             corrected, reused = (getattr(one.cache.layers[layer], name)[0][:, rows] for one in (result, plain))
             added = (corrected - reused).square().mean().sqrt().item()
             found = trace.offsets[layer, int(name == "values"), number].item()
-            assert found == pytest.approx(added, rel=1e-3, abs=1e-6)
+            assert found == pytest.approx(added, rel=0.15, abs=1e-6)  # found in recomputed tokens' blocks, too
     assert trace.offsets[2:].nan_to_num().max() > 0.05
 
 
-@pytest.mark.parametrize("settings", [{"ratio": 0.0}, {"recompute_ratios": (1.0,)}])
-def test_nothing_is_added_where_nothing_or_all_is_recomputed(settings):
-    trace = blended(**settings, correction="offset").trace
-    assert trace.offsets[:, :, 2:].eq(0).all()
-    assert trace.offsets[:, :, :2].isnan().all()  # prefix and first chunk are exact
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_constant_is_its_own_root_mean_square(level):
+    def three(errors):
+        return errors.known.new_full((), 3.0).expand(errors.known.shape[0], len(errors.piece), errors.known.shape[2])
+
+    trace = blended(level, correction=three).trace
+    assert trace.settings["correction"] == "three"
+    if level != "summary":
+        assert torch.equal(trace.offsets[:, :, 2:], torch.full((4, 2, 2), 3.0))
+        assert trace.offsets[:, :, :2].isnan().all()  # prefix and first chunk are exact
 
 
-def test_a_function_is_named_and_exact_prompts_have_no_offsets():
-    def half_the_mean(errors):
-        mean = errors.known.mean(1, keepdim=True) / 2
-        return mean.expand(-1, len(errors.rest_place), -1)
-
-    assert blended(correction=half_the_mean).trace.settings["correction"] == "half_the_mean"
-    exact = blended(prompt=make_prompt(sizes=(20,)), correction="offset").trace
-    assert exact.chunks[0].exact
-    assert exact.offsets is None
+@pytest.mark.parametrize(
+    "changes",
+    [{"ratio": 0.0}, {"recompute_ratios": (1.0,)}, {"prompt": make_prompt(sizes=(20,))}, {"correction": None}],
+)
+def test_where_nothing_is_corrected_there_are_no_offsets(changes):
+    assert blended(**{"correction": "offset", **changes}).trace.offsets is None
 
 
 def test_offsets_of_pieces_that_are_no_chunks_are_left_out():

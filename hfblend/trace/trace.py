@@ -15,7 +15,7 @@ there is one, and the chunks.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
@@ -70,10 +70,10 @@ class BlendTrace(Facts):
         level: of detail.
         settings: of the rule: selection, recompute_ratios, check_layers, chunk_prefix, correction.
         input_ids: (T,) on the CPU, from level `"tokens"` on.
-        offsets: (L, 2, P) in fp32, from level `"tokens"` on: how much `correction` added to the keys, before their
-            rotation, and to the values of each of `pieces`, as the root mean square over its rows that stay reused, KV
-            heads and dimensions. NaN where no row was corrected: an exact or computed piece, or a layer whose K/V are
-            fresh; 0 where nothing was added. `None` without a correction.
+        offsets: (L, 2, P) in fp32, from level `"tokens"` on: how much `correction` adds to the keys, their rotation
+            off, and to the values of each of `pieces`: the root mean square over its tokens, KV heads (of this rank)
+            and dimensions. NaN where no row is corrected: exact and computed pieces, layers whose K/V are fresh.
+            `None` if no row is corrected at all.
         maps: level `"full"`.
         tokenizer: decodes the ids; never saved.
         texts: of the tokens, in a trace that was saved where a tokenizer was known.
@@ -239,7 +239,9 @@ def _name_of(rule: Any) -> str | None:
 class Tracer(Observer):
     """Writes a `BlendTrace` of level `"summary"` or `"tokens"`, with a clock of the model's device."""
 
-    _added: dict[int, torch.Tensor]  # layer -> (2, P) of the pieces that moved
+    _added: dict[
+        int, tuple[torch.Tensor, torch.Tensor]
+    ]  # layer -> moved piece of each of N tokens, mean squares (2, N)
 
     def __init__(self, trace: BlendTrace, device: torch.device) -> None:
         self.trace = trace
@@ -276,23 +278,25 @@ class Tracer(Observer):
         if self.trace.scores is None:
             self.trace.scores = scores
 
-    def corrected(self, layer_idx: int, sizes: torch.Tensor) -> None:
+    def corrected(self, layer_idx: int, piece: torch.Tensor, added: Sequence[torch.Tensor]) -> None:
         if self.trace.level != "summary":
-            self._added[layer_idx] = sizes
+            self._added[layer_idx] = piece, torch.stack([one.float().square().mean((0, 2)) for one in added])
 
     def selected(self, selected_idx: torch.Tensor) -> None:
         self.trace.selected_idx = selected_idx
 
     def finish(self, buffers: Mapping[int, KV], fresh_up_to: int) -> None:
-        pieces, added = self.trace.pieces, self._added
-        moved = [i for i, piece in enumerate(pieces) if piece.cached_start is not None and not piece.exact]
-        if {sizes.shape[1] for sizes in added.values()} != {len(moved)}:  # none; or an algorithm reuses other pieces
+        pieces, added = self.trace.pieces, list(self._added.values())
+        moved = [i for i, one in enumerate(pieces) if one.cached_start is not None and not one.exact]
+        sizes = [pieces[i].span[1] - pieces[i].span[0] for i in moved]
+        if {len(piece) for piece, _ in added} != {sum(sizes)}:  # nothing added, or an algorithm reuses more than chunks
             return
-        device = next(iter(added.values())).device
+        device = added[0][0].device
         offsets = torch.full((self.trace.num_layers, 2, len(pieces)), torch.nan, device=device)
-        columns = sent(torch.tensor(moved), device)
-        for layer, sizes in added.items():  # a GPU is not waited for
-            offsets[layer].index_copy_(1, columns, sizes.to(device))
+        columns, counts = (sent(torch.tensor(values), device) for values in (moved, sizes))
+        for layer, (piece, squares) in zip(self._added, added):  # a GPU is not waited for
+            sums = squares.new_zeros(2, len(moved)).index_add_(1, piece, squares)
+            offsets[layer].index_copy_(1, columns, (sums.to(device) / counts).sqrt())
         self.trace.offsets = offsets
 
     def note(self, text: str) -> None:
