@@ -48,11 +48,12 @@ def keys_seen(run_pass):
 def test_every_method_gives_finite_logits_and_a_cache_to_continue(model, name, word_tokenizer):
     result = run(model, name, tokenizer=word_tokenizer)
     assert torch.isfinite(result.logits).all()
-    assert result.cache.get_seq_length() == len(PROMPT) - 1
+    prompt = METHODS[name].prompt_of(PROMPT)
+    assert result.cache.get_seq_length() == len(prompt) - 1
     for layer in result.cache.layers:
         assert torch.isfinite(layer.keys).all()
-    out = model.generate(PROMPT.input_ids, past_key_values=result.cache, max_new_tokens=3, do_sample=False)
-    assert out.shape[1] == len(PROMPT) + 3
+    out = model.generate(prompt.input_ids, past_key_values=result.cache, max_new_tokens=3, do_sample=False)
+    assert out.shape[1] == len(prompt) + 3
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -86,6 +87,14 @@ def test_exact_baselines_equal_a_stock_forward(model, name):
     pairs = run(model, name, store=store).trace.computed_pairs
     prefix = PROMPT.chunk_spans[0][0]
     assert pairs == 4 * (len(PROMPT) - (prefix if name == "prefix_reuse" else 0))
+
+
+def test_without_context_only_prefix_and_suffix_are_seen(model):
+    result, prompt = run(model, "no_context"), METHODS["no_context"].prompt_of(PROMPT)
+    assert prompt.ids == PROMPT.prefix_ids + PROMPT.suffix_ids
+    assert torch.allclose(result.logits, model(prompt.input_ids).logits[:, -1], atol=2e-5)
+    assert result.trace.computed_pairs == 4 * len(prompt)
+    assert all(METHODS[name].prompt_of(PROMPT).ids == PROMPT.ids for name in METHODS if name != "no_context")
 
 
 def test_full_reuse_selects_nothing(model):

@@ -197,6 +197,11 @@ def test_the_device_settles_lengths_and_place():
         BenchSettings(chunks_in=("gpu", "ram")).on(torch.device("cpu"))
 
 
+def test_a_method_without_the_chunks_is_not_timed():
+    with pytest.raises(ValueError, match="no_context leaves the chunks out"):
+        BenchSettings(methods=("full_reuse", "no_context"))
+
+
 def turn(ms, gib=None, reused=None):
     trace = None if reused is None else hfblend.BlendTrace(bytes_reused=reused, num_tokens=10, num_layers=4)
     return Turn(ms, gib, trace)

@@ -22,7 +22,7 @@ from hfblend.lab.eval.records import Record, RecordFile
 from hfblend.lab.eval.runner import Runner
 from hfblend.lab.eval.summary import summarize
 from hfblend.lab.settings import EvalSettings
-from hfblend.measure.divergence import kl_divergence, teacher_forced_logits, top1_agreement
+from hfblend.measure.divergence import FullAnswer, kl_divergence, teacher_forced_logits, top1_agreement
 
 FIRST_KEYS = ["method", "ratio", "n", "kl", "kl_ci95", "top1_agreement", "f1", "ttft_ms", "recomputed_pairs_share"]
 
@@ -191,6 +191,23 @@ def test_best_takes_the_highest_reference_and_the_first_line_is_scored():
     assert metrics.first_line("") == ""
 
 
+@pytest.mark.parametrize(
+    ("answer", "references", "found", "all_found"),
+    [
+        ("It was EXETER College.", ["Exeter College"], 1, 1),
+        ("48213, 77001 and more", ["48213", "90125"], 1, 0.5),
+        ("first\x0bline", ["first\nline"], 1, 1),  # a control character is a line break
+        ("Exeter, a college", ["Exeter College"], 0, 0),  # punctuation counts
+        ("", ["48213", "90125", "77001"], 0, 0),
+        ("below\nthe first line: 90125", [" 90125 "], 1, 1),
+        ("77001 77001", ["77001", "90125", "48213", "10000"], 1, 0.25),
+    ],
+)
+def test_string_match_by_hand(answer, references, found, all_found):
+    assert metrics.best(metrics.string_match, answer, references) == found
+    assert metrics.share_found(answer, references) == all_found
+
+
 def test_rouge_l_by_hand():
     pytest.importorskip("rouge_score")
     # longest common subsequence: "one three four"; precision 3/4, recall 3/5
@@ -232,6 +249,39 @@ def test_ratio_interval_pairs_the_questions():
         metrics.bootstrap_mean_ci([])
 
 
+def test_recovered_share_by_hand():
+    share, (low, high) = metrics.recovered([0.5, 1.0], floor=[0.0, 0.5], full=[1.0, 1.5])
+    assert (share, low, high) == (0.5, 0.5, 0.5)  # half of each question's gap
+    share, interval = metrics.recovered([3.0, 2.0, 0.0], floor=[0.0, 0.0, 0.0], full=[4.0, 2.0, 3.0])
+    assert share == pytest.approx(5 / 9)  # of sums, no mean of shares
+    assert interval == (0.0, 1.0)  # resamples of the third alone, and of the second alone
+
+
+@pytest.mark.parametrize(
+    ("floor", "full"),
+    [
+        ([], []),
+        ([0.1, 0.4], [0.1, 0.4]),  # no gap
+        ([0.0, 1.0], [1.0, 0.0]),  # none in sum
+        ([0.0, 0.5], [1.0, 0.0]),  # none in a quarter of the resamples
+        ([0.1, 0.4], [0.0, 0.2]),  # full prefill is worse than the floor
+    ],
+)
+def test_an_uncertain_lead_is_not_divided_by(floor, full):
+    assert metrics.recovered([0.3] * len(full), floor, full) is None
+
+
+def test_recovered_interval_covers_the_true_share_about_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 500)
+    generator, covered = torch.Generator().manual_seed(3), 0
+    for seed in range(200):
+        gaps, noise = (torch.rand(40, generator=generator, dtype=torch.float64) for _ in range(2))
+        gains = (0.8 * gaps + 0.4 * (noise - 0.5)).tolist()
+        _, (low, high) = metrics.recovered(gains, [0.0] * 40, gaps.tolist(), seed)
+        covered += low <= 0.8 <= high
+    assert 0.9 <= covered / 200 <= 0.99
+
+
 # --- runner ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +310,20 @@ def test_every_method_is_measured(word_tokenizer, examples):
     assert exact.recomputed_pairs_share < 1
     assert by_key["full_reuse", 0.0].kl > 1e-6
     assert by_key["kv_deviation", 0.15].recomputed_pairs_share < by_key["kv_deviation", 0.5].recomputed_pairs_share
+
+
+def test_the_floor_answers_from_the_question_alone(word_tokenizer, examples):
+    floor, full = run(word_tokenizer, examples, ["no_context", "full_prefill"], questions=[0], answer_tokens=8)
+    model, prompt = make_llama(), data.to_prompt(word_tokenizer, examples[0], 6500)
+    short = torch.tensor([prompt.prefix_ids + prompt.suffix_ids])
+    forced = FullAnswer.of(model, prompt, 16).ids
+    logits = [teacher_forced_logits(model, ids, forced) for ids in (prompt.input_ids, short)]
+    assert floor.kl == pytest.approx(kl_divergence(*logits).mean().item(), rel=1e-3)
+    assert floor.top1_agreement == top1_agreement(*logits)
+    assert floor.tokens == full.tokens == len(prompt)
+    assert floor.recomputed_pairs_share == pytest.approx(short.shape[1] / len(prompt))
+    output = model.generate(short, max_new_tokens=8, do_sample=False)[0, short.shape[1] :]
+    assert floor.answer == word_tokenizer.decode(output, skip_special_tokens=True).strip()
 
 
 def test_figures_equal_those_of_plain_calls(word_tokenizer, examples):
@@ -307,6 +371,9 @@ def test_text_from_elsewhere_is_a_passage_of_the_next_question(word_tokenizer, e
 
     class Spy:
         name, takes_ratio, fixed_ratio = "spy", False, 0.5
+
+        def prompt_of(self, prompt):
+            return prompt
 
         def blend(self, model, prompt, ratio, store, *, tokenizer, elsewhere=()):
             seen.append((ratio, elsewhere, store))
@@ -357,6 +424,18 @@ def test_a_run_cut_off_while_it_wrote_goes_on(word_tokenizer, examples, tmp_path
     assert len(RecordFile(file, {}).found) == 3
 
 
+def test_records_of_before_string_match_get_it_from_their_answers(word_tokenizer, examples, tmp_path):
+    file, arguments = tmp_path / "records.jsonl", (word_tokenizer, examples, ["full_prefill"])
+    now = run(*arguments, records=RecordFile(file, {}), answer_tokens=8)
+    header, *lines = file.read_text().splitlines()
+    older = [{k: v for k, v in json.loads(line).items() if k != "string_match"} for line in lines]
+    older[0]["answer"] = f"so: {examples[0].answers[0].upper()}!"
+    write_jsonl(file, [json.loads(header), *older])
+    found = run(*arguments, records=RecordFile(file, {}), answer_tokens=8)
+    assert [record.string_match for record in found] == [1.0, *(record.string_match for record in now[1:])]
+    assert all(record.string_match == 0.0 for record in now)
+
+
 def test_records_of_another_run_are_refused(tmp_path):
     file = tmp_path / "records.jsonl"
     RecordFile(file, {"model": "one", "data": {"digest": "x"}})
@@ -403,6 +482,46 @@ def test_a_baseline_is_compared_at_its_own_ratio():
     two = [record(0, "kv_deviation", ratio, 0.2) for ratio in (0.1, 0.3)] + [record(0, "full_reuse", 0.0, 0.4)]
     assert summarize(two, "kv_deviation")[2]["kl_vs_baseline"] is None
     assert summarize(two)[0]["kl_vs_baseline"] is None
+
+
+def test_recovered_shares_by_hand():
+    def rows(method, ratio, kls, matches):
+        return [record(q, method, ratio, kl, string_match=m) for q, (kl, m) in enumerate(zip(kls, matches))]
+
+    full, floor = rows("full_prefill", 1.0, [0.0] * 3, [1.0] * 3), rows("no_context", 0.0, [2.0, 4.0, 2.0], [0.0] * 3)
+    ours = rows("hfblend", 0.1, [0.5, 1.0, 0.5], [0.5, 1.0, 0.75])
+    summary = summarize(full + floor + ours)
+    assert [row["string_match_recovered"] for row in summary] == [1.0, 0.0, 0.75]
+    assert [row["kl_recovered"] for row in summary] == [1.0, 0.0, 0.75]
+    assert summary[2]["kl_recovered_ci95"] == [0.75, 0.75]
+    assert summary[2]["string_match_recovered_ci95"] == [0.5, 1.0]
+    assert summary[2]["f1_recovered"] is summary[2]["f1_recovered_ci95"] is None  # not measured
+    assert summary[2]["top1_agreement_recovered"] is None  # no gap
+    lines = report.table({"rows": summary}).splitlines()
+    assert "| match | KL recovered [95 %] | match recovered [95 %] |" in lines[0]
+    assert "| 0.750 | 75% [75%, 75%] | 75% [50%, 100%] |" in lines[4]
+    assert summarize(full + ours)[1]["kl_recovered"] is None  # without a floor
+    fewer = summarize(full + floor[:2] + ours)[2]
+    assert fewer["string_match"] == 0.75
+    assert fewer["string_match_recovered"] == 0.75  # of the two questions that all have
+    json.dumps(summary, allow_nan=False)
+
+
+def test_a_second_picture_shows_what_answers_recover():
+    pytest.importorskip("matplotlib")
+    rows = [
+        record(q, method, ratio, kl, f1=f1)
+        for q in range(3)
+        for method, ratio, kl, f1 in (("full_prefill", 1, 0, 1), ("no_context", 0, 2, 0), ("hfblend", 0.1, 0.5, 0.75))
+    ]
+    figure = plots.plot_quality(summarize(rows))
+    figure.draw_without_rendering()
+    kl, recovered = figure.axes
+    assert [line.get_label() for line in recovered.lines if line.get_label()[0] != "_"] == ["no_context", "hfblend"]
+    assert [list(line.get_ydata()) for line in recovered.lines] == [[0.0], [0.75]]
+    assert [list(line.get_ydata()) for line in kl.lines] == [[2.0], [0.5]]
+    assert "F1" in recovered.get_ylabel()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["no_context", "hfblend"]
 
 
 def test_markdown_table_leaves_out_empty_columns():

@@ -12,7 +12,7 @@ from .options import Correction, Device, DType, JsonFile, KVDType, Markdown, Mod
 
 
 def evaluate(
-    data: Annotated[str, Option(help="File of questions, or a name: musique, 2wikimqa, hotpotqa, samsum, …")],
+    data: Annotated[str, Option(help="File of questions, or a name: musique, hotpotqa, variable_tracking, …")],
     n: Annotated[int, Option(help="How many questions.", min=1)] = 40,
     skip: Annotated[int, Option(help="Leave out the first questions.", min=0)] = 0,
     methods: Annotated[
@@ -20,12 +20,12 @@ def evaluate(
     ] = "full_prefill,full_reuse,kv_deviation,hfblend",
     ratios: Annotated[str, Option(help="Recompute ratios, separated by commas.")] = "0.05,0.15,0.3",
     correction: Correction = None,
-    max_context: Annotated[int, Option(help="Tokens of the longest prompt.", min=1)] = 6500,
-    answer_tokens: Annotated[int, Option(help="Of greedy answers, for F1; 0 measures none.", min=0)] = 32,
+    max_context: Annotated[int, Option(help="Tokens of the longest prompt; of every generated one.", min=1)] = 6500,
+    answer_tokens: Annotated[int, Option(help="Of greedy answers, for their scores; 0 measures none.", min=0)] = 32,
     baseline: Annotated[
         str | None, Option(help="Method that KL is compared with.", show_default="kv_deviation if measured")
     ] = None,
-    seed: Annotated[int, Option(help="Of the bootstrap and of methods that draw.")] = 0,
+    seed: Annotated[int, Option(help="Of the bootstrap, of methods that draw and of generated questions.")] = 0,
     kv_dtype: KVDType = None,
     model: Model = None,
     device: Device = None,
@@ -41,12 +41,15 @@ def evaluate(
 
     Example: hfblend eval --data musique --n 20 --plot quality.png
 
+    Example: hfblend eval --data variable_tracking --max-context 4096 --answer-tokens 64
+
     Example: hfblend eval --data questions.json --methods full_reuse,kv_deviation,hfblend --ratios 0.1,0.2
     """
-    from ..lab.eval.data import QA
+    from ..lab.eval.data import SUMMARIES, is_generated
     from ..lab.eval.data import load as load_questions
     from ..lab.eval.metrics import require_rouge
     from ..lab.eval.runner import run
+    from ..lab.eval.tasks import generate
     from ..lab.report import table
     from ..lab.settings import EvalSettings
 
@@ -61,13 +64,15 @@ def evaluate(
         kv_dtype=kv_dtype,
         baseline=baseline,
     )
-    examples = load_questions(data)
-    questions = range(len(examples))[skip : skip + n]
+    examples = [] if is_generated(data) else load_questions(data)
+    questions = range(skip, skip + n) if is_generated(data) else range(len(examples))[skip : skip + n]
     if not questions:
         raise ValueError(f"No question is left: {data} has {len(examples)}, {skip} are skipped, {n} wanted.")
-    if answer_tokens and any(examples[i].task != QA for i in questions):
+    if answer_tokens and any(example.task in SUMMARIES for example in examples[skip : skip + n]):
         require_rouge()
     loaded, tokenizer, name = load(model, device, dtype)
+    if is_generated(data):  # and one more, of which a passage is the text unrelated to the last question
+        examples = generate(data, questions.stop + 1, tokenizer, max_context, seed)
     with progress_bar() as bar:
         task = bar.add_task("Measuring", total=len(questions) * len(settings.cases()))
         results = run(

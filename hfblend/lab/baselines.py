@@ -137,6 +137,7 @@ class Method:
         in_context: chunk KV comes from another request that held the chunk, in its context there.
         whole: no chunks: the prompt is prefilled in full.
         takes_correction: rows that stay reused may be corrected; references stay what their papers say.
+        no_context: the chunks are left out: the model answers from the question alone, the floor of every score.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Method:
     in_context: bool = False
     whole: bool = False
     takes_correction: bool = False
+    no_context: bool = False
 
     @property
     def takes_ratio(self) -> bool:
@@ -157,6 +159,12 @@ class Method:
         if not self.takes_correction:
             return self
         return replace(self, config=lambda ratio: replace(self.config(ratio), correction=correction))
+
+    def prompt_of(self, prompt: Prompt) -> Prompt:
+        """The prompt that the model is given: unchanged, without marks of its chunks, or without the chunks."""
+        if self.no_context:
+            return Prompt.from_ids(prompt.prefix_ids, (), prompt.suffix_ids)
+        return Prompt(prompt.input_ids, ChunkSpans(())) if self.whole else prompt
 
     def blend(
         self,
@@ -170,6 +178,8 @@ class Method:
     ) -> BlendResult:
         """Blends one prompt in this method's way.
 
+        The result's cache holds `prompt_of(prompt)` but for its last token.
+
         Args:
             ratio: share in [0, 1] of tokens recomputed; not read where `takes_ratio` is false.
             store: chunk KV; methods may share one, their entries do not mix.
@@ -179,8 +189,8 @@ class Method:
         Raises:
             ValueError: no tokenizer, or nothing `elsewhere`, where one is needed.
         """
-        if self.whole:
-            return blend(model, Prompt(prompt.input_ids, ChunkSpans(())), store=store)
+        if self.whole or self.no_context:
+            return blend(model, self.prompt_of(prompt), store=store)
         config = self.config(ratio)
         if config.chunk_prefix == "filler":
             if tokenizer is None:
@@ -232,6 +242,7 @@ METHODS: dict[str, Method] = {
         Method("hfblend", _rule("suffix_attention", chunk_prefix="filler", correction=_DEFAULT), takes_correction=True),
         # baselines
         Method("full_prefill", _full_reuse(), fixed_ratio=1.0, whole=True),
+        Method("no_context", _full_reuse(), fixed_ratio=0.0, no_context=True),
         Method(
             "prefix_reuse", _full_reuse(on_miss="in_context", namespace="prefix_reuse"), PrefixReuse, fixed_ratio=1.0
         ),

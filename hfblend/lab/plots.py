@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EXACT_KL = 1e-6  # nats; below it a method differs from full prefill by rounding only
 
+_ANSWER_SCORES = {"string_match": "string match", "f1": "F1", "rouge_l": "ROUGE-L"}
 _BASELINES = {"full_prefill": palette.BLACK, "prefix_reuse": palette.GREY, "full_reuse": palette.PURPLE}
 _COLOURS = [colour for colour in palette.LINES if colour not in _BASELINES.values()]
 _MARKERS = "osD^vPX*<>hp"
@@ -43,42 +44,50 @@ def _plain_numbers(axis: Any) -> None:
 def plot_quality(rows: Sequence[Row], title: str = "") -> Figure:
     """KL (log) against the share of a full prefill that is computed: a line per method, a point per ratio.
 
-    Exact methods have no place on a logarithmic axis and are named below it. Raises `ImportError` without matplotlib.
+    With answers and `no_context` measured, a second picture: the share of the answers' gap that is recovered. Exact
+    methods have no place on a logarithmic axis and are named below it. Raises `ImportError` without matplotlib.
 
     Args:
         rows: of `hfblend eval --json`, or of `hfblend.lab.eval.summary.summarize`.
     """
     if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
         raise TypeError(f"rows must be the list that hfblend eval --json wrote, got {described(rows)}.")
-    figure, (axes,) = new_figure(9, 5.6, dpi=150)
-    drawn: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["kl"] >= EXACT_KL:
-            drawn.setdefault(row["method"], []).append(row)
-    for i, (method, line) in enumerate(drawn.items()):
-        _draw_quality(axes, method, sorted(line, key=lambda row: row["recomputed_pairs_share"]), i)
+    score = next((name for name in _ANSWER_SCORES if any(row.get(f"{name}_recovered") is not None for row in rows)), "")
+    figure, axes = new_figure(14 if score else 9, 5.6, 2 if score else 1, dpi=150)
     exact = [f"{row['method']} ({row['recomputed_pairs_share']:.0%} computed)" for row in rows if row["kl"] < EXACT_KL]
     note = f"\nexact, not drawn: {', '.join(exact)}" if exact else ""
-    axes.set_yscale("log")
-    _plain_numbers(axes.yaxis)
-    axes.xaxis.set_major_formatter("{x:g} %")
-    axes.set_xlim(left=0)
-    axes.set_ylabel("KL(full prefill ‖ method), nats; bars: 95 % of the mean")
-    axes.set_xlabel("computed share of a full prefill's (token, layer) pairs; left and low is better" + note)
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.grid(which="major", color="0.9", linewidth=0.7)
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    for one, name, better in zip(axes, ("kl", f"{score}_recovered"), ("low", "high")):
+        _draw_methods(one, [row for row in rows if row["kl"] >= EXACT_KL], name)
+        one.xaxis.set_major_formatter("{x:g} %")
+        one.set_xlim(left=0)
+        one.set_xlabel(f"computed share of a full prefill's (token, layer) pairs; left and {better} is better{note}")
+        one.grid(which="major", color="0.9", linewidth=0.7)
+    axes[0].set_yscale("log")
+    _plain_numbers(axes[0].yaxis)
+    axes[0].set_ylabel("KL(full prefill ‖ method), nats; bars: 95 % of the mean")
+    if score:
+        axes[1].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes[1].set_ylabel(f"{_ANSWER_SCORES[score]}: recovered share of full prefill's lead over no context")
+    axes[0].set_title(title, loc="left", fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
-def _draw_quality(axes: Any, method: str, rows: Sequence[Row], i: int) -> None:
-    cost, kl = [100 * row["recomputed_pairs_share"] for row in rows], [row["kl"] for row in rows]
-    below = [max(0.0, row["kl"] - row["kl_ci95"][0]) for row in rows]
-    above = [max(0.0, row["kl_ci95"][1] - row["kl"]) for row in rows]
+def _draw_methods(axes: Any, rows: Sequence[Row], name: str) -> None:
+    """A line per method of the figure `name` of its rows."""
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        known = [row for row in rows if row["method"] == method and row[name] is not None]
+        _draw_quality(axes, method, sorted(known, key=lambda row: row["recomputed_pairs_share"]), name, i)
+
+
+def _draw_quality(axes: Any, method: str, rows: Sequence[Row], name: str, i: int) -> None:
+    cost, values = [100 * row["recomputed_pairs_share"] for row in rows], [row[name] for row in rows]
+    below = [max(0.0, row[name] - row[f"{name}_ci95"][0]) for row in rows]
+    above = [max(0.0, row[f"{name}_ci95"][1] - row[name]) for row in rows]
     colour, style = palette.LINES[i % len(palette.LINES)], "-" if i < len(palette.LINES) else "--"
-    axes.errorbar(cost, kl, [below, above], fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.3)
+    axes.errorbar(cost, values, [below, above], fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.3)
     look = {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 6, "linewidth": 1.5, "label": method}
-    axes.plot(cost, kl, style, color=colour, **look)
+    axes.plot(cost, values, style, color=colour, **look)
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

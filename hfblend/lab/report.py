@@ -32,6 +32,7 @@ _BENCH_COLUMNS = {
     "÷ first place": "{over_first_place:.2f}",
     "phases, ms": "{phases}",
 }
+_RECOVERED = "{{{0}_recovered:.0%}} [{{{0}_recovered_ci95[0]:.0%}}, {{{0}_recovered_ci95[1]:.0%}}]"
 _EVAL_COLUMNS = {
     "method": "{method}",
     "ratio": "{ratio:g}",
@@ -42,6 +43,11 @@ _EVAL_COLUMNS = {
     "F1": "{f1:.3f}",
     "F1 of ids": "{f1_ids:.3f}",
     "ROUGE-L": "{rouge_l:.3f}",
+    "match": "{string_match:.3f}",
+    "KL recovered [95 %]": _RECOVERED.format("kl"),
+    "F1 recovered [95 %]": _RECOVERED.format("f1"),
+    "ROUGE-L recovered [95 %]": _RECOVERED.format("rouge_l"),
+    "match recovered [95 %]": _RECOVERED.format("string_match"),
     "TTFT, ms": "{ttft_ms:.0f}",
     "speed-up": "{ttft_speedup:.1f}×",
     "computed": "{recomputed_pairs_share:.1%}",

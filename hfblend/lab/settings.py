@@ -119,6 +119,8 @@ class BenchSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if any(METHODS[name].no_context for name in self.methods):
+            raise ValueError("no_context leaves the chunks out, so there is no time to compare; hfblend eval takes it.")
         _require_least(self, repeats=1, decoded_tokens=0, throughput_prompts=0, batch_prompts=0)
         if nowhere := [place for place in self.chunks_in if place not in PLACES]:
             raise ValueError(f"Chunks are in some of {', '.join(PLACES)}, got {', '.join(nowhere)}.")

@@ -11,13 +11,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...prompts.prompt import Prompt
+from ...prompts.tokenize import Encoder
 from ...util import require
 
 logger = logging.getLogger(__name__)
 
-QA, DIALOGUE, NEWS = "qa", "dialogue", "news"
+QA, DIALOGUE, NEWS, NEEDLES = "qa", "dialogue", "news", "needles"
+SUMMARIES = (DIALOGUE, NEWS)
 LONGBENCH_NAMES = ("musique", "2wikimqa", "hotpotqa", "samsum", "multi_news")
+GENERATED_NAMES = ("needles_multikey", "needles_multivalue", "needles_multiquery", "variable_tracking")
 
 # The user's message of each task; {documents} stands for the passages, <question> for the question.
 FORMS = {
@@ -25,10 +30,11 @@ FORMS = {
     DIALOGUE: "Summarize the last dialogue into a few short sentences. The others are examples.\n\n"
     "{documents}<question>",
     NEWS: "Passages:\n{documents}Write a one-page summary of all these news.",
+    NEEDLES: "Passages:\n{documents}Question: <question>",
 }
 
 # Without a chat template, this asks the model to go on; a dialogue's own question ends with `Summary:`.
-_PLAIN_ENDINGS = {QA: "\nAnswer:", DIALOGUE: "", NEWS: "\nSummary:"}
+_PLAIN_ENDINGS = {QA: "\nAnswer:", DIALOGUE: "", NEWS: "\nSummary:", NEEDLES: "\n"}
 
 # The borders in LongBench's contexts; `Passage 1:` goes, so that a passage's text does not depend on its place.
 _BORDERS = (re.compile(r"^Passage \d+:[ \t]*\r?\n", re.MULTILINE), re.compile(r"^(?=Dialogue: )", re.MULTILINE))
@@ -40,15 +46,17 @@ class Example:
 
     Attributes:
         question: empty where the task is the same for all passages (`NEWS`).
-        answers: every accepted answer, or the reference summaries.
+        answers: every accepted answer, or the reference summaries; of `NEEDLES`, all that must be said.
         passages: the chunks, in order.
-        task: `QA`, `DIALOGUE` (the passages are worked examples) or `NEWS`.
+        task: `QA`, `DIALOGUE` (the passages are worked examples), `NEWS`, or `NEEDLES` (generated, see `tasks.py`).
+        opening: of the answer, put into the model's mouth at the end of the prompt.
     """
 
     question: str
     answers: tuple[str, ...]
     passages: tuple[str, ...]
     task: str = QA
+    opening: str = ""
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -64,12 +72,18 @@ def load(source: str) -> list[Example]:
     if Path(source).is_file():
         return load_json(Path(source))
     if source not in LONGBENCH_NAMES:
-        raise ValueError(f"{source} is no file and none of the sets known by name: {', '.join(LONGBENCH_NAMES)}.")
+        names = ", ".join((*LONGBENCH_NAMES, *GENERATED_NAMES))
+        raise ValueError(f"{source} is no file and none of the sets known by name: {names}.")
     datasets = require("datasets", "datasets", "eval", "Sets by name need")
     # The repository itself holds a loading script, which `datasets` no longer runs; the hub's own conversion is plain.
     files = f"hf://datasets/THUDM/LongBench@refs%2Fconvert%2Fparquet/{source}/test/*.parquet"
     rows = datasets.load_dataset("parquet", data_files=files, split="train")
     return [_example(row, f"{source}, question {i}") for i, row in enumerate(rows)]
+
+
+def is_generated(source: str) -> bool:
+    """Whether `source` names a task of `tasks.py`, whose questions are made for a tokenizer; a file comes first."""
+    return source in GENERATED_NAMES and not Path(source).is_file()
 
 
 def load_json(path: Path) -> list[Example]:
@@ -93,8 +107,15 @@ def load_json(path: Path) -> list[Example]:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """A short hash of all examples, to tell one set from another."""
-    text = json.dumps([asdict(example) for example in examples])
+    """A short hash of all examples, to tell one set from another.
+
+    Of generated ones, only the first counts: seed, length and tokenizer make it what it is, and how many were generated
+    must not matter to a run that goes on with more.
+    """
+    telling = examples[:1] if examples and examples[0].task == NEEDLES else examples
+    rows = [asdict(example) for example in telling]
+    # without empty openings, so that earlier versions' records of a file still fit
+    text = json.dumps([{name: value for name, value in row.items() if value or name != "opening"} for row in rows])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -154,19 +175,20 @@ def to_prompt(tokenizer: Any, example: Example, max_context: int) -> Prompt:
     Drops whole passages from the end until the prompt has at most `max_context` tokens, and logs it.
 
     Raises:
-        ValueError: even one passage is too long.
+        ValueError: even one passage is too long; or all of them are, of `NEEDLES`, which may be in any passage.
     """
     question, given = example.question[:60], len(example.passages)
-    for count in range(given, 0, -1):
+    least = given if example.task == NEEDLES else 1
+    for count in range(given, least - 1, -1):
         prompt = prompt_of(tokenizer, replace(example, passages=example.passages[:count]))
         if len(prompt) <= max_context:
             if count < given:
                 message = "Dropped the last %d of %d passages of %r: more than %d tokens."
                 logger.warning(message, given - count, given, question, max_context)
             return prompt
+    length, passages = len(prompt), "one passage" if least == 1 else f"{least} passages"
     raise ValueError(
-        f"{question!r} with one passage has {len(prompt)} tokens, more than the {max_context} allowed; raise "
-        "max_context."
+        f"{question!r} with {passages} has {length} tokens, more than the {max_context} allowed; raise max_context."
     )
 
 
@@ -176,9 +198,13 @@ def prompt_of(tokenizer: Any, example: Example) -> Prompt:
     before, after = FORMS[example.task].split("{documents}")
     suffix = after.replace("<question>", example.question)
     if getattr(tokenizer, "chat_template", None) is not None:
-        return Prompt.from_chat(tokenizer, [{"role": "user", "content": f"{before}{{documents}}{suffix}"}], documents)
-    suffix += _PLAIN_ENDINGS[example.task]
-    return Prompt.from_texts(tokenizer, prefix=before, chunks=documents, suffix=suffix, add_special_tokens=True)
+        messages = [{"role": "user", "content": f"{before}{{documents}}{suffix}"}]
+        prompt = Prompt.from_chat(tokenizer, messages, documents)
+    else:
+        suffix += _PLAIN_ENDINGS[example.task]
+        prompt = Prompt.from_texts(tokenizer, prefix=before, chunks=documents, suffix=suffix, add_special_tokens=True)
+    opening = Encoder(tokenizer).after(example.opening)
+    return Prompt(torch.tensor([prompt.ids + opening]), prompt.chunk_spans)
 
 
 def passage_text(passage: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Key = tuple[int, str, float]
-_OPTIONAL = {"answer", "f1", "f1_ids", "rouge_l"}  # may be `None`
+_OPTIONAL = {"answer", "f1", "f1_ids", "rouge_l", "string_match"}  # may be `None`
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Record:
         top1_agreement: share of forced tokens with full prefill's most likely token.
         ttft_ms: from the call to the first token on the host, chunk KV already stored.
         recomputed_pairs_share: computed (token, layer) pairs over those of a full prefill.
-        answer, f1, f1_ids, rouge_l: `None` where not asked for, or not of this task.
+        answer, f1, f1_ids, rouge_l, string_match: `None` where not asked for, or not of this task.
     """
 
     question: int
@@ -38,6 +38,7 @@ class Record:
     f1: float | None = None
     f1_ids: float | None = None
     rouge_l: float | None = None
+    string_match: float | None = None
 
     @property
     def key(self) -> Key:

@@ -6,7 +6,7 @@ Shapes: P forced tokens, T tokens of the prompt, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from ...generate.blending import BlendResult
 from ...kv.chunk import ChunkKV
 from ...measure.divergence import FullAnswer, kl_divergence, teacher_forced_logits, top1_agreement
 from ...model.hf_model import CACHE
+from ...prompts.prompt import Prompt
 from ...prompts.tokenize import Encoder
 from ...store import MemoryStore
 from ...store.format import dump, parse
 from ..clock import timed
 from ..report import Results, header_of
 from ..settings import STORE_BYTES, Case, EvalSettings
-from .data import NEWS, QA, Example, digest, passage_text, to_prompt
-from .metrics import best, f1_ids, f1_words, first_line, rouge_l
+from .data import NEEDLES, NEWS, QA, SUMMARIES, Example, digest, passage_text, to_prompt
+from .metrics import best, f1_ids, f1_words, first_line, rouge_l, share_found, string_match
 from .records import Record, RecordFile
 from .summary import FULL_PREFILL, summarize
 
@@ -95,7 +96,7 @@ class Runner:
                 if key not in self.records.found:
                     question = question or _Question(self, index)
                     self.records.add(question.measure(case))
-                found.append(self.records.found[key])
+                found.append(_with_match(self.records.found[key], self.examples[index]))
                 self.advance()
         return found
 
@@ -142,29 +143,47 @@ class _Question:
             self.blend(case)
             self.stored.add(case.method.name)
         blend, asks_answer = partial(self.blend, case), self.settings.answer_tokens > 0
-        turn = timed(blend, self.model.device)
+        prompt, turn = case.method.prompt_of(self.prompt), timed(blend, self.model.device)
         kl, agreement, cache = 0.0, 1.0, turn.result.cache  # full prefill's, by definition
-        share = turn.result.trace.recomputed_pairs_share
+        share = turn.result.trace.recomputed_pairs_share * len(prompt) / len(self.prompt)
         if case.method.name != FULL_PREFILL:
-            logits = teacher_forced_logits(self.model, self.prompt.input_ids, self.full.ids, cache)
+            logits = teacher_forced_logits(self.model, prompt.input_ids, self.full.ids, cache)
             kl = kl_divergence(self.full.logits, logits).mean().item()
             agreement = top1_agreement(self.full.logits, logits)
             cache = _cut_back(cache, len(self.full.ids), blend) if asks_answer else None
-        scores = self._answer_scores(cache) if asks_answer else {}
+        scores = self._answer_scores(prompt, cache) if asks_answer else {}
         figures = (len(self.prompt), kl, agreement, turn.ms, share)
         return Record(self.index, case.method.name, case.ratio, *figures, **scores)
 
-    def _answer_scores(self, cache: Any) -> dict[str, Any]:
-        """The greedy answer over a cache, and its scores: F1 of answers, ROUGE-L of summaries."""
-        input_ids, count = self.prompt.input_ids.to(self.model.device), self.settings.answer_tokens
+    def _answer_scores(self, prompt: Prompt, cache: Any) -> dict[str, Any]:
+        """The greedy answer over a cache, and its scores."""
+        input_ids, count = prompt.input_ids.to(self.model.device), self.settings.answer_tokens
         how = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, CACHE: cache}
-        ids = self.model.generate(input_ids, **how, max_new_tokens=count)[0, len(self.prompt) :].tolist()
-        answer, references = self.tokenizer.decode(ids, skip_special_tokens=True).strip(), self.example.answers
-        said = answer if self.example.task == NEWS else first_line(answer)
-        if self.example.task != QA:
-            return {"answer": answer, "rouge_l": best(rouge_l, said, references)}
-        by_ids = partial(f1_ids, tokenizer=self.tokenizer)
-        return {"answer": answer, "f1": best(f1_words, said, references), "f1_ids": best(by_ids, said, references)}
+        ids = self.model.generate(input_ids, **how, max_new_tokens=count)[0, len(prompt) :].tolist()
+        answer = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return {"answer": answer, **answer_scores(answer, self.example, self.tokenizer)}
+
+
+def answer_scores(answer: str, example: Example, tokenizer: Any) -> dict[str, float]:
+    """The scores of an answer by name: ROUGE-L of summaries, F1 and string match of answers.
+
+    The first line counts, but for string match, which looks at all that was said, as RULER does.
+    """
+    said, references = first_line(answer), example.answers
+    if example.task in SUMMARIES:
+        return {"rouge_l": best(rouge_l, answer if example.task == NEWS else said, references)}
+    if example.task == NEEDLES:
+        return {"string_match": share_found(answer, references)}
+    by_ids = partial(f1_ids, tokenizer=tokenizer)
+    f1 = {"f1": best(f1_words, said, references), "f1_ids": best(by_ids, said, references)}
+    return {**f1, "string_match": best(string_match, answer, references)}
+
+
+def _with_match(record: Record, example: Example) -> Record:
+    """The record; its string match from its answer, if the file is older than this score."""
+    if example.task != QA or record.answer is None or record.string_match is not None:
+        return record
+    return replace(record, string_match=best(string_match, record.answer, example.answers))
 
 
 def _cut_back(cache: Any, count: int, blend: Blend) -> Any:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from statistics import mean, median
 from typing import Any
 
-from .metrics import bootstrap_mean_ci, bootstrap_ratio_ci
+from .metrics import bootstrap_mean_ci, bootstrap_ratio_ci, recovered
 from .records import Record
 
-FULL_PREFILL = "full_prefill"
+FULL_PREFILL, FLOOR = "full_prefill", "no_context"
+SCORES = ("kl", "top1_agreement", "f1", "f1_ids", "rouge_l", "string_match")
 
 Group = dict[int, Record]  # question -> record
 Groups = dict[tuple[str, float], Group]  # method and ratio -> group
@@ -24,12 +25,13 @@ def summarize(records: Sequence[Record], baseline: str | None = None, seed: int 
 
     Returns:
         Rows with `method, ratio, n, kl, kl_ci95, top1_agreement, f1, ttft_ms, recomputed_pairs_share`, then `f1_ids`,
-        `rouge_l`, `kl_vs_baseline`, `kl_vs_baseline_ci95`, `ttft_speedup`; `None` where something was not measured.
+        `rouge_l`, `string_match`, `kl_vs_baseline`, `kl_vs_baseline_ci95`, `ttft_speedup`, and for each of `SCORES`
+        `<score>_recovered` and `<score>_recovered_ci95`; `None` where something was not measured.
     """
     groups: Groups = {}
     for record in records:
         groups.setdefault((record.method, record.ratio), {})[record.question] = record
-    full = _only(groups, FULL_PREFILL)
+    full, floor = _only(groups, FULL_PREFILL), _only(groups, FLOOR)
 
     def theirs(ratio: float) -> Group:
         return {} if baseline is None else groups.get((baseline, ratio)) or _only(groups, baseline)
@@ -38,6 +40,7 @@ def summarize(records: Sequence[Record], baseline: str | None = None, seed: int 
         _figures(method, ratio, group, seed)
         | _versus_baseline(group, theirs(ratio), seed)
         | {"ttft_speedup": _speed_up(group, full)}
+        | _recovered(group, floor, full, seed)
         for (method, ratio), group in groups.items()
     ]
 
@@ -59,6 +62,7 @@ def _figures(method: str, ratio: float, group: Group, seed: int) -> dict[str, An
         "recomputed_pairs_share": mean_of("recomputed_pairs_share"),
         "f1_ids": mean_of("f1_ids"),
         "rouge_l": mean_of("rouge_l"),
+        "string_match": mean_of("string_match"),
     }
 
 
@@ -71,6 +75,20 @@ def _versus_baseline(group: Group, baseline: Group, seed: int) -> dict[str, Any]
         return {"kl_vs_baseline": None, "kl_vs_baseline_ci95": None}
     interval = list(bootstrap_ratio_ci(ours, theirs, seed))
     return {"kl_vs_baseline": mean(ours) / mean(theirs), "kl_vs_baseline_ci95": interval}
+
+
+def _recovered(group: Group, floor: Group, full: Group, seed: int) -> dict[str, Any]:
+    """The shares of the gap between floor and full prefill, over the questions that all three have."""
+    figures: dict[str, Any] = {}
+    shared = sorted(group.keys() & floor.keys() & full.keys())
+    for score in SCORES:
+        triples = [[getattr(of[question], score) for of in (group, floor, full)] for question in shared]
+        known, sign = [triple for triple in triples if None not in triple], -1 if score == "kl" else 1
+        values, lowest, highest = ([sign * triple[i] for triple in known] for i in range(3))
+        found = recovered(values, lowest, highest, seed)
+        share, interval = found or (None, None)
+        figures |= {f"{score}_recovered": share, f"{score}_recovered_ci95": interval and list(interval)}
+    return figures
 
 
 def _only(groups: Groups, method: str) -> Group:
