@@ -370,7 +370,7 @@ def test_text_from_elsewhere_is_a_passage_of_the_next_question(word_tokenizer, e
     seen = []
 
     class Spy:
-        name, takes_ratio, fixed_ratio = "spy", False, 0.5
+        name, takes_ratio, fixed_ratio, takes = "spy", False, 0.5, None
 
         def prompt_of(self, prompt):
             return prompt
@@ -385,6 +385,19 @@ def test_text_from_elsewhere_is_a_passage_of_the_next_question(word_tokenizer, e
     expected = [word_tokenizer(f"{examples[i].passages[0]}\n\n")["input_ids"] for i in (2, 2, 0, 0)]
     assert [list(elsewhere) for _, elsewhere, _ in seen] == expected
     assert seen[0][2] is seen[1][2] is not seen[2][2]
+
+
+def test_a_corpus_is_every_passage_of_the_data_and_goes_to_methods_that_take_one(word_tokenizer, examples, monkeypatch):
+    seen = []
+
+    def blend(method, model, prompt, ratio, store, *, tokenizer, elsewhere=(), corpus=None):
+        seen.append((method.name, corpus))
+        return hfblend.blend(model, prompt, store=store)
+
+    monkeypatch.setattr(type(METHODS["fusionrag"]), "blend", blend)
+    run(word_tokenizer, examples, ["fusionrag", "prophetkv"], questions=[1])
+    passages = [word_tokenizer(f"{text}\n\n")["input_ids"] for example in examples for text in example.passages]
+    assert dict(seen) == {"fusionrag": passages, "prophetkv": None}
 
 
 def test_unknown_methods_are_refused_with_the_list():

@@ -4,7 +4,8 @@ CacheBlend is three different algorithms: the paper's, the research repository's
 as what it does, so that a reader can see what each departure costs. What they do otherwise than hfblend, and no setting
 of `BlendConfig` says, is a small subclass of `Blend`; none of it is offered to users.
 
-`METHODS` names them all; `hfblend eval --methods a,b` takes these names.
+What others have published since is in `rivals.py`. `METHODS` names them all; `hfblend eval --methods a,b` takes these
+names.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,6 +30,19 @@ from ..prompts.filler import filler_ids
 from ..prompts.prompt import ChunkSpans, Prompt
 from ..store import Store, chunk_key
 from ..support.registry import model_of
+from .probes import FusionRAG, InfoFlowKV, ProphetKV, QCFuse
+from .rivals import (
+    AgentKVShift,
+    CacheTune,
+    RelaxKV,
+    by_attention_at,
+    by_divergence,
+    by_low_frequencies,
+    last,
+    last_two,
+    middle_three,
+)
+from .texts import Around, ChunkAfter, Ids, after_another_request, after_dummies, after_neighbours
 
 # --- what the references do otherwise -------------------------------------------------------------------------------
 
@@ -134,20 +148,27 @@ class Method:
         config: ratio -> settings.
         algorithm: what does the phases.
         fixed_ratio: the ratio, where the method knows only one.
-        in_context: chunk KV comes from another request that held the chunk, in its context there.
+        chunk_after: returns the ids that a chunk's KV is computed after, where no setting of `BlendConfig` says it.
+        takes: what `chunk_after` looks at besides the prompt.
         whole: no chunks: the prompt is prefilled in full.
         takes_correction: rows that stay reused may be corrected; references stay what their papers say.
         no_context: the chunks are left out: the model answers from the question alone, the floor of every score.
+        source: of a published method, its paper.
+        reproduced: whether it is the published method, but for what its docstring names; where `False`, a table should
+            say so.
     """
 
     name: str
     config: Callable[[float], BlendConfig]
     algorithm: type[Blend] = Blend
     fixed_ratio: float | None = None
-    in_context: bool = False
+    chunk_after: ChunkAfter | None = None
+    takes: Literal["elsewhere", "corpus"] | None = None
     whole: bool = False
     takes_correction: bool = False
     no_context: bool = False
+    source: str = ""
+    reproduced: bool = True
 
     @property
     def takes_ratio(self) -> bool:
@@ -174,7 +195,8 @@ class Method:
         store: Store,
         *,
         tokenizer: Any = None,
-        elsewhere: Sequence[int] = (),
+        elsewhere: Ids = (),
+        corpus: Sequence[Ids] = (),
     ) -> BlendResult:
         """Blends one prompt in this method's way.
 
@@ -185,34 +207,38 @@ class Method:
             store: chunk KV; methods may share one, their entries do not mix.
             tokenizer: for the filler's ids.
             elsewhere: ids of a passage of another request, after which in-context methods find their chunk KV.
+            corpus: ids of the chunks of a knowledge base, for methods that take one; the prompt's own belong to it.
 
         Raises:
             ValueError: no tokenizer, or nothing `elsewhere`, where one is needed.
         """
         if self.whole or self.no_context:
             return blend(model, self.prompt_of(prompt), store=store)
+        if self.takes == "elsewhere" and not elsewhere:
+            raise ValueError(f'Method "{self.name}" takes chunk KV from another request: pass ids of its passage.')
         config = self.config(ratio)
         if config.chunk_prefix == "filler":
             if tokenizer is None:
                 raise ValueError(f'Method "{self.name}" computes chunks after a filler text and needs a tokenizer.')
             config = replace(config, filler_ids=filler_ids(tokenizer))
-        if self.in_context:
-            config = replace(config, on_miss="in_context", namespace="in_context")
-            self._capture(model, prompt, store, config, elsewhere)
+        if self.chunk_after is not None:
+            config = replace(config, on_miss="in_context", namespace=self.chunk_after.__name__)
+            texts = [Around(ids, prompt, elsewhere, corpus, model.config) for ids in prompt.chunk_ids]
+            self._prefill(model, texts, self.chunk_after, store, config)
         return blend(model, prompt, store=store, config=config, algorithm=self.algorithm)
 
-    def _capture(
-        self, model: nn.Module, prompt: Prompt, store: Store, config: BlendConfig, elsewhere: Sequence[int]
+    @staticmethod
+    def _prefill(
+        model: nn.Module, chunks: Sequence[Around], after: ChunkAfter, store: Store, config: BlendConfig
     ) -> None:
-        """Puts the chunk KV that an earlier request left: each chunk after the prefix and that request's passage."""
-        if not elsewhere:
-            raise ValueError(f'Method "{self.name}" takes chunk KV from another request: pass ids of its passage.')
+        """Stores the KV of chunks after ids of this method's choice, as if an earlier request had left it."""
         hf_model = model_of(model)
-        for ids in prompt.chunk_ids:
-            key = chunk_key(hf_model.fingerprint.current(hf_model.model), hf_model.dtype, ids, None, config.namespace)
+        for chunk in chunks:
+            key = chunk_key(
+                hf_model.fingerprint.current(hf_model.model), hf_model.dtype, chunk.ids, None, config.namespace
+            )
             if store.open(key) is None:
-                entry = prefill(hf_model, ids, (*prompt.prefix_ids, *elsewhere), None)
-                store.put(key, replace(entry, provenance="in_context"))
+                store.put(key, replace(prefill(hf_model, chunk.ids, after(chunk), None), provenance="in_context"))
 
 
 def _rule(selection: Any, times: Sequence[float] = (1.0,), **settings: Any) -> Callable[[float], BlendConfig]:
@@ -227,7 +253,9 @@ def _rule(selection: Any, times: Sequence[float] = (1.0,), **settings: Any) -> C
     return config
 
 
+_in_context = partial(Method, chunk_after=after_another_request, takes="elsewhere")
 _deviation = partial(_rule, "kv_deviation")
+_probe = partial(_rule, cuda_graphs=False)  # a graph keeps no weights
 _full_reuse = partial(_rule, "suffix_attention", (), check_layers=())
 # filters over three layers, "r1 slightly higher than r", then shrinking to it
 _PAPER = _deviation((1.2, 1.1, 1.0), check_layers=(1, 2, 3), deviation="key_value", chunk_prefix="none")
@@ -256,7 +284,7 @@ METHODS: dict[str, Method] = {
         # the references
         Method("cacheblend_paper", _PAPER),
         Method("research_repo", _deviation(chunk_prefix="bos"), ResearchRepository),
-        Method("lmcache_v1", _deviation(deviation="key"), LMCacheV1, in_context=True),
+        _in_context("lmcache_v1", _deviation(deviation="key"), LMCacheV1),
         Method("epic", _rule("chunk_start", chunk_prefix="none")),
         # CacheBlend's rule with one departure each
         Method("kv_deviation_leaky", _deviation(), LeakyMask),
@@ -264,7 +292,23 @@ METHODS: dict[str, Method] = {
         Method("kv_deviation_key", _deviation(deviation="key")),
         Method("kv_deviation_bos", _deviation(chunk_prefix="bos")),
         Method("kv_deviation_none", _deviation(chunk_prefix="none")),
-        Method("kv_deviation_in_context", _deviation(), in_context=True),
+        _in_context("kv_deviation_in_context", _deviation()),
         Method("kv_deviation_filler", _deviation(chunk_prefix="filler")),
+        # rivals
+        Method("prophetkv", _probe(by_attention_at(range)), ProphetKV, source="arXiv 2602.02579"),
+        Method("infoflow_kv", _probe(by_attention_at(last_two)), InfoFlowKV, source="arXiv 2603.05353"),
+        Method("qcfuse", _probe(by_attention_at(middle_three)), QCFuse, source="arXiv 2606.05875"),
+        Method(
+            "fusionrag", _probe(by_attention_at(last)), FusionRAG,
+            chunk_after=after_neighbours, takes="corpus", source="arXiv 2601.12904",
+        ),
+        Method("relaxkv", _rule("suffix_attention"), RelaxKV, source="arXiv 2609.33503", reproduced=False),
+        Method("cachetune", _rule(by_low_frequencies), CacheTune, source="arXiv 2605.24022"),
+        Method("agentkvshift", _rule(by_divergence), AgentKVShift, source="arXiv 2607.21604", reproduced=False),
+        Method("link0", _full_reuse(), fixed_ratio=0.0, chunk_after=after_dummies, source="arXiv 2410.15332"),
+        Method(
+            "psr", _deviation(deviation="key"),
+            chunk_after=after_dummies, source="arXiv 2603.20218", reproduced=False,
+        ),
     )
-}
+}  # fmt: skip

@@ -42,7 +42,7 @@ class Case:
     @property
     def through_generate(self) -> bool:
         """Whether `generate` of a patched model can do it; other methods go through `hfblend.blend`."""
-        return self.method.algorithm is Blend and not self.method.in_context
+        return self.method.algorithm is Blend and self.method.chunk_after is None
 
     def __str__(self) -> str:
         return f"{self.method.name} {self.ratio:g}" + (f" from {self.chunks_in}" if self.chunks_in else "")

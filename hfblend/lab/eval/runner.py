@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,12 @@ class Runner:
     records: RecordFile
     advance: Callable[[], None] = lambda: None
 
+    @cached_property
+    def corpus(self) -> list[list[int]]:
+        """The ids of all passages of the data: a knowledge base in which chunks have neighbours."""
+        encoder = Encoder(self.tokenizer)
+        return [encoder.plain(passage_text(passage)) for example in self.examples for passage in example.passages]
+
     def run(self, questions: Iterable[int]) -> list[Record]:
         """The records of these questions, in order."""
         found, cases = [], self.settings.cases()
@@ -120,7 +126,8 @@ class _Question:
     """One question: its prompt, its full prefill, and the store that all its methods share."""
 
     def __init__(self, runner: Runner, index: int) -> None:
-        self.model, self.tokenizer, self.settings = runner.model, runner.tokenizer, runner.settings
+        self.runner, self.model = runner, runner.model
+        self.tokenizer, self.settings = runner.tokenizer, runner.settings
         self.index, self.example = index, runner.examples[index]
         self.store, self.stored = _store_of(self.settings.kv_dtype, self.model.device), set[str]()
         self.prompt = to_prompt(self.tokenizer, self.example, self.settings.max_context)
@@ -132,7 +139,9 @@ class _Question:
     def blend(self, case: Case) -> BlendResult:
         """Blends, up to the first token's id on the host."""
         torch.manual_seed(self.settings.seed + self.index)
-        about = {"tokenizer": self.tokenizer, "elsewhere": self.elsewhere}
+        about: dict[str, Any] = {"tokenizer": self.tokenizer, "elsewhere": self.elsewhere}
+        if case.method.takes == "corpus":
+            about["corpus"] = self.runner.corpus
         result = case.method.blend(self.model, self.prompt, case.ratio, self.store, **about)
         result.logits.argmax(-1).item()
         return result

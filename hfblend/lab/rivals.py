@@ -1,0 +1,169 @@
+"""Rivals: what others have published since CacheBlend, each as far as its paper or its code could be read.
+
+    method          recomputes                                            chunk KV, other rows
+    prophetkv       what the question attends to, all layers              –
+    infoflow_kv     the same, as a norm over the question's rows          –
+    qcfuse          the same, three layers, seen through anchors          –
+    fusionrag       the same, last layer, question without its context    computed after neighbours
+    relaxkv         the same, over a sparse context                       –
+    cachetune       what stays large in the lower half of frequencies     –
+    agentkvshift    what deviates most in each chunk                      corrected
+    link0, psr      nothing; the keys that deviate most                   computed after four BOS
+
+The first four are in `probes.py`. All count their budget as hfblend does, `ceil(ratio * N)` of the reused tokens, and
+start from chunk KV after the prompt's prefix where the table names no other. A chunk at its own place is exact and not
+ranked. The rows of a pass are the same in every layer.
+
+Shapes: Hkv KV heads, N candidate tokens, n tokens of a chunk, D head_dim, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..blend.algorithm import Blend
+from ..blend.reuse import merged
+from ..blend.rotation import Realigner
+from ..blend.selection import Evidence, Rule, kv_deviation
+from ..kv.rows import KV
+from .probes import load_reused
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def by_attention_at(layers: Callable[[int], Iterable[int]]) -> Rule:
+    """A rule: the tokens that received the most from the suffix, mean over heads and over `layers(L)`."""
+
+    def by_attention(evidence: Evidence) -> torch.Tensor:
+        return evidence.suffix_attention(tuple(layers(evidence.num_layers))).mean((0, 1))
+
+    return by_attention
+
+
+def last(num_layers: int) -> range:
+    """The last layer."""
+    return range(num_layers - 1, num_layers)
+
+
+def last_two(num_layers: int) -> range:
+    """The last two layers."""
+    return range(max(num_layers - 2, 0), num_layers)
+
+
+def middle_three(num_layers: int) -> range:
+    """The three layers around 0.53 of the depth."""
+    middle = min(max(round(0.53 * num_layers), 1), num_layers - 2)
+    return range(middle - 1, middle + 2)
+
+
+def by_low_frequencies(evidence: Evidence) -> torch.Tensor:
+    """CacheTune's rule: the tokens of each chunk whose stored K and V are large in the lower half of the frequencies.
+
+    score(t) = mean over layers of (‖low(K)ₜ‖ + ‖low(V)ₜ‖) ÷ its sum over the chunk; `low` filters along the tokens.
+    """
+    scores = torch.zeros(len(evidence.candidate_idx), device=evidence.candidate_idx.device)
+    for layer in range(evidence.num_layers):
+        _, stored = evidence.kv(layer)
+        for inside in _of_each_chunk(evidence):
+            parts = [_low_pass(states[0, :, inside.to(states.device)]).norm(dim=(0, 2)) for states in stored]
+            norms = (parts[0] + parts[1]).to(scores.device)
+            scores[inside] += norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
+    return share_of_chunk(scores, evidence)
+
+
+def by_divergence(evidence: Evidence) -> torch.Tensor:
+    """AgentKVShift's probes: in each chunk, the tokens whose K, and as many whose V, lie farthest from the reused."""
+    fresh, reused = evidence.kv(evidence.check_layer)
+    distances = [kv_deviation(fresh, reused, "key")[0], kv_deviation(fresh, reused, "value")[0]]
+    return torch.stack([share_of_chunk(distance, evidence) for distance in distances]).amax(0)
+
+
+def share_of_chunk(scores: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+    """(N,) scores by which the k highest are the same share of every chunk, the best of each: − rank ÷ length."""
+    scores = scores.to(evidence.candidate_idx.device)  # from the layer's, which may be another
+    shares = torch.zeros_like(scores)
+    for inside in _of_each_chunk(evidence):
+        order = inside[scores[inside].argsort(descending=True, stable=True)]
+        shares[order] = -(torch.arange(len(order), device=shares.device, dtype=shares.dtype) + 0.5) / len(order)
+    return shares
+
+
+def _of_each_chunk(evidence: Evidence) -> Iterator[torch.Tensor]:
+    """Places in `candidate_idx` of each chunk's tokens."""
+    for start, stop in evidence.spans:
+        yield ((evidence.candidate_idx >= start) & (evidence.candidate_idx < stop)).nonzero().flatten()
+
+
+def _low_pass(states: torch.Tensor) -> torch.Tensor:
+    """(Hkv, n, D) in fp32 with the lower half of the frequencies along its tokens."""
+    spectrum = torch.fft.rfft(states.float(), dim=1)
+    spectrum[:, spectrum.shape[1] // 2 :] = 0
+    return torch.fft.irfft(spectrum, n=states.shape[1], dim=1)
+
+
+# --- others -----------------------------------------------------------------------------------------------------------
+
+
+class RelaxKV(Blend):
+    """Not reproduced: the tokens that the question attends to, recomputed over a context that it chooses, too.
+
+    Built is the abstract: targets by suffix attention, recomputed over each other, what is exact and what is new. The
+    suffix then sees everything. The paper's targets differ from layer to layer, which the rows of a pass cannot; how
+    many tokens its context has, and how targets and context are scored, is not known.
+
+    Source: RelaxKV (arXiv 2609.33503), abstract only; its code is not public.
+    """
+
+    def recompute(self) -> Any:
+        candidates, selected = self.reuse.candidate_idx, self.selected_idx
+        if self.config.recomputes_all or not len(selected):
+            return super().recompute()
+        load_reused(self, self.reuse.unread_idx)
+        rows = merged(selected, self.reuse.unread_idx)
+        outside = candidates[~torch.isin(candidates, selected)]
+        self.rows_pass("targets", rows, self.model.num_layers - 1, outside)
+        self.entered = None  # the suffix was no row of that pass
+        fresh = self.reuse.fresh_idx
+        return self.rows_pass("suffix", fresh[~torch.isin(fresh, rows)])
+
+
+class CacheTune(Blend):
+    """The tokens that matter by the spectrum of their stored KV, without question or fresh KV: `by_low_frequencies`,
+    the same share of every chunk.
+
+    Left out: the ratio that balances loading and computing, and the transfer. Scores are computed in the call; the
+    paper computes them offline.
+
+    Source: CacheTune (arXiv 2605.24022), its abstract, and its repository (LfLab-AI/CacheTune: `paper_algorithms`,
+    `low_band_squared_norm`; keys before their rotation, each chunk's real FFT cut at half of its bins).
+    """
+
+    def evidence_at(self, check_layer: int) -> Evidence:
+        return replace(super().evidence_at(check_layer), kv=self.stored)
+
+    def stored(self, layer: int) -> tuple[KV, KV]:
+        """K/V (1, Hkv, N, D) as stored, keys with their rotation off, in the places of both fresh and reused."""
+        model, moved = self.model, self.reuse.moved
+        cached = [piece.entry.cached_positions for piece in moved]
+        moves = [(then, torch.zeros_like(then), piece.entry.regime) for then, piece in zip(cached, moved)]
+        realigner = Realigner(model.rotary_tables_of_pieces, model.rotations, moves, model.regime(self.length))
+        stored = [piece.entry.layer(layer) for piece in moved]
+        turned = [(torch.empty_like(keys), torch.empty_like(values)) for keys, values in stored]
+        realigner.move(layer, list(zip(stored, turned)))
+        keys, values = (torch.cat(states, 2)[:, :, : len(self.reuse.candidate_idx)] for states in zip(*turned))
+        return (keys, values), (keys, values)
+
+
+class AgentKVShift(Blend):
+    """Not reproduced: probes are recomputed, by `by_divergence`; the paper moves the other rows of a chunk by the mean
+    error of its probes.
+
+    Left out: that correction, which is what the paper is about. The budget counts K's and V's probes together.
+
+    Source: AgentKVShift (arXiv 2607.21604), its abstract, and Algorithm 1 as a public reimplementation has it; the
+    authors' code is not public.
+    """
