@@ -164,7 +164,7 @@ def field_meant(name: str, names: Collection[str], aliases: Mapping[str, str]) -
 # --- values in JSON files -----------------------------------------------------------------------------------------
 
 _LARGEST = 1e15  # number
-_hints_of = functools.cache(get_type_hints)
+fields_of = functools.cache(get_type_hints)  # name -> annotation, of a dataclass
 
 
 def _is_plain(value: Any, depth: int = 1) -> bool:
@@ -184,7 +184,7 @@ _FITS: dict[Any, Callable[[Any], bool]] = {
 
 
 def from_json(kind: Any, value: Any, name: str) -> Any:
-    """Returns a value of a JSON file as its annotation says; dataclasses are made of objects with their fields.
+    """Returns a value of a JSON file as its annotation says; dataclasses are made of objects with all their fields.
 
     An `int` is 0 or more. `Any` is a text, a number, or a list or an object of these.
 
@@ -199,8 +199,10 @@ def from_json(kind: Any, value: Any, name: str) -> Any:
     if outer is tuple and isinstance(value, list) and len(value) == len(inner):
         return tuple(from_json(one, part, name) for one, part in zip(inner, value))
     if isinstance(value, dict) and (is_dataclass(kind) or outer is dict):
-        hints = dict.fromkeys(value, inner[1]) if outer is dict else _hints_of(kind)
-        return (outer or kind)(**{key: from_json(hints[key], one, key) for key, one in value.items()})
+        kinds = dict.fromkeys(value, inner[1]) if outer is dict else fields_of(kind)
+        if odd := sorted(value.keys() ^ kinds.keys()):  # a default would say what the file does not
+            raise LookupError(f"{name} lacks {odd[0]!r}, or has it and should not")
+        return (outer or kind)(**{key: from_json(kinds[key], one, key) for key, one in value.items()})
     if not (value in inner if outer is Literal else kind in _FITS and _FITS[kind](value)):
         raise TypeError(f"{name} is {type(value).__name__} {str(value)[:60]!r}")
     return value

@@ -260,3 +260,11 @@ def _replaced(tree, path, value):
     copy = dict(tree) if isinstance(tree, dict) else list(tree)
     copy[path[0]] = _replaced(tree[path[0]], path[1:], value)
     return copy
+
+
+def without(tree, path):
+    """A JSON tree that lacks the value at `path`, a way of `places_in`."""
+    copy = json.loads(json.dumps(tree))
+    inner = functools.reduce(lambda found, key: found[key], path[:-1], copy)
+    del inner[path[-1]]
+    return copy

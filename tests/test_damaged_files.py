@@ -9,7 +9,18 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from helpers import config, entry, generate, header_of, make_llama, make_prompt, signed, with_another_value
+from helpers import (
+    config,
+    entry,
+    generate,
+    header_of,
+    make_llama,
+    make_prompt,
+    places_in,
+    signed,
+    with_another_value,
+    without,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -35,6 +46,7 @@ VALUES = st.sampled_from(
     [None, True, -1, 0, 1, 3, 2**31, 10**9, 2**63, 2**70, 10**400, 1.5, -1e300, 1e300, float("inf"), float("nan"), "",
      "<b>", "\ud800", "full", "hit", [], [0, 3], [3, 0], [[]], {}, {"a": 1}, {"error": [[["deep"]]]}, DEEP]
 )  # fmt: skip
+KEYS_OF_ITS_OWN = ("settings", "verification")  # of a trace: objects with any keys
 TEXTS = ["", "[" * 100_000, '{"a":' * 100_000, "nonsense", "NaN", "Infinity", "9" * 10_000, '"\\ud800"', "\ufeff{}"]
 
 
@@ -96,6 +108,23 @@ def test_a_trace_with_another_value_anywhere_is_shown_or_refused(traces, which, 
     shown_or_refused(folder / "call.trace")
 
 
+def test_a_trace_that_lacks_anything_is_refused(traces):
+    """A default in its place would say what no call has noted: a chunk that is not exact, or never quantised."""
+    folder, found = traces
+    described, tensors = found[0]
+    body = json.loads(described["trace"])
+    named = [way for way in places_in(body) if isinstance(way[-1], str)]
+    lacking = [way for way in named if len(way) == 1 or way[0] not in KEYS_OF_ITS_OWN]
+    assert {("chunks", 0, "exact"), ("prefix", "quantised"), ("timeline", 0, "layer"), ("decision",)} <= {*lacking}
+    for way in lacking:
+        save_file(tensors, folder / "call.trace", {**described, "trace": json.dumps(without(body, way))})
+        if way == ("fallback_reason",):  # files of earlier versions have none
+            assert hfblend.BlendTrace.load(folder / "call.trace").fallback_reason == ""
+        else:
+            with pytest.raises(ValueError, match=f"is no trace of hfblend.*{way[-1]}"):
+                hfblend.BlendTrace.load(folder / "call.trace")
+
+
 TENSORS = st.builds(
     lambda shape, dtype, fill: torch.full(shape, fill).to(dtype),
     st.lists(st.sampled_from([0, 1, 2, 4, 84]), max_size=3),
@@ -152,6 +181,16 @@ def test_a_profile_with_another_value_anywhere_computes_or_is_none(tmp_path, num
     if found is not None:
         loads = {"disk": hfblend.controller.Load(1, 1000)} if "disk" in found.tiers else {}
         assert hfblend.controller.Controller(found).decide(hfblend.controller.BlendShape(500, 100, 32), loads)
+
+
+def test_a_profile_that_lacks_anything_is_none(tmp_path):
+    file = tmp_path / "profile.json"
+    Profile("machine", 4, 1, Cost(1e-2, 1e-6, 1e-9), BlendCost(1e-2, 1.2, 1e-6), {"disk": LoadCost(0, 2e9)}).save(file)
+    body = json.loads(file.read_text())
+    for way in places_in(body):
+        if way != ("tiers", "disk"):  # one less may have been measured
+            file.write_text(json.dumps(without(body, way)), encoding="utf-8")
+            assert Profile.load(file) is None, way
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..arguments import from_json
+from ..arguments import fields_of, from_json
 from .facts import TENSORS, Facts, LayerMaps
 from .timeline import Interval
 
@@ -62,7 +62,8 @@ def load_trace(path: str | os.PathLike[str]) -> Facts:
 def _facts_of(described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Facts:
     maps = {name.removeprefix("maps."): tensors.pop(name) for name in list(tensors) if name.startswith("maps.")}
     described.setdefault("fallback_reason", "")  # files of earlier versions have none
-    facts: Facts = from_json(Facts, {name: described[name] for name in _IN_JSON}, "trace")
+    kinds = fields_of(Facts)
+    facts = Facts(**{name: from_json(kinds[name], described[name], name) for name in _IN_JSON})
     facts.intervals = from_json(list[Interval], described["timeline"], "timeline").copy
     facts.maps = LayerMaps(**maps) if maps else None
     vars(facts).update({name: tensors.get(name) for name in TENSORS})
