@@ -123,6 +123,7 @@ FIELDS = {
     "check_layers": "",
     "score_layers": "None array tensor",
     "deviation": "",
+    "correction": "None",
     "min_reused_tokens": "3",
     "force_chunk_start": "3",
     "chunk_prefix": "",
@@ -383,6 +384,7 @@ def test_the_sweep_knows_every_public_name():
         (lambda m, t: hfblend.Prompt.from_chat(t, "w8 \ud800", ["w9"]), "half of a surrogate pair.*character 3"),
         (lambda m, t: hfblend.Prompt.from_chat(t, "w8", ["w9"], return_dict=True), "got return_dict=; leave it out"),
         (lambda m, t: hfblend.BlendConfig(selection="kv_devation"), "Did you mean 'kv_deviation'"),
+        (lambda m, t: hfblend.BlendConfig(correction="ofset"), "Did you mean 'offset'"),
     ],
 )  # fmt: skip
 def test_slips_are_answered_with_what_to_do(run, says, model, word_tokenizer):
@@ -627,6 +629,7 @@ COMMANDS = {
     "explain with a folder as page": ["explain", "PROMPT", "--html", "FOLDER"],
     "run with a folder as prompt": ["run", "FOLDER"],
     "run with no such rule": ["run", "PROMPT", "--selection", "kv_devation"],
+    "run with no such correction": ["run", "PROMPT", "--correction", "ofset"],
     "run with no such type": ["run", "PROMPT", "--dtype", "float99"],
     "run with a URL's typo": ["run", "PROMPT", "--store", "s3:/bucket"],
     "bench with no such method": ["bench", "--shape", "tiny", "--methods", "fast"],
