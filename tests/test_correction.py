@@ -274,9 +274,12 @@ def test_a_correction_by_zero_is_none():
     assert all(torch.equal(a, b) for i in one for a, b in zip(one[i], other[i]))
 
 
-def test_a_result_of_another_shape_is_refused():
+@pytest.mark.parametrize(
+    "result", [lambda errors: errors.known, lambda errors: errors.known.tolist(), lambda errors: 0]
+)
+def test_a_result_of_another_shape_is_refused(result):
     with pytest.raises(ValueError, match="must return one vector per head and token of moved pieces"):
-        blended_kv(shared(), MemoryStore(), correction=lambda errors: errors.known)
+        blended_kv(shared(), MemoryStore(), correction=result)
 
 
 @pytest.mark.parametrize("value", ["shift", 1, ()])

@@ -288,6 +288,9 @@ def test_a_rule_that_asks_for_layers_beyond_the_model_is_told(layers):
         hfblend.blend(shared(), PROMPT, config=config(0.2, selection=rule))
 
 
-def test_a_rule_must_score_every_candidate():
+@pytest.mark.parametrize("scores", [lambda n: torch.zeros(1), lambda n: [1.0] * n, lambda n: None])
+def test_a_rule_must_score_every_candidate(scores):
     with pytest.raises(ValueError, match="one score per candidate"):
-        hfblend.blend(shared(), PROMPT, config=config(0.2, selection=lambda evidence: torch.zeros(3)))
+        hfblend.blend(
+            shared(), PROMPT, config=config(0.2, selection=lambda evidence: scores(len(evidence.candidate_idx)))
+        )

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from ..arguments import described
 from ..kv.chunk import ChunkKV, Reader, layer_of_each
 from ..kv.rows import KV, ROOM, empty_kv, rows_at, sent
 from ..prompts.separator import Span
@@ -252,10 +253,11 @@ class Corrector:
             idx = nth[rows[known]]
             errors = self._turned(errors, layer_idx, slot, idx, back=True)
             found = self.correction(Errors(errors, idx, piece, place, len(self._spans), self._longest))
-            if found.shape != (errors.shape[0], len(piece), errors.shape[2]):
+            expected = (errors.shape[0], len(piece), errors.shape[2])
+            if not torch.is_tensor(found) or found.shape != expected:
+                got = tuple(found.shape) if torch.is_tensor(found) else described(found)
                 raise ValueError(
-                    "A correction must return one vector per head and token of moved pieces, "
-                    f"{(errors.shape[0], len(piece), errors.shape[2])}, got {tuple(found.shape)}."
+                    f"A correction must return one vector per head and token of moved pieces, {expected}, got {got}."
                 )
             added.append(found)
             turned, done = self._turned(found.float(), layer_idx, slot, None, back=False), 0

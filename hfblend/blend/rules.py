@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ..arguments import described
 from .model import AttentionNotRecorded
 from .selection import Evidence, Rule, by_kv_deviation, by_suffix_attention
 
@@ -85,10 +86,10 @@ def scores_of(evidence: Evidence, note: Callable[[str], None]) -> torch.Tensor:
         note(str(error))
         logger.warning("%s", error)
         scores = by_kv_deviation(evidence)
-    if scores.shape != evidence.candidate_idx.shape:
+    if not torch.is_tensor(scores) or scores.shape != evidence.candidate_idx.shape:
+        got = tuple(scores.shape) if torch.is_tensor(scores) else described(scores)
         raise ValueError(
-            f"A selection rule must return one score per candidate, {tuple(evidence.candidate_idx.shape)}, got "
-            f"{tuple(scores.shape)}."
+            f"A selection rule must return one score per candidate, {tuple(evidence.candidate_idx.shape)}, got {got}."
         )
     scores = scores if scores.is_floating_point() else scores.float()  # whole numbers and flags are scores, too
     return scores.to(evidence.candidate_idx.device)
