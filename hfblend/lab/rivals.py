@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -147,15 +148,18 @@ class CacheTune(Blend):
 
     def stored(self, layer: int) -> tuple[KV, KV]:
         """K/V (1, Hkv, N, D) as stored, keys with their rotation off, in the places of both fresh and reused."""
+        stored = [piece.entry.layer(layer) for piece in self.reuse.moved]
+        turned = [(torch.empty_like(keys), torch.empty_like(values)) for keys, values in stored]
+        self._to_position_0.move(layer, list(zip(stored, turned)))
+        keys, values = (torch.cat(states, 2)[:, :, : len(self.reuse.candidate_idx)] for states in zip(*turned))
+        return (keys, values), (keys, values)
+
+    @cached_property
+    def _to_position_0(self) -> Realigner:
         model, moved = self.model, self.reuse.moved
         cached = [piece.entry.cached_positions for piece in moved]
         moves = [(then, torch.zeros_like(then), piece.entry.regime) for then, piece in zip(cached, moved)]
-        realigner = Realigner(model.rotary_tables_of_pieces, model.rotations, moves, model.regime(self.length))
-        stored = [piece.entry.layer(layer) for piece in moved]
-        turned = [(torch.empty_like(keys), torch.empty_like(values)) for keys, values in stored]
-        realigner.move(layer, list(zip(stored, turned)))
-        keys, values = (torch.cat(states, 2)[:, :, : len(self.reuse.candidate_idx)] for states in zip(*turned))
-        return (keys, values), (keys, values)
+        return Realigner(model.rotary_tables_of_pieces, model.rotations, moves, model.regime(self.length))
 
 
 class AgentKVShift(Blend):
