@@ -16,6 +16,7 @@ from helpers import config, full_prefill_kv, make_llama, make_prompt, shared, st
 
 import hfblend
 from hfblend.blend.algorithm import Blend
+from hfblend.blend.correction import Errors
 from hfblend.blend.selection import Evidence, highest
 from hfblend.generate.blending import Blending
 from hfblend.kv.rows import full_length_cache
@@ -350,6 +351,44 @@ def test_agentkvshift_takes_the_same_share_of_every_chunk():
     assert trace.computed_pairs == by_deviation.computed_pairs
 
 
+def test_agentkvshift_moves_other_rows_by_the_mean_error_of_their_chunks_probes():
+    """Layer 2 is the first that is corrected, and its probes' K/V do not depend on corrections."""
+    model, store = make_llama(), hfblend.MemoryStore()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(0.1)  # distances around 1
+    shifted = run("agentkvshift", 0.3, store=store, model=model)
+    plain = hfblend.blend(model, PROMPT, store=store, config=METHODS["agentkvshift"].config(0.3))
+    assert torch.equal(shifted.trace.selected_idx, plain.trace.selected_idx)
+    reused = run("full_reuse", store=store, model=model).cache
+    true = full_prefill_kv(model, PROMPT.input_ids)[1]
+    chosen = shifted.trace.selected_idx
+    for start, stop in PROMPT.chunk_spans[1:]:
+        inside = torch.arange(start, stop)
+        probes_, rest = inside[torch.isin(inside, chosen)], inside[~torch.isin(inside, chosen)]
+        distance = (true[1][0, :, rest] - reused.layers[1].values[0, :, rest]).square().sum((0, 2)).sqrt()
+        errors = plain.cache.layers[2].values[0, :, probes_] - reused.layers[2].values[0, :, probes_]
+        assert distance.min() < 0.9
+        added = distance.clamp(max=1)[:, None] * errors.mean(1, keepdim=True)
+        expected = reused.layers[2].values[0, :, rest] + added
+        assert torch.allclose(shifted.cache.layers[2].values[0, :, rest], expected, atol=1e-5)
+        assert not torch.allclose(
+            shifted.cache.layers[2].keys[0, :, rest], reused.layers[2].keys[0, :, rest], atol=1e-3
+        )
+
+
+def test_the_shift_of_a_row_is_its_chunks_mean_and_no_more_than_that():
+    shift = rivals.ProbeShift()
+    shift.weights = [
+        torch.tensor([1.0, 0.5, 1.0, 1.0, 1.0, 0.0]),
+        torch.ones(6),
+    ]  # a seventh token is the prompt's last
+    known = torch.tensor([[[1.0], [3.0], [10.0]]])  # (Hkv, S, D)
+    pieces = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    errors = Errors(known, torch.tensor([0, 2, 4]), pieces, torch.tensor([0, 1, 2, 3, 0, 1, 2]), 2, 4)
+    assert shift(errors)[0, :, 0].tolist() == [2.0, 1.0, 2.0, 2.0, 10.0, 0.0, 10.0]
+    assert shift(errors)[0, :, 0].tolist() == [2.0, 2.0, 2.0, 2.0, 10.0, 10.0, 10.0]  # of values
+
+
 # --- texts before a chunk ---------------------------------------------------------------------------------------------
 
 
@@ -404,5 +443,5 @@ def test_link0_and_psr_start_after_four_bos_and_psr_recomputes_by_keys():
 def test_the_core_knows_no_rival():
     own = {name for _, method in RIVALS.items() for name in vars(method.algorithm) if method.algorithm is not Blend}
     hooks = {name for name in own if not name.startswith("__") and hasattr(Blend, name)}
-    assert hooks <= {"rows_pass", "evidence_at", "recompute"}
+    assert hooks <= {"find", "rows_pass", "evidence_at", "recompute"}
     assert "rival" not in inspect.getsource(Blend).lower()

@@ -248,7 +248,9 @@ def _rule(selection: Any, times: Sequence[float] = (1.0,), **settings: Any) -> C
 
     def config(ratio: float) -> BlendConfig:
         ratios = tuple(min(max(ratio, 1.0), ratio * more) for more in times)
-        return BlendConfig(selection=selection, recompute_ratios=ratios, min_reused_tokens=0, **settings)
+        return BlendConfig(
+            selection=selection, recompute_ratios=ratios, correction=correction, min_reused_tokens=0, **settings
+        )
 
     return config
 
@@ -304,7 +306,7 @@ METHODS: dict[str, Method] = {
         ),
         Method("relaxkv", _rule("suffix_attention"), RelaxKV, source="arXiv 2609.33503", reproduced=False),
         Method("cachetune", _rule(by_low_frequencies), CacheTune, source="arXiv 2605.24022"),
-        Method("agentkvshift", _rule(by_divergence), AgentKVShift, source="arXiv 2607.21604", reproduced=False),
+        Method("agentkvshift", _rule(by_divergence), AgentKVShift, source="arXiv 2607.21604"),
         Method("link0", _full_reuse(), fixed_ratio=0.0, chunk_after=after_dummies, source="arXiv 2410.15332"),
         Method(
             "psr", _deviation(deviation="key"),

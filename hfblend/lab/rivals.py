@@ -22,16 +22,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from itertools import cycle
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..blend.algorithm import Blend
-from ..blend.reuse import merged
+from ..blend.correction import Errors
+from ..blend.reuse import Reuse, merged
 from ..blend.rotation import Realigner
 from ..blend.selection import Evidence, Rule, kv_deviation
+from ..config import Deviation
 from ..kv.rows import KV
 from .probes import load_reused
+
+_SLOTS: tuple[Deviation, Deviation] = ("key", "value")
 
 # --- rules ------------------------------------------------------------------------------------------------------------
 
@@ -163,11 +169,45 @@ class CacheTune(Blend):
 
 
 class AgentKVShift(Blend):
-    """Not reproduced: probes are recomputed, by `by_divergence`; the paper moves the other rows of a chunk by the mean
-    error of its probes.
+    """Probes are recomputed, by `by_divergence`; every other row of their chunk is moved by the mean error of the
+    probes, times min(d, 1) of the row's own distance d at the check layer; K and V separately.
 
-    Left out: that correction, which is what the paper is about. The budget counts K's and V's probes together.
+    Left out: K's mean is over V's probes, too, and V's over K's; the budget counts both. Errors of keys are averaged
+    with their rotation off, on which the paper is silent.
 
     Source: AgentKVShift (arXiv 2607.21604), its abstract, and Algorithm 1 as a public reimplementation has it; the
     authors' code is not public.
     """
+
+    def find(self) -> Reuse:
+        self.shift = ProbeShift()
+        self.config = replace(self.config, correction=self.shift)
+        return super().find()
+
+    def evidence_at(self, check_layer: int) -> Evidence:
+        evidence = super().evidence_at(check_layer)
+        kv = evidence.kv(check_layer)
+        self.shift.weights = [kv_deviation(*kv, slot)[0].sqrt().clamp(max=1) for slot in _SLOTS]
+        return replace(evidence, kv=lambda layer: kv)
+
+
+class ProbeShift:
+    """AgentKVShift's correction.
+
+    Attributes:
+        weights: of keys and of values, each (N,), how much of its chunk's mean a token takes.
+    """
+
+    def __init__(self) -> None:
+        self.weights: list[torch.Tensor] = []
+        self._slots = cycle((0, 1))  # a layer's keys are corrected, then its values
+
+    def __call__(self, errors: Errors) -> torch.Tensor:
+        known, probes = errors.known, errors.piece[errors.known_idx]
+        sums = known.new_zeros(known.shape[0], errors.num_pieces, known.shape[2]).index_add_(1, probes, known)
+        means = sums / torch.bincount(probes, minlength=errors.num_pieces).clamp_min(1)[:, None]
+        weights = self.weights[next(self._slots)].to(known.device)
+        weights = F.pad(
+            weights, (0, len(errors.piece) - len(weights)), value=1.0
+        )  # the prompt's last token, in a chunk
+        return weights[:, None] * means[:, errors.piece]
