@@ -68,6 +68,7 @@ FORMS = {
     "in_context": config(on_miss="in_context"),
     "at_once": config(layerwise=False),
     "no_prefix": config(chunk_prefix="none"),
+    "uncorrected": config(correction=None),
     "corrected": config(correction="offset"),
     "corrected_kv_deviation": config(correction="offset", selection="kv_deviation"),
     "corrected_gradual": config(correction="offset", **GRADUAL),
@@ -155,7 +156,7 @@ def test_other_tokens_correct_the_rest(model, prompt, store):
     ratio = len(chosen) / len(by_hand.trace.candidate_idx)
     by_rule = hfblend.blend(model, prompt, store=store, config=config(ratio, selection=rule, correction="offset"))
     assert torch.equal(by_hand.result.logits, by_rule.logits)
-    uncorrected = hfblend.blend(model, prompt, store=store, config=config(ratio, selection=rule))
+    uncorrected = hfblend.blend(model, prompt, store=store, config=config(ratio, selection=rule, correction=None))
     assert not torch.allclose(by_hand.result.logits, uncorrected.logits, atol=1e-3)
 
 
@@ -179,10 +180,10 @@ def test_kv_shown_before_the_pass_are_not_corrected_yet(model, prompt, store):
         kept[step.name] = {layer: values.clone() for layer, (_, values) in step.kv.items()}
 
     reused = {}
-    for form in ("corrected", "suffix_attention"):
+    for form in ("corrected", "uncorrected"):
         stepped(model, prompt, store, FORMS[form], realigned=keep, recomputed=keep)
         reused[form] = {name: dict(kv) for name, kv in kept.items()}
-    corrected, plain = reused["corrected"], reused["suffix_attention"]
+    corrected, plain = reused["corrected"], reused["uncorrected"]
     assert all(torch.equal(corrected["realigned"][i], plain["realigned"][i]) for i in range(4))
     assert torch.allclose(corrected["recomputed"][0], plain["recomputed"][0], atol=1e-5)  # no context, no error
     assert not torch.allclose(corrected["recomputed"][2], plain["recomputed"][2], atol=1e-2)
@@ -201,9 +202,9 @@ def test_what_is_put_in_place_of_reused_kv_is_corrected(model, prompt, store):
 
     true = hfblend.blend(model, prompt, store=store, config=config(0.0)).cache.layers[0].values
     true = torch.cat([true, true[:, :, -1:]], 2)  # the last token is not of a chunk
-    for form in ("corrected", "suffix_attention"):
+    for form in ("corrected", "uncorrected"):
         stepped(model, prompt, store, FORMS[form], realigned=raise_by_one, recomputed=look)
-    assert errors["suffix_attention"] > 0.8
+    assert errors["uncorrected"] > 0.8
     assert errors["corrected"] < 0.35
 
 

@@ -168,8 +168,10 @@ def test_what_was_added_is_kept_by_layer_and_piece(rule, first, prefix, level):
     prompt = make_prompt(prefix=prefix, separator=(5, 6) if prefix else ())
     model, store, settings = make_llama(), hfblend.MemoryStore(), {"ratio": 0.2, **RULES[rule]}
     blended(level, prompt, model, store, **settings)
-    plain = hfblend.blend(model, prompt, store=store, config=config(**settings))
-    result = hfblend.blend(model, prompt, store=store, config=config(**settings, correction="offset"), trace=level)
+    plain, result = (
+        hfblend.blend(model, prompt, store=store, config=config(**settings, correction=one), trace=level)
+        for one in (None, "offset")
+    )
     trace = result.trace
     assert trace.settings["correction"] == "offset"
     assert plain.trace.settings["correction"] is None
@@ -421,7 +423,7 @@ def test_a_trace_of_an_earlier_version_has_no_correction(saved):
     earlier = json.loads(described["trace"])
     del earlier["settings"]["correction"]
     tensors = load_file(saved)
-    assert tensors.pop("offsets", None) is None  # this one has none either
+    tensors.pop("offsets", None)
     save_file(tensors, saved, {**described, "trace": json.dumps(earlier)})
     trace = hfblend.BlendTrace.load(saved)
     assert trace.offsets is None

@@ -290,7 +290,7 @@ def test_calibrate_chooses_among_check_layers_and_score_layers(rule, name, layer
 @pytest.mark.parametrize("make", [make_llama, make_mistral])
 def test_verify_and_calibrate_measure_with_the_correction(make):
     model, settings = make(), config(0.3, correction="offset")
-    plain, corrected = (verify_prompt(model, PROMPT, config=one) for one in (config(0.3), settings))
+    plain, corrected = (verify_prompt(model, PROMPT, config=config(0.3, correction=one)) for one in (None, "offset"))
     assert corrected.kl != pytest.approx(plain.kl, rel=1e-2)
     assert corrected.recomputed_pairs_share == plain.recomputed_pairs_share  # no row more
     found = calibrate(model, [PROMPT], max_kl=9.0, config=settings, ratios=(0.3, 1.0))
