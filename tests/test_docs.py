@@ -161,7 +161,9 @@ def test_pages_and_words_are_few():
     """The tables of models.md are generated, and notes are for developers. Sixteen pages, and one on security."""
     words = sum(len(page.read_text(encoding="utf-8").split()) for page in DOCS if page.name != "models.md")
     assert len(DOCS) <= 17
-    assert words <= 19_000  # 18,000 when the pages were merged; correction, rivals, generated tasks and security came after
+    assert (
+        words <= 19_000
+    )  # 18,000 when the pages were merged; correction, rivals, generated tasks and security came after
 
 
 @pytest.mark.parametrize("page", [*GUIDES, *NOTES], ids=name_of)
