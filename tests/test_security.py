@@ -1,6 +1,6 @@
 """What one request's chunk KV can carry into the answers of another, and what it cannot: `docs/security.md`.
 
-Request A holds a text of its own before a chunk; request B holds the same chunk, and never that text.
+Request A holds a text before a chunk; request B holds the same chunk, and never that text.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_presets_that_share_kv_in_context_carry_the_other_requests_text(name):
 
 @pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5])
 def test_who_knows_the_candidates_tells_from_an_answer_which_one_a_request_held(ratio):
-    """Runs each candidate himself and takes the closest; the order of the other passages differs from A's."""
+    """The observer runs each candidate and takes the closest answer; A held one passage more, and asked less."""
     settings = config(ratio, on_miss="in_context")
     simulated = torch.cat([after([prompt(text, CHUNK)], settings)[0].logits for text in TEXTS])
     for i, text in enumerate(TEXTS):

@@ -248,9 +248,7 @@ def _rule(selection: Any, times: Sequence[float] = (1.0,), **settings: Any) -> C
 
     def config(ratio: float) -> BlendConfig:
         ratios = tuple(min(max(ratio, 1.0), ratio * more) for more in times)
-        return BlendConfig(
-            selection=selection, recompute_ratios=ratios, correction=correction, min_reused_tokens=0, **settings
-        )
+        return BlendConfig(selection=selection, recompute_ratios=ratios, min_reused_tokens=0, **settings)
 
     return config
 
