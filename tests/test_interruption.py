@@ -10,6 +10,7 @@ import _thread
 import contextlib
 import functools
 import random
+import signal
 import sys
 import threading
 import time
@@ -306,6 +307,15 @@ def test_a_model_that_is_not_patched_answers_at_once(rule, tests_itself):
         assert state_of(model) == before
 
 
+@pytest.fixture
+def ctrl_c_interrupts():
+    """As from a terminal: a shell starts jobs in the background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_real_interrupts_at_random_times():
     case, times, raised = Case(selection="kv_deviation"), random.Random(0), 0
     began = time.perf_counter()
