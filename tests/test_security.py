@@ -308,6 +308,7 @@ def test_a_store_in_8_bits_tells_a_first_answer_from_later_ones_and_no_words(tmp
 
 
 @pytest.mark.smollm
+@pytest.mark.thorough
 def test_a_real_model_tells_another_requests_secret_in_context_and_nothing_when_isolated():
     """Of the first token's log-probabilities, the secret's own name rises most: `benchmarks/security.py` has ten."""
     from hfblend.demo.passages import demo_data, passage_texts, question_prompt
