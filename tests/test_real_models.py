@@ -150,6 +150,7 @@ def test_the_template_and_nothing_else_gives_special_tokens(smollm):
     assert sum(i in special for i in prompt.ids) == sum(i in special for i in tokenizer(joined).input_ids)
 
 
+@pytest.mark.thorough
 def test_a_batch_is_what_its_rows_are_alone(real):
     model, prompt = real
     other = hfblend.Prompt(prompt.input_ids[:, : prompt.chunk_spans[1][1]], prompt.chunk_spans[:2])

@@ -162,7 +162,7 @@ class Place:
             fsspec.filesystem("memory").pipe_file(f"/faults/chunks/{key}.safetensors", file)
 
 
-KINDS = ["disk", "remote", pytest.param("tiers", marks=pytest.mark.thorough)]
+KINDS = ["disk", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("remote", "tiers"))]
 
 
 @pytest.fixture(params=KINDS)
