@@ -201,7 +201,7 @@ def from_json(kind: Any, value: Any, name: str) -> Any:
     if isinstance(value, dict) and (is_dataclass(kind) or outer is dict):
         kinds = dict.fromkeys(value, inner[1]) if outer is dict else fields_of(kind)
         if odd := sorted(value.keys() ^ kinds.keys()):  # a default would say what the file does not
-            raise LookupError(f"{name} lacks {odd[0]!r}, or has it and should not")
+            raise LookupError(f"{name} {'lacks' if odd[0] in kinds else 'has the unknown'} {odd[0]!r}")
         return (outer or kind)(**{key: from_json(kinds[key], one, key) for key, one in value.items()})
     if not (value in inner if outer is Literal else kind in _FITS and _FITS[kind](value)):
         raise TypeError(f"{name} is {type(value).__name__} {str(value)[:60]!r}")

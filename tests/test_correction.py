@@ -40,7 +40,7 @@ def some_errors(sizes, share, seed=0, heads=2, dim=8) -> Errors:
     piece, place = (torch.tensor(t) for t in zip(*((p, i) for p, size in enumerate(sizes) for i in range(size))))
     known_idx = torch.randperm(len(piece), generator=generator)[: max(2, round(share * len(piece)))].sort().values
     noise = torch.randn(heads, len(known_idx), dim, generator=generator)
-    return Errors(noise, known_idx, piece, place, len(sizes), max(sizes))
+    return Errors(noise, 0, known_idx, piece, place, len(sizes), max(sizes))
 
 
 def plainly(errors: Errors) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_errors_of_zero_correct_by_zero():
 
 
 def shifted_store(model, size=0.2):
-    """True KV of the prompt's chunks, each with an offset of its own in values and in keys before their rotation."""
+    """True KV of the prompt's chunks, each with a separate offset in values and in keys before their rotation."""
     hf_model, store = model_of(model), store_of_true_kv(model, PROMPT)
     generator = torch.Generator().manual_seed(3)
     for start, stop in PROMPT.chunk_spans:
@@ -232,17 +232,18 @@ def test_exact_pieces_are_never_corrected():
 )
 def test_every_layer_with_stale_rows_is_corrected_once(settings):
     """Also where a pass is cut in the last layer, or goes on where another ended."""
-    seen = []
+    seen, slots = [], []
 
     def watch(errors):
         seen.append(errors.known.shape)
+        slots.append(errors.slot)
         return offset(errors)
 
     model, store = shared(), MemoryStore()
     blended_kv(model, store, **settings)
     _, trace = blended_kv(model, store, **settings, correction=watch)
     first = 0 if settings.get("selection") is None else settings.get("check_layers", (1,))[0] + 1
-    assert len(seen) == 2 * (4 - first)
+    assert slots == [0, 1] * (4 - first)
     moved = sum(stop - start for start, stop in (chunk.span for chunk in trace.chunks if not chunk.exact))
     assert all(0 < shape[1] < moved for shape in seen)
 

@@ -384,9 +384,9 @@ def test_the_shift_of_a_row_is_its_chunks_mean_and_no_more_than_that():
     ]  # a seventh token is the prompt's last
     known = torch.tensor([[[1.0], [3.0], [10.0]]])  # (Hkv, S, D)
     pieces = torch.tensor([0, 0, 0, 0, 1, 1, 1])
-    errors = Errors(known, torch.tensor([0, 2, 4]), pieces, torch.tensor([0, 1, 2, 3, 0, 1, 2]), 2, 4)
+    errors = Errors(known, 0, torch.tensor([0, 2, 4]), pieces, torch.tensor([0, 1, 2, 3, 0, 1, 2]), 2, 4)
     assert shift(errors)[0, :, 0].tolist() == [2.0, 1.0, 2.0, 2.0, 10.0, 0.0, 10.0]
-    assert shift(errors)[0, :, 0].tolist() == [2.0, 2.0, 2.0, 2.0, 10.0, 10.0, 10.0]  # of values
+    assert shift(replace(errors, slot=1))[0, :, 0].tolist() == [2.0, 2.0, 2.0, 2.0, 10.0, 10.0, 10.0]
 
 
 # --- texts before a chunk ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Correction of the rows that stay reused, by the known errors of those that are recomputed, layer by layer.
 
     reused     ▨ ▨ ■ ▨ ▨ ▨ ■ ■ ▨ ▨      ■ recomputed: its error, fresh − reused, is known
-    corrected  ▤ ▤ ■ ▤ ▤ ▤ ■ ■ ▤ ▤      ▤ reused, plus what the known errors foretell of its own
+    corrected  ▤ ▤ ■ ▤ ▤ ▤ ■ ■ ▤ ▤      ▤ reused, plus what the known errors foretell of its error
 
 A correction is a function, as a selection rule is: `BlendConfig(correction=...)` takes one, or a name below. No row
 more is computed, and attention is exact: a row sees its past only. But what corrects a row may come from later rows.
@@ -25,12 +25,14 @@ class Errors:
 
     Attributes:
         known: (Hkv, S, D) in fp32.
+        slot: 0 for keys, 1 for values.
         known_idx: (S,) which of the N tokens were recomputed, rising.
         piece, place: (N,) the moved piece of each token, and its place there, both from 0 on.
         num_pieces, longest: of the moved pieces, the latter in tokens.
     """
 
     known: torch.Tensor
+    slot: int
     known_idx: torch.Tensor
     piece: torch.Tensor
     place: torch.Tensor

@@ -23,7 +23,7 @@ from ..kv.rows import KV, ROOM, empty_kv, rows_at, sent
 from ..prompts.separator import Span
 from ..trace.observer import Observer
 from .correction import Correction, Errors
-from .rotation import KeyRotation, Realigner, Tables, pair_tables, rotate, rotation_between
+from .rotation import KeyRotation, Realigner, Tables, rotate
 
 
 @dataclass
@@ -221,15 +221,19 @@ class Corrector:
     def __init__(
         self, correction: Correction, model: ReusingModel, reuse: Reuse, length: int, observer: Observer
     ) -> None:
-        self.correction, self.model, self.observer = correction, model, observer
+        self.correction, self.observer, self._rotations = correction, observer, model.rotations
         self._spans, self._done = [piece.span for piece in reuse.moved], set[int]()
-        self._regime = model.regime(length)
         sizes = [stop - start for start, stop in self._spans]
-        self._longest, self._piece = max(sizes), torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        self._place = joined([torch.arange(size) for size in sizes])
-        self._nth = torch.full((length,), -1)  # of a token among the N
-        self._nth[joined([torch.arange(*span) for span in self._spans])] = torch.arange(sum(sizes))
-        self._tables: dict[KeyRotation, tuple[Tables, Tables]] = {}  # R⁻¹ and R of the N tokens, each (N, R)
+        self._longest, piece = max(sizes), torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        positions = [torch.arange(*span) for span in self._spans]
+        nth = torch.full((length,), -1)  # of a token among the N
+        nth[joined(positions)] = torch.arange(sum(sizes))
+        place = joined([torch.arange(size) for size in sizes])
+        self._piece, self._place, self._nth = (sent(t, model.device) for t in (piece, place, nth))
+        regime, tables_of = model.regime(length), model.rotary_tables_of_pieces
+        off = [(p, torch.zeros_like(p), regime) for p in positions]
+        on = [(zero, p, regime) for p, zero, _ in off]
+        self._off, self._on = (Realigner(tables_of, model.rotations, moves, regime) for moves in (off, on))
 
     def __call__(self, above: int, layer_idx: int, rows: torch.Tensor, fresh: KV, kv: KV) -> None:
         """Corrects a layer before the fresh rows of a pass take their places.
@@ -251,8 +255,8 @@ class Corrector:
         for slot, (new, states) in enumerate(zip(fresh, kv)):
             errors = new[0][:, known].float() - states[0][:, rows[known]].float()
             idx = nth[rows[known]]
-            errors = self._turned(errors, layer_idx, slot, idx, back=True)
-            found = self.correction(Errors(errors, idx, piece, place, len(self._spans), self._longest))
+            errors = self._turned(self._off, errors, layer_idx, slot, idx)
+            found = self.correction(Errors(errors, slot, idx, piece, place, len(self._spans), self._longest))
             expected = (errors.shape[0], len(piece), errors.shape[2])
             if not torch.is_tensor(found) or found.shape != expected:
                 got = tuple(found.shape) if torch.is_tensor(found) else described(found)
@@ -260,25 +264,19 @@ class Corrector:
                     f"A correction must return one vector per head and token of moved pieces, {expected}, got {got}."
                 )
             added.append(found)
-            turned, done = self._turned(found.float(), layer_idx, slot, None, back=False), 0
+            turned, done = self._turned(self._on, found.float(), layer_idx, slot), 0
             for start, stop in self._spans:
                 states[0][:, start:stop] += turned[:, done : (done := done + stop - start)]
         self.observer.corrected(layer_idx, piece, added)
 
     def _turned(
-        self, states: torch.Tensor, layer_idx: int, slot: int, idx: torch.Tensor | None, back: bool
+        self, way: Realigner, states: torch.Tensor, layer_idx: int, slot: int, idx: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """States (Hkv, n, D) in fp32 of all N tokens, or of some (n,), their rotation taken off or put on."""
-        rotation = self.model.rotations[layer_idx]
-        if rotation is None or rotation.slot != slot:
+        """States (Hkv, n, D) in fp32 of all N tokens, or of some (n,), turned where the slot is rotated."""
+        rotation, tables = self._rotations[layer_idx], way.tables(layer_idx, states.device)
+        if rotation is None or tables is None or rotation.slot != slot:
             return states
-        if rotation not in self._tables:
-            at = [(torch.arange(*span), self._regime) for span in self._spans]
-            cos, sin = pair_tables(self.model.rotary_tables_of_pieces(rotation.source, at), rotation.layout)
-            on = (cos, sin if rotation.sign == 1 else -sin)
-            self._tables[rotation] = rotation_between(on, (torch.ones_like(cos), torch.zeros_like(sin))), on
-        tables = (table.to(states.device) for table in self._tables[rotation][0 if back else 1])
-        cos, sin = (table if idx is None else table[idx] for table in tables)
+        cos, sin = tables if idx is None else (table[idx] for table in tables)
         return rotate(states[None], cos, sin, rotation.pairing)[0]
 
 

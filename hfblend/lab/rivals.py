@@ -19,10 +19,9 @@ Shapes: Hkv KV heads, N candidate tokens, n tokens of a chunk, D head_dim, L lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -73,9 +72,10 @@ def by_low_frequencies(evidence: Evidence) -> torch.Tensor:
     score(t) = mean over layers of (‖low(K)ₜ‖ + ‖low(V)ₜ‖) ÷ its sum over the chunk; `low` filters along the tokens.
     """
     scores = torch.zeros(len(evidence.candidate_idx), device=evidence.candidate_idx.device)
+    chunks = list(_of_each_chunk(evidence))
     for layer in range(evidence.num_layers):
         _, stored = evidence.kv(layer)
-        for inside in _of_each_chunk(evidence):
+        for inside in chunks:
             parts = [_low_pass(states[0, :, inside.to(states.device)]).norm(dim=(0, 2)) for states in stored]
             norms = (parts[0] + parts[1]).to(scores.device)
             scores[inside] += norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
@@ -198,16 +198,13 @@ class ProbeShift:
         weights: of keys and of values, each (N,), how much of its chunk's mean a token takes.
     """
 
-    def __init__(self) -> None:
-        self.weights: list[torch.Tensor] = []
-        self._slots = cycle((0, 1))  # a layer's keys are corrected, then its values
+    weights: Sequence[torch.Tensor] = ()
 
     def __call__(self, errors: Errors) -> torch.Tensor:
         known, probes = errors.known, errors.piece[errors.known_idx]
         sums = known.new_zeros(known.shape[0], errors.num_pieces, known.shape[2]).index_add_(1, probes, known)
         means = sums / torch.bincount(probes, minlength=errors.num_pieces).clamp_min(1)[:, None]
-        weights = self.weights[next(self._slots)].to(known.device)
-        weights = F.pad(
-            weights, (0, len(errors.piece) - len(weights)), value=1.0
-        )  # the prompt's last token, in a chunk
+        weights = self.weights[errors.slot].to(known.device)
+        # the prompt's last token may be in a chunk, and is no candidate
+        weights = F.pad(weights, (0, len(errors.piece) - len(weights)), value=1.0)
         return weights[:, None] * means[:, errors.piece]

@@ -239,9 +239,7 @@ def _name_of(rule: Any) -> str | None:
 class Tracer(Observer):
     """Writes a `BlendTrace` of level `"summary"` or `"tokens"`, with a clock of the model's device."""
 
-    _added: dict[
-        int, tuple[torch.Tensor, torch.Tensor]
-    ]  # layer -> moved piece of each of N tokens, mean squares (2, N)
+    _added: dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> piece (N,) and mean squares (2, N) of its tokens
 
     def __init__(self, trace: BlendTrace, device: torch.device) -> None:
         self.trace = trace
