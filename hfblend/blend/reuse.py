@@ -107,6 +107,7 @@ class ReusedKV:
     Attributes:
         loaders: layer -> what gathers its rows in place of this class.
         takes_graphs: whether passes over this KV may be recorded: loaders gather all of it, into rows on one GPU.
+        corrector: a `Corrector`, or what does the same faster.
     """
 
     def __init__(
@@ -118,9 +119,9 @@ class ReusedKV:
         correction: Correction | None = None,
     ) -> None:
         self.model, self.reuse, self.length, self.observer = model, reuse, length, observer or Observer()
-        self._corrector: Corrector | None = None
+        self.corrector: Callable[[int, int, torch.Tensor, KV, KV], None] | None = None
         if correction is not None and reuse.moved:
-            self._corrector = Corrector(correction, model, reuse, length, self.observer)
+            self.corrector = Corrector(correction, model, reuse, length, self.observer)
         positions = [torch.arange(*piece.span) for piece in reuse.moved]
         moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
         self.realigner = Realigner(model.rotary_tables_of_pieces, model.rotations, moves, model.regime(length))
@@ -181,7 +182,7 @@ class ReusedKV:
 
     def correcting(self, above: int) -> Callable[[int, torch.Tensor, KV, KV], None] | None:
         """Returns what corrects the layers above one in a pass, `None` where nothing is corrected; see `Corrector`."""
-        return None if self._corrector is None else partial(self._corrector, above)
+        return None if self.corrector is None else partial(self.corrector, above)
 
     def prefetch(self, layer_idx: int) -> None:
         """Starts reading this layer, and the next few, of entries that are not in the device's memory."""
@@ -267,7 +268,7 @@ class Corrector:
             turned, done = self._turned(self._on, found.float(), layer_idx, slot), 0
             for start, stop in self._spans:
                 states[0][:, start:stop] += turned[:, done : (done := done + stop - start)]
-        self.observer.corrected(layer_idx, piece, added)
+        self.observer.corrected(layer_idx, partial(_sizes, added, piece, len(self._spans)))
 
     def _turned(
         self, way: Realigner, states: torch.Tensor, layer_idx: int, slot: int, idx: torch.Tensor | None = None
@@ -278,6 +279,13 @@ class Corrector:
             return states
         cos, sin = tables if idx is None else (table[idx] for table in tables)
         return rotate(states[None], cos, sin, rotation.pairing)[0]
+
+
+def _sizes(added: list[torch.Tensor], piece: torch.Tensor, num_pieces: int) -> torch.Tensor:
+    """(2, P) root mean squares of what was added (Hkv, N, D) to keys and values of tokens of pieces (N,)."""
+    squares = torch.stack([one.float().square().mean((0, 2)) for one in added])
+    sums = squares.new_zeros(2, num_pieces).index_add_(1, piece, squares)
+    return (sums / torch.bincount(piece, minlength=num_pieces)).sqrt()
 
 
 def _places(buffers: KV, span: Span) -> KV:

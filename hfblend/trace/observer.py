@@ -1,12 +1,13 @@
 """The observer of a blend: the algorithm tells it what happens, and knows no trace.
 
-Shapes: H heads, T all tokens, N reused tokens that could be recomputed, S selected tokens.
+Shapes: H heads, T all tokens, N reused tokens that could be recomputed, S selected tokens,
+P moved pieces.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,8 +55,8 @@ class Observer:
     def scored(self, scores: torch.Tensor) -> None:
         """Takes the (N,) scores of one round."""
 
-    def corrected(self, layer_idx: int, piece: torch.Tensor, added: Sequence[torch.Tensor]) -> None:
-        """Takes what was added to keys, their rotation off, and values (Hkv, N, D) of N tokens of moved pieces (N,)."""
+    def corrected(self, layer_idx: int, sizes: Callable[[], torch.Tensor]) -> None:
+        """Takes what gives the (2, P) root mean squares of what moved pieces' keys, rotation off, and values got."""
 
     def selected(self, selected_idx: torch.Tensor) -> None:
         """Takes the (S,) tokens to recompute."""

@@ -15,7 +15,7 @@ there is one, and the chunks.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
@@ -239,7 +239,7 @@ def _name_of(rule: Any) -> str | None:
 class Tracer(Observer):
     """Writes a `BlendTrace` of level `"summary"` or `"tokens"`, with a clock of the model's device."""
 
-    _added: dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> piece (N,) and mean squares (2, N) of its tokens
+    _added: dict[int, torch.Tensor]  # layer -> (2, P)
 
     def __init__(self, trace: BlendTrace, device: torch.device) -> None:
         self.trace = trace
@@ -276,25 +276,23 @@ class Tracer(Observer):
         if self.trace.scores is None:
             self.trace.scores = scores
 
-    def corrected(self, layer_idx: int, piece: torch.Tensor, added: Sequence[torch.Tensor]) -> None:
+    def corrected(self, layer_idx: int, sizes: Callable[[], torch.Tensor]) -> None:
         if self.trace.level != "summary":
-            self._added[layer_idx] = piece, torch.stack([one.float().square().mean((0, 2)) for one in added])
+            self._added[layer_idx] = sizes()
 
     def selected(self, selected_idx: torch.Tensor) -> None:
         self.trace.selected_idx = selected_idx
 
     def finish(self, buffers: Mapping[int, KV], fresh_up_to: int) -> None:
-        pieces, added = self.trace.pieces, list(self._added.values())
+        pieces = self.trace.pieces
         moved = [i for i, one in enumerate(pieces) if one.cached_start is not None and not one.exact]
-        sizes = [pieces[i].span[1] - pieces[i].span[0] for i in moved]
-        if {len(piece) for piece, _ in added} != {sum(sizes)}:  # nothing added, or an algorithm reuses more than chunks
+        if {size.shape[1] for size in self._added.values()} != {len(moved)}:  # none, or an algorithm reuses more
             return
-        device = added[0][0].device
-        offsets = torch.full((self.trace.num_layers, 2, len(pieces)), torch.nan, device=device)
-        columns, counts = (sent(torch.tensor(values), device) for values in (moved, sizes))
-        for layer, (piece, squares) in zip(self._added, added):  # a GPU is not waited for
-            sums = squares.new_zeros(2, len(moved)).index_add_(1, piece, squares)
-            offsets[layer].index_copy_(1, columns, (sums.to(device) / counts).sqrt())
+        device = next(iter(self._added.values())).device
+        offsets, columns = torch.full((self.trace.num_layers, 2, len(pieces)), torch.nan), torch.tensor(moved)
+        offsets, columns = sent(offsets, device), sent(columns, device)
+        for layer, size in self._added.items():  # a GPU is not waited for
+            offsets[layer].index_copy_(1, columns, size.to(device))
         self.trace.offsets = offsets
 
     def note(self, text: str) -> None:
