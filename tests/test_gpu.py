@@ -22,6 +22,8 @@ from test_self_test import PECULIAR, SOUND, WRONG_ROTATIONS, made_up
 
 import hfblend
 from hfblend.attention.by_position import QueryRows, attend
+from hfblend.blend.correction import offset
+from hfblend.gpu.correction import OffsetCorrector
 from hfblend.kernels.reference import AttentionArgs, reference_attention
 from hfblend.kv.rows import RowLayout, full_length_cache, rows_behind
 from hfblend.store import DiskStore, loader
@@ -224,6 +226,55 @@ def test_graphs_give_what_python_gives(name, selection):
     for ours, theirs in zip(with_graph.cache.layers, without.cache.layers):
         assert (ours.keys - theirs.keys).float().norm() <= 0.05 * theirs.keys.float().norm()
         assert torch.isfinite(ours.values).all()
+
+
+@pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation"])
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_correct_as_python_does(name, selection, monkeypatch):
+    """By the same kernels, for prompts of other lengths through one graph, and as PyTorch does by the estimator."""
+    corrected, own = [], OffsetCorrector.graph_ran
+    monkeypatch.setattr(OffsetCorrector, "graph_ran", lambda *args: corrected.append(args[1]) or own(*args))
+    model, store = on_gpu(name, torch.bfloat16), hfblend.MemoryStore()
+    others = [make_prompt(sizes=(200, 311, n), prefix=37, suffix=21) for n in (131, 128, 133)]
+    settings = {"ratio": 0.15, "selection": selection}
+    for prompt in others * 2:
+        graphed, with_graph = blended(model, prompt, store, **settings, correction="offset")
+    assert model_of(model).graphs._works
+    assert corrected[-3:] == [[0, 1, 2, 3] if selection == "suffix_attention" else [2, 3]] * 3
+    for correction in ("offset", lambda errors: offset(errors)):
+        python, without = blended(model, prompt, store, **settings, correction=correction, cuda_graphs=False)
+        assert (graphed - python).norm() <= 0.05 * python.norm()
+        for ours, theirs in zip(with_graph.cache.layers, without.cache.layers):
+            for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+                assert (a - b).float().norm() <= 0.05 * b.float().norm()
+    _, stale = blended(model, prompt, store, **settings)
+    assert not torch.equal(with_graph.cache.layers[3].values, stale.cache.layers[3].values)
+
+
+def test_graphs_with_and_without_a_correction_stay_apart():
+    """Each gives the same to the bit before and after the other was recorded, and a prompt is corrected once."""
+    model, store = on_gpu("llama-gqa", torch.bfloat16), hfblend.MemoryStore()
+    runs = {None: [], "offset": []}
+    for correction in (None, "offset", None, "offset"):
+        for _ in range(3):
+            logits, result = blended(model, PROMPT, store, ratio=0.15, correction=correction)
+        kv = [states for layer in result.cache.layers for states in (layer.keys, layer.values)]
+        runs[correction].append([logits, *kv])
+    assert len(model_of(model).graphs._graphs) == 3  # of the suffix, which serves both, and of each recompute pass
+    for before, after in runs.values():
+        assert all(map(torch.equal, before, after))
+    assert not torch.equal(runs[None][0][0], runs["offset"][0][0])
+
+
+def test_a_recorded_call_gives_what_its_replay_gives():
+    """A pass runs once before it is recorded, over rows that are in their places: it must not correct them then."""
+    model, store = on_gpu("llama-gqa", torch.bfloat16), hfblend.MemoryStore()
+    _, recorded, replayed = (blended(model, PROMPT, store, ratio=0.15, correction="offset") for _ in range(3))
+    assert len(model_of(model).graphs._graphs) == 2
+    assert torch.equal(recorded[0], replayed[0])
+    for ours, theirs in zip(recorded[1].cache.layers, replayed[1].cache.layers):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
 
 
 def test_a_hook_or_new_weights_keep_graphs_away():

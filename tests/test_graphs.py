@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
-from helpers import MODELS, config, make_prompt
+from helpers import MODELS, config, make_prompt, shared
 
 import hfblend
 from hfblend.attention.record import AttentionRecord
+from hfblend.blend.caches import BlendingCache
 from hfblend.blend.model import Pass
+from hfblend.blend.reuse import Piece, Reuse
 from hfblend.generate.blending import Blending
+from hfblend.gpu.correction import OffsetCorrector, Offsets, in_graph
 from hfblend.gpu.graphs import GraphCache, PassGraphs, _rounded
 from hfblend.kernels.reference import mask_of
 from hfblend.kv.rows import RowLayout, rows_behind
 from hfblend.locks import ForwardLock
 from hfblend.model.passes import run_rows
 from hfblend.support.registry import model_of
+from hfblend.trace.observer import Observer
 from hfblend.util import StopForward
 
 pytest.importorskip("triton")
@@ -39,9 +45,9 @@ def blending(model, **settings):
         return hf_model, state, output, blend.reused, blend.reuse
 
 
-def state_of(hf_model, buffers, live, received=0, mask=0):
+def state_of(hf_model, buffers, live, received=0, mask=0, plan=()):
     rows = [rows_behind(buffers[i]) for i in range(hf_model.num_layers)]
-    numbers = torch.tensor([len(PROMPT), live, received, mask, *(r.data_ptr() for r in rows)])
+    numbers = torch.tensor([len(PROMPT), live, received, mask, *(r.data_ptr() for r in rows), *plan])
     return State(numbers, hf_model.layouts)
 
 
@@ -68,6 +74,98 @@ def test_a_recompute_pass_through_a_state(name):
     for layer, kv in buffers.items():
         for ours, theirs in zip(kv, done.buffers[layer]):
             assert torch.allclose(ours[:, :, : len(PROMPT)], theirs[:, :, : len(PROMPT)], atol=1e-5)
+
+
+def offsets_of(hf_model, reuse, observer=None):
+    """The kernels' correction of the prompt; without its shared tables, which are a GPU's."""
+    offsets = Offsets(hf_model)
+    tables = [offsets._made(kind, len(PROMPT), 0) for kind in offsets._kinds]
+    return OffsetCorrector(offsets._with(tables), tables, reuse, hf_model.device, observer or Observer())
+
+
+@pytest.mark.parametrize("settings", [{"ratio": 0.3}, {"ratio": 0.2, "selection": "kv_deviation"}])
+@torch.no_grad()
+def test_a_corrected_pass_through_a_state(settings):
+    """Layers with stale rows are corrected once, though the pass comes to the last one again where it is cut."""
+    hf_model, done, output, reused, reuse = blending(shared(), correction="offset", **settings)
+    above, resumed = -1, {}
+    rows = torch.cat([done.trace.selected_idx, done.trace.fresh_idx]).sort().values
+    if "selection" in settings:
+        above, resumed = 1, {"resume_at": 1, "resume_with": done.blend.entered.of_rows(rows)}
+    one, live = padded(hf_model, Pass(PROMPT.input_ids[:, rows], rows, rows.int(), len(PROMPT), num_read=1, **resumed))
+    buffers = {i: done.buffers[i] if i <= above else reused.layer(i) for i in range(hf_model.num_layers)}
+    corrector = offsets_of(hf_model, reuse)
+    state = state_of(hf_model, buffers, live, plan=corrector.numbers_for(rows))
+    plan, asked = state.numbers[4 + hf_model.num_layers :], []
+
+    def correct(layer_idx, all_rows, fresh):
+        asked.append(layer_idx)
+        corrector.kernels.correct(layer_idx, fresh, all_rows, state, plan)
+
+    _, layers = in_graph(partial(corrector, above))
+    cache = GraphCache(hf_model.num_layers, one.rows, state, None, correct=correct, corrected=layers)
+    got, _ = hf_model.lock.exclusive(run_rows, hf_model, hf_model.decoder_forward, one, cache, state)
+    assert asked == layers == list(range(above + 1, hf_model.num_layers))
+    assert torch.allclose(got.last_hidden_state[:, -1], output.last_hidden_state[:, -1], atol=1e-5)
+    for layer, kv in buffers.items():
+        for ours, theirs in zip(kv, done.buffers[layer]):
+            assert torch.allclose(ours[:, :, : len(PROMPT)], theirs[:, :, : len(PROMPT)], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_pass_in_python_is_corrected_by_kernels(monkeypatch):
+    """As where it has too many rows for a graph."""
+    hf_model, done, _, reused, reuse = blending(shared(), correction="offset", ratio=0.3)
+    rows, heard = torch.cat([done.trace.selected_idx, done.trace.fresh_idx]).sort().values, []
+    observer = Observer()
+    monkeypatch.setattr(observer, "corrected", lambda layer, sizes: heard.append((layer, sizes())))
+    reused.corrector = offsets_of(hf_model, reuse, observer)
+    one = Pass(PROMPT.input_ids[:, rows], rows, rows, len(PROMPT), num_read=1)
+    cache = BlendingCache(
+        hf_model.num_layers, {}, rows, len(PROMPT), reused=reused, correct=reused.correcting(above=-1)
+    )  # fmt: skip
+    hf_model.lock.exclusive(run_rows, hf_model, hf_model.decoder_forward, one, cache)
+    for layer, kv in cache.buffers.items():
+        for ours, theirs in zip(kv, done.buffers[layer]):
+            assert torch.allclose(ours[:, :, : len(PROMPT)], theirs[:, :, : len(PROMPT)], atol=1e-5)
+    assert [layer for layer, _ in heard] == list(range(hf_model.num_layers))
+    assert all(sizes.shape == (2, len(reuse.moved)) for _, sizes in heard)
+    assert all(sizes.gt(0).all() for _, sizes in heard[1:])  # in the first layer nothing has seen other tokens
+    assert in_graph(reused.correcting(above=-1)) == (None, [])  # a graph would correct them again
+
+
+def test_prompts_share_rotary_tables(monkeypatch):
+    """Up to the length that the model was trained for; made in a call's inference mode, they serve other calls."""
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    none = torch.empty(0, dtype=torch.long)
+    reuse = Reuse([], [Piece((3, 50), None, False)], none, none, none, none)
+    hf_model = model_of(shared())
+    offsets = Offsets(hf_model)
+    with torch.inference_mode():
+        first = offsets.of_prompt(reuse, 100, Observer())._plan.tables
+    again, longer, longest = (offsets.of_prompt(reuse, n, Observer())._plan.tables for n in (120, 2000, 3000))
+    assert [len(cos) for (cos, _) in (first[0], longer[0], longest[0])] == [128, 2048, 3000]
+    assert first[0][0] is again[0][0]
+    assert not first[0][0].is_inference()
+    assert len(offsets._tables) == 2
+    hf_model.fingerprint._forget()
+    with torch.no_grad():
+        hf_model.fingerprint.current(hf_model.model)  # as where weights were written
+    offsets.of_prompt(reuse, 100, Observer())
+    assert len(offsets._tables) == 1
+
+
+def test_a_correction_in_python_is_never_recorded(monkeypatch):
+    hf_model = model_of(shared())
+    rows, graphs = torch.arange(3), PassGraphs(hf_model)
+    one = Pass(rows[None], rows, rows, 9, num_read=1)
+    assert in_graph(None) == in_graph(lambda *_: None) == (None, [])
+    monkeypatch.setattr("hfblend.gpu.graphs.can_record", lambda hf_model: True)
+    monkeypatch.setattr(graphs, "_padded", lambda one: pytest.fail("a pass is prepared for a graph"))
+    for _ in range(3):
+        assert graphs.run(hf_model.last_logits, one, {}, lambda layers: None, lambda *_: None) == (False, None)
+    assert graphs._form(hf_model.last_logits, one, [2, 3]) != graphs._form(hf_model.last_logits, one)
 
 
 @torch.no_grad()

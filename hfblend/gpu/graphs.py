@@ -17,7 +17,7 @@ import contextlib
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,10 +33,12 @@ from ..kv.streams import on_stream
 from ..model.hf_model import HFModel
 from ..model.passes import run_rows
 from ..util import StopForward
+from .correction import in_graph
 
 if HAS_TRITON:
+    from ..kernels.correction import OffsetKernels
     from ..kernels.rows import write_rows
-    from ..kernels.state import State
+    from ..kernels.state import FIRST_LAYER, State
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,12 @@ _SIMPLE = (type(None), bool, int, str)
 
 
 class GraphCache(RowsCache):
-    """A `BlendingCache` inside a graph: rows are written through the state, and attention reads them through it."""
+    """A `BlendingCache` inside a graph: rows are written through the state, and attention reads them through it.
+
+    Args:
+        reached: is told each layer that the pass comes to.
+        correct: is given rows (S,) and their fresh K/V once in each of the layers `corrected`.
+    """
 
     def __init__(
         self,
@@ -57,14 +64,19 @@ class GraphCache(RowsCache):
         state: Any,
         stop_at: int | None,
         reached: Callable[[int], None] = lambda layer_idx: None,
+        correct: Callable[[int, torch.Tensor, KV], None] | None = None,
+        corrected: Iterable[int] = (),
     ) -> None:
         super().__init__(num_layers, rows, stop_at)
-        self.state, self.reached = state, reached
+        self.state, self.reached, self._correct, self._uncorrected = state, reached, correct, set(corrected)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> KV:
         self.reached(layer_idx)
+        if self._correct is not None and layer_idx in self._uncorrected:  # a pass comes again to where it was cut
+            self._uncorrected.remove(layer_idx)
+            self._correct(layer_idx, self.rows, (key_states, value_states))
         write_rows(key_states, value_states, self.rows, self.state, layer_idx)
         if layer_idx == self.stop_at:
             raise StopForward
@@ -131,10 +143,21 @@ class PassGraph:
     Args:
         like: a pass of the right number of rows; the first to be run.
         numbers: of its state.
+        buffers: of every layer.
         pool: of CUDA graphs, whose memory it works in.
+        offsets: what corrects layers, and which.
     """
 
-    def __init__(self, hf_model: HFModel, forward: Forward, like: Pass, numbers: torch.Tensor, pool: Any) -> None:
+    def __init__(
+        self,
+        hf_model: HFModel,
+        forward: Forward,
+        like: Pass,
+        numbers: torch.Tensor,
+        buffers: dict[int, KV],
+        pool: Any,
+        offsets: tuple[OffsetKernels, list[int]] | None = None,
+    ) -> None:
         record = None if like.record is None else AttentionRecord(like.record.layers)
         inputs = {name: getattr(like, name).clone() for name in ("ids", "rows", "seen_from")}
         inputs["seen_from"] = inputs["seen_from"].to(torch.int32)
@@ -143,11 +166,22 @@ class PassGraph:
         self.state = State(numbers.clone(), hf_model.layouts)
         self._inputs, self._device = replace(like, **inputs, record=record), hf_model.device
         stop_at = None if like.record else like.stop_at
+        first, end = FIRST_LAYER.value, FIRST_LAYER.value + hf_model.num_layers
+        plan, size = self.state.numbers[end:], max(map(_num_bytes, buffers.values()))
+        scratch = torch.zeros(size, dtype=torch.uint8, device=hf_model.device)
+        self.state.numbers[first:end] = scratch.data_ptr()  # what is run now is run again: it must find what it reads
+
+        def correct(layer_idx: int, rows: torch.Tensor, fresh: KV) -> None:
+            assert offsets is not None
+            offsets[0].correct(layer_idx, fresh, rows, self.state, plan)
 
         def run(reached: Callable[[int], None] = lambda layer_idx: None) -> Any:
             if record is not None:
                 record.received.clear()
-            cache = GraphCache(hf_model.num_layers, self._inputs.rows, self.state, stop_at, reached)
+            corrected = offsets[1] if offsets else ()
+            cache = GraphCache(
+                hf_model.num_layers, self._inputs.rows, self.state, stop_at, reached, correct, corrected
+            )  # fmt: skip
             return hf_model.lock.exclusive(run_rows, hf_model, forward, self._inputs, cache, self.state)[0]
 
         side = torch.cuda.Stream(hf_model.device)
@@ -194,7 +228,12 @@ class PassGraphs:
         self._graphs.clear()
 
     def run(
-        self, forward: Forward, one: Pass, buffers: dict[int, KV], load: Callable[[Sequence[int]], None]
+        self,
+        forward: Forward,
+        one: Pass,
+        buffers: dict[int, KV],
+        load: Callable[[Sequence[int]], None],
+        correct: Callable[..., None] | None = None,
     ) -> tuple[bool, Any]:
         """Runs a pass as a graph, if one is there or worth recording.
 
@@ -202,12 +241,14 @@ class PassGraphs:
             one: its `record`, if any, gets what is recorded.
             buffers: of every layer.
             load: called before a part, with the layers whose reused rows must be in place for what is launched then.
+            correct: of the pass's cache; one that is not by kernels cannot be recorded.
 
         Returns:
             Whether it ran, and the forward's output.
         """
-        form = self._form(forward, one)
-        if form is None or not self._is_ready(form):
+        corrector, corrected = in_graph(correct)
+        form = self._form(forward, one, corrected)
+        if form is None or not self._is_ready(form) or (correct is not None and corrector is None):
             return False, None
         padded, count = self._padded(one), len(one.rows)
         received = None
@@ -217,10 +258,14 @@ class PassGraphs:
         mask = None if one.hidden is None else mask_of(one.hidden, one.length)
         rows = [buffers[i][0] if i in buffers else None for i in range(self.hf_model.num_layers)]  # keys come first
         numbers = [one.length, count, *(0 if t is None else t.data_ptr() for t in (received, mask, *rows))]
+        offsets = None
+        if corrector is not None:
+            offsets = corrector.kernels, corrected
+            numbers += corrector.numbers_for(one.rows)
         numbers_there = sent(torch.tensor(numbers), self.hf_model.device)
 
         def replay() -> tuple[bool, Any]:
-            if form not in self._graphs and not self._capture(form, forward, padded, numbers_there):
+            if form not in self._graphs and not self._capture(form, forward, padded, numbers_there, buffers, offsets):
                 return False, None
             self._graphs.move_to_end(form)
             return True, self._graphs[form].replay(padded, numbers_there, load)
@@ -228,15 +273,18 @@ class PassGraphs:
         ran, output = self.hf_model.lock.exclusive(replay)
         if ran and one.record is not None and received is not None:
             one.record.received.update(zip(one.record.layers, received))
+        if ran and corrector is not None:
+            corrector.graph_ran(corrected, numbers_there[FIRST_LAYER.value + len(rows) :])
         return ran, output
 
-    def _form(self, forward: Forward, one: Pass) -> Any:
-        """The key of a graph of this pass; `None` where it cannot be one."""
+    def _form(self, forward: Forward, one: Pass, corrected: Sequence[int] = ()) -> Any:
+        """The key of a graph of this pass, in which some layers are corrected; `None` where it cannot be one."""
         kind = self._kind(forward)
         if not self._works or kind is None or not 0 < len(one.rows) <= MAX_ROWS:
             return None
         layers = None if one.record is None else one.record.layers
-        return kind, _rounded(len(one.rows)), one.stop_at, layers, one.hidden is None, one.resume_at, one.num_read
+        what = kind, _rounded(len(one.rows)), one.stop_at, layers, one.hidden is None
+        return *what, one.resume_at, one.num_read, tuple(corrected)
 
     def _kind(self, forward: Forward) -> Any:
         """The name of this one of the model's forwards, and its options; `None` for any other."""
@@ -265,12 +313,14 @@ class PassGraphs:
             self._asked.popitem(last=False)
         return False
 
-    def _capture(self, form: Any, forward: Forward, padded: Pass, numbers: torch.Tensor) -> bool:
+    def _capture(
+        self, form: Any, forward: Forward, padded: Pass, numbers: torch.Tensor, buffers: dict[int, KV], offsets: Any
+    ) -> bool:
         if not self._graphs:  # a pool ends with the last graph that was in it
             self._pool = torch.cuda.graph_pool_handle()
         try:
             with torch.inference_mode(False), torch.no_grad():
-                self._graphs[form] = PassGraph(self.hf_model, forward, padded, numbers, self._pool)
+                self._graphs[form] = PassGraph(self.hf_model, forward, padded, numbers, buffers, self._pool, offsets)
         except Exception as error:  # anything that a model does and a graph cannot hold
             self._works = False
             name = type(self.hf_model.model).__name__
@@ -303,6 +353,10 @@ def can_record(hf_model: HFModel) -> bool:
         and all(max(layout.key_dim, layout.value_dim) <= LARGEST_HEAD_DIM for layout in hf_model.layouts.values())
         and not hf_model.has_hooks
     )
+
+
+def _num_bytes(kv: KV) -> int:
+    return sum(states.nbytes for states in kv)
 
 
 def _rounded(rows: int) -> int:

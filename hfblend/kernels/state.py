@@ -25,7 +25,7 @@ class State:
 
     Attributes:
         numbers: (4 + L,) int64 on the GPU: T, rows that count, addresses of `received` and of the mask of hidden keys,
-            and of each layer's rows.
+            and of each layer's rows. Where the pass corrects rows, the numbers of a `plan.Plan` follow.
         layouts: layer -> how its rows are laid out.
     """
 

@@ -15,10 +15,11 @@ from transformers.cache_utils import DynamicCache
 from ..arguments import described
 from ..attention.by_position import HALF
 from ..blend.caches import BlendingCache, RecordingCache
-from ..blend.correction import CORRECTIONS, Correction
+from ..blend.correction import CORRECTIONS, Correction, offset
 from ..blend.model import Forward, Pass, Watched
 from ..blend.reuse import Reuse, ReusedKV
 from ..config import BlendConfig
+from ..gpu.correction import Offsets
 from ..gpu.fused import Fused, find_norms, find_rotary, run_fused
 from ..gpu.graphs import PassGraphs
 from ..gpu.loader import loaders_of
@@ -56,7 +57,7 @@ class TestedModel(HFModel):
         self.rotations, self.layouts, dtype = find_rotations(self, stock)
         self._kv_dtypes = {super().dtype: dtype}
         self.fingerprint = Fingerprint(model)
-        self.graphs = PassGraphs(self)
+        self.graphs, self._offsets = PassGraphs(self), Offsets(self)
         self._small_steps: Fused | None = None
         prove_rows(self, stock)
         self._forward = _forward_of(model)
@@ -107,7 +108,7 @@ class TestedModel(HFModel):
         else:
             fresh.unwrapped_forward = forward
             self.__dict__ = fresh.__dict__
-            self.graphs = PassGraphs(self)
+            self.graphs, self._offsets = PassGraphs(self), Offsets(self)
             logger.info("%s was changed since its self-test, which ran again and passed.", type(model).__name__)
 
     # --- what it is -----------------------------------------------------------------------------------------------
@@ -130,17 +131,21 @@ class TestedModel(HFModel):
         if isinstance(reused, ReusedKV) and reused.takes_graphs and (one.stop_at is None or one.record is not None):
             if reused.is_near:
                 cache.load(list(self.layouts))  # by one kernel
-            ran, output = self.graphs.run(forward, one, {**reused.unfilled, **cache.buffers}, cache.load)
+            buffers = {**reused.unfilled, **cache.buffers}
+            ran, output = self.graphs.run(forward, one, buffers, cache.load, cache.correct)
             if ran:
                 return output, None
         return self.lock.exclusive(run_rows, self, forward, one, cache, watches=watch)
 
     def gather(self, reuse: Reuse, length: int, config: BlendConfig, observer: Observer) -> ReusedKV:
         """The reused K/V of a prompt, gathered by kernels on a GPU."""
-        reused = ReusedKV(self, reuse, length, observer, correction_of(config))
+        correction = correction_of(config)
+        by_kernels = correction is offset and self.takes_kernels and self.dtype in HALF and bool(reuse.moved)
+        reused = ReusedKV(self, reuse, length, observer, None if by_kernels else correction)
+        if by_kernels:
+            reused.corrector = self._offsets.of_prompt(reuse, length, observer)
         reused.loaders = loaders_of(self, reuse, reused.realigner, length)
-        graphs = config.cuda_graphs and config.correction is None  # a recorded pass has no correction yet
-        reused.takes_graphs = graphs and bool(reused.loaders) and self.takes_kernels
+        reused.takes_graphs = config.cuda_graphs and bool(reused.loaders) and self.takes_kernels
         if not config.layerwise:
             reused.preload()
         return reused

@@ -1,0 +1,149 @@
+"""The offset correction by kernels, alike in a pass that Python runs and in one that is a CUDA graph.
+
+Shapes: Hkv KV heads, S rows of a pass, T all tokens, D head_dim, R rotated pairs, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, cached_property, partial
+
+import torch
+
+from ..blend.correction import BLOCK
+from ..blend.reuse import Reuse
+from ..blend.rotation import Layout, Tables, pair_tables
+from ..kernels.device import HAS_TRITON
+from ..kv.rows import KV, rows_behind, sent
+from ..model.hf_model import HFModel
+from ..trace.observer import Observer
+
+if HAS_TRITON:
+    from ..kernels.correction import OffsetKernels, Turn
+    from ..kernels.plan import Plan
+
+Kind = tuple[int, Layout, int]  # of rotary tables: source, layout, sign
+
+
+class Offsets:
+    """The offset correction of one model's prompts, on its GPU."""
+
+    def __init__(self, hf_model: HFModel) -> None:
+        self.hf_model = hf_model
+        self._tables: dict[tuple[Kind, int], Tables] = {}  # of so many positions
+        self._weights: int | None = None
+        self._kernels: OffsetKernels | None = None
+
+    def of_prompt(self, reuse: Reuse, length: int, observer: Observer) -> OffsetCorrector:
+        """The correction of a prompt of T tokens, on the current stream."""
+        weights = self.hf_model.fingerprint.generation
+        if weights != self._weights:  # rotary modules have some, too
+            self._tables.clear()
+            self._weights = weights
+        tables = [self._tables_of(kind, length) for kind in self._kinds]
+        self._kernels = self._kernels or self._with(tables)
+        return OffsetCorrector(self._kernels, tables, reuse, self.hf_model.device, observer)
+
+    @cached_property
+    def _kinds(self) -> list[Kind]:
+        found = ((r.source, r.layout, r.sign) for r in self.hf_model.rotations if r is not None)
+        return list(dict.fromkeys(found))
+
+    def _with(self, tables: list[Tables]) -> OffsetKernels:
+        turns: dict[int, Turn | None] = {}
+        for layer in self.hf_model.layouts:
+            rotation = self.hf_model.rotations[layer]
+            if rotation is None:
+                turns[layer] = None
+                continue
+            nth = self._kinds.index((rotation.source, rotation.layout, rotation.sign))
+            turns[layer] = Turn(rotation.slot, tables[nth][0].shape[1], rotation.pairing == "half", nth)
+        return OffsetKernels(self.hf_model.layouts, turns, BLOCK)
+
+    def _tables_of(self, kind: Kind, length: int) -> Tables:
+        """cos and sin (at least T, R) without scaling, for prompts of any length where that makes no difference."""
+        trained = getattr(self.hf_model.config, "max_position_embeddings", 0) or 0
+        if self.hf_model.length_dependent or length > trained:
+            return self._made(kind, length, self.hf_model.regime(length))
+        positions = min(1 << (length - 1).bit_length(), trained)
+        if (kind, positions) not in self._tables:
+            with torch.inference_mode(False), torch.no_grad():  # they outlive the mode of this call
+                self._tables[kind, positions] = self._made(kind, positions, 0)
+            torch.cuda.current_stream(self.hf_model.device).synchronize()  # other streams may be next to read them
+        for table in self._tables[kind, positions]:
+            table.record_stream(torch.cuda.current_stream(self.hf_model.device))
+        return self._tables[kind, positions]
+
+    def _made(self, kind: Kind, positions: int, regime: int) -> Tables:
+        source, layout, sign = kind
+        tables = self.hf_model.rotary_tables_of_pieces(source, [(torch.arange(positions), regime)])
+        cos, sin = (table.to(self.hf_model.device) for table in pair_tables(tables, layout))
+        scaling = torch.hypot(cos, sin)  # which keys keep when they are turned to position 0
+        return (cos / scaling).contiguous(), (sign * sin / scaling).contiguous()
+
+
+class OffsetCorrector:
+    """Corrects the reused rows of one prompt's moved pieces, each layer once: `Corrector` with `offset`, by kernels.
+
+    Args:
+        tables: cos and sin (at least T, R), in the order in which the kernels number them.
+        observer: is told how much was added.
+
+    Attributes:
+        kernels: what corrects a layer.
+    """
+
+    def __init__(
+        self, kernels: OffsetKernels, tables: list[Tables], reuse: Reuse, device: torch.device, observer: Observer
+    ) -> None:
+        self.kernels, self._device, self._observer = kernels, device, observer
+        self._plan = Plan([piece.span for piece in reuse.moved], kernels.block, kernels.layouts, tables, device)
+        self._done = set[int]()
+        self._rows: torch.Tensor | None = None
+        self._numbers = torch.empty(0)
+
+    def __call__(self, above: int, layer_idx: int, rows: torch.Tensor, fresh: KV, kv: KV) -> None:
+        """Corrects a layer in a pass that Python runs. Arguments as in `hfblend.blend.reuse.Corrector`."""
+        if layer_idx <= above or layer_idx in self._done:  # a pass comes again to the layer where it was cut
+            return
+        self._done.add(layer_idx)
+        buffer = rows_behind(kv)
+        assert buffer is not None, "buffers are packed in rows"
+        with torch.cuda.device_of(buffer):
+            if rows is not self._rows:
+                self._rows, self._numbers = rows, sent(torch.tensor(self.numbers_for(rows)), rows.device)
+            self.kernels.correct(layer_idx, fresh, rows, buffer, self._numbers)
+            self._tell([layer_idx], self._numbers)
+
+    def numbers_for(self, rows: torch.Tensor) -> list[int]:
+        """The numbers by which the kernels find this prompt, in a pass over rows (S,), rising."""
+        return self._plan.numbers_for(rows)
+
+    def layers_above(self, above: int) -> list[int]:
+        """The layers that a pass corrects; none if some are done, as graphs correct all."""
+        layers = [layer for layer in sorted(self.kernels.layouts) if layer > above]
+        return [] if self._done & set(layers) else layers
+
+    def graph_ran(self, layers: list[int], numbers: torch.Tensor) -> None:
+        """Notes that a graph has corrected layers, with these numbers."""
+        self._done.update(layers)
+        with torch.cuda.device_of(numbers):
+            self._tell(layers, numbers)
+
+    def _tell(self, layers: list[int], numbers: torch.Tensor) -> None:
+        first, stop = layers[0], layers[-1] + 1
+        sizes = cache(lambda: self.kernels.sizes(range(first, stop), numbers, self._plan.pieces))
+        for layer in layers:
+            self._observer.corrected(layer, partial(lambda nth: sizes()[nth], layer - first))
+
+
+def in_graph(correct: Callable[..., None] | None) -> tuple[OffsetCorrector | None, list[int]]:
+    """What corrects layers of a pass by kernels, and which; `None` where nothing does, or only Python.
+
+    Args:
+        correct: of a pass's cache, from `ReusedKV.correcting`.
+    """
+    if not isinstance(correct, partial) or not isinstance(correct.func, OffsetCorrector):
+        return None, []
+    layers = correct.func.layers_above(*correct.args)
+    return correct.func if layers else None, layers
