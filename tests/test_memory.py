@@ -1,6 +1,8 @@
 """What a prompt took is free when the call is over: no cycle of references waits for the garbage collector."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -10,6 +12,7 @@ import hfblend
 from hfblend.blend.algorithm import Blend
 from hfblend.blend.caches import PassCache
 from hfblend.generate.blending import Blending
+from hfblend.support.registry import model_of
 
 PROMPT = make_prompt((20, 31, 13))
 
@@ -64,3 +67,26 @@ def test_blend_and_steps_leave_no_blend(alive):
     for step in hfblend.steps(model, PROMPT, config=config(0.2)):
         del step
     assert alive() == []
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_a_dropped_model_is_freed(is_removed):
+    model = make_llama()
+    blender = hfblend.patch(model, config=config(0.2))
+    generate(model, PROMPT.inputs())
+    if is_removed:
+        blender.remove()
+    there = [weakref.ref(one) for one in (model, model.model, blender.hf_model)]
+    del model, blender
+    gc.collect()  # a patched model and its blender know each other
+    assert [one() for one in there] == [None] * 3
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_tested_model_is_tested_itself(copied):
+    model = make_llama()
+    known, twin = model_of(model), copied(model)
+    assert model_of(twin) is not known
+    assert model_of(twin).model is twin
+    assert model_of(twin).digest == known.digest
+    assert model_of(model) is known

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import logging
 import re
 import traceback
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import hfblend
+import hfblend.cli as cli
 from hfblend.arguments import described
 from hfblend.cli import app
 from hfblend.controller import Controller
@@ -656,6 +659,29 @@ def test_commands_explain_wrong_files_and_options(command, tmp_path, monkeypatch
         assert isinstance(result.exception, SystemExit), (name, result.exception)
         assert result.exit_code in (1, 2), name
         assert result.output.strip(), name
+
+
+def _options_with_fractions():
+    """Commands, and their options that take a number with a fraction, or several."""
+    for name, (place, _) in cli._COMMANDS.items():
+        module, function = place.split(".")
+        command = getattr(importlib.import_module(f"hfblend.cli.{module}"), function)
+        if inspect.isfunction(command):
+            kinds = typing.get_type_hints(command).items()
+            yield from ((name, option) for option, kind in kinds if option == "ratios" or kind in (float, float | None))
+
+
+@pytest.mark.parametrize(("command", "option"), _options_with_fractions())
+def test_commands_refuse_numbers_that_are_none(command, option, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_model, "load", lambda *args, **kwargs: pytest.fail("read before the options"))
+    file = tmp_path / "prompt.json"
+    file.write_text('{"chunks": ["w7 w8"], "question": "w9"}')
+    needed = {"run": [file], "explain": [file], "verify": ["--prompts", file], "eval": ["--data", file]}
+    words, flag = [command, *map(str, needed.get(command, ()))], f"--{option.replace('_', '-')}"
+    for number in ("nan", "inf", "-inf", "-1"):
+        result = CliRunner().invoke(app, [*words, f"{flag}={number}"])
+        assert result.exit_code == 2, (number, result.output)
+        assert number in result.output or f"Invalid value for '{flag}'" in result.output, result.output
 
 
 def test_values_are_described_in_a_line():

@@ -3,6 +3,7 @@ prefills."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,8 @@ def verify(
     """
     require_folders_of(json_file)
     config = config_of(ratio, selection, correction)
+    if max_kl is not None and not 0 <= max_kl < math.inf:
+        raise ValueError(f"--max-kl must be a finite number of nats, 0 or more, got {max_kl}.")
 
     from .prompts import read_prompts
 

@@ -115,6 +115,10 @@ class HFModel:
     def model(self) -> nn.Module:
         return _alive(self._model)
 
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this is the model that was adapted, and no copy of it."""
+        return self._model() is model
+
     @property
     def decoder(self) -> nn.Module:
         return _alive(self._decoder)

@@ -34,7 +34,7 @@ _CONFIG_NOISE = ("use_cache", "return_dict", "output_hidden_states", "output_att
 _NOISE = ("training", "forward", "name_or_path", "gradient_checkpointing", "loss_type", "kernel_config", "rope_deltas",
           "attention_dropout", "hf_device_map", "_is_hf_initialized", "_old_forward", "_hf_hook", "meta",
           "all_tied_weights_keys", "_tp_size", "_device_mesh", "_use_kernels", "_weight_conversions",
-          "_hf_tp_plan", "_hf_device_mesh", "_is_hooked", "peft_config")  # fmt: skip
+          "_hf_tp_plan", "_hf_device_mesh", "_hfblend", "_is_hooked", "peft_config")  # fmt: skip
 _BOOKKEEPING = frozenset((*vars(nn.Module()), *dir(PreTrainedModel)))
 # PyTorch's plainest modules, whose settings cannot change or do not matter. peft leaves them in training mode.
 _ALWAYS_ALIKE = {nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}

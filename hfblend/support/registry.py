@@ -1,10 +1,9 @@
-"""One `TestedModel` per Transformers model, its self-test done, found again by the model."""
+"""One `TestedModel` per Transformers model, its self-test done, kept by the model."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +63,10 @@ class TestedModel(HFModel):
         self.reads_last_row_only = _reads_last_row_only(self)
         self._structure = Structure(model, (model, self.decoder))
         self.refusal: str | None = None  # by the self-test, of the structure that was looked at last
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Copies and pickles of the model hold `None` instead, and are tested themselves."""
+        return type(None), ()
 
     def look(self) -> tuple[bool, str | None]:
         """Returns whether the model, or a module inside it that then computes otherwise, is in training mode, and why
@@ -248,7 +251,15 @@ def _try_whole(hf_model: HFModel, around: Callable[..., Any]) -> torch.Tensor:
 
 
 _making = ForwardLock()  # a second model would not know that the first one is patched
-_known: weakref.WeakKeyDictionary[nn.Module, TestedModel] = weakref.WeakKeyDictionary()
+# The attribute of a model that holds its tested model. A patched model and its `TestedModel` reach each other: a weak
+# dictionary, whose values live as long as it does, would never free them.
+_ATTRIBUTE = "_hfblend"
+
+
+def _known(model: nn.Module) -> TestedModel | None:
+    """The tested model of this very one: a shallow copy has its original's."""
+    found = vars(model).get(_ATTRIBUTE)
+    return found if found is not None and found.is_of(model) else None
 
 
 def model_of(model: nn.Module) -> TestedModel:
@@ -267,7 +278,7 @@ def model_of(model: nn.Module) -> TestedModel:
     if not hasattr(model, "config"):
         raise UnsupportedModel(f"model must be a causal LM of Transformers, got {described(model)}, without a config.")
     base = base_of(model)
-    known = _known.get(base)
+    known = _known(base)
     is_training, refusal = (any_training(with_mode(base.modules())), None) if known is None else known.look()
     if model.training or is_training:
         raise ValueError(
@@ -280,9 +291,10 @@ def model_of(model: nn.Module) -> TestedModel:
 
 
 def _make(model: nn.Module) -> TestedModel:
-    if model not in _known:
-        _known[model] = _proved(model)
-    return _known[model]
+    known = _known(model)
+    if known is None:
+        known = vars(model)[_ATTRIBUTE] = _proved(model)
+    return known
 
 
 def _proved(model: nn.Module) -> TestedModel:
@@ -291,4 +303,4 @@ def _proved(model: nn.Module) -> TestedModel:
 
 def forget(model: nn.Module) -> None:
     """Drops a tested model; the next `model_of` tests it again."""
-    _known.pop(base_of(model), None)
+    vars(base_of(model)).pop(_ATTRIBUTE, None)
