@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 
@@ -27,6 +28,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays: 600,000 objects that no collection need look at again
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries count at exit what was not freed
 
 
 @pytest.fixture
