@@ -291,7 +291,7 @@ def test_a_folder_that_may_only_be_read_is_read(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("times", [30, pytest.param(100, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("times", [30, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_of_a_write_nothing_half_is_seen_and_nothing_stored_is_lost(tmp_path, times):
     entries = {key: entry(tokens=600, seed=i) for i, key in enumerate(KEYS[:5])}
     draw = random.Random(0)

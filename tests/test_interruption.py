@@ -225,7 +225,7 @@ def sampled(events, count):
     return [numbers[int((i + 0.5) * len(numbers) / count)] for i in range(count)]
 
 
-@pytest.mark.parametrize("samples", [15, pytest.param(60, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("samples", [15, pytest.param(60, marks=pytest.mark.slow)])
 def test_patch_that_is_interrupted_is_undone(samples):
     """As its last lines run, the user may be left without a handle; `model.generate` then has one."""
     model = make_llama()

@@ -239,7 +239,7 @@ def test_a_forked_process_goes_on_and_so_does_its_parent(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("times", [15, pytest.param(50, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("times", [15, pytest.param(50, marks=pytest.mark.slow)])
 def test_threads_that_fork_at_once(tmp_path, times):
     """In the child as in the parent, entries are still written."""
     if torch.cuda.is_initialized():
