@@ -71,6 +71,12 @@ def test_only_methods_of_our_own_are_corrected(name):
     assert not (method.takes_correction and (method.algorithm is not Blend or "deviation" in name))
 
 
+def test_suffix_attention_after_the_filler_differs_in_nothing_else():
+    """Not even when the default configuration, `hfblend`, has another correction or no filler."""
+    alone, after_filler = METHODS["suffix_attention"].config(0.2), METHODS["suffix_attention_filler"].config(0.2)
+    assert after_filler == replace(alone, chunk_prefix="filler", correction=None)
+
+
 def test_offset_methods_recompute_the_same_tokens(model):
     for name in ("suffix_attention", "kv_deviation"):
         plain, corrected = run(model, name), run(model, f"{name}_offset")

@@ -278,6 +278,7 @@ METHODS: dict[str, Method] = {
         Method("full_reuse_filler", _full_reuse(chunk_prefix="filler"), fixed_ratio=0.0),
         # selection rules, over chunk KV computed after the prompt's prefix
         *(Method(name, _rule(name), takes_correction=True) for name in _RULES),
+        Method("suffix_attention_filler", _rule("suffix_attention", chunk_prefix="filler")),
         Method("kv_deviation", _deviation()),
         # two of them, with the rows that stay reused corrected by the others
         *(Method(f"{name}_offset", _rule(name, correction="offset")) for name in ("suffix_attention", "kv_deviation")),
