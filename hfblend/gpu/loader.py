@@ -12,18 +12,18 @@ Shapes: Hkv KV heads, T all tokens, D head_dim, W width of a row, L layers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..attention.by_position import HALF
 from ..blend.rotation import Realigner
 from ..kernels.device import HAS_TRITON, has_kernels
 from ..kv.chunk import ChunkKV, Reader
-from ..kv.rows import KV, ROOM, packed, rows_behind, sent
+from ..kv.rows import KV, ROOM, RowLayout, packed, rows_behind, sent
 from ..kv.streams import bus_stream, on_stream
 from ..model.hf_model import HFModel
 from ..prompts.separator import Span
@@ -82,19 +82,19 @@ class GPULoader:
         pieces = [*reuse.exact, *reuse.moved]
         near = [p.entry.addresses_in(device, layers) if isinstance(p.entry, ChunkKV) else None for p in pieces]
         far = [(p.span, p.entry) for p, addresses in zip(pieces, near) if addresses is None]
-        rows = self._allocate(length + ROOM, bus_stream(self.device) if far else None)
-        self.buffers = {i: hf_model.layouts[i].views(own[None]) for i, own in rows.items()}
+        self.buffers, rows = self._allocate(length + ROOM, bus_stream(self.device) if far else None)
         self.is_near, self._bus = not far, OverTheBus(far, rows, self.device)
 
-        targets = [own.data_ptr() for own in rows.values()]
-        row_bytes = [own.stride(0) * own.element_size() for own in rows.values()]
+        targets = np.array([own.data_ptr() for own in rows.values()])
+        row_bytes = np.array([own.stride(0) * own.element_size() for own in rows.values()])
         starts, sizes = [p.span[0] for p in pieces], [p.span[1] - p.span[0] for p in pieces]
-        in_place = ([t + start * n for t, n in zip(targets, row_bytes)] for start in starts)  # what is copied there
-        sources = [own if there is None else there for own, there in zip(in_place, near)]  # (pieces, L)
+        sources = [  # (pieces, L); what is copied there lies in its place
+            targets + start * row_bytes if there is None else there for start, there in zip(starts, near)
+        ]
         turns = [-1] * len(reuse.exact) + [0, *accumulate(sizes[len(reuse.exact) :])][:-1]
         tiles = tiles_of(list(zip(sizes, starts, turns)))
-        numbers = [torch.tensor(targets), torch.tensor(sources).T.flatten(), tiles.flatten()]
-        on_device = sent(torch.cat(numbers), device).split([len(part) for part in numbers])
+        numbers = [targets, np.stack(sources, 1).ravel(), tiles.numpy().ravel()]
+        on_device = sent(torch.from_numpy(np.concatenate(numbers)), device).split(list(map(len, numbers)))
         self._targets, self._sources = on_device[0], on_device[1].view(-1, len(pieces))
         self._tiles = on_device[2].view(-1, 5)
 
@@ -140,22 +140,26 @@ class GPULoader:
             half=rotation is None or rotation.pairing == "half",
         )
 
-    def _allocate(self, length: int, stream: torch.cuda.Stream | None) -> dict[int, torch.Tensor]:
-        """Layer -> rows (length, W), in one piece where all layers are alike.
+    def _allocate(self, length: int, stream: torch.cuda.Stream | None) -> tuple[dict[int, KV], dict[int, torch.Tensor]]:
+        """Layer -> K/V (1, Hkv, length, D), and layer -> their rows (length, W); layers that are alike share one piece.
 
         Args:
             stream: whose memory it is; what is first to write there need not wait for what others have queued.
         """
-        current = torch.cuda.current_stream(self.device)
-        widths = [self.hf_model.layouts[i].width for i in self._place_of]
-        made = functools.partial(on_stream, stream, torch.empty, dtype=self.hf_model.dtype, device=self.device)
-        if len(set(widths)) > 1:
-            rows = [made((length, width)) for width in widths]
-        else:
-            rows = list(made((len(widths), length, widths[0])).unbind())
-        for own in rows if stream else ():
-            own.record_stream(current)
-        return dict(zip(self._place_of, rows))
+        alike: dict[RowLayout, list[int]] = {}
+        for layer in self._place_of:
+            alike.setdefault(self.hf_model.layouts[layer], []).append(layer)
+        kv: dict[int, KV] = {}
+        rows: dict[int, torch.Tensor] = {}
+        for layout, layers in alike.items():
+            shape = len(layers), length, layout.width
+            made = on_stream(stream, torch.empty, shape, dtype=self.hf_model.dtype, device=self.device)
+            if stream is not None:
+                made.record_stream(torch.cuda.current_stream(self.device))
+            keys, values = (states[:, None].unbind() for states in layout.views(made))  # all layers at once
+            kv |= zip(layers, zip(keys, values))
+            rows |= zip(layers, made)
+        return {i: kv[i] for i in self._place_of}, {i: rows[i] for i in self._place_of}
 
 
 class OverTheBus:

@@ -6,6 +6,7 @@ layers.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -134,13 +135,13 @@ def tiles_of(pieces: list[tuple[int, int, int]]) -> torch.Tensor:
         pieces: of each, in the order of the sources: tokens, first row in the buffer, and first row in the rotary
             tables or −1 for a piece that is copied unchanged.
     """
-    tokens, to_row, turn = torch.tensor(pieces).T
-    counts = (tokens + _TOKENS - 1) // _TOKENS
-    piece = torch.repeat_interleave(counts)
-    start = (torch.arange(len(piece)) - (counts.cumsum(0) - counts)[piece]) * _TOKENS
+    tokens, to_row, turn = np.array(pieces).T  # PyTorch begins threads to repeat a few numbers, and waits for them
+    counts = -(-tokens // _TOKENS)
+    piece = np.repeat(np.arange(len(pieces)), counts)
+    start = (np.arange(len(piece)) - (counts.cumsum() - counts)[piece]) * _TOKENS
     tokens, to_row, turn = tokens[piece], to_row[piece], turn[piece]
-    last = torch.where(turn < 0, -1, turn + start)
-    return torch.stack([piece, start, to_row + start, (tokens - start).clamp_max(_TOKENS), last], 1)
+    last = np.where(turn < 0, -1, turn + start)
+    return torch.from_numpy(np.stack([piece, start, to_row + start, (tokens - start).clip(max=_TOKENS), last], 1))
 
 
 def load_rows(
