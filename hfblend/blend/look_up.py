@@ -6,13 +6,16 @@ Shapes: N reused tokens that could be recomputed.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ..config import BlendConfig
 from ..kv.chunk import ChunkKV, ChunkLost, Provenance, Reader
+from ..kv.ids import Ids, plain_ids
 from ..kv.rows import KV, full_length_cache, rows_at, sent
 from ..prompts.filler import require_filler
 from ..prompts.prompt import ChunkSpans
@@ -22,13 +25,12 @@ from ..store.keys import chunk_keys
 from ..trace.facts import ChunkTrace, Status
 from ..trace.observer import Observer
 from .model import BlendableModel
-from .reuse import Piece, Reuse, joined
+from .reuse import Piece, Reuse, tokens_of
 
 logger = logging.getLogger(__name__)
 
 _MOST_AFTER = 2**24  # ids that an entry captured in some context may claim: more than any model's context
 
-Ids = list[int]
 Text = tuple[Sequence[int], Sequence[int] | None]  # ids, and those they are computed after; `None`: in some context
 Found = tuple[Piece | None, ChunkTrace]
 
@@ -82,20 +84,22 @@ class ChunksOf:
             return None
         num_after = None if after_ids is None else len(after_ids)
         try:
-            is_usable = self._fits(entry, len(ids), num_after, key) and len(entry.cached_positions) == len(ids)
+            is_usable = self._fits(entry, len(ids), num_after, key) and entry.cached_positions.shape == (len(ids),)
         except ChunkLost as error:
             logger.warning("%s", error)
             return None
         return entry if is_usable else None
 
-    def prefill(self, key: str, ids: Ids, after_ids: Sequence[int], after: Reader | None = None) -> Reader:
+    def prefill(self, key: str, ids: Sequence[int], after_ids: Sequence[int], after: Reader | None = None) -> Reader:
         """Prefills ids alone and stores them."""
         chunk_kv = self._prefilled([ids], after_ids, after)[0]
         self.store.put(key, chunk_kv)
         self.observer.phase_done("prefill_chunks")
         return chunk_kv
 
-    def prefill_missing(self, missing: Mapping[str, Ids], batch_size: int | None = None) -> Iterator[dict[str, Reader]]:
+    def prefill_missing(
+        self, missing: Mapping[str, Sequence[int]], batch_size: int | None = None
+    ) -> Iterator[dict[str, Reader]]:
         """Prefills chunks by key, each alone after `after_ids`, and stores them; yields what each batch made."""
         after = self.to_continue() if missing else None
         for batch in self.model.batches(missing, len(self.after_ids), batch_size):
@@ -105,7 +109,9 @@ class ChunksOf:
             self.observer.phase_done("prefill_chunks")
             yield dict(made)
 
-    def _prefilled(self, chunks: list[Ids], after_ids: Sequence[int], after: Reader | None) -> list[ChunkKV]:
+    def _prefilled(
+        self, chunks: Sequence[Sequence[int]], after_ids: Sequence[int], after: Reader | None
+    ) -> list[ChunkKV]:
         self.observer.phase_done("look_up")
         chunk_kvs = self.model.prefill(chunks, after_ids, after)
         self.observer.phase_done("prefill_chunks")
@@ -119,20 +125,19 @@ class ChunksOf:
         is computed again, since KV computed after it would carry its error.
         """
         if self.kv is None and self.after_ids and self.config.chunk_prefix in ("prompt", "filler"):
-            ids = list(self.after_ids)
-            (key,) = self.keys([(ids, ())])
-            (self.kv,) = self.open([key], [(ids, ())])
-            self.kv = self.kv or self.prefill(key, ids, ())
+            (key,) = self.keys([(self.after_ids, ())])
+            (self.kv,) = self.open([key], [(self.after_ids, ())])
+            self.kv = self.kv or self.prefill(key, self.after_ids, ())
         if self.kv is not None and self.kv.quantised:
-            self.kv = self._prefilled([list(self.after_ids)], (), None)[0]
+            self.kv = self._prefilled([self.after_ids], (), None)[0]
         return self.kv
 
-    def _after_ids(self) -> tuple[int, ...]:
+    def _after_ids(self) -> Sequence[int]:
         match self.config.chunk_prefix:
             case "prompt":
-                return tuple(self.prefix_ids)
+                return plain_ids(self.prefix_ids)
             case "filler":
-                return (*self.prefix_ids, *self._filler())
+                return array("q", (*self.prefix_ids, *self._filler()))
             case "none":
                 return ()
         bos = getattr(self.model.config, "bos_token_id", None)
@@ -174,7 +179,7 @@ class LookUp:
     """
 
     model: BlendableModel
-    ids: Ids
+    ids: array[int]
     spans: ChunkSpans
     store: Store
     config: BlendConfig
@@ -270,7 +275,7 @@ class LookUp:
         exact = (
             entry.quantised is None
             and entry.num_behind == start
-            and list(entry.behind_ids) == self.ids[:start]
+            and Ids(entry.behind_ids) == self.ids[:start]
             and entry.cached_positions.tolist() == list(range(start, stop))
             and self.model.same_regime(entry.regime, self.model.regime(len(self.ids)))
         )
@@ -283,13 +288,13 @@ class LookUp:
         starts = [piece.span[0] for piece in pieces] + [len(self.ids)]
         stops = [0] + [min(piece.span[1], last) for piece in pieces]
         moved = [piece for piece in pieces if not piece.exact]
-        candidates = [torch.arange(piece.span[0], min(piece.span[1], last)) for piece in moved]
-        fresh = joined([torch.arange(*gap) for gap in zip(stops, starts) if gap[0] < gap[1]])
+        candidates = tokens_of((piece.span[0], min(piece.span[1], last)) for piece in moved)
+        fresh = tokens_of(gap for gap in zip(stops, starts) if gap[0] < gap[1])
         suffix_start = min(self.spans[-1][1], last) if self.spans else 0
         in_suffix = (fresh >= suffix_start) & (fresh <= last)
         # Counted on the CPU and sent together: no pass has to wait for a size.
-        parts = [joined(candidates), fresh, fresh[in_suffix], fresh[~in_suffix]]
-        on_device = sent(torch.cat(parts), self.model.device).split([len(part) for part in parts])
+        parts = [candidates, fresh, fresh[in_suffix], fresh[~in_suffix]]
+        on_device = sent(torch.from_numpy(np.concatenate(parts)), self.model.device).split(list(map(len, parts)))
         reuse = Reuse([piece for piece in pieces if piece.exact], moved, *on_device)
         self.observer.partitioned(reuse.candidate_idx, reuse.fresh_idx)
         return reuse

@@ -124,13 +124,13 @@ class BlendableModel(ReusingModel, Protocol):
         """The reused K/V of a prompt of `length` tokens."""
         ...
 
-    def prefill(self, chunks: Sequence[list[int]], after_ids: Sequence[int], after: Reader | None) -> list[ChunkKV]:
+    def prefill(self, chunks: Sequence[Sequence[int]], after_ids: Sequence[int], after: Reader | None) -> list[ChunkKV]:
         """K/V of chunks, each computed alone after `after_ids`, whose K/V may be at hand."""
         ...
 
     def batches(
-        self, chunks: Mapping[str, list[int]], num_after: int, batch_size: int | None = None
-    ) -> Iterator[dict[str, list[int]]]:
+        self, chunks: Mapping[str, Sequence[int]], num_after: int, batch_size: int | None = None
+    ) -> Iterator[dict[str, Sequence[int]]]:
         """Chunks by key, those to prefill together."""
         ...
 

@@ -10,11 +10,12 @@ Shapes: Hkv KV heads, T all tokens, N reused tokens that could be recomputed, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from ..arguments import described
@@ -122,7 +123,9 @@ class ReusedKV:
         self.corrector: Callable[[int, int, torch.Tensor, KV, KV], None] | None = None
         if correction is not None and reuse.moved:
             self.corrector = Corrector(correction, model, reuse, length, self.observer)
-        positions = [torch.arange(*piece.span) for piece in reuse.moved]
+        spans = [piece.span for piece in reuse.moved]
+        self._moved_tokens = torch.from_numpy(tokens_of(spans))
+        positions = self._moved_tokens.split([stop - start for start, stop in spans])
         moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
         self.realigner = Realigner(model.rotary_tables_of_pieces, model.rotations, moves, model.regime(length))
         self.loaders: Mapping[int, Loader] = {}
@@ -168,7 +171,7 @@ class ReusedKV:
     @cached_property
     def _moved_rows(self) -> torch.Tensor:
         """(N,) the rows of the pieces that moved; a piece that ends with the prompt has one that is no candidate."""
-        return sent(joined([torch.arange(*piece.span) for piece in self.reuse.moved]), self.model.device)
+        return sent(self._moved_tokens, self.model.device)
 
     def layers(self, layers: Sequence[int], like: KV | None = None) -> dict[int, KV]:
         """Layer -> buffers of several layers; a loader gathers them together."""
@@ -225,16 +228,15 @@ class Corrector:
         self.correction, self.observer, self._rotations = correction, observer, model.rotations
         self._spans, self._done = [piece.span for piece in reuse.moved], set[int]()
         sizes = [stop - start for start, stop in self._spans]
-        self._longest, piece = max(sizes), torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        positions = [torch.arange(*span) for span in self._spans]
-        nth = torch.full((length,), -1)  # of a token among the N
-        nth[joined(positions)] = torch.arange(sum(sizes))
-        place = joined([torch.arange(size) for size in sizes])
-        self._piece, self._place, self._nth = (sent(t, model.device) for t in (piece, place, nth))
-        regime, tables_of = model.regime(length), model.rotary_tables_of_pieces
-        off = [(p, torch.zeros_like(p), regime) for p in positions]
-        on = [(zero, p, regime) for p, zero, _ in off]
-        self._off, self._on = (Realigner(tables_of, model.rotations, moves, regime) for moves in (off, on))
+        self._longest, tokens = max(sizes), tokens_of(self._spans)
+        nth = np.full(length, -1)  # of a token among the N
+        nth[tokens] = np.arange(len(tokens))
+        numbers = np.repeat(np.arange(len(sizes)), sizes), tokens_of((0, size) for size in sizes), nth
+        on_device = sent(torch.from_numpy(np.concatenate(numbers)), model.device)
+        self._piece, self._place, self._nth = on_device.split(list(map(len, numbers)))
+        regime, tables_of, now = model.regime(length), model.rotary_tables_of_pieces, torch.from_numpy(tokens)
+        off, on = (now, torch.zeros_like(now), regime), (torch.zeros_like(now), now, regime)
+        self._off, self._on = (Realigner(tables_of, model.rotations, [move], regime) for move in (off, on))
 
     def __call__(self, above: int, layer_idx: int, rows: torch.Tensor, fresh: KV, kv: KV) -> None:
         """Corrects a layer before the fresh rows of a pass take their places.
@@ -299,6 +301,9 @@ def merged(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.cat([one, other]).sort().values
 
 
-def joined(ranges: list[torch.Tensor]) -> torch.Tensor:
-    """Ranges of token indices, one after the other; empty if there is none."""
-    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
+def tokens_of(spans: Iterable[Span]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The token indices of spans, one after the other.
+
+    By NumPy: some of PyTorch's operations begin threads for a few numbers on the CPU, and wait for them.
+    """
+    return np.concatenate([np.arange(*span) for span in ((0, 0), *spans)])

@@ -25,6 +25,7 @@ from ..blend.reuse import Reuse
 from ..config import BlendConfig, as_config
 from ..controller import BlendShape, Controller, loads_of
 from ..kv.chunk import ChunkLost
+from ..kv.ids import ids_in
 from ..kv.rows import KV
 from ..kv.streams import Beside
 from ..prompts.prompt import ChunkSpans, Prompt
@@ -48,7 +49,7 @@ class Blending:
         store, config: as in `hfblend.blend`.
         prompt_length: without the draft tokens that follow the prompt; default T.
         controller: settles `recompute_ratios="auto"`.
-        ids: `input_ids` as numbers, if known: reading them from a GPU waits for all its work.
+        ids: `input_ids` on the CPU, if known: reading them from a GPU waits for all its work.
         algorithm: `Blend`, or a subclass.
         weights_are_known: whether this call has already checked the weights for changes, which waits for a GPU, too.
 
@@ -69,7 +70,7 @@ class Blending:
         *,
         prompt_length: int | None = None,
         controller: Controller | None = None,
-        ids: list[int] | None = None,
+        ids: torch.Tensor | None = None,
         algorithm: type[Blend] = Blend,
         weights_are_known: bool = False,
     ) -> None:
@@ -89,7 +90,7 @@ class Blending:
         self.input_ids = input_ids.to(device)
         self.length = self.input_ids.shape[1]
         self.prompt_length = prompt_length or self.length
-        self.ids = ids or self.input_ids[0].tolist()
+        self.ids = ids_in((self.input_ids if ids is None else ids)[0])
         spans.check(self.length)
         self.trace = BlendTrace() if trace is None else trace
         self._algorithm, self._beside = algorithm, Beside(device)

@@ -207,7 +207,7 @@ class Call(Running):
         prompt, length, reason = self.plan.prompts[place], self.plan.lengths[place], self.plan.prefilled.get(place)
         trace = self.traces_of_prompts[place]
         spans = ChunkSpans(()) if reason else prompt.chunk_spans
-        known_ids = prompt.ids if ids.shape[1] == length else []
+        known_ids = prompt.input_ids if ids.shape[1] == length else None
         state = Blending(
             self.hf_model, ids, spans, self.store, self.config, trace,
             prompt_length=length, controller=self.controller, ids=known_ids, weights_are_known=place > 0,

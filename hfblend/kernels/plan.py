@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -35,14 +36,13 @@ class Plan:
         tables: Sequence[tuple[torch.Tensor, torch.Tensor]],
         device: torch.device,
     ) -> None:
-        begin, end = torch.tensor(spans).T
+        begin, end = np.array(spans).T
         counts = (end - begin + block - 1) // block
-        piece = torch.repeat_interleave(counts)
-        first_block = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        starts = begin[piece] + (torch.arange(len(piece)) - first_block[piece]) * block
-        stops = torch.minimum(starts + block, end[piece])
+        piece, first_block = np.arange(len(spans)).repeat(counts), np.append(0, counts.cumsum())
+        starts = begin[piece] + (np.arange(len(piece)) - first_block[piece]) * block
+        segments = np.concatenate([starts, np.minimum(starts + block, end[piece]), piece, first_block])
         self.blocks, self.pieces, self.tables = len(piece), len(spans), list(tables)
-        self._segments = sent(torch.cat([starts, stops, piece, first_block]), device)
+        self._segments = sent(torch.from_numpy(segments), device)
         heads, width = most_heads(layouts), max(layout.width for layout in layouts.values())
         most = self.blocks * (width + 2 * heads) + self.pieces * (3 * width + 2 * NUM_PRODUCTS.value * heads)
         self._sums = torch.empty(most + width + 6 * heads, device=device)

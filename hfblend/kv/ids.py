@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 import xxhash
 
 _shared: WeakValueDictionary[bytes, array[int]] = WeakValueDictionary()  # digest -> ids that are in use
@@ -48,12 +49,26 @@ class Ids(Sequence[int]):
         return iter(self._ids)
 
     def __eq__(self, other: object) -> bool:
+        if isinstance(other, Ids | array):
+            return self._ids == plain_ids(other)
         if not isinstance(other, Sequence) or isinstance(other, str):
             return NotImplemented
         return len(self) == len(other) and self._ids.tolist() == list(other)
 
     def __repr__(self) -> str:
         return f"Ids({self._ids.tolist()})"
+
+
+def plain_ids(ids: Sequence[int]) -> array[int]:
+    """Ids as 8 bytes each, to be hashed and compared without a Python integer for each; a copy only where needed."""
+    if isinstance(ids, Ids):
+        return ids._ids
+    return ids if isinstance(ids, array) and ids.typecode == "q" else array("q", ids)
+
+
+def ids_in(row: torch.Tensor) -> array[int]:
+    """The ids of a tensor (T,)."""
+    return array("q", row.to("cpu", torch.int64).numpy().tobytes())
 
 
 def _one_for_all(ids: array[int]) -> array[int]:

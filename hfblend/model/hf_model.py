@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import operator
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -277,9 +279,9 @@ class HFModel:
 
     def rotary_tables_of_pieces(self, source: int, pieces: list[tuple[torch.Tensor, int]]) -> Tables:
         """`rotary_tables` of several (positions, regime), one after the other."""
-        if not self.length_dependent:
-            pieces = [(torch.cat([positions for positions, _ in pieces]), 0)]
-        cos, sin = zip(*(self.rotary_tables(source, *piece) for piece in pieces))
+        by_regime = groupby(pieces, operator.itemgetter(1) if self.length_dependent else lambda piece: 0)
+        joined = [(torch.cat([positions for positions, _ in run]), regime) for regime, run in by_regime]
+        cos, sin = zip(*(self.rotary_tables(source, *one) for one in joined))
         return torch.cat(cos), torch.cat(sin)
 
     @functools.cached_property

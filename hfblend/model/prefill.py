@@ -19,7 +19,7 @@ from .layerwise import allowed, distance, noisy
 
 logger = logging.getLogger(__name__)
 
-Ids = list[int]
+Ids = Sequence[int]
 
 _TOKENS = 16384  # of a batch, with padding and the ids before the chunks
 

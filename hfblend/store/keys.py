@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
-from array import array
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from ..arguments import described
+from ..kv.ids import plain_ids
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
@@ -28,11 +30,19 @@ def chunk_key(
     provenance = "in_context" if behind_ids is None else "isolated"
     behind_ids = behind_ids or ()
     lengths = (len(ids), len(behind_ids))  # without them, ids could pass from one list to the other
-    header = json.dumps(["hfblend-1", fingerprint, str(dtype), namespace, provenance, lengths])
-    digest = hashlib.sha256(header.encode())
-    digest.update(array("q", ids))
-    digest.update(array("q", behind_ids))
+    digest = _hash_of_header(fingerprint, dtype, namespace, provenance, lengths).copy()
+    digest.update(plain_ids(ids))
+    digest.update(plain_ids(behind_ids))
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_of_header(
+    fingerprint: str, dtype: torch.dtype, namespace: str, provenance: str, lengths: tuple[int, int]
+) -> Any:
+    """The hash of all but the ids, which chunks of one length share."""
+    header = json.dumps(["hfblend-1", fingerprint, str(dtype), namespace, provenance, lengths])
+    return hashlib.sha256(header.encode())
 
 
 def chunk_keys(

@@ -163,13 +163,13 @@ class TestedModel(HFModel):
 
     # --- chunks ---------------------------------------------------------------------------------------------------
 
-    def prefill(self, chunks: Sequence[list[int]], after_ids: Sequence[int], after: Reader | None) -> list[ChunkKV]:
+    def prefill(self, chunks: Sequence[Sequence[int]], after_ids: Sequence[int], after: Reader | None) -> list[ChunkKV]:
         """K/V of chunks, each computed alone after the same ids."""
         return prefill_together(self, chunks, after_ids, after)
 
     def batches(
-        self, chunks: Mapping[str, list[int]], num_after: int, batch_size: int | None = None
-    ) -> Iterator[dict[str, list[int]]]:
+        self, chunks: Mapping[str, Sequence[int]], num_after: int, batch_size: int | None = None
+    ) -> Iterator[dict[str, Sequence[int]]]:
         """Chunks by key, in batches for `prefill`; default size 1 on a CPU, which is busy with one."""
         return map(dict, in_batches(chunks.items(), batch_size or self.chunks_at_once, num_after))
 
