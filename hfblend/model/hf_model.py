@@ -227,6 +227,8 @@ class HFModel:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of `generate` with names for all but the first: settings count wherever a caller writes them."""
+        if len(args) < 2:
+            return args, kwargs
         kind: Any = type(self.model)
         parameters = list(inspect.signature(kind.generate).parameters.values())[2:]
         names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
