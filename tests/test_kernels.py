@@ -238,6 +238,13 @@ def addresses(*tensors):
     return torch.tensor([t.data_ptr() for t in tensors], device=DEVICE)
 
 
+def test_tiles_cover_every_piece():
+    pieces = [(70, 5, -1), (32, 80, 0), (1, 112, 32)]  # tokens, row in the buffer, row in the tables
+    assert tiles_of(pieces).tolist() == [
+        [0, 0, 5, 32, -1], [0, 32, 37, 32, -1], [0, 64, 69, 6, -1], [1, 0, 80, 32, 0], [2, 0, 112, 1, 32],
+    ]  # fmt: skip
+
+
 def test_several_layers_are_loaded_at_once():
     layout = RowLayout(1, 16, 1, 16)
     torch.manual_seed(0)

@@ -240,3 +240,13 @@ def test_values_do_not_move():
     positions = torch.arange(len(PROMPT))
     moved = moved_kv(hf_model, {1: full[1]}, (positions, positions + 5, 0), 0)
     assert torch.equal(moved[1][1], full[1][1])
+
+
+def test_pieces_of_a_length_dependent_rope_are_asked_for_in_runs():
+    hf_model = model_of(make_llama("dynamic"))
+    pieces = [(torch.arange(3, 9), 200), (torch.arange(4), 200), (torch.arange(50, 60), 90), (torch.arange(2), 200)]
+    together = hf_model.rotary_tables_of_pieces(0, pieces)
+    alone = zip(*(hf_model.rotary_tables(0, *piece) for piece in pieces))
+    assert all(torch.equal(one, torch.cat(parts)) for one, parts in zip(together, alone))
+    at_200, at_90 = (hf_model.rotary_tables(0, torch.arange(50, 60), regime)[0] for regime in (200, 90))
+    assert not torch.equal(at_200, at_90)

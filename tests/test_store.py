@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 
 from hfblend import ChunkKV, MemoryStore
+from hfblend.kv.ids import Ids, ids_in
 from hfblend.kv.rows import full_length_cache
 from hfblend.store import DiskStore, chunk_key
 
@@ -81,6 +84,19 @@ def test_keys_cover_everything_kv_depends_on():
     assert len(set(keys)) == len(keys)
     assert chunk_key(**base) == keys[0]
     assert all(len(key) == 64 for key in keys)
+
+
+def test_keys_and_comparisons_do_not_depend_on_how_ids_are_held():
+    ids, behind = [5, 2**40, 0, 7], [9, 8]
+    kinds = (list, tuple, Ids, lambda ids: array("q", ids), lambda ids: ids_in(torch.tensor(ids)))
+    for hold in kinds:
+        assert chunk_key("f", torch.float32, hold(ids), hold(behind)) == chunk_key("f", torch.float32, ids, behind)
+        assert Ids(ids) == hold(ids)
+        assert Ids(ids) != hold(ids[:-1])
+        assert Ids(ids) != hold([*ids[:-1], 8])
+    # What is in folders was found by this key: another one would lose all of it.
+    known = "6c54c6a0866a12b2332126d2d9222234675c59206d1833850b28469d1e8fbde5"
+    assert chunk_key("f", torch.float32, ids, behind, "tenant") == known
 
 
 def test_a_chunk_kv_checks_itself():
