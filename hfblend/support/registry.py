@@ -52,17 +52,25 @@ class TestedModel(HFModel):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        stock = stock_steps(self)
-        self.rotations, self.layouts, dtype = find_rotations(self, stock)
-        self._kv_dtypes = {super().dtype: dtype}
         self.fingerprint = Fingerprint(model)
         self.graphs, self._offsets = PassGraphs(self), Offsets(self)
         self._small_steps: Fused | None = None
-        prove_rows(self, stock)
+        self._self_test()
         self._forward = _forward_of(model)
-        self.reads_last_row_only = _reads_last_row_only(self)
         self._structure = Structure(model, (model, self.decoder))
         self.refusal: str | None = None  # by the self-test, of the structure that was looked at last
+
+    def _self_test(self) -> None:
+        """Finds by forwards over a few fixed ids how cached state turns, how rows attend, and which rows are read.
+
+        Raises:
+            UnsupportedModel: the model cannot be blended.
+        """
+        stock = stock_steps(self)
+        self.rotations, self.layouts, dtype = find_rotations(self, stock)
+        self._kv_dtypes = {super().dtype: dtype}
+        prove_rows(self, stock)
+        self.reads_last_row_only = _reads_last_row_only(self)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Copies and pickles of the model hold `None` instead, and are tested themselves."""
