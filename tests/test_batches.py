@@ -23,6 +23,8 @@ import hfblend
 from hfblend import Prompt
 from hfblend.generate.hand_over import GrowingLayer
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PAD = 0
 SHARED = make_prompt()  # its chunks stand in SHUFFLED too, in another order
 SHUFFLED = make_prompt(order=(2, 0, 1))

@@ -15,6 +15,8 @@ import hfblend
 from hfblend.generate.hand_over import GrowingLayer
 from hfblend.model.hf_model import CACHE
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt()
 IDS = PROMPT.input_ids
 MODEL = shared()

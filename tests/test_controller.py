@@ -22,6 +22,8 @@ from hfblend.measure import profile as profiling
 from hfblend.store import DiskStore, MemoryStore
 from hfblend.trace.facts import Decision
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 LAYERS = 10
 PREFILL = Cost(0.01, 1e-6, 1e-9)
 EARLY = Profile(

@@ -28,6 +28,8 @@ from hfblend.kv.rows import full_length_cache
 from hfblend.store import MemoryStore, chunk_key
 from hfblend.support.registry import model_of
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt(sizes=(40, 64, 36))
 OFFSET = {"correction": "offset"}
 # partial, interleaved and interleaved partial rotation; latent attention; layers without rotation; windows; shared K/V

@@ -25,6 +25,8 @@ from hfblend.trace.timeline import Interval
 from hfblend.trace.trace import BlendTrace
 from hfblend.util import visible
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt()
 HOSTILE = [
     "<script>alert(1)</script>",

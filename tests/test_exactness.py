@@ -26,6 +26,8 @@ from hfblend.model.hf_model import HFModel
 from hfblend.store import MemoryStore
 from hfblend.support.registry import model_of
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt()
 
 

@@ -27,6 +27,8 @@ from hfblend.generate.fallbacks import Fallback
 from hfblend.generate.hand_over import GrowingLayer
 from hfblend.model.compiled import run_as_written
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt()
 IDS = PROMPT.input_ids
 

@@ -10,6 +10,8 @@ import hfblend
 from hfblend.lab import insights
 from hfblend.support.registry import model_of
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt()
 
 

@@ -32,6 +32,8 @@ from hfblend.prompts.prompt import spans_by_row
 from hfblend.prompts.separator import Separator
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore, store_at
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt()
 CHAT = "{% for m in messages %}<s> w6 {{ m.content }} </s> {% endfor %}"
 PACKAGE = str(Path(hfblend.__file__).parent)

@@ -24,6 +24,8 @@ from hfblend.model.prefill import prefill, prefill_batch
 from hfblend.store import DiskStore, MemoryStore, TieredStore
 from hfblend.support.registry import model_of
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt()
 FILLER = tuple(range(20, 60))
 SETTINGS = {

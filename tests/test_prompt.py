@@ -14,6 +14,8 @@ from hfblend import Prompt
 from hfblend.prompts.prompt import ChunkSpans, spans_by_row
 from hfblend.prompts.separator import Separator
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 IDS = st.lists(st.integers(10, 90), min_size=1, max_size=6)
 
 

@@ -25,6 +25,8 @@ from hfblend.store.format import QUANTISED_FORMAT, CorruptEntry, OtherVersion, c
 from hfblend.store.quantise import can_be_quantised, dequantise, quantise
 from hfblend.store.tiers import holds
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 KEY, PROMPT = "ab" * 32, make_prompt()  # `signed` puts the digest where 32 zeros stand first
 LAYOUTS = {"mha": (4, 8, 4, 8), "gqa": (2, 16, 2, 16), "mqa": (1, 8, 1, 8), "mla": (1, 24, 2, 5), "odd": (3, 1, 1, 7)}
 both = pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])

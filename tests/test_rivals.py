@@ -24,6 +24,8 @@ from hfblend.lab import probes, rivals, texts
 from hfblend.lab.baselines import METHODS
 from hfblend.support.registry import model_of
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt(sizes=(20, 31, 13, 25))
 RIVALS = {name: method for name, method in METHODS.items() if method.source}
 

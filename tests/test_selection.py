@@ -19,6 +19,8 @@ from hfblend.generate.blending import Blending
 from hfblend.prompts.prompt import ChunkSpans
 from hfblend.support.registry import model_of
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 
 def kv(*values):
     """Keys and values (1, 1, N, 1)."""

@@ -12,6 +12,8 @@ import hfblend
 from hfblend.blend import selection
 from hfblend.generate.stops import Step
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 NAMES = ["looked_up", "realigned", "scored", "selected", "recomputed", "generated"]
 
 

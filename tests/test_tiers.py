@@ -18,6 +18,8 @@ from hfblend.generate import precompute as precomputing
 from hfblend.kv.rows import full_length_cache, packed
 from hfblend.store import DiskStore, MemoryStore, TieredStore
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 KEYS = [f"{i:064x}" for i in range(40)]
 SIZE = entry().held_bytes
 PROMPT = make_prompt()

@@ -18,6 +18,8 @@ from hfblend.trace.timeline import Interval, PhaseClock, ms_per_phase
 from hfblend.trace.tokens import texts_of
 from hfblend.util import require
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt()
 LEVELS = ("summary", "tokens", "full")
 RULES = {

@@ -24,6 +24,8 @@ from hfblend.measure.calibrate import calibrate
 from hfblend.measure.divergence import kl_divergence, teacher_forced_logits
 from hfblend.measure.verify import Verifier, verify_prompt
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT, OTHER = make_prompt(), make_prompt(seed=2)
 
 
