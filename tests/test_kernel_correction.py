@@ -140,11 +140,15 @@ SPANS = {"long": [(2, 702), (702, 703), (710, 743)], "short": [(4, 5), (5, 38), 
 FEW = [(1, 2), (2, 35), (40, 80)]
 
 
-SHORT = [("short", dtype, share) for dtype in (torch.float32, torch.bfloat16, torch.float16) for share in (0.08, 0.4)]
-LONG = [("long", torch.float32, 0.08), pytest.param("long", torch.float32, 0.4, marks=pytest.mark.thorough)]
+CASES = [("long", torch.float32, 0.08), *(("short", dtype, 0.08) for dtype in (torch.bfloat16, torch.float16)),
+         ("short", torch.float32, 0.4)]  # fmt: skip
+MORE = [("long", torch.float32, 0.4), *(("short", dtype, 0.4) for dtype in (torch.bfloat16, torch.float16)),
+        ("short", torch.float32, 0.08)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "dtype", "share"), [*LONG, *SHORT])
+@pytest.mark.parametrize(
+    ("name", "dtype", "share"), [*CASES, *(pytest.param(*case, marks=pytest.mark.thorough) for case in MORE)]
+)
 def test_the_kernels_give_what_the_estimator_gives(name, dtype, share):
     sizes = check(Model(HALF_TURN, 8), SPANS[name], some(SPANS[name], share), dtype=dtype)
     assert sizes.amax(1).gt(0.02).all()
@@ -161,7 +165,9 @@ ROTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.thorough if n in ("half", "interleaved") else ()) for n in ROTATIONS]
+)
 def test_any_rotation(name):
     check(Model(*ROTATIONS[name]), FEW, some(FEW, 0.3), LAYOUT if name != "values" else RowLayout(1, 48, 1, 16))
 

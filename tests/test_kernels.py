@@ -217,7 +217,7 @@ def test_what_stands_behind_the_last_key_is_not_read():
 
 
 @pytest.mark.parametrize("name", ["plain", "window", "softcap", "sinks", "hidden"])
-@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), pytest.param((2, 2), marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("rows", [1, 70])
 def test_received_is_the_mean_of_the_weights(name, rows, heads):
     length, dtype = 150, DTYPES[0]
