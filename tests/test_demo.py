@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+from dataclasses import asdict
 from types import ModuleType
 
 import pytest
@@ -273,17 +274,35 @@ def test_the_packaged_model_loads_without_a_network(no_hub):
     assert text.endswith("\n\nQuestion: Where?\nAnswer with a few words.<|im_end|>\n<|im_start|>assistant\n")
 
 
+def check_answers(runs):
+    full, reuse, blended = [run["answer"] for run in runs[:3]]
+    assert "two waves" in full
+    assert "two waves" not in reuse
+    assert "two waves" in blended
+    assert runs[2]["kl"] < 0.15
+    assert runs[2]["top1_agreement"] >= runs[1]["top1_agreement"]
+
+
+@pytest.mark.smollm
+@pytest.mark.slow
+@needs_packaged_model
+def test_one_order_on_smollm(no_hub, monkeypatch):
+    monkeypatch.setattr(demo, "REPEATS", 1)  # of the timing: answers and distances are the same
+    monkeypatch.delitem(demo.METHODS, ("blend", 0.05))
+    model, tokenizer = demo_model.load(device="cpu")
+    data = demo_data()
+    prompt = demo_prompt(tokenizer, data, data["questions"][demo.QUESTION]["question"], range(12))
+    with hfblend.patch(model, tokenizer=tokenizer) as blender:
+        runs, _ = demo.compare(blender, prompt, lambda: None)
+    check_answers([asdict(run) for run in runs])
+
+
 @pytest.mark.smollm
 @pytest.mark.slow
 @needs_packaged_model
 def test_demo_on_smollm(no_hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "REPEATS", 1)  # of the timing: answers and distances are the same
+    monkeypatch.setattr(demo, "REPEATS", 1)
     results, _ = run_demo(tmp_path / "demo.json")
     check_form(results)
-    for runs in (results["runs"], results["reordered_runs"]):
-        full, reuse, blended, _ = runs
-        assert "two waves" in full["answer"]
-        assert "two waves" not in reuse["answer"]
-        assert "two waves" in blended["answer"]
-        assert blended["kl"] < 0.15
-        assert blended["top1_agreement"] >= reuse["top1_agreement"]
+    check_answers(results["runs"])
+    check_answers(results["reordered_runs"])
