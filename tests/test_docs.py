@@ -35,8 +35,9 @@ EXTERNAL_LINKS = {  # checked by hand when they were added; no test asks the net
     "https://nicegui.io",
     "https://semver.org/spec/v2.0.0.html",
 }
-FOREIGN_NAMES = {  # of Python, pytest, Transformers, peft, RAG frameworks and other projects; families of models
+FOREIGN_NAMES = {  # of Python, pytest, tests, Transformers, peft, RAG frameworks and other projects; families of models
     *("MemoryError", "True", "False", "None", "browser", "smollm", "thorough", "with"),
+    *("PROVE_ALL", "remembered_proofs"),
     *("PeftModel", "add_adapter", "continuous_batching", "cpu_offload", "disk_offload", "dispatch_model"),
     *("generate_batch", "init_continuous_batching", "inv_freq", "load_adapter", "modules_to_save"),
     *("output_scores", "pixel_values", "set_adapter", "set_stance", "token_type_ids"),

@@ -15,6 +15,8 @@ from hfblend.cli import app
 from hfblend.cli.prompts import read_prompts
 from hfblend.demo import model as demo_model
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PIECES = {
     "prefix": "w10 w11 w12 ",
     "chunks": [
