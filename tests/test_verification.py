@@ -242,16 +242,23 @@ def test_settings_that_mean_nothing_are_refused(wrong):
 def test_calibrate_finds_the_smallest_ratio_within_the_bound():
     model, ratios = make_llama(), (1.0, 0.1, 0.5, 0.3)
     kls = {
-        ratio: sum(verify_prompt(model, prompt, config=config(ratio)).kl for prompt in (PROMPT, OTHER)) / 2
+        (ratio, correction): sum(
+            verify_prompt(model, prompt, config=config(ratio, correction=correction)).kl for prompt in (PROMPT, OTHER)
+        )
+        / 2
         for ratio in ratios
+        for correction in (None, "offset")
     }
-    bound = kls[0.5]
-    fits = min(ratio for ratio, kl in kls.items() if kl <= bound)
+    bound = min(kls[0.5, None], kls[0.5, "offset"])
+    fits = min(ratio for (ratio, _), kl in kls.items() if kl <= bound)
     assert fits > 0.1  # else nothing is sought
     found = calibrate(model, [PROMPT, OTHER], max_kl=bound * 1.001, config=config(0.05), ratios=ratios)
-    assert found.config == config(fits)
-    assert [row.recompute_ratio for row in found.rows] == [ratio for ratio in sorted(ratios) if ratio <= fits]
-    assert [row.kl for row in found.rows] == pytest.approx([kls[row.recompute_ratio] for row in found.rows], rel=1e-3)
+    best = min((None, "offset"), key=lambda correction: kls[fits, correction])
+    assert found.config == config(fits, correction=best)
+    tried = [(row.recompute_ratio, row.correction) for row in found.rows]
+    assert set(tried) == {of for of in kls if of[0] <= fits}
+    assert len(tried) == len(set(tried))
+    assert [row.kl for row in found.rows] == pytest.approx([kls[of] for of in tried], rel=1e-3)
     assert all(row.largest_kl >= row.kl for row in found.rows)
     assert len(str(found).splitlines()) == 1 + len(found.rows)
 
@@ -267,7 +274,7 @@ def test_calibrate_prefills_each_prompt_in_full_once_and_each_chunk_once(monkeyp
     monkeypatch.setattr(calibration, "blend", lambda *a, **k: traces.append(result := own_blend(*a, **k)) or result)
     calibrate(model, [PROMPT, OTHER], max_kl=1e-5, store=store, config=config(), ratios=(0.1, 0.3, 1.0))
     assert len(fulls) == 2
-    assert [result.trace.misses for result in traces] == [3, 3, 0, 0, 0, 0]
+    assert [result.trace.misses for result in traces] == [3, 3, *[0] * 8]  # at 1.0 nothing stays reused, to correct
 
 
 @pytest.mark.parametrize(
@@ -282,7 +289,8 @@ def test_calibrate_chooses_among_check_layers_and_score_layers(rule, name, layer
     settings = config(selection=rule)
     found = calibrate(model, [PROMPT], max_kl=9.0, config=settings, ratios=(0.2,), layers=layers)
     as_tuples = [layer if layer is None or isinstance(layer, tuple) else (layer,) for layer in layers]
-    assert [row.layers for row in found.rows] == as_tuples
+    assert [row.layers for row in found.rows] == [layer for layer in as_tuples for _ in range(2)]
+    assert [row.correction for row in found.rows] == [None, "offset"] * 3
     best = min(found.rows, key=lambda row: row.kl)
     assert getattr(found.config, name) == best.layers
     assert len({row.kl for row in found.rows}) > 1
@@ -296,8 +304,9 @@ def test_verify_and_calibrate_measure_with_the_correction(make):
     assert corrected.kl != pytest.approx(plain.kl, rel=1e-2)
     assert corrected.recomputed_pairs_share == plain.recomputed_pairs_share  # no row more
     found = calibrate(model, [PROMPT], max_kl=9.0, config=settings, ratios=(0.3, 1.0))
-    assert found.config == settings
-    assert found.rows[0].kl == pytest.approx(corrected.kl, rel=1e-3)
+    assert [row.correction for row in found.rows] == ["offset", None]
+    assert [row.kl for row in found.rows] == pytest.approx([corrected.kl, plain.kl], rel=1e-3)
+    assert found.config.correction == min((corrected.kl, "offset"), (plain.kl, None))[1]
     with hfblend.patch(model, config=settings, verify=1) as blender:
         assert blender.verify(PROMPT).kl == pytest.approx(corrected.kl, rel=1e-3)
         assert blender.verify(PROMPT).trace.settings["correction"] == "offset"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from ..arguments import described, number_in
-from ..config import BlendConfig, as_config
+from ..config import BlendConfig, Correction, as_config
 from ..generate.blending import blend, require_prompts
 from ..prompts.prompt import Prompt
 from ..store import Store, store_at
@@ -30,12 +31,14 @@ class CalibrationRow:
     Attributes:
         recompute_ratio: of each check layer.
         layers: the check layers, or for `"suffix_attention"` the score layers (`None`: its own choice).
+        correction: of the rows that stay reused.
         kl: in nats, mean over the prompts; `largest_kl`, of the worst prompt.
         top1_agreement, recomputed_pairs_share: mean over the prompts.
     """
 
     recompute_ratio: float
     layers: tuple[int, ...] | None
+    correction: str | Callable[..., Any] | None
     kl: float
     largest_kl: float
     top1_agreement: float
@@ -51,12 +54,14 @@ class Calibration:
     rows: list[CalibrationRow]
 
     def __str__(self) -> str:
-        lines = [f"{'ratio':>6} {'layers':>12} {'KL, nats':>10} {'largest':>10} {'top-1':>6} {'pairs':>6}"]
+        lines = [
+            f"{'ratio':>6} {'layers':>12} {'correction':>10} {'KL, nats':>10} {'largest':>10} {'top-1':>6} {'pairs':>6}"
+        ]
         for row in self.rows:
             layers = "default" if row.layers is None else ",".join(map(str, row.layers))
             lines.append(
-                f"{row.recompute_ratio:6.2f} {layers:>12} {row.kl:10.2e} {row.largest_kl:10.2e} "
-                f"{row.top1_agreement:6.0%} {row.recomputed_pairs_share:6.1%}"
+                f"{row.recompute_ratio:6.2f} {layers:>12} {_name(row.correction):>10} {row.kl:10.2e} "
+                f"{row.largest_kl:10.2e} {row.top1_agreement:6.0%} {row.recomputed_pairs_share:6.1%}"
             )
         return "\n".join(lines)
 
@@ -75,8 +80,9 @@ def calibrate(
 ) -> Calibration:
     """Finds the smallest ratio whose KL from full prefill, mean over the prompts, is at most `max_kl`.
 
-    Ratios are tried from the smallest up, and none above the first that fits. Each prompt is prefilled in full once;
-    its chunks are prefilled once, into the store.
+    Ratios are tried from the smallest up, and none above the first that fits. Each is tried with and without the
+    correction of rows that stay reused: which is closer depends on model and text. Each prompt is prefilled in full
+    once; its chunks are prefilled once, into the store.
 
     >>> calibration = calibrate(model, prompts, max_kl=0.05)  # doctest: +SKIP
     >>> blender.config = calibration.config  # doctest: +SKIP
@@ -86,7 +92,7 @@ def calibrate(
         prompts: such as the model will get.
         max_kl: in nats.
         store: default, a new `MemoryStore` for all prompts.
-        config: whose ratio is sought. Of several check layers each gets the same ratio.
+        config: whose ratio and correction are sought. Of several check layers each gets the same ratio.
         ratios: to choose from.
         layers: to choose from too, at each ratio the one with the smallest KL. With `selection="kv_deviation"` they
             are check layers, with `"suffix_attention"` score layers; each is a layer, several, or `None`.
@@ -103,7 +109,7 @@ def calibrate(
     answers = [(prompt, FullAnswer.of(model, prompt, num_tokens)) for prompt in prompts]
     rows: list[CalibrationRow] = []
     for ratio in ratios:
-        settings = [with_ratio(candidate, ratio) for candidate in candidates]
+        settings = [with_ratio(one, ratio) for one in (_with_corrections(candidates) if 0 < ratio < 1 else candidates)]
         rows += [_verified(model, answers, store, one) for one in settings]
         of_ratio = rows[-len(settings) :]
         best = min(of_ratio, key=_distance)
@@ -139,7 +145,9 @@ def _verified(
         agreements.append(top1_agreement(answer.logits, logits))
         shares.append(result.trace.recomputed_pairs_share)
     layers = getattr(config, _layers_field(config) or "check_layers")
-    return CalibrationRow(config.fixed_ratios[0], layers, mean(kls), max(kls), mean(agreements), mean(shares))
+    return CalibrationRow(
+        config.fixed_ratios[0], layers, config.correction, mean(kls), max(kls), mean(agreements), mean(shares)
+    )
 
 
 def _layers_field(config: BlendConfig) -> str | None:
@@ -161,6 +169,19 @@ def _candidates(config: BlendConfig, layers: Sequence[Layers] | None) -> list[Bl
             f"layers={layers!r} with selection={config.selection!r}."
         )
     return [_with_layers(config, name, wanted) for wanted in layers]
+
+
+def _with_corrections(candidates: list[BlendConfig]) -> list[BlendConfig]:
+    """Each of the settings with its own correction, with the built-in ones, and with none."""
+    return [
+        replace(one, correction=correction)
+        for one in candidates
+        for correction in dict.fromkeys((one.correction, None, *get_args(Correction)))
+    ]
+
+
+def _name(correction: str | Callable[..., Any] | None) -> str:
+    return getattr(correction, "__name__", "own") if callable(correction) else str(correction or "none")
 
 
 def _with_layers(config: BlendConfig, name: str, wanted: Layers) -> BlendConfig:
