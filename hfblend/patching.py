@@ -328,6 +328,7 @@ class Blender:
             return
         self._unwrap()
         self.hf_model.graphs.clear()  # and their memory
+        self.hf_model.decoding.clear()
         self._tidy()
         forget(self.model)
         self.hf_model.unwrapped_forward = None  # last: an interrupted removal can be repeated
@@ -483,6 +484,9 @@ class Blender:
                 output = call.blended_forward(kwargs)
                 if has_inner_hooks(self.hf_model):
                     self._note_hooks(call)
+                return output
+            is_compiled = as_written(stock_forward) is not stock_forward
+            if ids is not None and not is_compiled and (output := call.decoded(ids, kwargs)) is not None:
                 return output
         elif is_paged(cache_given(kwargs)):
             self._note_continuous_batching()

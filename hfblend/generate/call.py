@@ -31,7 +31,7 @@ from ..trace.trace import BlendTrace
 from .asked import Asked
 from .blending import Blending
 from .fallbacks import Fallback
-from .hand_over import SideBySide, hand_over
+from .hand_over import SideBySide, growing_layers, hand_over
 from .request import Plan, found_chunks, generate_option
 
 logger = logging.getLogger("hfblend.patching")
@@ -216,6 +216,22 @@ class Call(Running):
             found = f" {found_chunks([prompt.chunk_spans], self.config, None)}" if prompt.chunk_spans else ""
             trace.notes.append(f"Prefilled in full, next to the other prompts of its batch: {reason.reason}{found}")
         return state, state.start(functools.partial(self.hf_model.decoder_forward, **kwargs))
+
+    # --- decoding -------------------------------------------------------------------------------------------------
+
+    def decoded(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """Returns the decoder's output for the next token of a blended prompt, by a CUDA graph, its K/V in the cache.
+
+        `None`, nothing done, where the decoder's own forward is to run. The prompt has no padding and stands alone, so
+        no mask that Transformers' loop makes for it hides a token.
+        """
+        if ids.shape != (1, 1) or self.is_waiting or not (self.by_stock and self.config.cuda_graphs):
+            return None
+        if not (self.is_blended and self.plan.is_one_prompt and self.hf_model.takes_kernels):
+            return None
+        cache = cache_given(kwargs)
+        layers = growing_layers(cache)
+        return self.hf_model.decoding.step(kwargs, cache, layers) if layers else None
 
     # --- ahead of it ----------------------------------------------------------------------------------------------
 

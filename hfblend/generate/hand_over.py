@@ -5,13 +5,14 @@ Shapes: B batch, Hkv KV heads, T all tokens, D head_dim.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..kv.rows import KV, ROOM, empty_kv
+from ..kv.rows import KV, ROOM, empty_kv, rows_behind
 
 
 class _SpareRows:
@@ -39,13 +40,22 @@ class _SpareRows:
         heads = keys.shape[1] + values.shape[1]
         self._both = (self._written[0][0], heads, *self._views[0][2:]) if adjacent and alike else None
 
+    @functools.cached_property
+    def address(self) -> int | None:
+        """The address of the rows (capacity, W), `None` if these are not packed rows of one prompt."""
+        rows = rows_behind((self._views[0][0], self._views[1][0]))
+        return None if rows is None else rows.data_ptr()
+
     def may_continue(self, keys: torch.Tensor | None, values: torch.Tensor | None, added: KV) -> bool:
         """Whether `added` may be written after the K/V of a layer."""
+        return self.has_room(keys, values, added[0].shape[2]) and _kind_of(added) == self._kind
+
+    def has_room(self, keys: torch.Tensor | None, values: torch.Tensor | None, count: int) -> bool:
+        """Whether `count` rows may be written after the K/V of a layer."""
         if self.shown is None or keys is not self.shown[0] or values is not self.shown[1]:
             return False
         is_open = not self._needs_inference_mode or torch.is_inference_mode_enabled()
-        has_room = self.shown[0].shape[2] + added[0].shape[2] <= self._capacity
-        return is_open and has_room and _kind_of(added) == self._kind
+        return is_open and self.shown[0].shape[2] + count <= self._capacity
 
     def write(self, start: int, added: KV) -> None:
         """Writes K/V (B, Hkv, n, D), beginning at row `start`."""
@@ -106,6 +116,22 @@ class GrowingLayer(DynamicLayer):
         self._spare.write(length, added)
         self.keys, self.values = shown = self._spare.show(length + key_states.shape[2])
         return shown
+
+    @property
+    def kv(self) -> KV:
+        """Keys and values (B, Hkv, T, D)."""
+        return self._held()
+
+    @property
+    def address(self) -> int | None:
+        """The address of its packed rows, if a kernel may write the next one there; `None` if not."""
+        spare = self._spare
+        return spare.address if spare is not None and spare.has_room(self.keys, self.values, 1) else None
+
+    def show_next_row(self) -> None:
+        """Counts the next row, which a kernel has written."""
+        assert self._spare is not None
+        self.keys, self.values = self._spare.show(self.get_seq_length() + 1)
 
     def reset(self) -> None:
         super().reset()
@@ -180,6 +206,12 @@ def hand_over(buffers: dict[int, KV], length: int, batch_size: int, cache: Cache
             cache.layers[i] = GrowingLayer.adopt((keys, values), length)
         else:
             cache.update(keys[:, :, :length], values[:, :, :length], i)
+
+
+def growing_layers(cache: Any) -> list[GrowingLayer]:
+    """The layers of a plain dynamic cache that has no others than these; else none."""
+    is_plain = type(cache) is DynamicCache and not cache.offloading
+    return cache.layers if is_plain and all(type(layer) is GrowingLayer for layer in cache.layers) else []
 
 
 def is_foreign(cache: Any) -> bool:

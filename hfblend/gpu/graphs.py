@@ -48,6 +48,8 @@ MAX_GRAPHS = 16
 LAYERS_A_PART = 4
 _SIMPLE = (type(None), bool, int, str)
 
+Part = tuple[torch.cuda.CUDAGraph, list[int]]  # the graph of some layers, and those layers
+
 
 class GraphCache(RowsCache):
     """A `BlendingCache` inside a graph: rows are written through the state, and attention reads them through it.
@@ -95,7 +97,7 @@ class Recording:
 
     def __init__(self, device: torch.device, pool: Any) -> None:
         self._stream, self._pool = torch.cuda.Stream(device), pool
-        self.parts: list[tuple[torch.cuda.CUDAGraph, list[int]]] = []
+        self.parts: list[Part] = []
         self._is_open = False
 
     def run(self, call: Callable[[], Any]) -> Any:
@@ -137,6 +139,25 @@ class Recording:
         self._is_open = False
 
 
+def recorded(hf_model: HFModel, pool: Any, run: Callable[[Callable[[int], None]], Any]) -> tuple[Any, list[Part]]:
+    """Runs a pass once, then records it, in exclusive work of the model's lock.
+
+    Args:
+        pool: of CUDA graphs, whose memory it works in; `None` makes one.
+        run: the pass, called with a function that it may tell each layer it comes to, where a part may end.
+
+    Returns:
+        The output, in the pool's memory, and the parts.
+    """
+    side, caller = torch.cuda.Stream(hf_model.device), torch.cuda.current_stream(hf_model.device)
+    side.wait_stream(caller)
+    on_stream(side, run, lambda layer_idx: None)  # kernels are compiled and tuned, libraries make their workspaces
+    caller.wait_stream(side)
+    recording = Recording(hf_model.device, pool)
+    hf_model.lock.undo_later(recording.close)
+    return recording.run(lambda: run(recording.reached)), recording.parts
+
+
 class PassGraph:
     """One recorded pass.
 
@@ -175,7 +196,7 @@ class PassGraph:
             assert offsets is not None
             offsets[0].correct(layer_idx, fresh, rows, self.state, plan)
 
-        def run(reached: Callable[[int], None] = lambda layer_idx: None) -> Any:
+        def run(reached: Callable[[int], None]) -> Any:
             if record is not None:
                 record.received.clear()
             corrected = offsets[1] if offsets else ()
@@ -184,14 +205,7 @@ class PassGraph:
             )  # fmt: skip
             return hf_model.lock.exclusive(run_rows, hf_model, forward, self._inputs, cache, self.state)[0]
 
-        side = torch.cuda.Stream(hf_model.device)
-        side.wait_stream(torch.cuda.current_stream(hf_model.device))
-        on_stream(side, run)  # kernels are compiled and tuned, libraries make their workspaces
-        torch.cuda.current_stream(hf_model.device).wait_stream(side)
-        recording = Recording(hf_model.device, pool)
-        hf_model.lock.undo_later(recording.close)
-        self.output = recording.run(lambda: run(recording.reached))
-        self._parts = recording.parts
+        self.output, self._parts = recorded(hf_model, pool, run)
         self._last_stream = torch.cuda.current_stream(hf_model.device)
 
     def replay(self, one: Pass, numbers: torch.Tensor, load: Callable[[Sequence[int]], None]) -> Any:

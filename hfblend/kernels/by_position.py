@@ -244,6 +244,7 @@ def attend(
         return out.transpose(1, 2), None
     few = splits > 1 or _INTERPRETED
     kernel = _attend_kernel if few else _tuned_attend_kernel
+    few_rows = 16 if rows * group_block <= 16 else 64  # a token that is decoded, its heads: the least that `dot` takes
     stages = 3 if max(head_dim, value_dim) <= 128 else 2
     kernel[grid](
         query, at.key, at.value, parts, lse, positions, out if sinks is None else sinks,
@@ -253,7 +254,7 @@ def attend(
         GROUP=group, GROUP_BLOCK=group_block, SPLITS=splits, IN_STATE=at.in_state,
         WINDOW=args.sliding_window is not None, SOFTCAP=args.softcap is not None, HAS_SINKS=sinks is not None,
         HAS_HIDDEN=hidden is not None, WRITE_LSE=needs_lse,
-        **({"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": stages} if few else {}),
+        **({"ROWS": few_rows, "KEYS": 64, "num_warps": 4, "num_stages": stages} if few else {}),
     )  # fmt: skip
     if splits > 1:
         count = out.numel() // value_dim

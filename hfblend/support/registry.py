@@ -19,6 +19,7 @@ from ..blend.model import Forward, Pass, Watched
 from ..blend.reuse import Reuse, ReusedKV
 from ..config import BlendConfig
 from ..gpu.correction import Offsets
+from ..gpu.decoding import Decoding
 from ..gpu.fused import Fused, find_norms, find_rotary, run_fused
 from ..gpu.graphs import PassGraphs
 from ..gpu.loader import loaders_of
@@ -53,7 +54,7 @@ class TestedModel(HFModel):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.fingerprint = Fingerprint(model)
-        self.graphs, self._offsets = PassGraphs(self), Offsets(self)
+        self.graphs, self.decoding, self._offsets = PassGraphs(self), Decoding(self), Offsets(self)
         self._small_steps: Fused | None = None
         self._self_test()
         self._forward = _forward_of(model)
@@ -119,7 +120,7 @@ class TestedModel(HFModel):
         else:
             fresh.unwrapped_forward = forward
             self.__dict__ = fresh.__dict__
-            self.graphs, self._offsets = PassGraphs(self), Offsets(self)
+            self.graphs, self.decoding, self._offsets = PassGraphs(self), Decoding(self), Offsets(self)
             logger.info("%s was changed since its self-test, which ran again and passed.", type(model).__name__)
 
     # --- what it is -----------------------------------------------------------------------------------------------
