@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from hfblend.blend.correction import offset
 from hfblend.gpu.correction import OffsetCorrector
 from hfblend.kernels.reference import AttentionArgs, reference_attention
 from hfblend.kv.rows import RowLayout, full_length_cache, rows_behind
+from hfblend.model.hf_model import CACHE
 from hfblend.store import DiskStore, loader
 from hfblend.support.registry import TestedModel, model_of
 
@@ -297,6 +299,106 @@ def test_a_hook_or_new_weights_keep_graphs_away():
     assert model_of(model).graphs._works  # recorded again, though no graph was left
     python, _ = blended(model, PROMPT, store, ratio=0.15, cuda_graphs=False)
     assert (graphed - python).norm() <= 0.05 * python.norm()
+
+
+PYTHON = config(0.15, cuda_graphs=False)
+
+
+def require_same_answer(ours, theirs):
+    """Greedy tokens are the same up to where two logits are as close as rounding: from there, answers may part."""
+    for ours_now, theirs_now in zip(ours.logits, theirs.logits):
+        one, other = ours_now.float(), theirs_now.float()
+        assert (one - other).norm() <= 0.05 * other.norm()
+        if one.argmax() != other.argmax():
+            best, second = other.topk(2).values[0]
+            assert best - second <= 0.05 * other.abs().max()
+            return
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "llama-gqa", "llama-mqa", "mistral-full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decoding_by_a_graph_gives_what_python_gives(name, dtype):
+    """One graph for prompts of several lengths, in and out of inference mode; the next turn goes on with the cache."""
+    model = on_gpu(name, dtype)
+    prompts = [PROMPT, make_prompt(sizes=(90, 400), prefix=37, suffix=60, seed=2), make_prompt((311,), seed=3)]
+    with hfblend.patch(model, config=config(0.15)):
+        recorded = None
+        for prompt, mode in zip(prompts * 2, (torch.inference_mode, torch.no_grad) * 3):
+            with mode():
+                python = generate(model, prompt.inputs(), max_new_tokens=24, blend_config=PYTHON)
+                graphed = generate(model, prompt.inputs(), max_new_tokens=24)
+            require_same_answer(graphed, python)
+            decoding = model_of(model).decoding
+            assert decoding._works
+            assert decoding._graph is not None
+            assert recorded in (None, decoding._graph)
+            recorded = decoding._graph
+            assert graphed[CACHE].get_seq_length() == len(prompt) + 23
+            assert all(torch.isfinite(states).all() for layer in graphed[CACHE].layers for states in layer.kv)
+        turns = []
+        for one in (graphed, python):
+            ids = torch.cat([one.sequences, PROMPT.input_ids[:, :5].cuda()], 1)
+            turns.append(generate(model, {"input_ids": ids}, **{CACHE: one[CACHE]}))
+    if torch.equal(graphed.sequences, python.sequences):
+        require_same_answer(*turns)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-full"])
+def test_decoding_by_a_graph_is_no_further_from_fp32_than_stock(name):
+    model, exact = on_gpu(name, torch.bfloat16), MODELS[name](torch.bfloat16).float().to("cuda")
+    with hfblend.patch(model, config=config(1.0)):
+        for _ in range(2):
+            graphed = generate(model, PROMPT.inputs(), max_new_tokens=33)
+        assert model_of(model).decoding._graph is not None
+    stock = generate(model, stock_inputs(), max_new_tokens=33)
+    errors = []
+    for run in (graphed, stock):
+        with torch.no_grad():
+            truth = exact(run.sequences).logits[0, len(PROMPT) : -1]
+        found = torch.cat(run.logits[1:]).float()
+        errors.append(float((found - truth).norm() / truth.norm()))
+    assert errors[0] <= 1.2 * errors[1]
+
+
+def test_decoding_by_a_graph_goes_on_in_a_larger_buffer():
+    model = on_gpu("llama-gqa", torch.bfloat16)
+    with hfblend.patch(model, config=config(0.15)):
+        python = generate(model, PROMPT.inputs(), max_new_tokens=300, blend_config=PYTHON)
+        graphed = generate(model, PROMPT.inputs(), max_new_tokens=300)
+        graph = model_of(model).decoding._graph
+        assert graph._addresses == [layer.address for layer in graphed[CACHE].layers]
+    require_same_answer(graphed, python)
+
+
+def test_threads_that_decode_by_one_graph_each_get_their_answer():
+    model = on_gpu("llama-gqa", torch.bfloat16)
+    prompts = [PROMPT, make_prompt(sizes=(90, 400), prefix=37, suffix=60, seed=2)]
+
+    def answers(place):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [generate(model, prompts[place].inputs(), max_new_tokens=40) for _ in range(3)]
+
+    with hfblend.patch(model, config=config(0.15)):
+        for prompt in prompts * 3:  # graphs are recorded
+            generate(model, prompt.inputs(), max_new_tokens=4)
+        alone = [answers(place)[-1] for place in range(2)]
+        with ThreadPoolExecutor(2) as threads:
+            together = list(threads.map(answers, range(2)))
+    for runs, expected in zip(together, alone):
+        for run in runs:
+            require_same_answer(run, expected)
+
+
+def test_a_hook_on_a_layer_sees_every_decoded_token():
+    model, seen = on_gpu("llama-gqa", torch.bfloat16), []
+    with hfblend.patch(model, config=config(0.15)):
+        for _ in range(2):
+            generate(model, PROMPT.inputs())
+        assert model_of(model).decoding._graph is not None
+        hook = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+        generate(model, PROMPT.inputs(), max_new_tokens=9)
+        hook.remove()
+    assert len(seen) >= 8
 
 
 def test_graphs_are_recorded_again_after_remove():

@@ -17,7 +17,8 @@ from hfblend.blend.model import Pass
 from hfblend.blend.reuse import Piece, Reuse
 from hfblend.generate.blending import Blending
 from hfblend.gpu.correction import OffsetCorrector, Offsets, in_graph
-from hfblend.gpu.graphs import GraphCache, PassGraphs, _rounded
+from hfblend.gpu.graphs import PassGraphs, _rounded
+from hfblend.gpu.recording import GraphCache
 from hfblend.kernels.reference import mask_of
 from hfblend.kv.rows import RowLayout, rows_behind
 from hfblend.locks import ForwardLock

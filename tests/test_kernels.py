@@ -325,6 +325,22 @@ def state_of(buffers, length, live, received_at=0):
     return State(numbers, {i: RowLayout.of(kv) for i, kv in enumerate(buffers)})
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (6, 2), (4, 4), (32, 1)])
+@pytest.mark.parametrize(("length", "name"), [(1, None), (64, None), (65, "all"), (330, None), (330, "window")])
+def test_a_token_that_is_decoded_sees_all_before_it(heads, kv_heads, length, name):
+    """Through a state, its keys split among programs; spare rows hold anything."""
+    query, key, value = states(1, heads, kv_heads, 1, length, dtype=DTYPES[0])
+    positions = torch.tensor([[length - 1]], device=DEVICE, dtype=torch.int32)
+    options = {} if name is None else options_of(name, heads, positions, length)[0]
+    buffers = empty_kv((key, value), length + 70)
+    for buffer, states_ in zip(buffers, (key, value)):
+        buffer.fill_(torch.nan)
+        buffer[:, :, :length] = states_
+    fresh = [states_[:, :, -1:] for states_ in (key, value)]
+    out, _ = attend(AttentionArgs(query, *fresh, 0.3, **options), positions, state=state_of([buffers], length, 1))
+    close(out, reference_attention(AttentionArgs(query, key, value, 0.3, **options), positions), DTYPES[0])
+
+
 @pytest.mark.parametrize("dims", [(16, 16), (32, 16)])
 def test_kernels_find_the_prompt_through_a_state(dims):
     """As inside a CUDA graph: written and read by address, rows padded with copies of the last one."""

@@ -26,7 +26,7 @@ from ..kernels.device import HAS_TRITON
 from ..kv.rows import KV, RowLayout, sent
 from ..model.hf_model import CACHE, CACHE_NAMES, HFModel
 from ..model.passes import see_rows, until_stopped
-from .graphs import GraphCache, can_record, recorded
+from .recording import GraphCache, can_record, recorded
 
 if HAS_TRITON:
     from ..kernels.state import FIRST_LAYER, State
