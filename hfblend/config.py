@@ -76,7 +76,7 @@ class BlendConfig:
         on_miss: `"isolated"` prefills a missing chunk alone, stores it, and then treats it like a hit, so that an
             answer never depends on what the store held. `"in_context"` computes it inside the prompt.
         layerwise: assemble each layer's reused KV when the pass reaches it; `False` assembles all layers first.
-        cuda_graphs: on a GPU, run passes as CUDA graphs, without Python, if the model allows it.
+        cuda_graphs: on a GPU, run passes and decoding as CUDA graphs, without Python, if the model allows it.
         namespace: keeps one tenant's entries apart from another's in a shared store.
 
     Raises:

@@ -2,7 +2,7 @@
 
 Two attributes of this one instance are set: `generate`, which scopes a call and takes its options, and the decoder's
 `forward`: inside such a call, the one forward that prefills the whole prompt runs the phases of `blending.py`. Every
-other forward, decoding included, goes straight to the original.
+other forward goes straight to the original; on a GPU, decoding replays a graph of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Phase 5: blended K/V become the user's cache, as a stock prefill would have left it; decoding is stock.
+"""Phase 5: blended K/V become the user's cache, as a stock prefill would have left it, with room for the answer.
 
 Shapes: B batch, Hkv KV heads, T all tokens, D head_dim.
 """
