@@ -85,8 +85,12 @@ def test_answers_are_those_of_plain_decoding(name, graphs):
             same(graphed, plain)
             assert (graphs.recorded, graphs.replayed) == (1, replayed)
         more = PROMPT.input_ids[:, :5]
-        same(*(generate(model, {"input_ids": torch.cat([one.sequences, more], 1)}, **{CACHE: one[CACHE]})
-               for one in (graphed, plain)))  # fmt: skip
+        turns = [
+            {"inputs": {"input_ids": torch.cat([one.sequences, more], 1)}, CACHE: one[CACHE], "max_new_tokens": 3}
+            for one in (graphed, plain)
+        ]
+        same(generate(model, **turns[0]), generate(model, **turns[1], blend_config=PLAIN))
+        assert (graphs.recorded, graphs.replayed) == (1, 7)
 
 
 def test_a_graph_is_recorded_once_and_given_up_with_the_patch_or_with_other_weights(graphs):
@@ -103,6 +107,20 @@ def test_a_graph_is_recorded_once_and_given_up_with_the_patch_or_with_other_weig
         held = model_of(model).decoding
         assert held._graph is not None
     assert held._graph is None
+
+
+def test_a_next_turn_looks_at_the_model_again(graphs):
+    """At its weights, which may be others now, and at settings that ask for more than hidden states."""
+    model = make_llama()
+    with hfblend.patch(model, config=config(0.3)):
+        answer = generate(model, SHORTER.inputs(), max_new_tokens=3)
+        weight = torch.nn.Parameter(model.lm_head.weight * 1, requires_grad=False)
+        model.model.embed_tokens.weight = model.lm_head.weight = weight
+        for asked, replayed in ((False, 3), (True, 3)):
+            model.config.output_hidden_states = asked
+            given = {"inputs": {"input_ids": answer.sequences}, CACHE: answer[CACHE]}
+            answer = generate(model, **given, max_new_tokens=2)  # one for the last token of the turn before
+            assert (graphs.recorded, graphs.replayed) == (2, replayed)
 
 
 def test_a_full_buffer_is_replaced_by_a_plain_step(graphs, monkeypatch):

@@ -20,7 +20,7 @@ from .fallbacks import Fallback
 from .hand_over import is_foreign
 
 _LOGITS = ("logits_to_keep", "num_logits_to_keep")  # the latter in older code of models
-_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 _READ_HERE = ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES)
 
 
@@ -85,7 +85,7 @@ class Asked:
         drafted = self.ids.shape[1] - self.num_tokens
         if (drafted and self.ids.shape[0] > 1) or model.get("labels") is not None:
             return True  # each row may have drafts that are not the others'
-        if any(self._setting(name) for name in _OUTPUTS) or self.decoder.get("return_dict") is False:
+        if any(self._setting(name) for name in OUTPUTS) or self.decoder.get("return_dict") is False:
             return True
         name = next((name for name in _LOGITS if name in self.hf_model.model_parameters), None)
         kept = model.get(name or _LOGITS[0])

@@ -13,6 +13,7 @@ import functools
 import logging
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from ..store import Store
 from ..support.registry import TestedModel
 from ..trace.facts import Level
 from ..trace.trace import BlendTrace
-from .asked import Asked
+from .asked import OUTPUTS, Asked
 from .blending import Blending
 from .fallbacks import Fallback
 from .hand_over import SideBySide, growing_layers, hand_over
@@ -38,6 +39,7 @@ logger = logging.getLogger("hfblend.patching")
 
 # Calls that cannot be blended before the decoder is reached: drafts may precede it, or options change its forward.
 _WAIT_FOR = {"assistant_model", "custom_generate", "inputs_embeds"}
+_CONTINUES = (Fallback.FILLED_CACHE, Fallback.NO_CHUNKS, Fallback.TOO_FEW_TOKENS)  # after a look at model and mask
 _WAIT_IF_SET = ("output_attentions", "output_hidden_states", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
@@ -220,18 +222,31 @@ class Call(Running):
     # --- decoding -------------------------------------------------------------------------------------------------
 
     def decoded(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-        """Returns the decoder's output for the next token of a blended prompt, by a CUDA graph, its K/V in the cache.
+        """Returns the decoder's output for the next token, by a CUDA graph, its K/V in the cache.
 
-        `None`, nothing done, where the decoder's own forward is to run. The prompt has no padding and stands alone, so
-        no mask that Transformers' loop makes for it hides a token.
+        `None`, nothing done, where the decoder's own forward is to run.
         """
-        if ids.shape != (1, 1) or self.is_waiting or not (self.by_stock and self.config.cuda_graphs):
-            return None
-        if not (self.is_blended and self.plan.is_one_prompt and self.hf_model.takes_kernels):
+        if ids.shape != (1, 1) or self.is_waiting or not self._may_replay:
             return None
         cache = cache_given(kwargs)
         layers = growing_layers(cache)
         return self.hf_model.decoding.step(kwargs, cache, layers) if layers else None
+
+    @cached_property
+    def _may_replay(self) -> bool:
+        """Whether tokens may be decoded by a graph: after one prompt that was blended here or in an earlier turn. It
+        has no padding, so that no mask of Transformers' loop hides a token.
+        """
+        hf_model, plan = self.hf_model, self.plan
+        if not (self.by_stock and self.config.cuda_graphs and plan.is_one_prompt and hf_model.takes_kernels):
+            return False
+        if self.is_blended:
+            return True
+        configs = hf_model.decoder.config, hf_model.model.config
+        if plan.fallback not in _CONTINUES or any(getattr(one, name, None) for one in configs for name in OUTPUTS):
+            return False
+        hf_model.fingerprint.current(hf_model.model)  # weights may have changed since then
+        return True
 
     # --- ahead of it ----------------------------------------------------------------------------------------------
 

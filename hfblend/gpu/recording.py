@@ -132,7 +132,7 @@ def recorded(hf_model: HFModel, pool: Any, run: Callable[[Callable[[int], None]]
     """Runs a pass once, then records it, in exclusive work of the model's lock.
 
     Args:
-        pool: of CUDA graphs, whose memory it works in; `None` makes one.
+        pool: of CUDA graphs, whose memory it works in; `None` makes a new one.
         run: the pass, called with a function that it may tell each layer it comes to, where a part may end.
 
     Returns:
@@ -142,6 +142,6 @@ def recorded(hf_model: HFModel, pool: Any, run: Callable[[Callable[[int], None]]
     side.wait_stream(caller)
     on_stream(side, run, lambda layer_idx: None)  # kernels are compiled and tuned, libraries make their workspaces
     caller.wait_stream(side)
-    recording = Recording(hf_model.device, pool)
+    recording = Recording(hf_model.device, torch.cuda.graph_pool_handle() if pool is None else pool)
     hf_model.lock.undo_later(recording.close)
     return recording.run(lambda: run(recording.reached)), recording.parts
