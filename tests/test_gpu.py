@@ -374,18 +374,19 @@ def test_threads_that_decode_by_one_graph_each_get_their_answer():
     model = on_gpu("llama-gqa", torch.bfloat16)
     prompts = [PROMPT, make_prompt(sizes=(90, 400), prefix=37, suffix=60, seed=2)]
 
-    def answers(place):
+    def goes_on(begun):
         with torch.cuda.stream(torch.cuda.Stream()):
-            return [generate(model, prompts[place].inputs(), max_new_tokens=40) for _ in range(3)]
+            return generate(model, {"input_ids": begun.sequences}, **{CACHE: begun[CACHE]}, max_new_tokens=100)
 
     with hfblend.patch(model, config=config(0.15)):
-        for prompt in prompts * 3:  # graphs are recorded
-            generate(model, prompt.inputs(), max_new_tokens=4)
-        alone = [answers(place)[-1] for place in range(2)]
+        generate(model, PROMPT.inputs(), max_new_tokens=4)  # records the graph
+        begun = [[generate(model, prompt.inputs(), max_new_tokens=1) for prompt in prompts] for _ in range(4)]
+        torch.cuda.synchronize()
+        alone = list(map(goes_on, begun[0]))
         with ThreadPoolExecutor(2) as threads:
-            together = list(threads.map(answers, range(2)))
-    for runs, expected in zip(together, alone):
-        for run in runs:
+            together = [list(threads.map(goes_on, pair)) for pair in begun[1:]]
+    for pair in together:
+        for run, expected in zip(pair, alone):
             require_same_answer(run, expected)
 
 
