@@ -32,6 +32,7 @@ from .generate.precompute import Precomputed, precompute
 from .generate.request import Request, generate_option, require_token_ids
 from .kv.streams import switch_back
 from .locks import Running, innermost, keeps_alive, put_back
+from .measure.blame import Blame, blame_prompt
 from .measure.calibrate import Calibration, calibrate
 from .measure.profile import profile_of
 from .measure.verify import Verification, Verifier, Verify, verify_prompt
@@ -210,6 +211,22 @@ class Blender:
         if isinstance(prompts, Prompt):
             return verify_prompt(self.model, prompts, **options)
         return [verify_prompt(self.model, prompt, **options) for prompt in require_prompts(prompts, "verify")]
+
+    def blame(self, prompt: Prompt, **options: Any) -> Blame:
+        """Searches for the chunks and tokens that, recomputed too, bring full prefill's answer back.
+
+        >>> print(blender.blame(prompt))  # doctest: +SKIP
+        >>> hfblend.show(blender.blame(prompt)).save("why.html")  # doctest: +SKIP
+
+        Args:
+            prompt: one whose blended answer, with this blender's store and settings, is not full prefill's.
+            options: of `hfblend.measure.blame.blame_prompt`: `seconds`, `num_tokens`, `progress`, `config`.
+
+        Returns:
+            A `hfblend.measure.blame.Blame`.
+        """
+        options = {"store": self.store, "config": self.config, "tokenizer": self.tokenizer, **options}
+        return blame_prompt(self.model, prompt, **options)
 
     def calibrate(self, prompts: Iterable[Prompt], *, max_kl: float, **options: Any) -> Calibration:
         """Finds the settings with the smallest ratio that keeps the KL from full prefill below `max_kl`; sets nothing.

@@ -97,20 +97,23 @@ class FullAnswer:
     logits: torch.Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, prompt: Prompt, num_tokens: int) -> FullAnswer:
-        """Prefills and decodes once, by the model's stock code."""
-        return cls(*greedy(model, prompt, whole("num_tokens", num_tokens, 1)))
+    def of(cls, model: nn.Module, prompt: Prompt, num_tokens: int, until_end: bool = False) -> FullAnswer:
+        """Prefills and decodes once, by the model's stock code; `until_end` lets the model end the answer earlier."""
+        return cls(*greedy(model, prompt, whole("num_tokens", num_tokens, 1), until_end))
 
 
-def greedy(model: nn.Module, prompt: Prompt, num_tokens: int, **kwargs: Any) -> tuple[list[int], torch.Tensor]:
+def greedy(
+    model: nn.Module, prompt: Prompt, num_tokens: int, until_end: bool = False, **kwargs: Any
+) -> tuple[list[int], torch.Tensor]:
     """Greedy ids, and the logits (P, V) before any processor changed them, of the class's stock `generate`."""
+    least = {} if until_end else {"min_new_tokens": num_tokens}
     input_ids = prompt.input_ids.to(model_of(model).device)
     kind: Any = type(model)
     unused = dict.fromkeys(("temperature", "top_p", "top_k"))  # settings of sampling, which warn without it
     output = kind.generate(
-        model, input_ids, attention_mask=torch.ones_like(input_ids), min_new_tokens=num_tokens,
-        max_new_tokens=num_tokens, do_sample=False, num_beams=1, num_return_sequences=1, output_logits=True,
-        return_dict_in_generate=True, **unused, **kwargs,
+        model, input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=num_tokens,
+        do_sample=False, num_beams=1, num_return_sequences=1, output_logits=True, return_dict_in_generate=True,
+        **least, **unused, **kwargs,
     )  # fmt: skip
     return output.sequences[0, input_ids.shape[1] :].tolist(), torch.cat(output.logits).float()
 

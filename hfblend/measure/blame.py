@@ -1,0 +1,389 @@
+"""The reason why a blended answer is not full prefill's: the chunks and tokens that, recomputed too, bring it back.
+
+    ■ recomputed, · reused           chunk 0     chunk 1     chunk 2
+    as the settings' rule chose      · · ■ ·     ■ · · ·     · · · ■      the answer that is asked about
+    … and all of one chunk           · · ■ ·     ■ ■ ■ ■     · · · ■      for each chunk: how close is it now?
+    … and half of the best one       · · ■ ·     ■ ■ ■ ·     · · · ■      the better half again, down to one token
+    … or by a higher ratio           ■ · ■ ·     ■ · ■ ·     · ■ · ■      the smallest that brings the answer back
+
+Each figure is measured by a blend. Nothing here is monotone: a token more can also take the answer away again. So the
+ratio is the smallest of those tried, and the tokens are some that suffice, not the fewest.
+
+An answer ends where the model ends it. It counts as full prefill's if, given full prefill's answer so far, the most
+likely token is the same at every place: then the greedy answers are equal too.
+
+Shapes: P tokens of full prefill's answer, T tokens of the prompt, N reused tokens that could be recomputed.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..arguments import described, is_function, number_in, require_tokenizer
+from ..blend.rules import scores_of
+from ..blend.selection import Evidence
+from ..config import BlendConfig, as_config
+from ..generate.blending import BlendResult, blend, require_prompt
+from ..model.hf_model import CACHE
+from ..prompts.prompt import Prompt
+from ..store import Store, store_at
+from ..trace.trace import BlendTrace
+from .calibrate import RATIOS
+from .divergence import FullAnswer, greedy, kl_divergence, teacher_forced_logits
+
+_PRECISION = 0.01  # of the ratio
+_HALVED = 3  # chunks whose tokens are looked at
+
+
+@dataclass(frozen=True)
+class TriedRatio:
+    """A ratio above that of the settings: its mean KL in nats, and whether full prefill's answer is back."""
+
+    ratio: float
+    kl: float
+    restores: bool
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens `[start, stop)` of a chunk, all recomputed in addition to what the rule had chosen.
+
+    Attributes:
+        part: `"chunk 2"`, numbered from 0, or `"prefix"`.
+        more: how many of them the rule had not chosen.
+        kl: in nats, mean over the answer's tokens.
+        restores: whether full prefill's answer is back.
+    """
+
+    part: str
+    start: int
+    stop: int
+    more: int
+    kl: float
+    restores: bool
+
+
+@dataclass(frozen=True)
+class Blame:
+    """A blended answer next to full prefill's, and what would have to be recomputed to bring that one back.
+
+    Attributes:
+        full_answer_ids, blended_answer_ids: the greedy answers, up to the model's end token.
+        first_difference: index of the first token at which they part; `None` if they are equal.
+        token_kl: (P) KL(full prefill ‖ blended) in nats at each token of full prefill's answer.
+        restores: whether nothing more is needed.
+        ratio: of the settings.
+        ratios: higher ones that were tried, rising.
+        chunks: each chunk that has reused tokens left, recomputed as a whole; the closest to full prefill first.
+        stretches: halves of the best chunks, in the order in which they were tried.
+        num_blends, seconds: the cost of the search.
+        is_complete: whether it ended before its time did.
+        trace: of the blended prompt, with its tokens.
+    """
+
+    full_answer_ids: list[int]
+    blended_answer_ids: list[int]
+    first_difference: int | None
+    token_kl: list[float]
+    restores: bool
+    ratio: float
+    ratios: list[TriedRatio]
+    chunks: list[Stretch]
+    stretches: list[Stretch]
+    num_blends: int
+    seconds: float
+    is_complete: bool
+    trace: BlendTrace = field(repr=False)
+
+    @property
+    def kl(self) -> float:
+        """Mean of `token_kl`."""
+        return sum(self.token_kl) / len(self.token_kl)
+
+    @property
+    def smallest_ratio(self) -> float | None:
+        """The smallest ratio that was found to give full prefill's answer."""
+        found = [one.ratio for one in self.ratios if one.restores]
+        return self.ratio if self.restores else min(found, default=None)
+
+    @property
+    def fewest(self) -> Stretch | None:
+        """The fewest more tokens that were found to give full prefill's answer; `None`: none, or none are needed."""
+        found = [] if self.restores else [one for one in (*self.chunks, *self.stretches) if one.restores]
+        return min(found, key=lambda one: (one.more, one.kl), default=None)
+
+    def falls(self) -> list[float | None]:
+        """Returns for each of the prompt's T tokens by how many nats the KL falls when the smallest stretch around it
+        that was tried is recomputed; `None`: not tried."""
+        found: list[float | None] = [None] * self.trace.num_tokens
+        for one in (*self.chunks, *self.stretches):  # halves come after what they are halves of
+            found[one.start : one.stop] = [self.kl - one.kl] * (one.stop - one.start)
+        return found
+
+    def words(self) -> tuple[list[str], list[str]]:
+        """Returns the words of full prefill's and of the blended answer, each with the space before it; token ids if no
+        tokenizer is known."""
+        tokenizer = self.trace.tokenizer
+
+        def words(ids: list[int]) -> list[str]:
+            if tokenizer is None:
+                return [f" {i}" for i in ids]
+            return re.findall(r"\s*\S+", tokenizer.decode(ids, skip_special_tokens=True).strip())
+
+        return words(self.full_answer_ids), words(self.blended_answer_ids)
+
+    def first_different_word(self) -> int | None:
+        """Returns the index of the first word at which the answers part, which may be the end of the shorter one."""
+        one, other = self.words()
+        both = zip(one, other)
+        length = None if len(one) == len(other) else min(len(one), len(other))
+        return next((i for i, (a, b) in enumerate(both) if a != b), length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain numbers, lists and strings, for JSON; the trace too."""
+        found = asdict(replace(self, trace=BlendTrace()))
+        kept = ("kl", "smallest_ratio", "fewest")
+        more = {name: None if (value := getattr(self, name)) is None else value for name in kept}
+        more["fewest"] = self.fewest and asdict(self.fewest)
+        return {**found, **more, "trace": self.trace.to_dict()}
+
+    def __str__(self) -> str:
+        return " ".join(self.sentences())
+
+    def __repr__(self) -> str:
+        return f"<Blame: {self}>"
+
+    def sentences(self) -> list[str]:
+        """Returns what was found, as sentences."""
+        return [self._difference(), *self._cure(), self._cost()]
+
+    def _difference(self) -> str:
+        kl = f"mean KL {self.kl:.2g} nats over {len(self.token_kl)} tokens"
+        place = self.first_different_word()
+        if self.first_difference is None or place is None:
+            words = "" if self.first_difference is None else " in its words"
+            return f"The blended answer is full prefill's{words}; {kl}."
+        said = [repr(words[place].strip()) if place < len(words) else "ends" for words in self.words()]
+        return f"The answers part at word {place + 1}: full prefill {said[0]}, blended {said[1]}; {kl}."
+
+    def _cure(self) -> Iterator[str]:
+        if not self.chunks:
+            yield "No token was reused that could be recomputed." if self.is_complete else "No chunk was tried."
+            return
+        best = self.chunks[0]
+        if best.kl >= self.kl:
+            yield "No chunk alone, recomputed as a whole, brings it closer."
+        else:
+            yield f"{best.part.capitalize()}, recomputed as a whole, brings it closest: KL {best.kl:.2g}."
+        if self.restores:
+            return
+        if (fewest := self.fewest) is not None:
+            place = f"token {fewest.start}" if fewest.more == 1 else f"tokens {fewest.start} to {fewest.stop - 1}"
+            yield f"{fewest.more} more recomputed brings it back: {place}, in {fewest.part}."
+        else:
+            yield "No chunk alone brings it back."
+        if self.smallest_ratio is not None:
+            yield f"So does the ratio {self.smallest_ratio:g} instead of {self.ratio:g}."
+        elif self.ratios:
+            yield f"Nor does a ratio up to {self.ratios[-1].ratio:g}."
+
+    def _cost(self) -> str:
+        ended = "" if self.is_complete else ", when the time was up"
+        return f"({self.num_blends} blends, {self.seconds:.0f} s{ended}.)"
+
+
+@torch.no_grad()
+def blame_prompt(
+    model: nn.Module,
+    prompt: Prompt,
+    *,
+    store: Store | str | os.PathLike[str] | None = None,
+    config: BlendConfig | None = None,
+    tokenizer: Any = None,
+    num_tokens: int = 64,
+    seconds: float = 60.0,
+    progress: Callable[[str], None] | None = None,
+) -> Blame:
+    """Answers a prompt after a full prefill and blended, and searches for what made the difference.
+
+    >>> found = blame_prompt(model, prompt, store=store, tokenizer=tokenizer)  # doctest: +SKIP
+    >>> print(found)  # doctest: +SKIP
+    The answers part at word 8: full prefill '1866.', blended '1902.'; … Chunk 3, …
+
+    Args:
+        model: a causal LM in eval mode, patched or not.
+        prompt, store, config: as in `hfblend.blend`; `recompute_ratios="auto"` counts as `least_ratio`.
+        tokenizer: for the texts.
+        num_tokens: the longest answer; it ends earlier where the model ends it.
+        seconds: no new blend begins after these. Half of them, at most, go to the chunks, a quarter to the ratio.
+        progress: called with a line of text after each blend; what it raises ends the search.
+
+    Raises:
+        ValueError, TypeError: as `hfblend.blend`; a negative time.
+    """
+    prompt, config, store = require_prompt(prompt), as_config(config).settled(), store_at(store)
+    number_in("seconds", seconds, 0, float("inf"))
+    if progress is not None and not is_function(progress):
+        raise TypeError(f"progress must be a function of a text, got {described(progress)}.")
+    tokenizer = None if tokenizer is None else require_tokenizer(tokenizer)
+    started = time.perf_counter()
+    full = FullAnswer.of(model, prompt, num_tokens, until_end=True)
+    return _Search(model, prompt, store, config, full, num_tokens, started, seconds, progress).run(tokenizer)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A rule that selects given tokens. The settings' own rule runs as well, for the passes that it asks for."""
+
+    config: BlendConfig
+    tokens: torch.Tensor
+
+    def __call__(self, evidence: Evidence) -> torch.Tensor:
+        if self.config.check_layers:
+            scores_of(replace(evidence, config=self.config), lambda note: None)
+        return torch.isin(evidence.candidate_idx, self.tokens.to(evidence.candidate_idx))
+
+
+@dataclass
+class _Search:
+    model: nn.Module
+    prompt: Prompt
+    store: Store
+    config: BlendConfig
+    full: FullAnswer
+    num_tokens: int
+    started: float
+    seconds: float
+    progress: Callable[[str], None] | None
+    num_blends: int = 0
+    is_complete: bool = True
+    base_kl: float = 0.0
+
+    def run(self, tokenizer: Any) -> Blame:
+        result = self.blend(self.config)
+        if result.trace.misses:  # what is asked about is the answer of a store that has the chunks
+            result = self.blend(self.config)
+        token_kl, restores = self.distance(copy.deepcopy(result.cache))
+        blended_ids, _ = greedy(self.model, self.prompt, self.num_tokens, until_end=True, **{CACHE: result.cache})
+        trace, self.base_kl = result.trace, token_kl.mean().item()
+        trace.tokenizer = tokenizer
+        self.tell(f"as it is: KL {self.base_kl:.2g}")
+        candidates = [] if trace.candidate_idx is None else trace.candidate_idx.tolist()
+        chosen = set() if trace.selected_idx is None else set(trace.selected_idx.tolist())
+        chunks = sorted(self.chunks(trace, candidates, chosen), key=lambda one: one.kl)
+        ratios = [] if restores or not candidates else sorted(self.ratios(), key=lambda one: one.ratio)
+        stretches = list(self.halves(chunks, candidates, chosen))
+        pairs = enumerate(zip(self.full.ids, blended_ids))
+        length = None if len(self.full.ids) == len(blended_ids) else min(len(self.full.ids), len(blended_ids))
+        return Blame(
+            full_answer_ids=self.full.ids,
+            blended_answer_ids=blended_ids,
+            first_difference=next((i for i, (a, b) in pairs if a != b), length),
+            token_kl=token_kl.tolist(),
+            restores=restores,
+            ratio=min(self.config.fixed_ratios, default=0.0),
+            ratios=ratios,
+            chunks=chunks,
+            stretches=stretches,
+            num_blends=self.num_blends,
+            seconds=time.perf_counter() - self.started,
+            is_complete=self.is_complete,
+            trace=trace,
+        )
+
+    # --- what is tried --------------------------------------------------------------------------------------------
+
+    def chunks(self, trace: BlendTrace, candidates: list[int], chosen: set[int]) -> Iterator[Stretch]:
+        """Each chunk as a whole; those with the highest scores first, should time run out."""
+        names = [*(["prefix"] if trace.prefix else []), *(f"chunk {i}" for i in range(len(trace.chunks)))]
+        scores = dict(zip(candidates, [0.0] * len(candidates) if trace.scores is None else trace.scores.tolist()))
+        parts = [(name, [i for i in candidates if piece.span[0] <= i < piece.span[1]])
+                 for name, piece in zip(names, trace.pieces)]  # fmt: skip
+        parts = [(name, tokens) for name, tokens in parts if set(tokens) - chosen]
+        parts.sort(key=lambda part: -sum(scores[i] for i in part[1] if i not in chosen))
+        for name, tokens in parts:
+            if self.is_over(0.5):
+                return
+            yield self.stretch(name, tokens, candidates, chosen)
+
+    def ratios(self) -> Iterator[TriedRatio]:
+        """Ratios upwards to the first that brings the answer back; then between it and the last that did not."""
+        low = min(self.config.fixed_ratios, default=0.0)
+        for high in [ratio for ratio in RATIOS if ratio > low]:
+            if self.is_over(0.75):
+                return
+            yield (tried := self.ratio(high))
+            if tried.restores:
+                break
+            low = high
+        else:
+            return
+        while high - low > _PRECISION and not self.is_over(0.75):
+            middle = round((low + high) / 2, 4)
+            yield (tried := self.ratio(middle))
+            low, high = (low, middle) if tried.restores else (middle, high)
+
+    def halves(self, chunks: list[Stretch], candidates: list[int], chosen: set[int]) -> Iterator[Stretch]:
+        """Both halves of the best chunk's tokens, both halves of the closer one, and so on; then of the next chunk."""
+        for chunk in [one for one in chunks if one.kl < self.base_kl][:_HALVED]:
+            tokens = [i for i in candidates if chunk.start <= i < chunk.stop and i not in chosen]
+            while len(tokens) > 1:
+                middle, tried = len(tokens) // 2, []
+                for half in (tokens[:middle], tokens[middle:]):
+                    if self.is_over(1.0):
+                        return
+                    tried.append((self.stretch(chunk.part, half, candidates, chosen), half))
+                    yield tried[-1][0]
+                tokens = min(tried, key=lambda one: (not one[0].restores, one[0].kl))[1]
+
+    # --- how it is measured ---------------------------------------------------------------------------------------
+
+    def is_over(self, share: float) -> bool:
+        """Whether this share of the time is used up."""
+        is_over = time.perf_counter() - self.started >= share * self.seconds
+        self.is_complete &= not is_over
+        return is_over
+
+    def stretch(self, part: str, tokens: Sequence[int], candidates: list[int], chosen: set[int]) -> Stretch:
+        wanted = sorted(chosen.union(tokens))
+        layers = self.config.check_layers or (1,)
+        config = replace(
+            self.config, selection=_Given(self.config, torch.tensor(wanted)), check_layers=layers,
+            recompute_ratios=(len(wanted) / len(candidates),) * len(layers),
+        )  # fmt: skip
+        more = len(set(tokens) - chosen)
+        kl, restores = self.measured(config, f"{part}, {more} tokens more")
+        return Stretch(part, tokens[0], tokens[-1] + 1, more, kl, restores)
+
+    def ratio(self, ratio: float) -> TriedRatio:
+        layers = self.config.check_layers or (1,)
+        config = replace(self.config, check_layers=layers, recompute_ratios=(ratio,) * len(layers))
+        return TriedRatio(ratio, *self.measured(config, f"ratio {ratio:g}"))
+
+    def measured(self, config: BlendConfig, what: str) -> tuple[float, bool]:
+        token_kl, restores = self.distance(self.blend(config).cache)
+        kl = token_kl.mean().item()
+        self.tell(f"{what}: KL {kl:.2g}{', full prefill’s answer' if restores else ''}")
+        return kl, restores
+
+    def blend(self, config: BlendConfig) -> BlendResult:
+        self.num_blends += 1
+        return blend(self.model, self.prompt, store=self.store, config=config, trace="tokens")
+
+    def distance(self, cache: Any) -> tuple[torch.Tensor, bool]:
+        """The KL (P,) of a blended prompt, whose cache grows, and whether every most likely token is full prefill's."""
+        logits = teacher_forced_logits(self.model, self.prompt.input_ids, self.full.ids, cache).float()
+        return kl_divergence(self.full.logits, logits), torch.equal(self.full.logits.argmax(-1), logits.argmax(-1))
+
+    def tell(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress(text)
