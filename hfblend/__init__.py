@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .generate.precompute import prefill_chunk
     from .generate.steps import steps
     from .kv.chunk import ChunkKV
-    from .measure.calibrate import Calibration
-    from .measure.verify import Verification, Verify
+    from .measure.results import Blame, Calibration, Verification
+    from .measure.verify import Verify
     from .model.hf_model import UnsupportedModel
     from .patching import Blender, patch
     from .prompts.filler import filler_ids
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Blame",
     "BlendConfig",
     "BlendResult",
     "BlendTrace",
@@ -63,8 +64,8 @@ _MODULES = {
     "steps": "generate.steps",
     "ChunkKV": "kv.chunk",
     "prefill_chunk": "generate.precompute",
-    "Calibration": "measure.calibrate",
-    **dict.fromkeys(("Verification", "Verify"), "measure.verify"),
+    **dict.fromkeys(("Blame", "Calibration", "Verification"), "measure.results"),
+    "Verify": "measure.verify",
     "UnsupportedModel": "model.hf_model",
     **dict.fromkeys(("Blender", "patch"), "patching"),
     "filler_ids": "prompts.filler",

@@ -32,10 +32,11 @@ from .generate.precompute import Precomputed, precompute
 from .generate.request import Request, generate_option, require_token_ids
 from .kv.streams import switch_back
 from .locks import Running, innermost, keeps_alive, put_back
-from .measure.blame import Blame, blame_prompt
-from .measure.calibrate import Calibration, calibrate
+from .measure.blame import blame_prompt
+from .measure.calibrate import calibrate
 from .measure.profile import profile_of
-from .measure.verify import Verification, Verifier, Verify, verify_prompt
+from .measure.results import Blame, Calibration, Verification
+from .measure.verify import Verifier, Verify, verify_prompt
 from .model.compiled import as_written, give_back, set_aside, tidy
 from .model.hf_model import UnsupportedModel, cache_given, is_paged
 from .model.weights.offloading import device_of
@@ -45,7 +46,7 @@ from .prompts.separator import Separator
 from .store import Store, flush, store_at
 from .support.registry import forget, model_of
 from .trace.facts import Level
-from .trace.trace import BlendTrace, as_level
+from .trace.trace import BlendTrace, as_level, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,26 @@ class Blender:
             self.hf_model.unwrapped_forward = None
             raise
 
+    def __repr__(self) -> str:
+        name = type(self.hf_model.model).__name__
+        return f"<Blender of a {name}, removed>" if self._is_removed else f"<Blender of a {name}: {self._summary()}>"
+
+    def _repr_html_(self) -> str:
+        from .display.reprs import card
+
+        figures = [("model", type(self.hf_model.model).__name__), ("settings", self._summary()),
+                   ("store", repr(self.store).strip("<>")), ("last call", str(self.trace))]  # fmt: skip
+        return card("Blender, removed" if self._is_removed else "Blender", figures)
+
+    def _summary(self) -> str:
+        """suffix_attention 0.15, correction offset"""
+        config = self.config
+        if not config.enabled:
+            return "off"
+        rule, correction = name_of(config.selection), name_of(config.correction)
+        ratios = "auto" if config.is_auto else ", ".join(f"{ratio:g}" for ratio in config.fixed_ratios)
+        return f"{rule} {ratios or 0}" + (f", correction {correction}" if correction else "")
+
     # --- settings and results -------------------------------------------------------------------------------------
 
     @property
@@ -223,7 +244,7 @@ class Blender:
             options: of `hfblend.measure.blame.blame_prompt`: `seconds`, `num_tokens`, `progress`, `config`.
 
         Returns:
-            A `hfblend.measure.blame.Blame`.
+            A `hfblend.Blame`.
         """
         options = {"store": self.store, "config": self.config, "tokenizer": self.tokenizer, **options}
         return blame_prompt(self.model, prompt, **options)

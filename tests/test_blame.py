@@ -56,7 +56,7 @@ def test_it_points_at_the_token_that_was_changed():
     assert max(range(len(PROMPT)), key=lambda i: -1 if falls[i] is None else falls[i]) == token
     assert falls[token] == pytest.approx(found.kl, rel=1e-3)
     assert falls[len(PROMPT) - 1] is None  # the suffix is computed anyway
-    assert f"1 more recomputed brings it back: token {token}, in chunk 1." in str(found)
+    assert f"To bring it back, recompute 1 token more: chunk 1, token {token}." in str(found)
 
 
 @pytest.mark.parametrize("rule", ["suffix_attention", "kv_deviation", "chunk_start"])

@@ -106,6 +106,7 @@ STEPS = {
 }
 OF_BLENDER = {
     ("verify", "prompts"): "prompt",
+    ("blame", "prompt"): "prompt",
     ("calibrate", "prompts"): "",
     ("calibrate", "max_kl"): "3 2.5",
     ("calibrate", "ratios"): "",
@@ -332,10 +333,10 @@ def test_each_wrong_input_is_answered_with_what_was_got_and_what_is_expected(
 def test_the_sweep_knows_every_public_name():
     """Results, which users read and do not make, are left out."""
     swept = {re.split(r"\W", name)[0] for name in entry_points()}
-    results = {"BlendResult", "BlendTrace", "Calibration", "UnsupportedModel", "Verification"}
+    results = {"Blame", "BlendResult", "BlendTrace", "Calibration", "UnsupportedModel", "Verification"}
     assert set(hfblend.__all__) <= swept | results
     methods = {name for name, _ in inspect.getmembers(hfblend.Blender, inspect.isfunction) if name[0] != "_"}
-    assert methods == {"verify", "calibrate", "precompute"} | {"remove", "profile", "refresh"}  # these take nothing
+    assert methods == {"verify", "blame", "calibrate", "precompute"} | {"remove", "profile", "refresh"}  # these take nothing
     assert set(FIELDS) == {field.name for field in dataclasses.fields(hfblend.BlendConfig)}
     assert set(PATCH) == set(inspect.signature(hfblend.patch).parameters)
     assert set(BLEND) == set(inspect.signature(hfblend.blend).parameters) - {"model"}

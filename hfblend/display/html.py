@@ -11,11 +11,14 @@ from itertools import groupby
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from ..measure.results import Blame
 from ..trace.timeline import Interval
 from ..trace.trace import BlendTrace
 from ..util import visible
 from . import palette, view
+from .blame import BlameView
 from .view import Grid, Part, ShadedMap, clipped
 
 CHUNK_ROWS = 60  # of the table
@@ -25,7 +28,7 @@ _STATUS_CLASS = {"recomputed": "r", "computed": "c", "exact": "e", "reused": ""}
 
 def rendered(template: str, **values: Any) -> str:
     """Renders a template of the package, named by its path in it, with these values."""
-    return _environment().get_template(template).render(values)
+    return _environment().get_template(template).render(palette=palette, **values)
 
 
 @cache
@@ -45,12 +48,25 @@ def _harmless(value: Any) -> Any:
     return value if hasattr(value, "__html__") else visible(str(value))
 
 
-def html_of(trace: BlendTrace, tokenizer: Any, title: str, answers: dict[str, str], template: str) -> str:
-    """The view of a trace: `template="trace"` for a notebook's cell, `"page"` for a file."""
+def page_of(title: str, body: str) -> str:
+    """A page without scripts, of markup made here."""
+    return rendered("display/templates/page.html.jinja", title=title, body=Markup(body))
+
+
+def blame_html(blame: Blame) -> str:
+    """What changed an answer."""
+    view_of = BlameView(blame)
+    return rendered(
+        "display/templates/blame.html.jinja", view=view_of, heat=_drawn([view_of.strip()], "s")
+    )
+
+
+def trace_html(trace: BlendTrace, tokenizer: Any, title: str, answers: dict[str, str]) -> str:
+    """The view of a trace."""
     values = {"trace": trace, "title": title, "answers": answers, "lanes": _lanes(trace)}
     if trace.num_tokens:
         values |= _prompt(trace, trace.token_columns(tokenizer), view.parts_of(trace))
-    return rendered(f"display/templates/{template}.html.jinja", view=view, palette=palette, clipped=clipped, **values)
+    return rendered("display/templates/trace.html.jinja", view=view, clipped=clipped, **values)
 
 
 def _prompt(trace: BlendTrace, columns: dict[str, list[Any]], parts: Sequence[Part]) -> dict[str, Any]:

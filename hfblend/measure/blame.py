@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,172 +32,14 @@ from ..blend.rules import scores_of
 from ..blend.selection import Evidence
 from ..config import BlendConfig, as_config
 from ..generate.blending import BlendResult, blend, require_prompt
-from ..model.hf_model import CACHE
 from ..prompts.prompt import Prompt
 from ..store import Store, store_at
 from ..trace.trace import BlendTrace
-from .calibrate import RATIOS
-from .divergence import FullAnswer, greedy, kl_divergence, teacher_forced_logits
+from .divergence import RATIOS, FullAnswer, greedy, kl_divergence, teacher_forced_logits
+from .results import Blame, Stretch, TriedRatio, counted
 
 _PRECISION = 0.01  # of the ratio
 _HALVED = 3  # chunks whose tokens are looked at
-
-
-@dataclass(frozen=True)
-class TriedRatio:
-    """A ratio above that of the settings: its mean KL in nats, and whether full prefill's answer is back."""
-
-    ratio: float
-    kl: float
-    restores: bool
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Tokens `[start, stop)` of a chunk, all recomputed in addition to what the rule had chosen.
-
-    Attributes:
-        part: `"chunk 2"`, numbered from 0, or `"prefix"`.
-        more: how many of them the rule had not chosen.
-        kl: in nats, mean over the answer's tokens.
-        restores: whether full prefill's answer is back.
-    """
-
-    part: str
-    start: int
-    stop: int
-    more: int
-    kl: float
-    restores: bool
-
-
-@dataclass(frozen=True)
-class Blame:
-    """A blended answer next to full prefill's, and what would have to be recomputed to bring that one back.
-
-    Attributes:
-        full_answer_ids, blended_answer_ids: the greedy answers, up to the model's end token.
-        first_difference: index of the first token at which they part; `None` if they are equal.
-        token_kl: (P) KL(full prefill ‖ blended) in nats at each token of full prefill's answer.
-        restores: whether nothing more is needed.
-        ratio: of the settings.
-        ratios: higher ones that were tried, rising.
-        chunks: each chunk that has reused tokens left, recomputed as a whole; the closest to full prefill first.
-        stretches: halves of the best chunks, in the order in which they were tried.
-        num_blends, seconds: the cost of the search.
-        is_complete: whether it ended before its time did.
-        trace: of the blended prompt, with its tokens.
-    """
-
-    full_answer_ids: list[int]
-    blended_answer_ids: list[int]
-    first_difference: int | None
-    token_kl: list[float]
-    restores: bool
-    ratio: float
-    ratios: list[TriedRatio]
-    chunks: list[Stretch]
-    stretches: list[Stretch]
-    num_blends: int
-    seconds: float
-    is_complete: bool
-    trace: BlendTrace = field(repr=False)
-
-    @property
-    def kl(self) -> float:
-        """Mean of `token_kl`."""
-        return sum(self.token_kl) / len(self.token_kl)
-
-    @property
-    def smallest_ratio(self) -> float | None:
-        """The smallest ratio that was found to give full prefill's answer."""
-        found = [one.ratio for one in self.ratios if one.restores]
-        return self.ratio if self.restores else min(found, default=None)
-
-    @property
-    def fewest(self) -> Stretch | None:
-        """The fewest more tokens that were found to give full prefill's answer; `None`: none, or none are needed."""
-        found = [] if self.restores else [one for one in (*self.chunks, *self.stretches) if one.restores]
-        return min(found, key=lambda one: (one.more, one.kl), default=None)
-
-    def falls(self) -> list[float | None]:
-        """Returns for each of the prompt's T tokens by how many nats the KL falls when the smallest stretch around it
-        that was tried is recomputed; `None`: not tried."""
-        found: list[float | None] = [None] * self.trace.num_tokens
-        for one in (*self.chunks, *self.stretches):  # halves come after what they are halves of
-            found[one.start : one.stop] = [self.kl - one.kl] * (one.stop - one.start)
-        return found
-
-    def words(self) -> tuple[list[str], list[str]]:
-        """Returns the words of full prefill's and of the blended answer, each with the space before it; token ids if no
-        tokenizer is known."""
-        tokenizer = self.trace.tokenizer
-
-        def words(ids: list[int]) -> list[str]:
-            if tokenizer is None:
-                return [f" {i}" for i in ids]
-            return re.findall(r"\s*\S+", tokenizer.decode(ids, skip_special_tokens=True).strip())
-
-        return words(self.full_answer_ids), words(self.blended_answer_ids)
-
-    def first_different_word(self) -> int | None:
-        """Returns the index of the first word at which the answers part, which may be the end of the shorter one."""
-        one, other = self.words()
-        both = zip(one, other)
-        length = None if len(one) == len(other) else min(len(one), len(other))
-        return next((i for i, (a, b) in enumerate(both) if a != b), length)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain numbers, lists and strings, for JSON; the trace too."""
-        found = asdict(replace(self, trace=BlendTrace()))
-        kept = ("kl", "smallest_ratio", "fewest")
-        more = {name: None if (value := getattr(self, name)) is None else value for name in kept}
-        more["fewest"] = self.fewest and asdict(self.fewest)
-        return {**found, **more, "trace": self.trace.to_dict()}
-
-    def __str__(self) -> str:
-        return " ".join(self.sentences())
-
-    def __repr__(self) -> str:
-        return f"<Blame: {self}>"
-
-    def sentences(self) -> list[str]:
-        """Returns what was found, as sentences."""
-        return [self._difference(), *self._cure(), self._cost()]
-
-    def _difference(self) -> str:
-        kl = f"mean KL {self.kl:.2g} nats over {len(self.token_kl)} tokens"
-        place = self.first_different_word()
-        if self.first_difference is None or place is None:
-            words = "" if self.first_difference is None else " in its words"
-            return f"The blended answer is full prefill's{words}; {kl}."
-        said = [repr(words[place].strip()) if place < len(words) else "ends" for words in self.words()]
-        return f"The answers part at word {place + 1}: full prefill {said[0]}, blended {said[1]}; {kl}."
-
-    def _cure(self) -> Iterator[str]:
-        if not self.chunks:
-            yield "No token was reused that could be recomputed." if self.is_complete else "No chunk was tried."
-            return
-        best = self.chunks[0]
-        if best.kl >= self.kl:
-            yield "No chunk alone, recomputed as a whole, brings it closer."
-        else:
-            yield f"{best.part.capitalize()}, recomputed as a whole, brings it closest: KL {best.kl:.2g}."
-        if self.restores:
-            return
-        if (fewest := self.fewest) is not None:
-            place = f"token {fewest.start}" if fewest.more == 1 else f"tokens {fewest.start} to {fewest.stop - 1}"
-            yield f"{fewest.more} more recomputed brings it back: {place}, in {fewest.part}."
-        else:
-            yield "No chunk alone brings it back."
-        if self.smallest_ratio is not None:
-            yield f"So does the ratio {self.smallest_ratio:g} instead of {self.ratio:g}."
-        elif self.ratios:
-            yield f"Nor does a ratio up to {self.ratios[-1].ratio:g}."
-
-    def _cost(self) -> str:
-        ended = "" if self.is_complete else ", when the time was up"
-        return f"({self.num_blends} blends, {self.seconds:.0f} s{ended}.)"
 
 
 @torch.no_grad()
@@ -273,7 +114,7 @@ class _Search:
         if result.trace.misses:  # what is asked about is the answer of a store that has the chunks
             result = self.blend(self.config)
         token_kl, restores = self.distance(copy.deepcopy(result.cache))
-        blended_ids, _ = greedy(self.model, self.prompt, self.num_tokens, until_end=True, **{CACHE: result.cache})
+        blended_ids, _ = greedy(self.model, self.prompt, self.num_tokens, until_end=True, cache=result.cache)
         trace, self.base_kl = result.trace, token_kl.mean().item()
         trace.tokenizer = tokenizer
         self.tell(f"as it is: KL {self.base_kl:.2g}")
@@ -361,7 +202,7 @@ class _Search:
             recompute_ratios=(len(wanted) / len(candidates),) * len(layers),
         )  # fmt: skip
         more = len(set(tokens) - chosen)
-        kl, restores = self.measured(config, f"{part}, {more} tokens more")
+        kl, restores = self.measured(config, f"{part}, {counted(more)} more")
         return Stretch(part, tokens[0], tokens[-1] + 1, more, kl, restores)
 
     def ratio(self, ratio: float) -> TriedRatio:

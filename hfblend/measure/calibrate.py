@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import mean
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -17,53 +17,10 @@ from ..config import BlendConfig, Correction, as_config
 from ..generate.blending import blend, require_prompts
 from ..prompts.prompt import Prompt
 from ..store import Store, store_at
-from .divergence import FullAnswer, kl_divergence, require_bound, teacher_forced_logits, top1_agreement
-
-RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+from .divergence import RATIOS, FullAnswer, kl_divergence, require_bound, teacher_forced_logits, top1_agreement
+from .results import Calibration, CalibrationRow
 
 Layers = int | Sequence[int] | None
-
-
-@dataclass(frozen=True)
-class CalibrationRow:
-    """One setting, over all prompts.
-
-    Attributes:
-        recompute_ratio: of each check layer.
-        layers: the check layers, or for `"suffix_attention"` the score layers (`None`: its own choice).
-        correction: of the rows that stay reused.
-        kl: in nats, mean over the prompts; `largest_kl`, of the worst prompt.
-        top1_agreement, recomputed_pairs_share: mean over the prompts.
-    """
-
-    recompute_ratio: float
-    layers: tuple[int, ...] | None
-    correction: str | Callable[..., Any] | None
-    kl: float
-    largest_kl: float
-    top1_agreement: float
-    recomputed_pairs_share: float
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The settings with the smallest ratio that meets the bound, and a row for each that was tried."""
-
-    config: BlendConfig
-    max_kl: float
-    rows: list[CalibrationRow]
-
-    def __str__(self) -> str:
-        lines = [
-            f"{'ratio':>6} {'layers':>12} {'correction':>10} {'KL, nats':>10} {'largest':>10} {'top-1':>6} {'pairs':>6}"
-        ]
-        for row in self.rows:
-            layers = "default" if row.layers is None else ",".join(map(str, row.layers))
-            lines.append(
-                f"{row.recompute_ratio:6.2f} {layers:>12} {_name(row.correction):>10} {row.kl:10.2e} "
-                f"{row.largest_kl:10.2e} {row.top1_agreement:6.0%} {row.recomputed_pairs_share:6.1%}"
-            )
-        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -178,10 +135,6 @@ def _with_corrections(candidates: list[BlendConfig]) -> list[BlendConfig]:
         for one in candidates
         for correction in dict.fromkeys((one.correction, None, *get_args(Correction)))
     ]
-
-
-def _name(correction: str | Callable[..., Any] | None) -> str:
-    return getattr(correction, "__name__", "own") if callable(correction) else str(correction or "none")
 
 
 def _with_layers(config: BlendConfig, name: str, wanted: Layers) -> BlendConfig:

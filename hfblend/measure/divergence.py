@@ -21,6 +21,8 @@ from ..model.hf_model import CACHE
 from ..prompts.prompt import Prompt
 from ..support.registry import model_of
 
+RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # to be tried, upwards
+
 
 def kl_divergence(full_logits: torch.Tensor, other_logits: torch.Tensor) -> torch.Tensor:
     r"""KL(full || other) of each predicted token, in nats, in fp32.
@@ -103,17 +105,18 @@ class FullAnswer:
 
 
 def greedy(
-    model: nn.Module, prompt: Prompt, num_tokens: int, until_end: bool = False, **kwargs: Any
+    model: nn.Module, prompt: Prompt, num_tokens: int, until_end: bool = False, cache: Cache | None = None
 ) -> tuple[list[int], torch.Tensor]:
     """Greedy ids, and the logits (P, V) before any processor changed them, of the class's stock `generate`."""
-    least = {} if until_end else {"min_new_tokens": num_tokens}
+    given: dict[str, Any] = {} if until_end else {"min_new_tokens": num_tokens}
+    given |= {} if cache is None else {CACHE: cache}
     input_ids = prompt.input_ids.to(model_of(model).device)
     kind: Any = type(model)
     unused = dict.fromkeys(("temperature", "top_p", "top_k"))  # settings of sampling, which warn without it
     output = kind.generate(
         model, input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=num_tokens,
         do_sample=False, num_beams=1, num_return_sequences=1, output_logits=True, return_dict_in_generate=True,
-        **least, **unused, **kwargs,
+        **given, **unused,
     )  # fmt: skip
     return output.sequences[0, input_ids.shape[1] :].tolist(), torch.cat(output.logits).float()
 

@@ -17,9 +17,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,52 +27,15 @@ from ..arguments import described, known_fields, whole
 from ..config import BlendConfig, as_config
 from ..generate.blending import blend, require_prompt
 from ..locks import Mutex
-from ..model.hf_model import CACHE
 from ..prompts.prompt import Prompt
 from ..store import Store
 from ..trace.trace import BlendTrace
 from .divergence import FullAnswer, greedy, kl_divergence, require_bound, teacher_forced_logits, top1_agreement
+from .results import Verification
 
 logger = logging.getLogger(__name__)
 
 # --- one prompt -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Distances of a blended prompt from its full prefill, over the first tokens of full prefill's greedy answer.
-
-    Attributes:
-        kl: KL(full prefill ‖ blended) in nats, mean over the tokens.
-        largest_logit_difference: over all tokens and the whole vocabulary.
-        top1_agreement: share in [0, 1] of tokens whose most likely token is the same.
-        first_difference: index of the first token at which the two greedy answers part; `None` if they are equal.
-        full_answer_ids, blended_answer_ids: the two greedy answers, not forced.
-        recomputed_pairs_share: computed (token, layer) pairs over those of a full prefill.
-        trace: of the blended prompt.
-    """
-
-    kl: float
-    largest_logit_difference: float
-    top1_agreement: float
-    first_difference: int | None
-    full_answer_ids: list[int]
-    blended_answer_ids: list[int]
-    recomputed_pairs_share: float
-    trace: BlendTrace = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and strings, for JSON; the trace too."""
-        return {**vars(self), "trace": self.trace.to_dict()}
-
-    def __str__(self) -> str:
-        count = len(self.full_answer_ids)
-        answers = "same answer" if self.first_difference is None else f"answers part at token {self.first_difference}"
-        return (
-            f"KL {self.kl:.2e} nats over {count} tokens, top-1 agreement {self.top1_agreement:.0%}, {answers}, largest "
-            f"logit difference {self.largest_logit_difference:.2e}, {self.recomputed_pairs_share:.1%} of a full "
-            "prefill's (token, layer) pairs"
-        )
 
 
 @torch.no_grad()
@@ -101,7 +63,7 @@ def verify_prompt(
     full = FullAnswer.of(model, prompt, num_tokens)
     result = blend(model, prompt, store=store, config=config)
     logits = teacher_forced_logits(model, prompt.input_ids, full.ids, copy.deepcopy(result.cache)).float()
-    blended_ids, _ = greedy(model, prompt, num_tokens, **{CACHE: result.cache})
+    blended_ids, _ = greedy(model, prompt, num_tokens, cache=result.cache)
     return Verification(
         kl=kl_divergence(full.logits, logits).mean().item(),
         largest_logit_difference=(full.logits - logits).abs().max().item(),

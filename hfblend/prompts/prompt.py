@@ -128,6 +128,10 @@ class Prompt:
     def __len__(self) -> int:
         return self.input_ids.shape[1]
 
+    def __repr__(self) -> str:
+        sizes = f"prefix {len(self.prefix_ids)}, {len(self.chunk_spans)} chunks, suffix {len(self.suffix_ids)}"
+        return f"<Prompt of {len(self)} tokens: {sizes if self.chunk_spans else 'no chunks'}>"
+
     @cached_property
     def ids(self) -> list[int]:
         """The ids as plain numbers."""

@@ -23,6 +23,9 @@ class StoreCounts:
     read_seconds: Annotated[float, "Seconds spent in reading and checking chunk KV, all threads together"] = 0.0
     _lock: Mutex = field(default_factory=Mutex, repr=False, compare=False)
 
+    def __str__(self) -> str:
+        return f"{self.hits:,} found, {self.misses:,} not, {self.stored:,} stored since it was opened"
+
     def add(self, **more: float) -> None:
         """Adds to counters, by name."""
         with self._lock:

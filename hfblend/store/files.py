@@ -39,6 +39,11 @@ class FileStore(Upkeep):
         self._writing = Requests(where, self.counts, **limits)
         self._reading.siblings = self._writing.siblings = (self._reading, self._writing)
 
+    def __repr__(self) -> str:
+        budget = "" if self.max_bytes is None else f", {self.max_bytes / 1e9:,.1f} GB at most"
+        kept = f", in {self.kv_dtype}" if self.kv_dtype else ""
+        return f"<{type(self).__name__} at {self.where}{budget}{kept}; {self.counts}>"
+
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
         """Keeps an entry; one that is refused, late, or in 8 bits of another kind, is logged and not kept."""
         name = file_name_of(key)

@@ -38,6 +38,10 @@ class MemoryStore:
         self._pinned: set[str] = set()
         self._lock = Mutex()
 
+    def __repr__(self) -> str:
+        size = f"{self.num_bytes / 1e6:,.1f} MB of {self.max_bytes / 1e9:,.1f} GB"
+        return f"<MemoryStore: {len(self):,} entries, {size}; {self.counts}>"
+
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
         """Keeps an entry; one that does not fit, alone or with the pinned ones, is logged and not kept."""
         chunk_kv = require_chunk_kv(chunk_kv)

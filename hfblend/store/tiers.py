@@ -52,6 +52,9 @@ class TieredStore:
             raise ValueError("A TieredStore needs one or more stores, got none.")
         self._background = Background(max_waiting_bytes)
 
+    def __repr__(self) -> str:
+        return f"<TieredStore: {', '.join(map(repr, self.stores))}>"
+
     def put(self, key: str, chunk_kv: ChunkKV) -> None:
         """Keeps an entry in the first store now, and in the others soon. Its tensors must not change any more."""
         chunk_kv = require_chunk_kv(chunk_kv)

@@ -198,6 +198,9 @@ class BlendTrace(Facts):
             found["maps"] = {name: plain_list(values) for name, values in self.maps.items().items()}
         return found
 
+    def __repr__(self) -> str:
+        return f"<BlendTrace: {self}>"
+
     def __str__(self) -> str:
         if not self.blended:
             reason = f" ({self.fallback_reason.rstrip('.')})" if self.fallback_reason else ""
@@ -231,7 +234,7 @@ def plain_list(values: torch.Tensor) -> list[Any]:
     return plain.tolist()
 
 
-def _name_of(rule: Any) -> str | None:
+def name_of(rule: Any) -> str | None:
     """Returns the name in the settings, or that of the user's function."""
     return getattr(rule, "__name__", type(rule).__name__) if callable(rule) else rule
 
@@ -262,11 +265,11 @@ class Tracer(Observer):
     def realigned(self, config: BlendConfig) -> None:
         self._added = {}
         self.trace.settings = {
-            "selection": _name_of(config.selection),
+            "selection": name_of(config.selection),
             "recompute_ratios": list(config.fixed_ratios),
             "check_layers": list(config.check_layers),
             "chunk_prefix": config.chunk_prefix,
-            "correction": _name_of(config.correction),
+            "correction": name_of(config.correction),
         }
 
     def computed(self, pairs: int) -> None:
