@@ -336,7 +336,11 @@ def test_the_sweep_knows_every_public_name():
     results = {"Blame", "BlendResult", "BlendTrace", "Calibration", "UnsupportedModel", "Verification"}
     assert set(hfblend.__all__) <= swept | results
     methods = {name for name, _ in inspect.getmembers(hfblend.Blender, inspect.isfunction) if name[0] != "_"}
-    assert methods == {"verify", "blame", "calibrate", "precompute"} | {"remove", "profile", "refresh"}  # these take nothing
+    assert methods == {"verify", "blame", "calibrate", "precompute"} | {
+        "remove",
+        "profile",
+        "refresh",
+    }  # these take nothing
     assert set(FIELDS) == {field.name for field in dataclasses.fields(hfblend.BlendConfig)}
     assert set(PATCH) == set(inspect.signature(hfblend.patch).parameters)
     assert set(BLEND) == set(inspect.signature(hfblend.blend).parameters) - {"model"}

@@ -104,6 +104,17 @@ def test_order_ratio_and_rule_change_what_is_recomputed(playground):
     assert "hit · exact at" in first
 
 
+def test_why_the_answer_changed_is_searched_with_the_pages_settings(playground):
+    said = []
+    found = playground.blame(SETUP, said.append)
+    assert "Why did the answer change?" in found
+    assert f"<td>{SETUP.ratio:g}</td>" in found or "is full prefill" in found
+    assert len(re.findall(r"<td>chunk \d</td>", found)) == 2  # the first one is exact
+    assert said[0].startswith("as it is: KL")
+    with pytest.raises(ValueError, match="made for 2048"):
+        playground.blame(Setup(tuple(words(i, 800) for i in range(3)), "w8"), said.append)
+
+
 def test_the_correction_is_a_setting(playground):
     plain, corrected = (
         playground.run(Setup(**{**vars(SETUP), "correction": correction})) for correction in (None, "offset")
@@ -356,6 +367,23 @@ def drag(page, handle, onto):
 def pick(page, label, option):
     page.get_by_label(label, exact=True).click()
     page.get_by_role("option", name=option, exact=True).click()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_button_says_why_the_answer_changed(page, width, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.get_by_role("button", name="Why did the answer change?").click()
+    page.wait_for_function("document.body.innerText.includes('Searching')", timeout=10_000)
+    page.locator(".hfb .two").wait_for(timeout=60_000)
+    assert page.locator(".hfb .two .answer").count() == 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".hfb .tried").count() >= 1
+    change(page, lambda: page.get_by_role("button", name="Run", exact=True).click())
+    assert page.locator(".hfb .two").count() == 0  # of another run
+    assert page.alarms == []
 
 
 @pytest.mark.browser

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
@@ -17,12 +18,27 @@ from typer import Argument, Exit, Option
 from ..config import BlendConfig
 from ..util import require_folders_of
 from .common import console, corrected, given, load, print_json, stderr, store_at, write_json
-from .options import Correction, Device, DType, JsonFile, KeptIn, Model, NewTokens, PrintJson, Ratio, Rule, existing
+from .options import (
+    Blame,
+    Correction,
+    Device,
+    DType,
+    JsonFile,
+    KeptIn,
+    Model,
+    NewTokens,
+    PrintJson,
+    Ratio,
+    Rule,
+    existing,
+)
 
 if TYPE_CHECKING:
-    from ..measure.verify import Verification
+    from ..measure.results import Blame as FoundBlame
+    from ..measure.results import Verification
     from ..patching import Blender
     from ..prompts.prompt import Prompt
+    from ..store import Store
     from ..trace.trace import BlendTrace
 
 COMPARED_TOKENS = 16
@@ -39,6 +55,7 @@ def explain(
     correction: Correction = None,
     store: KeptIn = None,
     max_new_tokens: NewTokens = 32,
+    blame: Blame = None,
     device: Device = None,
     dtype: DType = None,
     as_json: PrintJson = False,
@@ -48,6 +65,8 @@ def explain(
     Without --store, the chunks are stored first, and the call that is shown finds them.
 
     Example: hfblend explain prompt.json --html report.html
+
+    Example: hfblend explain prompt.json --blame 60
     """
     require_folders_of(html)
     config, kept_in = config_of(ratio, selection, correction), None if store is None else store_at(store)
@@ -63,16 +82,21 @@ def explain(
         patch(loaded, config, tokenizer, kept_in, trace="full") as blender,
     ):
         trace, verification, said = _both_ways(blender, prompt, max_new_tokens, prefill_before=kept_in is None)
+        in_use = {"store": blender.store, "config": blender.config, "tokenizer": tokenizer}
+    found = None
+    if blame is not None:
+        found = _blame_of(loaded, prompt, "the prompt", seconds=blame, num_tokens=max_new_tokens, **in_use)
     full_ms = said["full_prefill_ttft_ms"]
     after = "" if full_ms is None else f", first token after {full_ms:,.0f} ms"
     answers = {f"full prefill{after}": said["full_prefill_answer"], "blended": said["answer"]}
     answers["how far apart"] = str(verification)
-    display = Display(trace, title="hfblend explain", answers=answers)
+    display = Display(trace, title="hfblend explain", answers=answers, blame=found)
     if html is not None:
         display.save(html)
     if as_json:
         compared = {name: value for name, value in verification.to_dict().items() if name != "trace"}
-        print_json({**said, "verification": compared, "trace": trace.to_dict()})
+        blamed = {} if found is None else {"blame": found.to_dict()}
+        print_json({**said, "verification": compared, "trace": trace.to_dict(), **blamed})
     else:
         console.print(display)
         for label, answer in answers.items():
@@ -176,10 +200,13 @@ def verify(
     correction: Correction = None,
     max_kl: Annotated[float | None, Option(help="In nats; exit code 1 if a prompt's mean KL is above.")] = None,
     num_tokens: Annotated[int, Option(min=1, help="Answer tokens to compare.")] = 16,
+    blame: Blame = None,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
     """Blend the prompts of a file and say how far each is from its full prefill.
+
+    With --blame, each prompt whose answer is another gets the search.
 
     Example: hfblend verify --prompts prompts.json --max-kl 0.1 --json figures.json
     """
@@ -188,24 +215,43 @@ def verify(
     if max_kl is not None and not 0 <= max_kl < math.inf:
         raise ValueError(f"--max-kl must be a finite number of nats, 0 or more, got {max_kl}.")
 
+    from ..display.blame import renderables
+    from ..store import MemoryStore
     from .prompts import read_prompts
 
     loaded, tokenizer, name = load(model, device)
-    read = read_prompts(str(prompts), tokenizer)
-    found = _verified(loaded, read, config, num_tokens)
+    read, kept_in = read_prompts(str(prompts), tokenizer), MemoryStore()
+    found = _verified(loaded, read, kept_in, config, num_tokens)
     console.print(_table(found, max_kl))
-    write_json(json_file, _figures(found, loaded, name, config, max_kl))
+    figures = _figures(found, loaded, name, config, max_kl)
+    for i, prompt in enumerate(read):
+        if blame is not None and found[i].first_difference is not None:
+            options = {"store": kept_in, "config": config, "tokenizer": tokenizer, "seconds": blame}
+            why = _blame_of(loaded, prompt, f"prompt {i}", num_tokens=num_tokens, **options)
+            console.print(f"\nPrompt {i}", *renderables(why, console.width), sep="\n")
+            figures["prompts"][i]["blame"] = why.to_dict()
+    write_json(json_file, figures)
     if any(_is_above(one, max_kl) for one in found):
         raise Exit(1)
 
 
-def _verified(model: Any, prompts: Sequence[Prompt], config: BlendConfig, num_tokens: int) -> list[Verification]:
+def _verified(
+    model: Any, prompts: Sequence[Prompt], store: Store, config: BlendConfig, num_tokens: int
+) -> list[Verification]:
     """Verifies each prompt; chunks that prompts share are prefilled once."""
     from ..measure.verify import verify_prompt
-    from ..store import MemoryStore
 
-    store, shown = MemoryStore(), track(prompts, "Prompts", console=stderr, transient=True)
+    shown = track(prompts, "Prompts", console=stderr, transient=True)
     return [verify_prompt(model, prompt, store=store, config=config, num_tokens=num_tokens) for prompt in shown]
+
+
+def _blame_of(model: Any, prompt: Prompt, name: str, **options: Any) -> FoundBlame:
+    """Searches for what changed an answer; a status says what is tried."""
+    from ..measure.blame import blame_prompt
+
+    with stderr.status(f"Searching in {name} …") as status:
+        options["progress"] = lambda said: status.update(f"Searching in {name}: {escape(said)} …")
+        return blame_prompt(model, prompt, **options)
 
 
 def _is_above(found: Verification, max_kl: float | None) -> bool:

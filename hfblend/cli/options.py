@@ -25,6 +25,10 @@ KeptIn = Annotated[
     str | None, Option("--store", help="Folder or URL that keeps the chunk KV.", show_default="in memory")
 ]
 NewTokens = Annotated[int, Option(help="Longest answer.", min=1)]
+Blame = Annotated[
+    float | None, Option(metavar="SECONDS", min=0, show_default="not searched",
+                         help="Search so long for the chunks and tokens that changed the answer.")
+]  # fmt: skip
 PrintJson = Annotated[bool, Option("--json", help="Print JSON instead.")]
 
 

@@ -110,8 +110,7 @@ class BlameView:
         """The text of the parts whose tokens were looked at: text, classes and figures of each token."""
         texts, falls, levels = self.blame.trace.token_texts(), self.blame.falls(), self.levels()
         looked_at = {one.part for one in self.blame.stretches}
-        chosen = self.blame.trace.selected_idx
-        recomputed = set() if chosen is None else set(chosen.tolist())
+        recomputed = self.blame.recomputed()
         if texts is None:
             return []
 
@@ -143,9 +142,7 @@ def renderables(blame: Blame, width: int) -> Iterator[RenderableType]:
         across = max(20, min(width - 14, 120))
         strip = "".join(_SHADES[level] for level in view.strip(across))
         yield Text.assemble(("\nprompt       ", "dim"), (strip, palette.ORANGE))
-        yield Text(
-            "             the higher, the more the KL falls when it is recomputed; blank: not tried", style="dim"
-        )
+        yield Text("             the higher, the more the KL falls when it is recomputed", style="dim")
 
 
 def _answers(view: BlameView) -> Table:

@@ -56,9 +56,7 @@ def page_of(title: str, body: str) -> str:
 def blame_html(blame: Blame) -> str:
     """What changed an answer."""
     view_of = BlameView(blame)
-    return rendered(
-        "display/templates/blame.html.jinja", view=view_of, heat=_drawn([view_of.strip()], "s")
-    )
+    return rendered("display/templates/blame.html.jinja", view=view_of, heat=_drawn([view_of.strip()], "s"))
 
 
 def trace_html(trace: BlendTrace, tokenizer: Any, title: str, answers: dict[str, str]) -> str:

@@ -194,11 +194,18 @@ class Blame:
 
     def falls(self) -> list[float | None]:
         """Returns for each of the prompt's T tokens by how many nats the KL falls when the smallest stretch around it
-        that was tried is recomputed; `None`: not tried."""
+        that was tried is recomputed; `None`: not tried, or recomputed already."""
         found: list[float | None] = [None] * self.trace.num_tokens
         for one in (*self.chunks, *self.stretches):  # halves come after what they are halves of
             found[one.start : one.stop] = [self.kl - one.kl] * (one.stop - one.start)
+        for i in self.recomputed():
+            found[i] = None
         return found
+
+    def recomputed(self) -> set[int]:
+        """Returns the tokens that the rule chose."""
+        chosen = self.trace.selected_idx
+        return set() if chosen is None else set(chosen.tolist())
 
     def words(self) -> tuple[list[str], list[str]]:
         """Returns the words of full prefill's and of the blended answer, each with the space before it; token ids if no
@@ -265,9 +272,9 @@ class Blame:
             yield f"No ratio that was tried, up to {self.ratios[-1].ratio:g}, brings it back."
 
     def place_of(self, stretch: Stretch) -> str:
-        """Returns where a stretch stands: chunk 3, 504 to 512, "… was born in 1902 …"."""
+        """Returns where a stretch stands: chunk 3, tokens 504 to 512, 'was born in 1902'."""
         texts, start, stop = self.trace.token_texts(), stretch.start, stretch.stop
-        place = f"{stretch.part}, token {start}" + (f" to {stop - 1}" if stop - start > 1 else "")
+        place = f"{stretch.part}, " + (f"tokens {start} to {stop - 1}" if stop - start > 1 else f"token {start}")
         if texts is None:
             return place
         text = " ".join("".join(texts[start:stop]).split())

@@ -8,12 +8,13 @@ Nothing here knows a browser.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...config import BlendConfig, Selection
 from ...display import Display
-from ...display.html import rendered
+from ...display.html import blame_html, rendered
 from ...patching import patch
 from ...prompts.prompt import Prompt
 from ...trace.trace import BlendTrace
@@ -28,6 +29,7 @@ from ..passages import (
 )
 
 ANSWER_TOKENS = 32
+BLAME_SECONDS = 60.0
 MAX_CHUNKS = 24
 MAX_CHARACTERS = 100_000  # of a text, in units of UTF-16 as browsers count; messages to the server end at a million
 
@@ -223,6 +225,21 @@ class Playground:
                 self._latest = content, (self._answer("full_prefill", prompt, FULL_PREFILL), full_reuse)
             answers = (*self._latest[1], blended)
         return Outcome(prompt, answers, found, storing_ms, repeated)
+
+    def blame(self, setup: Setup, progress: Callable[[str], None]) -> str:
+        """Searches for what changed the blended answer; returns it as HTML. Waits for its turn.
+
+        Args:
+            progress: called with a line of text after each blend.
+
+        Raises:
+            ValueError: the prompt is longer than the model takes.
+        """
+        prompt = setup.prompt(self.blender.tokenizer)
+        self._require_room(prompt)
+        with self._one_at_a_time:
+            options = {"config": setup.config, "num_tokens": ANSWER_TOKENS, "seconds": BLAME_SECONDS}
+            return blame_html(self.blender.blame(prompt, progress=progress, **options))
 
     def _answer(self, method: str, prompt: Prompt, config: BlendConfig) -> Answer:
         text = greedy_answer(self.blender.model, self.blender.tokenizer, prompt, ANSWER_TOKENS, config)

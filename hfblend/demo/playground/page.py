@@ -69,6 +69,7 @@ class Page:
         self.playground, self.model_name, self.presets = playground, model_name, presets()
         self.is_running = self.is_wanted = False
         self.num_runs = 0
+        self.said = ""  # by the search for what changed the answer
 
     # --- the page, from top to bottom ---------------------------------------------------------------------------------
 
@@ -130,6 +131,12 @@ class Page:
             self.answers = ui.html()
             with ui.element("div"):
                 self.notes = ui.label().classes("dim").style("white-space: pre-line")
+            with ui.element("div").classes("row"):
+                why = ui.button("Why did the answer change?", on_click=self.ask_why).props("outline no-caps")
+                why.bind_enabled_from(self, "is_running", lambda is_running: not is_running)
+                self.searching = ui.label().classes("dim grow").props("aria-live=polite")
+                self.searching.bind_text_from(self, "said")
+            self.blame = ui.html()
             self.tokens = ui.html()
         self.error.visible = self.results.visible = False
 
@@ -227,19 +234,45 @@ class Page:
             content = self.content
             outcome = await self.io_bound(self.playground.run, Setup(*content))
         except Exception as error:  # the page goes on after any error, and shows it
-            is_expected = isinstance(error, ValueError)
-            if not is_expected:
-                logger.warning("A run of the playground failed.", exc_info=error)
-            self.error.text = str(error) if is_expected else f"{type(error).__name__}: {error}"
-            self.error.visible, self.status.text = True, "Not run."
+            self._show_error(error)
+            self.status.text = "Not run."
         else:
             if outcome is not None:  # None: the server is being stopped
                 self._show(outcome, is_current=content == self.content)
+
+    async def ask_why(self) -> None:
+        """Searches for what changed the answer; changes made meanwhile run at the end."""
+        if self.is_running:
+            return
+        self.is_running, self.said = True, "Searching …"
+        try:
+            found = await self.io_bound(self.playground.blame, Setup(*self.content), self._say)
+        except Exception as error:  # as above
+            self._show_error(error)
+            self.said = "Not searched."
+        else:
+            if found is not None:  # None: the server is being stopped
+                self.blame.content, self.said, self.error.visible = found, "", False
+        finally:
+            self.is_running = False
+        if self.is_wanted:
+            await self.run()
+
+    def _say(self, text: str) -> None:
+        self.said = f"Searching: {text} …"
+
+    def _show_error(self, error: Exception) -> None:
+        is_expected = isinstance(error, ValueError)
+        if not is_expected:
+            logger.warning("A run of the playground failed.", exc_info=error)
+        self.error.text = str(error) if is_expected else f"{type(error).__name__}: {error}"
+        self.error.visible = True
 
     def _show(self, outcome: Outcome, is_current: bool) -> None:
         self.error.visible, self.results.visible = False, True
         self.num_runs += 1
         self.answers.content, self.tokens.content = outcome.answers_html, outcome.tokens_html
+        self.blame.content, self.said = "", ""
         lines = [outcome.store_line, "Each time was taken once, on the wall clock; a busy machine shifts it."]
         if outcome.repeated:
             lines.append("Full prefill and full reuse were not run again: their prompt has not changed.")
