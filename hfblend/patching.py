@@ -33,7 +33,8 @@ from .generate.request import Request, generate_option, require_token_ids
 from .kv.streams import switch_back
 from .locks import Running, innermost, keeps_alive, put_back
 from .measure.blame import blame_prompt
-from .measure.calibrate import calibrate
+from .measure.calibrate import Layers, calibrate
+from .measure.divergence import RATIOS
 from .measure.profile import profile_of
 from .measure.results import Blame, Calibration, Verification
 from .measure.verify import Verifier, Verify, verify_prompt
@@ -152,11 +153,11 @@ class Blender:
     def _summary(self) -> str:
         """suffix_attention 0.15, correction offset"""
         config = self.config
-        if not config.enabled:
-            return "off"
+        if not (config.enabled and config.check_layers):
+            return "nothing recomputed" if config.enabled else "off"
         rule, correction = name_of(config.selection), name_of(config.correction)
         ratios = "auto" if config.is_auto else ", ".join(f"{ratio:g}" for ratio in config.fixed_ratios)
-        return f"{rule} {ratios or 0}" + (f", correction {correction}" if correction else "")
+        return f"{rule} {ratios}" + (f", correction {correction}" if correction else "")
 
     # --- settings and results -------------------------------------------------------------------------------------
 
@@ -207,19 +208,22 @@ class Blender:
     # --- against full prefill -------------------------------------------------------------------------------------
 
     @overload
-    def verify(self, prompts: Prompt, **options: Any) -> Verification: ...
+    def verify(self, prompts: Prompt, *, num_tokens: int = 16, **options: Any) -> Verification: ...
 
     @overload
-    def verify(self, prompts: Iterable[Prompt], **options: Any) -> list[Verification]: ...
+    def verify(self, prompts: Iterable[Prompt], *, num_tokens: int = 16, **options: Any) -> list[Verification]: ...
 
-    def verify(self, prompts: Prompt | Iterable[Prompt], **options: Any) -> Verification | list[Verification]:
+    def verify(
+        self, prompts: Prompt | Iterable[Prompt], *, num_tokens: int = 16, **options: Any
+    ) -> Verification | list[Verification]:
         """Measures how far blending a prompt, with this blender's store and settings, is from its full prefill.
 
         >>> print(blender.verify(prompt))  # doctest: +SKIP
 
         Args:
             prompts: one, or several.
-            options: of `hfblend.measure.verify.verify_prompt`.
+            num_tokens: of each answer that are compared.
+            options: another `store` or `config`.
 
         Returns:
             A `hfblend.Verification`; a list of them for several prompts.
@@ -228,12 +232,20 @@ class Blender:
             TypeError: text, ids or inputs instead of prompts.
             ValueError: an empty list.
         """
-        options = {"store": self.store, "config": self.config, **options}
+        options = {"store": self.store, "config": self.config, "num_tokens": num_tokens, **options}
         if isinstance(prompts, Prompt):
             return verify_prompt(self.model, prompts, **options)
         return [verify_prompt(self.model, prompt, **options) for prompt in require_prompts(prompts, "verify")]
 
-    def blame(self, prompt: Prompt, **options: Any) -> Blame:
+    def blame(
+        self,
+        prompt: Prompt,
+        *,
+        num_tokens: int = 64,
+        seconds: float = 60.0,
+        progress: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> Blame:
         """Searches for the chunks and tokens that, recomputed too, bring full prefill's answer back.
 
         >>> print(blender.blame(prompt))  # doctest: +SKIP
@@ -241,24 +253,43 @@ class Blender:
 
         Args:
             prompt: one whose blended answer, with this blender's store and settings, is not full prefill's.
-            options: of `hfblend.measure.blame.blame_prompt`: `seconds`, `num_tokens`, `progress`, `config`.
+            num_tokens: the longest answer; it ends earlier where the model ends it.
+            seconds: no new blend begins after these.
+            progress: called with a line of text after each blend, say `print`; what it raises ends the search.
+            options: another `store`, `config` or `tokenizer`.
 
         Returns:
             A `hfblend.Blame`.
         """
         options = {"store": self.store, "config": self.config, "tokenizer": self.tokenizer, **options}
-        return blame_prompt(self.model, prompt, **options)
+        return blame_prompt(self.model, prompt, num_tokens=num_tokens, seconds=seconds, progress=progress, **options)
 
-    def calibrate(self, prompts: Iterable[Prompt], *, max_kl: float, **options: Any) -> Calibration:
+    def calibrate(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        max_kl: float,
+        ratios: Sequence[float] = RATIOS,
+        layers: Sequence[Layers] | None = None,
+        num_tokens: int = 16,
+        **options: Any,
+    ) -> Calibration:
         """Finds the settings with the smallest ratio that keeps the KL from full prefill below `max_kl`; sets nothing.
 
         >>> blender.config = blender.calibrate(prompts, max_kl=0.05).config  # doctest: +SKIP
 
         Args:
-            options: of `hfblend.measure.calibrate.calibrate`.
+            prompts: such as the model will get.
+            max_kl: in nats, of the mean over the prompts.
+            ratios: to choose from.
+            layers: to choose from too; see `hfblend.measure.calibrate.calibrate`.
+            num_tokens: of each answer that are compared.
+            options: another `store` or `config`.
         """
         options = {"store": self.store, "config": self.config, **options}
-        return calibrate(self.model, prompts, max_kl=max_kl, **options)
+        return calibrate(
+            self.model, prompts, max_kl=max_kl, ratios=ratios, layers=layers, num_tokens=num_tokens, **options
+        )
 
     def profile(self, *, refresh: bool = False) -> Profile:
         """Returns the costs of prefilling, blending and loading from the store on this machine, measured once.

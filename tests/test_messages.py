@@ -107,6 +107,9 @@ STEPS = {
 OF_BLENDER = {
     ("verify", "prompts"): "prompt",
     ("blame", "prompt"): "prompt",
+    ("blame", "num_tokens"): "3",
+    ("blame", "seconds"): "3 2.5",
+    ("blame", "progress"): "None",
     ("calibrate", "prompts"): "",
     ("calibrate", "max_kl"): "3 2.5",
     ("calibrate", "ratios"): "",
@@ -229,7 +232,12 @@ def entry_points() -> dict:
         found[f"blend({name})"] = (lambda v, m, b, n=name: hfblend.blend(m, **{"prompt": PROMPT, n: v}), meant)
     for name, meant in STEPS.items():
         found[f"steps({name})"] = (lambda v, m, b, n=name: hfblend.steps(m, **{"prompt": PROMPT, n: v}), meant)
-    defaults = {"verify": {}, "calibrate": {"prompts": [PROMPT], "max_kl": 99.0}, "precompute": {"chunks": [[1, 2]]}}
+    defaults = {
+        "verify": {},
+        "blame": {"prompt": PROMPT},
+        "calibrate": {"prompts": [PROMPT], "max_kl": 99.0},
+        "precompute": {"chunks": [[1, 2]]},
+    }
     for (method, name), meant in OF_BLENDER.items():
         given = defaults[method]
         found[f"Blender.{method}({name})"] = (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import BadParameter, Option
 
 EXIT_CODES = "Exit codes: 0 success; 1 failure or missing dependency; 2 invalid option, file or model."
 
@@ -25,8 +26,16 @@ KeptIn = Annotated[
     str | None, Option("--store", help="Folder or URL that keeps the chunk KV.", show_default="in memory")
 ]
 NewTokens = Annotated[int, Option(help="Longest answer.", min=1)]
+
+
+def _finite(number: float | None) -> float | None:
+    if number is not None and not 0 <= number < math.inf:
+        raise BadParameter(f"{number} is no number of seconds, 0 or more.")
+    return number
+
+
 Blame = Annotated[
-    float | None, Option(metavar="SECONDS", min=0, show_default="not searched",
+    float | None, Option(metavar="SECONDS", callback=_finite, show_default="not searched",
                          help="Search so long for the chunks and tokens that changed the answer.")
 ]  # fmt: skip
 PrintJson = Annotated[bool, Option("--json", help="Print JSON instead.")]

@@ -238,8 +238,10 @@ class Playground:
         prompt = setup.prompt(self.blender.tokenizer)
         self._require_room(prompt)
         with self._one_at_a_time:
-            options = {"config": setup.config, "num_tokens": ANSWER_TOKENS, "seconds": BLAME_SECONDS}
-            return blame_html(self.blender.blame(prompt, progress=progress, **options))
+            found = self.blender.blame(
+                prompt, config=setup.config, num_tokens=ANSWER_TOKENS, seconds=BLAME_SECONDS, progress=progress
+            )
+            return blame_html(found)
 
     def _answer(self, method: str, prompt: Prompt, config: BlendConfig) -> Answer:
         text = greedy_answer(self.blender.model, self.blender.tokenizer, prompt, ANSWER_TOKENS, config)
