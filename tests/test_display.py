@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import io
 import re
@@ -17,9 +18,11 @@ from rich.console import Console
 
 import hfblend
 from hfblend.display import Display, view
+from hfblend.display.blame import BlameView
 from hfblend.display.html import rendered
 from hfblend.display.view import clipped
 from hfblend.lab import plots
+from hfblend.measure.blame import blame_prompt
 from hfblend.trace.facts import ChunkTrace, LayerMaps
 from hfblend.trace.timeline import Interval
 from hfblend.trace.trace import BlendTrace
@@ -292,6 +295,70 @@ def test_hostile_text_is_inert_in_a_terminal():
 
 
 # --- long prompts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found():
+    return blame_prompt(make_llama(), PROMPT, config=config(0.1), num_tokens=6)
+
+
+@pytest.fixture
+def blamed(found, word_tokenizer):
+    found.trace.tokenizer = word_tokenizer
+    return found
+
+
+def test_what_changed_an_answer_is_shown(blamed):
+    page = Display(blamed.trace, blame=blamed).to_html()
+    cells = re.findall(r"<td>(.*?)</td>", page)
+    for one in blamed.chunks:
+        assert one.part in cells
+    assert cells.count("✓ yes") >= sum(one.restores for one in (*blamed.chunks, *blamed.ratios))
+    words = re.findall(r'<b class="first">(.*?)</b>', page)
+    place = blamed.first_different_word()
+    assert words == [answer[place].strip() for answer in blamed.words()]
+    assert page.index("Why did the answer change?") < page.index("Scores and recomputed tokens")
+    text = " ".join(printed(blamed, 100).split())
+    assert all(" ".join(sentence.split()) in text for sentence in blamed.sentences())
+    assert f"{blamed.chunks[0].part} " in text
+    assert hfblend.show(blamed, console=Console(file=io.StringIO())).to_html() == page
+
+
+def test_the_heat_map_is_what_was_measured(blamed):
+    """Dark where the KL falls; blank where nothing was tried, or all is recomputed."""
+    levels, falls = BlameView(blamed).levels(), blamed.falls()
+    tried = {i for one in blamed.chunks for i in range(one.start, one.stop)} - blamed.recomputed()
+    assert {i for i, level in enumerate(levels) if level} == tried
+    assert levels[max(tried, key=lambda i: falls[i])] == max(levels)
+    assert all(level == 1 for i, level in enumerate(levels) if i in tried and falls[i] < 0.05 * blamed.kl)
+
+
+def test_hostile_text_is_inert_where_blame_is_shown(blamed, monkeypatch):
+    texts = (HOSTILE * len(PROMPT))[: len(PROMPT)]
+    trace = dataclasses.replace(blamed.trace, texts=texts, tokenizer=None)
+    monkeypatch.setattr(type(blamed), "words", lambda self: (HOSTILE, HOSTILE[1:]))
+    hostile = dataclasses.replace(blamed, trace=trace)
+    page, text = Display(trace, blame=hostile).to_html(), printed(hostile, 100)
+    assert not {"script", "img"} & Tags(page).tags
+    assert all(c not in page + text for c in "\u202e\u2066\x07\u2028\x00\ud800")
+    assert "\x1b[31mred" not in text
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_what_changed_an_answer_fits(blamed, tmp_path, width, scheme):
+    file = tmp_path / "why.html"
+    hfblend.show(blamed, console=Console(file=io.StringIO())).save(file)
+    with opened(file.as_uri()) as page:
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": 900})
+        page.goto(file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        first, second = (box.bounding_box() for box in page.locator(".hfb .two > div").all())
+        assert (first["y"] == second["y"]) == (width > 600)  # side by side where there is room
+        assert page.locator(".hfb b.first").count() == 2
+        assert page.alarms == []
 
 
 def test_20k_tokens_stay_small_and_say_so():

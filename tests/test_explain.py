@@ -68,6 +68,22 @@ def test_explain_as_json(run):
     assert isinstance(found["full_prefill_answer"], str)
 
 
+def test_explain_says_what_changed_the_answer(run, tmp_path):
+    result = run("explain", "--blame", 60, "--ratio", 0.05, "--html", tmp_path / "out.html")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    assert "Why did the answer change?" in said
+    assert re.search(r"The answers part at word \d", said)
+    assert re.search(r"chunk 1 (✓ yes|no) ", said)
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert page.index("Why did the answer change?") < page.index("Layer × token")
+    assert "<script" not in page
+    found = json.loads(run("explain", "--blame", 60, "--ratio", 0.05, "--json").stdout)["blame"]
+    assert found["num_blends"] > 4
+    assert {one["part"] for one in found["chunks"]} == {"chunk 1", "chunk 2"}
+    assert run("explain", "--blame", -1).exit_code == 2
+
+
 def test_explain_at_ratio_1_gives_full_prefills_answer(run):
     found = json.loads(run("explain", "--json", "--ratio", 1).stdout)
     assert found["answer"] == found["full_prefill_answer"]

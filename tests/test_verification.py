@@ -403,6 +403,19 @@ def test_a_kl_above_the_bound_is_exit_code_1(run):
     assert run([PIECES], "--ratio", "0.0", "--selection", "kv_deviation")[0] == 0  # without a bound
 
 
+def test_the_command_blames_where_answers_part(run):
+    """Not at ratio 1, where they do not."""
+    code, output, out = run([PIECES, PASSAGES], "--ratio", "0.0", "--blame", "60")
+    assert code == 0, output
+    for i, one in enumerate(json.loads(out.read_text())["prompts"]):
+        assert ("blame" in one) == (one["first_difference"] is not None)
+        assert (f"Prompt {i}" in output.splitlines()) == ("blame" in one)
+    assert "Why did the answer change?" in output
+    code, output, out = run([PIECES], "--ratio", "1.0", "--blame", "60")
+    assert "Why" not in output
+    assert "blame" not in json.loads(out.read_text())["prompts"][0]
+
+
 def test_the_command_takes_a_correction(run):
     kls = {}
     for name in ("offset", "none"):
