@@ -14,7 +14,7 @@
 # # 6 Debugging a bad answer
 #
 # A blended answer is wrong. Is it the model, or is it the blending? What was recomputed? Does a higher ratio help?
-# Which tokens are to blame? Four questions, one tool each.
+# Which tokens are to blame? Four questions, one tool each; at the end, one call that asks the last two by itself.
 #
 # The case is real: SmolLM2-135M-Instruct, found by asking the demo's questions with other passages around. For
 # another model write `load("folder or hub id")`; the answers asserted below are this model's.
@@ -29,6 +29,7 @@ from transformers import DynamicCache
 import hfblend
 from hfblend.demo.demo import demo_data
 from hfblend.demo.model import load
+from hfblend.measure.blame import blame_prompt
 from hfblend.measure.verify import verify_prompt
 
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
@@ -176,3 +177,18 @@ assert text(ids[0, culprit]) == text(wrong) == "9"
 assert of_token[culprit] > 0
 assert text(ids[0, culprit - 1 : culprit + 3]) == "1902"
 assert culprit not in result.trace.selected_idx.tolist()
+
+# %% [markdown]
+# ## 5 All of it in one call
+#
+# `blame_prompt` (`blender.blame(prompt)` of a patched model) needs no guess. In addition to what the rule chose, it
+# recomputes one whole passage at a time, then halves of the best ones, and looks for the smallest ratio that brings the
+# answer back. It gives no token its true KV, as was done above: it recomputes it, as blending would. So it finds the
+# same passage, and says which tokens of it, recomputed, would have been enough.
+
+# %%
+why = blame_prompt(model, prompt, store=store, tokenizer=tokenizer, num_tokens=18, seconds=10 if SHORT else 30)
+print(why)
+assert why.chunks[0].part == f"chunk {to_blame}"
+assert why.fewest.part == f"chunk {to_blame}"
+why
