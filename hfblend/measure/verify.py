@@ -137,7 +137,7 @@ class Verifier:
         if found.kl <= max_kl:
             _note(trace, logging.INFO, f"Verified: {found}.")
         else:
-            cure = "Raise the ratio (Blender.calibrate finds one), or look at what the store holds"
+            cure = "Blender.blame says which chunks make it so; Blender.calibrate finds a ratio within the bound"
             _note(trace, logging.WARNING, f"Verified, and above the bound of {max_kl} nats: {found}. {cure}.")
 
 
