@@ -48,7 +48,7 @@ SAYS = {
     "tiers": "<TieredStore: <MemoryStore: 4 entries",
     "remote": "<RemoteStore at memory://reprs/chunks; 0 found, 0 not, 0 stored since it was opened>",
     "verification": "<Verification: KL ",
-    "calibration": "<Calibration: ratio 0.05 keeps the KL at 9 nats or less; 1 tried>",
+    "calibration": "<Calibration: ratio 0.05 keeps the KL at 9 nats or less; 2 tried>",
     "blame": "<Blame: The answers part at word ",
 }
 

@@ -79,11 +79,12 @@ def _verification(found: Verification) -> str:
 def _calibration(found: Calibration) -> str:
     rows = [
         (f"{row.recompute_ratio:g}", "default" if row.layers is None else ", ".join(map(str, row.layers)),
-         f"{row.kl:.2e}", f"{row.largest_kl:.2e}", f"{row.top1_agreement:.0%}", f"{row.recomputed_pairs_share:.1%}")
+         row.correction_name, f"{row.kl:.2e}", f"{row.largest_kl:.2e}",
+         f"{row.top1_agreement:.0%}", f"{row.recomputed_pairs_share:.1%}")
         for row in found.rows
     ]  # fmt: skip
     ratio = ", ".join(f"{one:g}" for one in found.config.fixed_ratios)
-    header = ("ratio", "layers", "mean KL, nats", "largest KL", "top-1", "computed")
+    header = ("ratio", "layers", "correction", "mean KL, nats", "largest KL", "top-1", "computed")
     return card("Calibration", [("ratio found", ratio), ("KL at most", f"{found.max_kl:g}")], header=header, rows=rows)
 
 

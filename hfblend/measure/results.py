@@ -82,6 +82,12 @@ class CalibrationRow:
     top1_agreement: float
     recomputed_pairs_share: float
 
+    @property
+    def correction_name(self) -> str:
+        """As shown: `offset`, `none`, or the name of the user's function."""
+        one = self.correction
+        return getattr(one, "__name__", "own") if callable(one) else str(one or "none")
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -102,14 +108,10 @@ class Calibration:
         for row in self.rows:
             layers = "default" if row.layers is None else ",".join(map(str, row.layers))
             lines.append(
-                f"{row.recompute_ratio:6.2f} {layers:>12} {_name(row.correction):>10} {row.kl:10.2e} "
+                f"{row.recompute_ratio:6.2f} {layers:>12} {row.correction_name:>10} {row.kl:10.2e} "
                 f"{row.largest_kl:10.2e} {row.top1_agreement:6.0%} {row.recomputed_pairs_share:6.1%}"
             )
         return "\n".join(lines)
-
-
-def _name(correction: str | Callable[..., Any] | None) -> str:
-    return getattr(correction, "__name__", "own") if callable(correction) else str(correction or "none")
 
 
 # --- what changed an answer -------------------------------------------------------------------------------------------
