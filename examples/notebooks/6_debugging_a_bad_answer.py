@@ -187,7 +187,7 @@ assert culprit not in result.trace.selected_idx.tolist()
 # same passage, and says which tokens of it, recomputed, would have been enough.
 
 # %%
-why = blame_prompt(model, prompt, store=store, tokenizer=tokenizer, num_tokens=18, seconds=10 if SHORT else 30)
+why = blame_prompt(model, prompt, store=store, tokenizer=tokenizer, num_tokens=18, seconds=20 if SHORT else 30)
 print(why)
 assert why.chunks[0].part == f"chunk {to_blame}"
 assert why.fewest.part == f"chunk {to_blame}"
