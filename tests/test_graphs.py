@@ -84,7 +84,10 @@ def offsets_of(hf_model, reuse, observer=None):
     return OffsetCorrector(offsets._with(tables), tables, reuse, hf_model.device, observer or Observer())
 
 
-@pytest.mark.parametrize("settings", [{"ratio": 0.3}, {"ratio": 0.2, "selection": "kv_deviation"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"ratio": 0.3}, pytest.param({"ratio": 0.2, "selection": "kv_deviation"}, marks=pytest.mark.thorough)],
+)
 @torch.no_grad()
 def test_a_corrected_pass_through_a_state(settings):
     """Layers with stale rows are corrected once, though the pass comes to the last one again where it is cut."""
