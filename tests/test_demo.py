@@ -284,7 +284,7 @@ def check_answers(runs):
 
 
 @pytest.mark.smollm
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_packaged_model
 def test_one_order_on_smollm(no_hub, monkeypatch):
     monkeypatch.setattr(demo, "REPEATS", 1)  # of the timing: answers and distances are the same
