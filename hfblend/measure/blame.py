@@ -36,7 +36,7 @@ from ..prompts.prompt import Prompt
 from ..store import Store, store_at
 from ..trace.trace import BlendTrace
 from .divergence import RATIOS, FullAnswer, greedy, kl_divergence, teacher_forced_logits
-from .results import Blame, Stretch, TriedRatio, counted
+from .results import Blame, Stretch, TriedRatio, counted, first_difference
 
 _PRECISION = 0.01  # of the ratio
 _HALVED = 3  # chunks whose tokens are looked at
@@ -123,12 +123,10 @@ class _Search:
         chunks = sorted(self.chunks(trace, candidates, chosen), key=lambda one: one.kl)
         ratios = [] if restores or not candidates else sorted(self.ratios(), key=lambda one: one.ratio)
         stretches = list(self.halves(chunks, candidates, chosen))
-        pairs = enumerate(zip(self.full.ids, blended_ids))
-        length = None if len(self.full.ids) == len(blended_ids) else min(len(self.full.ids), len(blended_ids))
         return Blame(
             full_answer_ids=self.full.ids,
             blended_answer_ids=blended_ids,
-            first_difference=next((i for i, (a, b) in pairs if a != b), length),
+            first_difference=first_difference(self.full.ids, blended_ids),
             token_kl=token_kl.tolist(),
             restores=restores,
             ratio=min(self.config.fixed_ratios, default=0.0),
@@ -196,19 +194,19 @@ class _Search:
 
     def stretch(self, part: str, tokens: Sequence[int], candidates: list[int], chosen: set[int]) -> Stretch:
         wanted = sorted(chosen.union(tokens))
-        layers = self.config.check_layers or (1,)
-        config = replace(
-            self.config, selection=_Given(self.config, torch.tensor(wanted)), check_layers=layers,
-            recompute_ratios=(len(wanted) / len(candidates),) * len(layers),
-        )  # fmt: skip
+        rule = _Given(self.config, torch.tensor(wanted))
+        config = replace(self.settings(len(wanted) / len(candidates)), selection=rule)
         more = len(set(tokens) - chosen)
         kl, restores = self.measured(config, f"{part}, {counted(more)} more")
         return Stretch(part, tokens[0], tokens[-1] + 1, more, kl, restores)
 
     def ratio(self, ratio: float) -> TriedRatio:
+        return TriedRatio(ratio, *self.measured(self.settings(ratio), f"ratio {ratio:g}"))
+
+    def settings(self, ratio: float) -> BlendConfig:
+        """The settings with another ratio; those that select nothing get a layer at which to rank."""
         layers = self.config.check_layers or (1,)
-        config = replace(self.config, check_layers=layers, recompute_ratios=(ratio,) * len(layers))
-        return TriedRatio(ratio, *self.measured(config, f"ratio {ratio:g}"))
+        return replace(self.config, check_layers=layers, recompute_ratios=(ratio,) * len(layers))
 
     def measured(self, config: BlendConfig, what: str) -> tuple[float, bool]:
         token_kl, restores = self.distance(self.blend(config).cache)

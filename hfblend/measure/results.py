@@ -6,12 +6,12 @@ Shapes: P tokens of full prefill's answer, T tokens of the prompt.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..config import BlendConfig
-from ..trace.trace import BlendTrace
+from ..trace.trace import BlendTrace, name_of
 
 _QUOTED = 60  # characters of a text in a sentence
 
@@ -85,8 +85,7 @@ class CalibrationRow:
     @property
     def correction_name(self) -> str:
         """As shown: `offset`, `none`, or the name of the user's function."""
-        one = self.correction
-        return getattr(one, "__name__", "own") if callable(one) else str(one or "none")
+        return name_of(self.correction) or "none"
 
 
 @dataclass(frozen=True)
@@ -223,10 +222,7 @@ class Blame:
 
     def first_different_word(self) -> int | None:
         """Returns the index of the first word at which the answers part, which may be the end of the shorter one."""
-        one, other = self.words()
-        both = zip(one, other)
-        length = None if len(one) == len(other) else min(len(one), len(other))
-        return next((i for i, (a, b) in enumerate(both) if a != b), length)
+        return first_difference(*self.words())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers, lists and strings, for JSON; the trace too."""
@@ -285,6 +281,12 @@ class Blame:
     def _cost(self) -> str:
         ended = "" if self.is_complete else ", when the time was up"
         return f"({self.num_blends} blends, {self.seconds:.0f} s{ended}.)"
+
+
+def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int | None:
+    """Returns the first index at which two answers differ, which may be the end of the shorter one; `None`: nowhere."""
+    end = None if len(one) == len(other) else min(len(one), len(other))
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), end)
 
 
 def counted(tokens: int) -> str:

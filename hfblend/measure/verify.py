@@ -31,7 +31,7 @@ from ..prompts.prompt import Prompt
 from ..store import Store
 from ..trace.trace import BlendTrace
 from .divergence import FullAnswer, greedy, kl_divergence, require_bound, teacher_forced_logits, top1_agreement
-from .results import Verification
+from .results import Verification, first_difference
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def verify_prompt(
         kl=kl_divergence(full.logits, logits).mean().item(),
         largest_logit_difference=(full.logits - logits).abs().max().item(),
         top1_agreement=top1_agreement(full.logits, logits),
-        first_difference=next((i for i, (a, b) in enumerate(zip(full.ids, blended_ids)) if a != b), None),
+        first_difference=first_difference(full.ids, blended_ids),
         full_answer_ids=full.ids,
         blended_answer_ids=blended_ids,
         recomputed_pairs_share=result.trace.recomputed_pairs_share,
