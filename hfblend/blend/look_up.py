@@ -15,7 +15,7 @@ import torch
 
 from ..config import BlendConfig
 from ..kv.chunk import ChunkKV, ChunkLost, Provenance, Reader
-from ..kv.ids import Ids, plain_ids
+from ..kv.ids import plain_ids
 from ..kv.rows import KV, full_length_cache, rows_at, sent
 from ..prompts.filler import require_filler
 from ..prompts.prompt import ChunkSpans
@@ -275,7 +275,7 @@ class LookUp:
         exact = (
             entry.quantised is None
             and entry.num_behind == start
-            and Ids(entry.behind_ids) == self.ids[:start]
+            and plain_ids(entry.behind_ids) == self.ids[:start]
             and entry.cached_positions.tolist() == list(range(start, stop))
             and self.model.same_regime(entry.regime, self.model.regime(len(self.ids)))
         )

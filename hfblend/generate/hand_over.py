@@ -120,7 +120,9 @@ class GrowingLayer(DynamicLayer):
     @property
     def kv(self) -> KV:
         """Keys and values (B, Hkv, T, D)."""
-        return self._held()
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
     @property
     def address(self) -> int | None:
@@ -147,22 +149,17 @@ class GrowingLayer(DynamicLayer):
         if self._spare is not None and self._spare.may_continue(self.keys, self.values, added):
             return True
         length = self.get_seq_length()
-        if length and _kind_of(added) != _kind_of(self._held()):
+        if length and _kind_of(added) != _kind_of(self.kv):
             return False
         if not self.is_initialized:
             self.lazy_initialization(*added)
         needed = length + added[0].shape[2]
         buffers = empty_kv(added, needed + max(self.room, needed // 8))
         if length:
-            for buffer, states in zip(buffers, self._held()):
+            for buffer, states in zip(buffers, self.kv):
                 buffer[:, :, :length] = states
         self._spare = _SpareRows(buffers)
         return True
-
-    def _held(self) -> KV:
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys, self.values
 
 
 class SideBySide:
