@@ -54,7 +54,7 @@ class TestedModel(HFModel):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.fingerprint = Fingerprint(model)
-        self.graphs, self.decoding, self._offsets = PassGraphs(self), Decoding(self), Offsets(self)
+        self._make_dependents()
         self._small_steps: Fused | None = None
         self._self_test()
         self._forward = _forward_of(model)
@@ -72,6 +72,10 @@ class TestedModel(HFModel):
         self._kv_dtypes = {super().dtype: dtype}
         prove_rows(self, stock)
         self.reads_last_row_only = _reads_last_row_only(self)
+
+    def _make_dependents(self) -> None:
+        """Makes what refers to this object and works for it on a GPU: graphs, decoding, the correction's kernels."""
+        self.graphs, self.decoding, self._offsets = PassGraphs(self), Decoding(self), Offsets(self)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Copies and pickles of the model hold `None` instead, and are tested themselves."""
@@ -120,7 +124,7 @@ class TestedModel(HFModel):
         else:
             fresh.unwrapped_forward = forward
             self.__dict__ = fresh.__dict__
-            self.graphs, self.decoding, self._offsets = PassGraphs(self), Decoding(self), Offsets(self)
+            self._make_dependents()
             logger.info("%s was changed since its self-test, which ran again and passed.", type(model).__name__)
 
     # --- what it is -----------------------------------------------------------------------------------------------
