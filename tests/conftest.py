@@ -31,6 +31,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if hasattr(interpreter, "_patch_lang"):
+        from interpreted_kernels import once_a_kernel
+
+        interpreter._patch_lang = once_a_kernel(interpreter._patch_lang)
     gc.freeze()  # what was imported stays: 600,000 objects that no collection need look at again
 
 
