@@ -298,8 +298,9 @@ def run(tokenizer, examples, names, ratios=(0.15,), records=None, model=None, qu
 
 
 def test_every_method_is_measured(word_tokenizer, examples):
-    records = run(word_tokenizer, examples, list(METHODS), questions=[1], forced_tokens=4)
-    records += run(word_tokenizer, examples, ["kv_deviation"], (0.5,), questions=[1], forced_tokens=4)
+    few = {"questions": [1], "forced_tokens": 4, "answer_tokens": 4}
+    records = run(word_tokenizer, examples, list(METHODS), **few)
+    records += run(word_tokenizer, examples, ["kv_deviation"], (0.5,), **few)
     expected = [(1, m.name, 0.15 if m.takes_ratio else m.fixed_ratio) for m in METHODS.values()]
     assert [record.key for record in records] == [*expected, (1, "kv_deviation", 0.5)]
     assert all(record.ttft_ms > 0 and 0 <= record.top1_agreement <= 1 for record in records)

@@ -52,6 +52,12 @@ def state_of(hf_model, buffers, live, received=0, mask=0, plan=()):
     return State(numbers, hf_model.layouts)
 
 
+@pytest.fixture
+def one_split(monkeypatch):
+    """Keys are not split among programs, as other tests show they may be: a third of the interpreter's work less."""
+    monkeypatch.setattr("hfblend.kernels.by_position._PROGRAMS", 1)
+
+
 def padded(hf_model, one):
     return PassGraphs(hf_model)._padded(one), len(one.rows)
 
@@ -89,7 +95,7 @@ def offsets_of(hf_model, reuse, observer=None):
     [{"ratio": 0.3}, pytest.param({"ratio": 0.2, "selection": "kv_deviation"}, marks=pytest.mark.thorough)],
 )
 @torch.no_grad()
-def test_a_corrected_pass_through_a_state(settings):
+def test_a_corrected_pass_through_a_state(settings, one_split):
     """Layers with stale rows are corrected once, though the pass comes to the last one again where it is cut."""
     hf_model, done, output, reused, reuse = blending(shared(), correction="offset", **settings)
     above, resumed = -1, {}
@@ -117,7 +123,7 @@ def test_a_corrected_pass_through_a_state(settings):
 
 
 @torch.no_grad()
-def test_a_pass_in_python_is_corrected_by_kernels(monkeypatch):
+def test_a_pass_in_python_is_corrected_by_kernels(monkeypatch, one_split):
     """As where it has too many rows for a graph."""
     hf_model, done, _, reused, reuse = blending(shared(), correction="offset", ratio=0.3)
     rows, heard = torch.cat([done.trace.selected_idx, done.trace.fresh_idx]).sort().values, []
@@ -195,7 +201,7 @@ def test_a_score_pass_through_a_state():
     assert not received[:, :, hidden].any()
 
 
-def test_a_pass_resumed_behind_the_check_layer_through_a_state():
+def test_a_pass_resumed_behind_the_check_layer_through_a_state(one_split):
     model = MODELS["llama-gqa"]()
     with torch.no_grad():
         hf_model, done, output, reused, _ = blending(model, ratio=0.3, selection="kv_deviation", check_layers=(2,))
