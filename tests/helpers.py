@@ -7,6 +7,8 @@ import json
 
 import torch
 import xxhash
+from entries import entry as entry
+from entries import same as same
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import hfblend
@@ -58,6 +60,7 @@ def make_llama(
     heads: str = "gqa",
     dtype: torch.dtype = torch.float32,
     vocab_size: int = VOCABULARY,
+    layers: int = 4,
     **kwargs,
 ) -> LlamaForCausalLM:
     max_positions = {"dynamic": 64, "longrope": 256, "yarn": 256, "llama3": 512}.get(rope, 2048)
@@ -66,7 +69,7 @@ def make_llama(
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=query_heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=max_positions,
@@ -81,12 +84,12 @@ def make_llama(
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def make_mistral(window: int | None = 24, dtype: torch.dtype = torch.float32) -> MistralForCausalLM:
+def make_mistral(window: int | None = 24, dtype: torch.dtype = torch.float32, layers: int = 4) -> MistralForCausalLM:
     config = MistralConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
@@ -188,28 +191,13 @@ def moved_kv(hf_model, kv, move, regime):
 
 def generate(model, inputs, **kwargs):
     """Greedy, with the logits of every step."""
-    settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     return model.generate(**inputs, **{**settings, **kwargs})
 
 
 def largest_difference(one, other) -> float:
     """Largest absolute difference of the logits of two runs, over all steps."""
     return max((a.float() - b.float()).abs().max().item() for a, b in zip(one.logits, other.logits))
-
-
-def entry(tokens=4, layers=2, seed=0, dtype=torch.float32, **kwargs) -> hfblend.ChunkKV:
-    """Chunk KV of random numbers, for stores."""
-    generator = torch.Generator().manual_seed(seed)
-    kv = [[torch.randn(1, 2, tokens, 8, generator=generator).to(dtype) for _ in range(2)] for _ in range(layers)]
-    return hfblend.ChunkKV(full_length_cache(kv), torch.arange(3, 3 + tokens), **kwargs)
-
-
-def same(one, other) -> bool:
-    """Whether two chunks' KV are equal bit by bit, with all that is said of them."""
-    layers = one.num_layers == other.num_layers
-    kv = all(torch.equal(a, b) for i in range(one.num_layers) for a, b in zip(one.layer(i), other.layer(i)))
-    rest = [(e.cached_positions.tolist(), e.behind_ids, e.provenance, e.regime) for e in (one, other)]
-    return layers and kv and rest[0] == rest[1]
 
 
 def damage(store, key, layer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import replace
@@ -36,6 +37,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_machine():
+    """Its peaks are measured once: a second of a core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Peaks, "measure", functools.cache(Peaks.measure))
+        yield
 
 
 # --- counts ---------------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from unittest import mock
 
 import pytest
 import torch
-from helpers import MODELS, config, generate, largest_difference, make_llama, make_mistral, make_prompt
+from helpers import config, generate, largest_difference, make_llama, make_mistral, make_prompt
 from transformers import DynamicCache, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
@@ -72,13 +73,20 @@ def same(graphed, plain):
         assert torch.allclose(ours.values, theirs.values, atol=1e-5)
 
 
-FAMILIES = ["llama-gqa", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("llama-mqa", "mistral-full"))]
+make_short = functools.partial(make_llama, layers=2)  # the interpreter runs kernels of every layer
+MORE = {"llama-mqa": lambda: make_short(heads="mqa"), "mistral-full": lambda: make_mistral(None, layers=2)}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_answers_are_those_of_plain_decoding(name, graphs):
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make_short, id="llama-gqa"),
+        *(pytest.param(make, id=name, marks=pytest.mark.thorough) for name, make in MORE.items()),
+    ],
+)
+def test_answers_are_those_of_plain_decoding(make, graphs):
     """Every step but the first is replayed, for a prompt of another length too, and a next turn goes on from there."""
-    model = MODELS[name]()
+    model = make()
     with hfblend.patch(model, config=config(0.3)):
         for prompt, replayed in ((PROMPT, 2), (SHORTER, 5)):
             plain, graphed = answers(model, prompt, max_new_tokens=4)
@@ -94,13 +102,13 @@ def test_answers_are_those_of_plain_decoding(name, graphs):
 
 
 def test_a_graph_is_recorded_once_and_given_up_with_the_patch_or_with_other_weights(graphs):
-    model = make_llama()
+    model = make_short()
     with hfblend.patch(model, config=config(0.3)):
         for _ in range(2):
             generate(model, PROMPT.inputs(), max_new_tokens=3)
         assert (graphs.recorded, graphs.replayed) == (1, 3)
         with torch.no_grad():
-            model.model.layers[2].mlp.up_proj.weight.mul_(1.5)
+            model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
         plain, graphed = answers(model, PROMPT, max_new_tokens=3)
         same(graphed, plain)
         assert graphs.recorded == 2
@@ -111,7 +119,7 @@ def test_a_graph_is_recorded_once_and_given_up_with_the_patch_or_with_other_weig
 
 def test_a_next_turn_looks_at_the_model_again(graphs):
     """At its weights, which may be others now, and at settings that ask for more than hidden states."""
-    model = make_llama()
+    model = make_short()
     with hfblend.patch(model, config=config(0.3)):
         answer = generate(model, SHORTER.inputs(), max_new_tokens=3)
         weight = torch.nn.Parameter(model.lm_head.weight * 1, requires_grad=False)
@@ -126,7 +134,7 @@ def test_a_next_turn_looks_at_the_model_again(graphs):
 def test_a_full_buffer_is_replaced_by_a_plain_step(graphs, monkeypatch):
     for place in ("algorithm", "reuse"):
         monkeypatch.setattr(sys.modules[f"hfblend.blend.{place}"], "ROOM", 2)
-    model = make_llama()
+    model = make_short()
     with hfblend.patch(model, config=config(0.3)):
         same(*answers(model, PROMPT, max_new_tokens=6))
     assert (graphs.recorded, graphs.replayed) == (1, 3)  # not the first, nor the third, which moves the rows
@@ -145,7 +153,7 @@ class Seen(LogitsProcessor):
 
 
 def test_a_hook_that_comes_midway_sees_the_steps_after_it(graphs):
-    model = make_llama()
+    model = make_short()
     seen = Seen(model)
     with hfblend.patch(model, config=config(0.3)):
         generate(model, PROMPT.inputs(), max_new_tokens=5, logits_processor=[seen])
@@ -165,7 +173,7 @@ STOCK = {
 
 @pytest.mark.parametrize("name", STOCK)
 def test_other_calls_decode_as_stock_does(name, graphs):
-    model = make_llama()
+    model = make_short()
     with hfblend.patch(model, config=config(0.3)):
         for _ in range(2):
             generate(model, PROMPT.inputs(), max_new_tokens=3, **STOCK[name])
@@ -173,7 +181,7 @@ def test_other_calls_decode_as_stock_does(name, graphs):
 
 
 def test_batches_and_padding_decode_as_stock_does(graphs):
-    model = make_llama()
+    model = make_short()
     batch = hfblend.Prompt.batch([PROMPT, SHORTER], pad_token_id=0)
     with hfblend.patch(model, config=config(0.3)) as blender:
         for _ in range(2):
@@ -184,7 +192,7 @@ def test_batches_and_padding_decode_as_stock_does(graphs):
     assert graphs.recorded == 0
 
 
-@pytest.mark.parametrize("make", [make_mistral, pytest.param(lambda: compiled(make_llama()), id="compiled")])
+@pytest.mark.parametrize("make", [make_mistral, pytest.param(lambda: compiled(make_short()), id="compiled")])
 def test_other_models_decode_as_stock_does(make, graphs):
     """One whose cache keeps a window, and one whose layers the user has compiled."""
     model = make()
@@ -207,7 +215,7 @@ def test_what_cannot_be_recorded_is_said_once(graphs, monkeypatch, caplog):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(decoding, "recorded", refuse)
-    model = make_llama()
+    model = make_short()
     with caplog.at_level(logging.WARNING), hfblend.patch(model, config=config(0.3)):
         same(*answers(model, PROMPT, max_new_tokens=5))
     assert graphs.recorded == 1

@@ -117,7 +117,7 @@ class Case:
     """
 
     def __init__(self, call=None, cold=False, rope="default", compiled=False, trace="summary", **settings):
-        self.model = make_llama(rope)
+        self.model = make_llama(rope, layers=3)
         if compiled:  # as `model.compile()` leaves it
             self.model._compiled_call_impl = functools.partial(type(self.model)._call_impl, self.model)
         self.stock = tokens_and_logits(self.model)
@@ -287,7 +287,7 @@ def test_an_exception_where_the_model_is_changed():
 )
 def test_a_model_that_is_not_patched_answers_at_once(rule, tests_itself):
     """Nothing of hfblend is called in between."""
-    model, settings, store = make_llama(), config(0.3, selection=rule), hfblend.MemoryStore()
+    model, settings, store = make_llama(layers=3), config(0.3, selection=rule), hfblend.MemoryStore()
     stock, before = tokens_of_plain(model), state_of(model)
 
     def blend():

@@ -23,7 +23,7 @@ PASSAGES = [
     "Ada Brandt was born in Vellmar, a village known for its glass. She left it at nineteen to work at sea. ",
     "Glass from Vellmar is green because of the iron in its sand. Buyers came from three countries each spring. ",
 ]
-NEW_TOKENS = 5
+NEW_TOKENS = 3
 QUESTION = "Where was the keeper of Skerry Point born?"
 
 
@@ -89,7 +89,7 @@ def test_ratio_1_equals_full_prefill(real, stock):
             assert largest_difference(blended, stock) <= 1e-3
 
 
-@pytest.mark.parametrize("ratio", [pytest.param(0.0, marks=pytest.mark.thorough), 0.15, 0.5])
+@pytest.mark.parametrize("ratio", [0.15, *(pytest.param(ratio, marks=pytest.mark.thorough) for ratio in (0.0, 0.5))])
 def test_true_kv_from_elsewhere_is_exact(real, stock, ratio):
     model, prompt = real
     with hfblend.patch(model, config=config(ratio), store=store_of_true_kv(model, prompt, shift=1000)) as blender:

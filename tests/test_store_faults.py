@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gc
 import hashlib
 import json
@@ -32,6 +33,7 @@ from helpers import (
     make_llama,
     make_prompt,
     same,
+    shared,
     signed,
     with_another_value,
 )
@@ -135,7 +137,7 @@ class Place:
 
     def __init__(self, kind, tmp_path):
         self.kind, self.folder = kind, tmp_path / "chunks"
-        self.model = make_llama()
+        self.model = make_llama(layers=2)
         self.right, trace = self.answer()
         self.keys = [trace.prefix.key, *(chunk.key for chunk in trace.chunks)]
         self.files = {key: self.read(key) for key in self.keys}
@@ -409,14 +411,19 @@ def break_folder(how, folder, monkeypatch):
         folder.write_text("mine")
 
 
+@functools.cache
+def answers():
+    """Of a model that is patched, cold and warm."""
+    with hfblend.patch(shared(), config=config(0.3), store=MemoryStore()):
+        return [generate(shared(), PROMPT.inputs()).sequences for _ in range(2)]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("how", [errno.EACCES, errno.EIO, errno.ESTALE, "a file", "deleted", "unreadable"])
 def test_a_folder_that_is_gone_costs_reuse_only(how, count, tmp_path, monkeypatch, caplog):
     """A prompt answers as without it, and nothing that stands where it stood is changed."""
     MemoryFileSystem.store.clear()
-    model, folder = make_llama(), tmp_path / "chunks"
-    with hfblend.patch(model, config=config(0.3), store=MemoryStore()) as blender:
-        expected = [generate(model, PROMPT.inputs()).sequences for _ in range(2)]
+    model, folder, expected = shared(), tmp_path / "chunks", answers()
     store = tiers_over(folder, count)
     with hfblend.patch(model, config=config(0.3), store=store) as blender:
         generate(model, PROMPT.inputs())
@@ -588,7 +595,7 @@ def test_processes_at_one_budget_keep_it_about(tmp_path):
     script = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import hashlib
-from helpers import entry
+from entries import entry
 from hfblend.store import DiskStore
 store = DiskStore({str(tmp_path)!r}, {budget})
 for i in range(200):

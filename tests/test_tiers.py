@@ -192,7 +192,7 @@ def test_a_process_that_ends_writes_what_waits(tmp_path):
     prepared = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import time
-from helpers import entry
+from entries import entry
 from hfblend.store import DiskStore, MemoryStore, TieredStore
 
 class Slow(DiskStore):
