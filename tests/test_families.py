@@ -108,7 +108,14 @@ def test_windows_and_chunks_are_shorter_than_the_prompt(name):
     assert window(FAMILIES[name]) in ("24 of 88", "8 of 88")
 
 
-@pytest.mark.parametrize("name", _here(*REFUSED))
+def _refused():
+    """Four for each reason; more of them are thorough."""
+    names = _here(*REFUSED)
+    alike = {name: [one for one in names if REFUSED[one] == REFUSED[name]] for name in names}
+    return [pytest.param(name, marks=pytest.mark.thorough if alike[name].index(name) >= 4 else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", _refused())
 def test_unfit_families_are_refused_with_the_reason(name):
     model = FAMILIES[name].make()
     with pytest.raises(hfblend.UnsupportedModel, match=re.escape(REFUSED[name])):
