@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AddedToken
 
 from hfblend import Prompt
+from hfblend.prompts.chat import ends_of, woven
 from hfblend.prompts.tokenize import Encoder
 
 tokenizer_for = cache(lambda name: tokenizer_of(FORMS[name]))
@@ -72,7 +73,7 @@ def check_against_the_template(tokenizer, make, documents, **options):
     if prompt is None:
         assert "template" in reason or "no tokens" in reason
         return None
-    joined = make("".join(documents))
+    joined = make(woven(documents, ends_of(documents, "\n\n")))
     options = {"add_generation_prompt": True, **options}
     ids = tokenizer.apply_chat_template(joined, return_dict=False, **options)
     encode, spans = Encoder(tokenizer), prompt.chunk_spans
@@ -310,6 +311,39 @@ def test_documents_may_be_objects_with_text():
             Prompt.from_chat(tokenizer, "Who?", ["Doc.", wrong])
 
 
+class Node:
+    """As LlamaIndex's retrieved nodes: the text is a method's."""
+
+    def get_content(self):
+        return "Doc four."
+
+
+def test_documents_do_not_run_together_and_the_note_says_so():
+    tokenizer = tokenizer_for("chatml")
+    documents = ["Doc one.", {"title": "T", "text": "Doc two.\n"}, SimpleNamespace(page_content="Doc three."), Node()]
+    prompt = Prompt.from_chat(tokenizer, "Who?", documents)
+    joined = "Doc one.\n\nDoc two.\nDoc three.\n\nDoc four.\n\nWho?"
+    assert joined in tokenizer.decode(prompt.ids)
+    assert list(map(tokenizer.decode, prompt.chunk_ids)) == ["Doc one.", "Doc two.\n", "Doc three.", "Doc four."]
+    assert prompt.note == (
+        "4 documents at the beginning of the last user message, '\\n\\n' after 3 of them; "
+        "text read from text (1), page_content (1), get_content() (1)."
+    )
+    placed = Prompt.from_chat(tokenizer, "P:\n{documents}Who?", ["Doc one.\n"])
+    assert placed.note == "1 document at '{documents}'."
+    as_given = Prompt.from_chat(tokenizer, "{documents}", ["a", "b"], document_end="")
+    assert "ab" in tokenizer.decode(as_given.ids)
+    with pytest.raises(TypeError, match="document_end must be a text"):
+        Prompt.from_chat(tokenizer, "Who?", ["a"], document_end=None)
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama-3.1"])
+def test_a_document_at_the_end_of_a_trimmed_message_is_the_same_chunk(name):
+    tokenizer, documents = tokenizer_for(name), ["One.", "Two."]
+    one, other = (Prompt.from_chat(tokenizer, "Who?\n{documents}", docs) for docs in (documents, documents[::-1]))
+    assert one.chunk_ids == other.chunk_ids[::-1]
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -363,7 +397,7 @@ def test_the_place_where_texts_part_is_told():
     tokenizer = byte_level()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content.replace('e.Doc', 'e Doc') }}{% endfor %}"
     with pytest.raises(ValueError, match=r"after 'Document one' \(character 12\).*'\.Document"):
-        Prompt.from_chat(tokenizer, "{documents}Who?", ["Document one.", "Document two."])
+        Prompt.from_chat(tokenizer, "{documents}Who?", ["Document one.", "Document two."], document_end="")
 
 
 @pytest.mark.parametrize("field", ["page_content", "text", "content"])
@@ -387,7 +421,7 @@ def test_a_template_that_looks_at_lengths(limit, size):
             "{% for m in messages %}{% if m.content | length < " + str(limit) + " %}Short: {% else %}Long: {% endif %}"
             + content + "{% endfor %}"
         )  # fmt: skip
-        prompt = Prompt.from_chat(tokenizer, "{documents}", documents)
+        prompt = Prompt.from_chat(tokenizer, "{documents}", documents, document_end="")
         right = tokenizer.apply_chat_template([{"role": "user", "content": "".join(documents)}], tokenize=False)
         assert tokenizer.decode(prompt.ids) == right
         assert list(map(tokenizer.decode, prompt.chunk_ids)) == documents
@@ -475,7 +509,7 @@ def test_control_words_in_messages_stay_text_where_the_tokenizer_parses_none(pla
             "across": [("user", "[IN{documents}ST]")],
         }[place]
         made = [{"role": role, "content": text} for role, text in messages]
-        prompt = Prompt.from_chat(tokenizer, made, documents)
+        prompt = Prompt.from_chat(tokenizer, made, documents, document_end="")
         joined = [{**m, "content": m["content"].replace("{documents}", "".join(documents))} for m in made]
         assert prompt.ids == tokenizer.apply_chat_template(joined)
         assert prompt.chunk_spans.differs_from_joined_text is False

@@ -173,6 +173,7 @@ PROMPTS = {  # constructor -> how it is called where it is right, argument -> th
             "messages": "text name",
             "documents": "[] texts digits generator",
             "placeholder": "text name",  # and None, of a template with documents of its own
+            "document_end": "text name",
             "add_generation_prompt": "True",
             "chat_template": "None",
         }

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from ..arguments import described, require_text
-from .tokenize import FIELDS, Encoder, parses_nothing
+from .tokenize import Encoder, field_in, parses_nothing
 
 _CHANGES = (
     "The chat template changes text around the documents, or documents as a whole: {}. "
@@ -34,15 +34,24 @@ def as_messages(messages: Any) -> Messages:
 
 
 class Chat:
-    """Messages with documents, as a tokenizer's chat template writes them. The documents replace the `placeholder`, or
-    are the template's own `documents` (`None`); `options` are other arguments of `apply_chat_template`."""
+    """Messages with documents, as a tokenizer's chat template writes them. The documents replace the `placeholder`,
+    each with its end of `ends` after it, or are the template's own `documents` (`None`); `options` are other arguments
+    of `apply_chat_template`."""
 
     def __init__(
-        self, encode: Encoder, messages: Messages, documents: Sequence[Any], placeholder: str | None, **options: Any
+        self,
+        encode: Encoder,
+        messages: Messages,
+        documents: Sequence[Any],
+        placeholder: str | None,
+        ends: Sequence[str],
+        **options: Any,
     ) -> None:
         self.encode, self.tokenizer = encode, encode.tokenizer
-        self.documents, self.placeholder, self.options = documents, placeholder, options
-        self.messages = messages if placeholder is None else with_placeholder(messages, placeholder)
+        self.documents, self.placeholder, self.ends, self.options = documents, placeholder, ends, options
+        self.messages = messages
+        if placeholder is not None:
+            self.messages = with_placeholder(messages, placeholder, "" if any(ends[-1:]) else "\n")
 
     def render(self, texts: Sequence[str]) -> str:
         """Returns the prompt's text with these texts as documents."""
@@ -58,13 +67,18 @@ class Chat:
         if self.placeholder is None:
             documents = [_with_text(document, text) for document, text in zip(self.documents, texts)]
             return self.tokenizer.apply_chat_template(self.messages, documents=documents, **self.options, **options)
-        old, new = self.placeholder, "".join(texts)
+        old, new = self.placeholder, woven(texts, self.ends)
         messages = _with_each_text(self.messages, lambda text: text.replace(old, new))
         return self.tokenizer.apply_chat_template(messages, **self.options, **options)
 
 
-def with_placeholder(messages: Messages, placeholder: str) -> Messages:
-    """Returns messages that hold the placeholder once; if none did, it opens the last user message."""
+def ends_of(texts: Sequence[str], document_end: str) -> list[str]:
+    """Returns what follows each document: `document_end`, or nothing after one that ends with white space."""
+    return [document_end if text and not text[-1].isspace() else "" for text in texts]
+
+
+def with_placeholder(messages: Messages, placeholder: str, end: str) -> Messages:
+    """Returns messages that hold the placeholder once; if none did, it opens the last user message, `end` after it."""
     if count := sum(text.count(placeholder) for text in texts_within(messages)):
         if count > 1:
             raise ValueError(f"The placeholder {placeholder!r} must stand in the messages once, at most.")
@@ -73,7 +87,7 @@ def with_placeholder(messages: Messages, placeholder: str) -> Messages:
     content = None if last is None else messages[last].get("content")
     if last is None or not isinstance(content, (str, Sequence)):
         raise ValueError("from_chat needs a user message with text, or the placeholder in some message; got neither.")
-    opened = {**messages[last], "content": _opened(content, f"{placeholder}\n")}
+    opened = {**messages[last], "content": _opened(content, placeholder + end)}
     return [*messages[:last], opened, *messages[last + 1 :]]
 
 
@@ -173,5 +187,5 @@ def _with_text(document: Any, text: str) -> dict[str, Any]:
     """Returns a document for a template's `documents`; a dict keeps its other fields."""
     if not isinstance(document, Mapping):
         return {"title": "", "text": text}
-    name = next(name for name in FIELDS if isinstance(document.get(name), str))
+    name, _ = field_in(document)
     return {**document, name: text}

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import logging
 import numbers
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from ..arguments import described, require, require_text, require_tokenizer, token_ids, whole
-from .chat import Chat, as_messages, cut, parting, texts_within, woven
+from .chat import Chat, as_messages, cut, ends_of, parting, texts_within, woven
 from .separator import Separator, Span, require_a_token
-from .tokenize import Encoder, texts_in
+from .tokenize import Encoder, field_in, texts_in
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +115,14 @@ class Prompt:
     >>> prompt = Prompt.from_ids([1, 2], [[3, 4, 5], [6, 7]], [8, 9])
     >>> prompt.chunk_spans
     ((2, 5), (5, 7))
+
+    Attributes:
+        note: what `from_chat` did with the documents.
     """
 
     input_ids: torch.Tensor  # (1, T), int64
     chunk_spans: ChunkSpans
+    note: str = ""
 
     def __post_init__(self) -> None:
         _require_prompt_ids(self.input_ids)
@@ -280,6 +285,7 @@ class Prompt:
         documents: Sequence[Any],
         *,
         placeholder: str | None = "{documents}",
+        document_end: str = "\n\n",
         add_generation_prompt: bool = True,
         **template_kwargs: Any,
     ) -> Prompt:
@@ -287,31 +293,39 @@ class Prompt:
 
         The documents replace `{documents}` in the messages; without it, they open the last user message. The prompt's
         text is the template's for messages with the joined documents: if it trims or escapes them, the chunks are
-        trimmed or escaped.
+        trimmed or escaped. The prompt's `note` says what was done.
 
-        >>> Prompt.from_chat(tok, [{"role": "user", "content": "{documents}\\nWho?"}], docs)  # doctest: +SKIP
+        >>> prompt = Prompt.from_chat(tok, [{"role": "user", "content": "{documents}Who?"}], docs)  # doctest: +SKIP
+        >>> prompt.note  # doctest: +SKIP
+        "3 documents at '{documents}', '\\n\\n' after 3 of them; text read from page_content (3)."
 
         Args:
             messages: as for `apply_chat_template`; one text is one user message.
-            documents: texts, or documents with one as `page_content`, `text` or `content`.
+            documents: texts, or dicts and objects (LangChain's, LlamaIndex's, Haystack's) with one as `page_content`,
+                `text`, `content` or `get_content()`; other fields, such as a title, are not read.
             placeholder: the text that the documents replace; `None` hands them to the template's own `documents`.
+            document_end: comes after each document that does not end with white space, as part of the gap, not of the
+                chunk; not in the template's own `documents`.
             template_kwargs: for `apply_chat_template`.
 
         Raises:
             TypeError: messages or documents of another form, or an argument that `from_chat` itself sets.
             ValueError: no user message, several placeholders, or a template that drops, repeats or moves documents.
         """
-        texts = texts_in(documents, "documents")
+        listed = list(documents) if isinstance(documents, Iterator) else documents
+        texts = texts_in(listed, "documents")
         _check_template_arguments(placeholder, add_generation_prompt, template_kwargs)
+        ends = ends_of(texts, "" if placeholder is None else require_text("document_end", document_end))
         encode = Encoder(require_tokenizer(tokenizer), marked=True, template=template_kwargs.get("chat_template"))
         options = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
-        listed = documents if isinstance(documents, Sequence) else texts
-        chat = Chat(encode, as_messages(messages), listed, placeholder, **options)
+        given = as_messages(messages)
+        chat = Chat(encode, given, listed, placeholder, ends, **options)
         gaps, chunks = cut(chat.render, texts, encode.readable, _DOCUMENTS_OF_TEMPLATE if placeholder is None else "")
         _begin(encode, gaps[0], False)
         gap_ids = [encode(gaps[0]), *map(encode.after, gaps[1:])]
         encode.count_as_control([i for ids in gap_ids for i in ids], "\n".join(texts_within(chat.messages)))
-        return cls._of_texts(encode, gap_ids, chunks, woven(gaps, chunks), chat.ids(texts))
+        prompt = cls._of_texts(encode, gap_ids, chunks, woven(gaps, chunks), chat.ids(texts))
+        return replace(prompt, note=_what_was_done(listed, chat, is_placed=chat.messages is given))
 
     @classmethod
     def _of_texts(
@@ -366,6 +380,18 @@ def _check_template_arguments(placeholder: Any, add_generation_prompt: Any, more
         raise ValueError("placeholder must be a text of a letter or more, or None, got ''.")
     if ours := sorted(_OURS & more.keys()):
         raise TypeError(f"from_chat sets tokenize, truncation and the like itself, got {ours[0]}=; leave it out.")
+
+
+def _what_was_done(documents: Iterable[Any], chat: Chat, is_placed: bool) -> str:
+    """Returns the note of `from_chat`."""
+    where = "at the beginning of the last user message"
+    if is_placed:
+        where = "as the template's own documents" if chat.placeholder is None else f"at {chat.placeholder!r}"
+    ended = [end for end in chat.ends if end]
+    joined = f", {ended[0]!r} after {len(ended)} of them" if ended else ""
+    names = Counter(field_in(document)[0] for document in documents if not isinstance(document, str))
+    read = "; text read from " + ", ".join(f"{name} ({count})" for name, count in names.items()) if names else ""
+    return f"{len(chat.ends)} document{'s' * (len(chat.ends) != 1)} {where}{joined}{read}."
 
 
 def _gaps(prefix: list[int], num_chunks: int, suffix: list[int], separator: list[int]) -> list[list[int]]:

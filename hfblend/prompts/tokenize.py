@@ -17,11 +17,20 @@ FIELDS = ("page_content", "text", "content")  # of LangChain, LlamaIndex, Haysta
 
 
 def text_in(document: Any) -> str | None:
-    """Returns a document's text: a string, or the `page_content`, `text` or `content` of an object or dict."""
-    if isinstance(document, str):
-        return document
+    """Returns a document's text: a string, or what `field_in` finds in an object or dict."""
+    return document if isinstance(document, str) else field_in(document)[1]
+
+
+def field_in(document: Any) -> tuple[str, str | None]:
+    """Returns the name and the text of a document's `page_content`, `text` or `content`, or of what its `get_content()`
+    returns (LlamaIndex's nodes); the text is `None` if there is none of them."""
     get = document.get if isinstance(document, Mapping) else lambda name: getattr(document, name, None)
-    return next((text for name in FIELDS if isinstance(text := get(name), str)), None)
+    for name in FIELDS:
+        if isinstance(text := get(name), str):
+            return name, text
+    method = None if isinstance(document, type) else getattr(document, "get_content", None)
+    text = method() if callable(method) else None
+    return "get_content()", text if isinstance(text, str) else None
 
 
 def texts_in(documents: Any, name: str) -> list[str]:
@@ -29,7 +38,7 @@ def texts_in(documents: Any, name: str) -> list[str]:
     if isinstance(documents, Mapping | Set) or text_in(documents) is not None or not isinstance(documents, Iterable):
         one = f"; write [{name[:-1]}]" if text_in(documents) is not None else ""
         raise TypeError(f"{name} must be a list of texts, got {described(documents)}{one}.")
-    expected, listed = "a text, or hold one as page_content, text or content", list(documents)
+    expected, listed = "a text, or hold one as page_content, text, content or get_content()", list(documents)
     texts = [document if (text := text_in(document)) is None else text for document in listed]
     return [require_text(f"{name}[{i}]", text, expected) for i, text in enumerate(texts)]
 
