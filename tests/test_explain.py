@@ -57,7 +57,7 @@ def test_explain_shows_and_writes_the_report(run, tmp_path):
 
 
 def test_explain_as_json(run):
-    result = run("explain", "--json", "--ratio", 0.5)
+    result = run("explain", "--json", "-", "--ratio", 0.5)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["trace"]["level"] == "full"
@@ -78,20 +78,20 @@ def test_explain_says_what_changed_the_answer(run, tmp_path):
     page = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert page.index("Why did the answer change?") < page.index("Layer × token")
     assert "<script" not in page
-    found = json.loads(run("explain", "--blame", 60, "--ratio", 0.05, "--json").stdout)["blame"]
+    found = json.loads(run("explain", "--blame", 60, "--ratio", 0.05, "--json", "-").stdout)["blame"]
     assert found["num_blends"] > 4
     assert {one["part"] for one in found["chunks"]} == {"chunk 1", "chunk 2"}
     assert run("explain", "--blame", -1).exit_code == 2
 
 
 def test_explain_at_ratio_1_gives_full_prefills_answer(run):
-    found = json.loads(run("explain", "--json", "--ratio", 1).stdout)
+    found = json.loads(run("explain", "--json", "-", "--ratio", 1).stdout)
     assert found["answer"] == found["full_prefill_answer"]
     assert found["verification"]["kl"] < 1e-6
 
 
 def test_explain_of_a_store_shows_what_it_held(run, tmp_path):
-    first, second = (json.loads(run("explain", "--json", "--store", tmp_path / "kv").stdout) for _ in range(2))
+    first, second = (json.loads(run("explain", "--json", "-", "--store", tmp_path / "kv").stdout) for _ in range(2))
     assert first["trace"]["misses"] == 3
     assert second["trace"]["hits"] == 3
     assert second["chunks_prefilled_before"] is False
@@ -101,7 +101,7 @@ def test_explain_of_a_store_shows_what_it_held(run, tmp_path):
 @pytest.mark.parametrize(("command", "show"), [("explain", ()), ("run", ("--trace",))])
 def test_the_correction_is_an_option(run, command, show):
     def trace(*options):
-        found = json.loads(run(command, "--json", "--ratio", 0.5, *options).stdout)
+        found = json.loads(run(command, "--json", "-", "--ratio", 0.5, *options).stdout)
         return (found[0] if isinstance(found, list) else found)["trace"]
 
     offset, none, default = trace("--correction", "offset"), trace("--correction", "none"), trace()
@@ -117,12 +117,12 @@ def test_the_correction_is_an_option(run, command, show):
 
 
 def test_prompts_from_standard_input(run):
-    found = json.loads(run("explain", "--json", stdin=json.dumps(PIECES)).stdout)
-    assert found["trace"]["num_tokens"] == json.loads(run("explain", "--json").stdout)["trace"]["num_tokens"]
+    found = json.loads(run("explain", "--json", "-", stdin=json.dumps(PIECES)).stdout)
+    assert found["trace"]["num_tokens"] == json.loads(run("explain", "--json", "-").stdout)["trace"]["num_tokens"]
 
 
 def test_run_answers_every_prompt(run):
-    result = run("run", "--json", prompt=[PIECES, {**PIECES, "chunks": PIECES["chunks"][::-1]}])
+    result = run("run", "--json", "-", prompt=[PIECES, {**PIECES, "chunks": PIECES["chunks"][::-1]}])
     assert result.exit_code == 0, result.output
     first, second = json.loads(result.stdout)
     assert first["trace"]["misses"] == 3

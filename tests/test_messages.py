@@ -638,7 +638,7 @@ FILES = {
 COMMANDS = {
     "explain": ["explain", "FILE"],
     "run": ["run", "FILE"],
-    "verify": ["verify", "--prompts", "FILE"],
+    "verify": ["verify", "FILE"],
     "precompute": ["precompute", "--corpus", "FILE", "--store", "chunks"],
     "eval": ["eval", "--data", "FILE", "--n", "1"],
     "store ls": ["store", "ls", "FILE"],
@@ -692,7 +692,7 @@ def test_commands_refuse_numbers_that_are_none(command, option, tmp_path, monkey
     monkeypatch.setattr(demo_model, "load", lambda *args, **kwargs: pytest.fail("read before the options"))
     file = tmp_path / "prompt.json"
     file.write_text('{"chunks": ["w7 w8"], "question": "w9"}')
-    needed = {"run": [file], "explain": [file], "verify": ["--prompts", file], "eval": ["--data", file]}
+    needed = {"run": [file], "explain": [file], "verify": [file], "ask": [file, "w9"], "eval": ["--data", file]}
     words, flag = [command, *map(str, needed.get(command, ()))], f"--{option.replace('_', '-')}"
     for number in ("nan", "inf", "-inf", "-1"):
         result = CliRunner().invoke(app, [*words, f"{flag}={number}"])

@@ -68,9 +68,16 @@ def print_json(values: Any) -> None:
     console.print_json(json.dumps(values), ensure_ascii=True)
 
 
+def shown_on(json_file: Path | None) -> Console:
+    """Where a command shows what people read: standard output, unless `--json -` prints JSON there."""
+    return stderr if str(json_file) == "-" else console
+
+
 def write_json(file: Path | None, values: Any) -> None:
-    """Writes JSON to a file and says so; does nothing without one."""
-    if file is not None:
+    """Writes JSON to a file and says so, or prints it for `-`; does nothing without a file."""
+    if str(file) == "-":
+        print_json(values)
+    elif file is not None:
         file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         console.print(f"Wrote {file}", markup=False, highlight=False, soft_wrap=True)
 

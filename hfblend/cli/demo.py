@@ -7,11 +7,11 @@ from typing import Annotated
 from typer import Option
 
 from ..util import require_folders_of
-from .common import console, load, write_json
-from .options import Device, JsonFile, Model
+from .common import load, shown_on, write_json
+from .options import Device, Json, Model
 
 
-def demo(model: Model = None, json_file: JsonFile = None, device: Device = None) -> None:
+def demo(model: Model = None, json_file: Json = None, device: Device = None) -> None:
     """Answer a question about twelve passages by full prefill, full reuse and blending, and compare them.
 
     Example: hfblend demo --json demo.json
@@ -20,7 +20,7 @@ def demo(model: Model = None, json_file: JsonFile = None, device: Device = None)
 
     from ..demo.demo import run_demo
 
-    write_json(json_file, run_demo(*load(model, device), console))
+    write_json(json_file, run_demo(*load(model, device), shown_on(json_file)))
 
 
 def playground(

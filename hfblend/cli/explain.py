@@ -17,23 +17,12 @@ from typer import Argument, Exit, Option
 
 from ..config import BlendConfig
 from ..util import require_folders_of
-from .common import console, corrected, given, load, print_json, stderr, store_at, write_json
-from .options import (
-    Blame,
-    Correction,
-    Device,
-    DType,
-    JsonFile,
-    KeptIn,
-    Model,
-    NewTokens,
-    PrintJson,
-    Ratio,
-    Rule,
-    existing,
-)
+from .common import corrected, given, load, shown_on, stderr, store_at, write_json
+from .options import Blame, Correction, Device, DType, Json, KeptIn, Model, NewTokens, Ratio, Rule
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..measure.results import Blame as FoundBlame
     from ..measure.results import Verification
     from ..patching import Blender
@@ -43,7 +32,7 @@ if TYPE_CHECKING:
 
 COMPARED_TOKENS = 16
 
-_PROMPT_HELP = "JSON: prefix, chunks, question; - is standard input."
+_PROMPT_HELP = "JSON: passages and question, or prefix, chunks and suffix; - is standard input."
 
 
 def explain(
@@ -58,7 +47,7 @@ def explain(
     blame: Blame = None,
     device: Device = None,
     dtype: DType = None,
-    as_json: PrintJson = False,
+    json_file: Json = None,
 ) -> None:
     """Blend one prompt, show which chunks and tokens were reused, and hold the answer against full prefill's.
 
@@ -68,7 +57,7 @@ def explain(
 
     Example: hfblend explain prompt.json --blame 60
     """
-    require_folders_of(html)
+    require_folders_of(html, json_file)
     config, kept_in = config_of(ratio, selection, correction), None if store is None else store_at(store)
     loaded, tokenizer, (prompt, *others) = _read([prompt_file], model, device, dtype)
     if others:
@@ -93,14 +82,14 @@ def explain(
     display = Display(trace, title="hfblend explain", answers=answers, blame=found)
     if html is not None:
         display.save(html)
-    if as_json:
+    shown = shown_on(json_file)
+    shown.print(display)
+    for label, answer in answers.items():
+        print_answer(label, answer, shown)
+    if json_file is not None:
         compared = {name: value for name, value in verification.to_dict().items() if name != "trace"}
         blamed = {} if found is None else {"blame": found.to_dict()}
-        print_json({**said, "verification": compared, "trace": trace.to_dict(), **blamed})
-    else:
-        console.print(display)
-        for label, answer in answers.items():
-            print_answer(label, answer)
+        write_json(json_file, {**said, "verification": compared, "trace": trace.to_dict(), **blamed})
     if html is not None:
         stderr.print(f"Wrote {html}", highlight=False, soft_wrap=True)
 
@@ -129,7 +118,7 @@ def _both_ways(
 
 
 def run(
-    prompt_files: Annotated[list[str], Argument(metavar="PROMPT_FILE…", help=_PROMPT_HELP)],
+    prompt_files: Annotated[list[str], Argument(metavar="PROMPT_FILE", help=_PROMPT_HELP)],
     trace: Annotated[bool, Option("--trace", help="Show what was reused and recomputed.")] = False,
     model: Model = None,
     ratio: Ratio = 0.15,
@@ -139,15 +128,16 @@ def run(
     max_new_tokens: NewTokens = 64,
     device: Device = None,
     dtype: DType = None,
-    as_json: PrintJson = False,
+    json_file: Json = None,
 ) -> None:
     """Answer the prompts of files, one after the other; chunks that they share are computed once.
 
     Example: hfblend run prompt.json --store chunks --trace
 
-    Example: echo '{"chunks": ["Ann was born in Hull.", "Bo is Ann's son."], "question": "Where was Bo's mother born?"}'
+    Example: echo '{"passages": ["Ann was born in Hull.", "Bo is the son of Ann."], "question": "Where was Ann born?"}'
     | hfblend run -
     """
+    require_folders_of(json_file)
     found: list[dict[str, Any]] = []
     config, kept_in = config_of(ratio, selection, correction), None if store is None else store_at(store)
     loaded, tokenizer, prompts = _read(prompt_files, model, device, dtype)
@@ -160,12 +150,10 @@ def run(
         for prompt in prompts:
             answer = greedy_answer(blender.model, blender.tokenizer, prompt, max_new_tokens)
             found.append({"answer": answer, "trace": blender.trace.to_dict()})
-            if not as_json:
-                print_answer("", answer)
-                if trace:
-                    console.print(Display(blender.trace))
-    if as_json:
-        print_json(found)
+            print_answer("", answer, shown_on(json_file))
+            if trace:
+                shown_on(json_file).print(Display(blender.trace))
+    write_json(json_file, found)
 
 
 def _read(
@@ -183,7 +171,7 @@ def config_of(ratio: float, selection: str | None, correction: str | None) -> Bl
     return BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=0, **chosen)
 
 
-def print_answer(label: str, answer: str) -> None:
+def print_answer(label: str, answer: str, console: Console) -> None:
     """Prints an answer; nothing in it acts on the terminal."""
     from ..util import visible
 
@@ -193,42 +181,44 @@ def print_answer(label: str, answer: str) -> None:
 
 
 def verify(
-    prompts: Annotated[Path, existing('JSON: {"prefix", "chunks", "question"} or {"question", "ctxs"}, or a list.')],
+    prompt_files: Annotated[list[str], Argument(metavar="PROMPT_FILE", help=_PROMPT_HELP)],
     model: Model = None,
-    ratio: Annotated[float, Option(help="Share of the reused tokens to recompute.")] = 0.15,
+    ratio: Ratio = 0.15,
     selection: Rule = None,
     correction: Correction = None,
+    store: KeptIn = None,
     max_kl: Annotated[float | None, Option(help="In nats; exit code 1 if a prompt's mean KL is above.")] = None,
-    num_tokens: Annotated[int, Option(min=1, help="Answer tokens to compare.")] = 16,
+    num_tokens: Annotated[int, Option(min=1, help="Answer tokens to compare.")] = COMPARED_TOKENS,
     blame: Blame = None,
-    json_file: JsonFile = None,
     device: Device = None,
+    dtype: DType = None,
+    json_file: Json = None,
 ) -> None:
-    """Blend the prompts of a file and say how far each is from its full prefill.
+    """Blend the prompts of files and say how far each is from its full prefill.
 
     With --blame, each prompt whose answer is another gets the search.
 
-    Example: hfblend verify --prompts prompts.json --max-kl 0.1 --json figures.json
+    Example: hfblend verify prompts.json --max-kl 0.1 --json figures.json
     """
     require_folders_of(json_file)
-    config = config_of(ratio, selection, correction)
     if max_kl is not None and not 0 <= max_kl < math.inf:
         raise ValueError(f"--max-kl must be a finite number of nats, 0 or more, got {max_kl}.")
 
+    from ..demo.model import HUB_NAME
     from ..display.blame import renderables
     from ..store import MemoryStore
-    from .prompts import read_prompts
 
-    loaded, tokenizer, name = load(model, device)
-    read, kept_in = read_prompts(str(prompts), tokenizer), MemoryStore()
-    found = _verified(loaded, read, kept_in, config, num_tokens)
-    console.print(_table(found, max_kl))
-    figures = _figures(found, loaded, name, config, max_kl)
-    for i, prompt in enumerate(read):
+    config, kept_in = config_of(ratio, selection, correction), MemoryStore() if store is None else store_at(store)
+    loaded, tokenizer, prompts = _read(prompt_files, model, device, dtype)
+    found = _verified(loaded, prompts, kept_in, config, num_tokens)
+    shown = shown_on(json_file)
+    shown.print(_table(found, max_kl))
+    figures = _figures(found, loaded, model or HUB_NAME, config, max_kl)
+    for i, prompt in enumerate(prompts):
         if blame is not None and found[i].first_difference is not None:
             options = {"store": kept_in, "config": config, "tokenizer": tokenizer, "seconds": blame}
             why = _blame_of(loaded, prompt, f"prompt {i}", num_tokens=num_tokens, **options)
-            console.print(f"\nPrompt {i}", *renderables(why, console.width), sep="\n")
+            shown.print(f"\nPrompt {i}", *renderables(why, shown.width), sep="\n")
             figures["prompts"][i]["blame"] = why.to_dict()
     write_json(json_file, figures)
     if any(_is_above(one, max_kl) for one in found):

@@ -15,6 +15,9 @@ Device = Annotated[str | None, Option(help="As torch names it.", show_default="G
 KVDType = Annotated[str | None, Option(help="Keep chunk KV in 8 bits: int8 or fp8.", show_default="as computed")]
 DType = Annotated[str | None, Option(help="As torch names it.", show_default="float32 on a CPU, else bfloat16")]
 JsonFile = Annotated[Path | None, Option("--json", help="Write the figures to this file.")]
+Json = Annotated[
+    Path | None, Option("--json", metavar="FILE", help="Write the figures to this file; - prints them instead.")
+]
 Markdown = Annotated[Path | None, Option(help="Write the table to this file.")]
 Ratio = Annotated[float, Option(help="Share of the reused tokens to recompute.", min=0, max=1)]
 Rule = Annotated[str | None, Option(help="The rule that selects them.", show_default="BlendConfig's")]

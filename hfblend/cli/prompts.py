@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import described, require
-from ..lab.eval.data import Example, prompt_of, titled
+from ..demo.passages import demo_data, question_prompt
+from ..lab.eval.data import titled
 from ..prompts.prompt import Prompt
+
+_PASSAGES = ("passages", "ctxs", "chunks")  # names of the list of passages that a question is about
 
 
 def read_prompts(source: str, tokenizer: Any) -> list[Prompt]:
     """Reads the prompts of a JSON file, one object or a list of them; `-` is standard input.
 
-        {"prefix": "…", "chunks": ["…", "…"], "suffix": "…"}         "question" says the same as "suffix"
-        {"question": "…", "ctxs": [{"title": "…", "text": "…"}]}     a chat about passages, if there is a template
+        {"question": "…", "passages": ["…", {"title": "…", "text": "…"}]}     a chat, as `hfblend ask` writes it
+        {"prefix": "…", "chunks": ["…", "…"], "suffix": "…"}                  these texts and nothing else
+
+    "passages" may also be called "ctxs" or "chunks", and a "suffix" after a "prefix" "question".
 
     Raises:
         ValueError: a source of another form; the message names it.
@@ -37,19 +42,21 @@ def read_prompts(source: str, tokenizer: Any) -> list[Prompt]:
 
 def _prompt_of_row(row: Any, where: str, tokenizer: Any) -> Prompt:
     """Builds the prompt of one object; errors say `where` it stands."""
-    if isinstance(row, dict) and "chunks" in row:
-        row = {"prefix": "", **({"suffix": row["question"]} if "question" in row else {}), **row}
     names = set(row) if isinstance(row, dict) else set()
     try:
-        if {"prefix", "chunks", "suffix"} <= names:
-            pieces = {"prefix": row["prefix"], "chunks": _texts(row["chunks"]), "suffix": row["suffix"]}
+        if "chunks" in names and ("suffix" in names or {"prefix", "question"} <= names):
+            suffix = row["suffix"] if "suffix" in row else row["question"]
+            pieces = {"prefix": row.get("prefix", ""), "chunks": _texts(row["chunks"]), "suffix": suffix}
             return Prompt.from_texts(tokenizer, **pieces, add_special_tokens=True)
-        if {"question", "ctxs"} <= names:
+        passages = [row[name] for name in _PASSAGES if name in names]
+        if "question" in names and passages:
             question = require("question", row["question"], str, "a text")
-            return prompt_of(tokenizer, Example(question, (), tuple(_texts(row["ctxs"]))))
+            return question_prompt(tokenizer, demo_data()["system"], _texts(passages[0]), question)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from error
-    raise ValueError(f'{where} needs "prefix", "chunks" and "suffix", or "question" and "ctxs"; got {sorted(names)}.')
+    raise ValueError(
+        f'{where} needs "question" and "passages", or "prefix", "chunks" and "suffix"; got {sorted(names)}.'
+    )
 
 
 def _texts(passages: Any) -> list[str]:
@@ -58,6 +65,6 @@ def _texts(passages: Any) -> list[str]:
     for text in texts:
         if not (isinstance(passages, list) and isinstance(text, str)):
             raise TypeError(
-                f'chunks and ctxs must be lists of texts, or of {{"title", "text"}}, got {described(text)}.'
+                f'passages and chunks must be lists of texts, or of {{"title", "text"}}, got {described(text)}.'
             )
     return texts
