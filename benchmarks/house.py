@@ -21,8 +21,8 @@ from typing import Any
 
 # A file imports from its own folder or a lower one. Names between bars stand on one floor.
 FLOORS = (
-    "util|locks|arguments|optional|outputs config|kv|prompts kernels|store|trace attention blend controller|model gpu "
-    "support generate measure display patching __init__|demo lab serving cli"
+    "util|locks|arguments|optional|outputs config|kv|prompts|documents kernels|store|trace attention blend "
+    "controller|model gpu support generate measure display patching __init__|demo lab serving cli"
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS.split()) for name in names.split("|")}
 CORE = ("algorithm", "selection", "rotation", "caches")
