@@ -212,7 +212,7 @@ def test_loading_leaves_no_line_in_a_notebook(monkeypatch, capsys):
 
 
 def test_every_command_has_an_example_and_says_its_exit_codes():
-    for command in ("demo", "verify", "explain", "run", "eval", "bench", "precompute", "profile", "playground"):
+    for command in ("demo", "ask", "verify", "explain", "run", "eval", "bench", "precompute", "profile", "playground"):
         said = " ".join(CliRunner().invoke(app, [command, "--help"]).output.split())
         assert f"Example: hfblend {command}" in said, command
         assert "Exit codes: 0 success" in said, command

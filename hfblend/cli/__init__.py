@@ -19,6 +19,7 @@ from .options import EXIT_CODES
 
 _COMMANDS = {  # name -> its place, and its line in the list of commands
     "demo": ("demo.demo", "Answer a question about twelve passages in three ways, and compare the answers."),
+    "ask": ("ask.ask", "Answer a question about your own files; their passages are computed once."),
     "run": ("explain.run", "Answer the prompts of files; chunks that they share are computed once."),
     "explain": ("explain.explain", "Blend one prompt, and show which chunks and tokens were reused."),
     "playground": ("demo.playground", "Serve a page on this machine: reorder chunks, move the ratio, see the effects."),

@@ -47,9 +47,14 @@ def question_prompt(tokenizer: Any, system: str, passages: Sequence[str], questi
 
 
 def greedy_answer(
-    model: Any, tokenizer: Any, prompt: Prompt, num_tokens: int, config: BlendConfig | None = None
+    model: Any,
+    tokenizer: Any,
+    prompt: Prompt,
+    num_tokens: int,
+    config: BlendConfig | None = None,
+    streamer: Any = None,
 ) -> str:
     """The text of a greedy answer of a patched model; `config=None` takes its blender's settings."""
-    inputs = prompt.inputs(model.device)
-    ids = model.generate(**inputs, blend_config=config, max_new_tokens=num_tokens, do_sample=False)
+    options = {"blend_config": config, "max_new_tokens": num_tokens, "do_sample": False, "streamer": streamer}
+    ids = model.generate(**prompt.inputs(model.device), **options)
     return tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()
