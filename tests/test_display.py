@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import base64
 import dataclasses
 import html
 import io
@@ -21,8 +23,9 @@ import hfblend
 from hfblend.display import Display, view
 from hfblend.display.blame import BlameView
 from hfblend.display.html import rendered
+from hfblend.display.plots import new_figure
 from hfblend.display.view import clipped
-from hfblend.lab import plots
+from hfblend.lab import insights, plots
 from hfblend.measure.blame import blame_prompt
 from hfblend.trace.facts import ChunkTrace, LayerMaps
 from hfblend.trace.timeline import Interval
@@ -560,6 +563,47 @@ def test_plots_of_results_are_those_of_the_commands(tmp_path):
     about = {"model": "m", "dtype": "d", "attention": "a", "machine": "m", "transformers": "5", "settings": settings}
     plots.plot_ttft({**about, "rows": rows}).savefig(tmp_path / "ttft.png")
     assert (tmp_path / "ttft.png").stat().st_size > 5000
+
+
+def drawn(trace) -> dict:
+    """A figure of every function that returns one."""
+    row = {"method": "hfblend", "ratio": 0.15, "n": 3, "kl": 0.1, "kl_ci95": [0.05, 0.2], "recomputed_pairs_share": 0.3}
+    about = {"model": "m", "dtype": "d", "attention": "a", "machine": "m", "transformers": "5"}
+    return {
+        "new_figure": new_figure(4, 3)[0],
+        "plot_scores": hfblend.plot_scores(trace),
+        "plot_timeline": hfblend.plot_timeline(trace),
+        "plot_quality": plots.plot_quality([row]),
+        "plot_ttft": plots.plot_ttft(
+            {**about, "settings": {"layout": {"prefix": 1, "chunk": 2, "suffix": 3}}, "rows": []}
+        ),
+        "figure_of_deviation": insights.figure_of_deviation(torch.rand(4, 9)),
+        "figure_of_rank_correlation": insights.figure_of_rank_correlation(torch.rand(4, 4)),
+        "figure_of_attention_deviation": insights.figure_of_attention_deviation((0.0, 1.0), {"one": torch.rand(2, 4)}),
+    }
+
+
+def functions_that_return_figures() -> set[str]:
+    files = Path(hfblend.__file__).parent.rglob("*.py")
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.returns]
+    return {node.name for node in functions if re.search(r"\bFigure\b", ast.unparse(node.returns))}
+
+
+def test_every_figure_is_a_picture_in_a_notebook(trace):
+    """Also in one that never said `%matplotlib inline`."""
+    pytest.importorskip("matplotlib")
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell
+    inline = pytest.importorskip("IPython.core.pylabtools").select_figure_formats
+    figures = drawn(trace)
+    assert set(figures) == functions_that_return_figures()
+    plain, drawing = shell(), shell()
+    inline(drawing, {"png"})
+    for name, figure in figures.items():
+        for notebook in (plain, drawing):
+            shown, _ = notebook.display_formatter.format(figure)
+            png = shown["image/png"]
+            assert (base64.b64decode(png) if isinstance(png, str) else png).startswith(b"\x89PNG"), name
 
 
 @pytest.mark.browser

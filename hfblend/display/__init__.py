@@ -5,7 +5,7 @@ blame.py       the same of a `Blame`
 reprs.py       the short HTML of prompts, stores and measurements
 html.py        for notebooks and pages: HTML, CSS and inline SVG, no JavaScript; `templates/` holds the markup
 terminal.py    for rich
-plots.py       for matplotlib
+plots.py       for matplotlib; figure.py, a figure that notebooks draw
 """
 
 from __future__ import annotations

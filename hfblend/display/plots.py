@@ -23,7 +23,10 @@ def new_figure(
     width: float, height: float, columns: int = 1, *, dpi: int | None = None, **more: Any
 ) -> tuple[Figure, Any]:
     """A figure and its axes, without a frame at the top and on the right; `ImportError` without matplotlib."""
-    figure = figure_class("plots")(figsize=(width, height), dpi=dpi, layout="constrained")
+    figure_class("plots")  # or says what is missing
+    from .figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False, **more)[0]
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
