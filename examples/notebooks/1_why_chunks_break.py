@@ -16,21 +16,32 @@
 # A chunk's KV cache depends on everything that stood before the chunk. Reuse it somewhere else and it is the KV of
 # another text. Here is one real answer that goes wrong that way, and what CacheBlend does about it.
 #
-# The model is SmolLM2-135M-Instruct. For another one write `load("folder or hub id")`; the answers asserted below are
-# this model's.
+# The model is SmolLM2-135M-Instruct. For another one write `load("folder or hub id")`; the answers that the text speaks
+# of are this model's. The first cell installs hfblend where it is missing, and otherwise does nothing.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("hfblend") is None:  # on Colab, say
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "hfblend[display,plots]"], check=True)
 
 # %%
 import os
 import warnings
 
+import pandas as pd
 import torch
 
 import hfblend
-from hfblend.demo.demo import demo_data
 from hfblend.demo.model import load
+from hfblend.demo.passages import demo_data
+from hfblend.display.plots import new_figure
 from hfblend.lab import insights
 
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
+pd.set_option("display.max_colwidth", None)
 
 SHORT = os.environ.get("HFBLEND_SHORT") == "1"  # leaves out the table at the end
 model, tokenizer = load(device="cpu")
@@ -54,8 +65,8 @@ def make_prompt(question, order):
 flag = data["questions"][3]
 prompt = make_prompt(flag["question"], [0, 5, 4, 1])
 store = hfblend.MemoryStore()
-print(flag["question"], len(prompt), "tokens, chunks at", prompt.chunk_spans)
-
+print(flag["question"])
+prompt
 
 # %% [markdown]
 # ## Three ways to prefill it
@@ -64,6 +75,9 @@ print(flag["question"], len(prompt), "tokens, chunks at", prompt.chunk_spans)
 # * **Full reuse**: every chunk was prefilled alone, after the prompt's prefix; its keys are turned to where the
 #   chunk now stands; only the question is computed.
 # * **Blended**: the same reused KV, and 15 % of the moved tokens are recomputed with everything before them in view.
+#
+# **Predict** before you run the cell: the words of all passages are in the cache every time. Which of the three will
+# still know what the flag shows?
 
 
 # %%
@@ -82,17 +96,11 @@ def answer_blended(prompt, **settings):
 full_answer = answer_in_full(prompt)
 reuse_answer, reused = answer_blended(prompt, check_layers=(), recompute_ratios=())
 blended_answer, blended = answer_blended(prompt, recompute_ratios=(0.15,))
-for name, answer in (("full prefill", full_answer), ("full reuse", reuse_answer), ("blended", blended_answer)):
-    print(f"{name:13} {answer}")
+answers = {"full prefill": full_answer, "full reuse": reuse_answer, "blended": blended_answer}
+pd.Series(answers, name="answer").to_frame()
 
 # %% [markdown]
-# Full prefill finds the red otter, full reuse does not, and blending finds it again.
-
-# %%
-assert "red otter" in full_answer
-assert "otter" not in reuse_answer
-assert "red otter" in blended_answer
-assert reused.trace.selected_tokens == 0
+# Full prefill finds the red otter, full reuse does not, and blending finds it again. Which tokens it recomputed:
 
 # %%
 hfblend.show(blended.trace, tokenizer)
@@ -100,30 +108,51 @@ hfblend.show(blended.trace, tokenizer)
 # %% [markdown]
 # ## What broke
 #
-# Not the positions: keys were turned to where they now stand, and values carry no position. It is the context. Two
-# observations on the reused values, compared with those of a full prefill:
+# Not the positions: keys were turned to where they now stand, and values carry no position. It is the context: these
+# tokens have not seen the passages now before them.
 #
-# * at layer 0 they are the same, because nothing has been attended to yet;
-# * from layer 1 on they differ, because these tokens have not seen the passages now before them.
+# **Predict**: the model has 30 layers. In which of them do the reused values differ from those of a full prefill?
 
 # %%
 deviation = insights.deviation_by_layer(model, prompt, store=store).value  # (L, N)
 norm = deviation.mean(-1)
-print([f"{x:.2g}" for x in norm.tolist()])
-assert norm[0] < 1e-3 * norm[1]
-assert norm[1:].min() > 0
+figure, (axes,) = new_figure(7, 3)
+axes.bar(range(len(norm)), norm.tolist(), color="#0072B2")
+axes.set(xlabel="layer", ylabel="reused values off by\n(squared, mean over tokens)", yscale="log")
+figure
 
 # %% [markdown]
-# The first chunk stands right after the prefix, where it was computed. It is exact, and none of its tokens is among
-# those that could be recomputed.
+# At layer 0 they are the same but for rounding, because nothing has been attended to yet. From layer 1 on all differ.
+#
+# And which chunk is safe? The first one stands right after the prefix, where it was computed. It is exact, and none of
+# its tokens is among those that could be recomputed.
 
 # %%
-first, *others = blended.trace.chunks
-assert first.exact
-assert not any(chunk.exact for chunk in others)
-assert blended.trace.candidate_idx.min() >= first.span[1]
+tokens = blended.trace.to_frame(tokenizer)
+tokens.groupby("chunk").agg(
+    status=("origin", "first"), tokens=("index", "size"), could_be=("score", "count"), recomputed=("selected", "sum")
+)
 
 # %% [markdown]
+# ## Exercise
+#
+# Let the cheese stand first, where its KV is exact: passages 4, 0, 5, 1. Does full reuse find the otter now? Say what
+# you expect, then try.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# cheese_first = make_prompt(flag["question"], [4, 0, 5, 1])
+# again_reuse, _ = answer_blended(cheese_first, check_layers=(), recompute_ratios=())
+# again_blended, _ = answer_blended(cheese_first, recompute_ratios=(0.15,))
+# print(again_reuse, again_blended, sep="\n")
+# ```
+#
+# It does not: the passage about the flag, which the answer is copied from, still stands where it was not computed.
+# Blending finds the otter in this order, too.
+#
+# </details>
+#
 # ## How this prompt was found
 #
 # By trying. The demo's six questions were each asked with four passages in three orders. Of these 18 prompts, full
@@ -133,17 +162,18 @@ assert blended.trace.candidate_idx.min() >= first.span[1]
 # second of the two that matter, the first, another passage.
 
 # %%
-if not SHORT:
-    for question in data["questions"]:
-        needed = question["passages"]
-        others = [i for i in range(12) if i not in needed]
-        asked = make_prompt(question["question"], [others[0], needed[1], needed[0], others[1]])
-        answers = [
-            answer_in_full(asked),
-            answer_blended(asked, check_layers=(), recompute_ratios=())[0],
-            answer_blended(asked, recompute_ratios=(0.15,))[0],
-        ]
-        print("\n", question["question"], "→", question["answers"][0])
-        for name, answer in zip(("full prefill", "full reuse", "blended"), answers):
-            right = any(word in answer for word in question["answers"])
-            print(f"   {'✓' if right else '✗'} {name:13} {answer}")
+rows = []
+for question in [] if SHORT else data["questions"]:
+    needed = question["passages"]
+    others = [i for i in range(12) if i not in needed]
+    asked = make_prompt(question["question"], [others[0], needed[1], needed[0], others[1]])
+    found = {
+        "full prefill": answer_in_full(asked),
+        "full reuse": answer_blended(asked, check_layers=(), recompute_ratios=())[0],
+        "blended": answer_blended(asked, recompute_ratios=(0.15,))[0],
+    }
+    marked = {
+        name: "✓✗"[not any(word in said for word in question["answers"])] + f" {said}" for name, said in found.items()
+    }
+    rows.append({"question": question["question"], "right": question["answers"][0], **marked})
+pd.DataFrame(rows)

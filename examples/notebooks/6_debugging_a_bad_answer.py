@@ -17,22 +17,34 @@
 # Which tokens are to blame? Four questions, one tool each; at the end, one call that asks the last two by itself.
 #
 # The case is real: SmolLM2-135M-Instruct, found by asking the demo's questions with other passages around. For
-# another model write `load("folder or hub id")`; the answers asserted below are this model's.
+# another model write `load("folder or hub id")`; the answers that the text speaks of are this model's. The first cell
+# installs hfblend where it is missing, and otherwise does nothing.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("hfblend") is None:  # on Colab, say
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "hfblend[display,plots]"], check=True)
 
 # %%
 import os
 import warnings
 
+import pandas as pd
 import torch
 from transformers import DynamicCache
 
 import hfblend
-from hfblend.demo.demo import demo_data
 from hfblend.demo.model import load
+from hfblend.demo.passages import demo_data
+from hfblend.display.plots import new_figure
 from hfblend.measure.blame import blame_prompt
 from hfblend.measure.verify import verify_prompt
 
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
+pd.set_option("display.max_colwidth", None)
 
 SHORT = os.environ.get("HFBLEND_SHORT") == "1"  # at the end, looks at digits only
 model, tokenizer = load(device="cpu")
@@ -52,66 +64,72 @@ def text(ids):
 # %% [markdown]
 # ## 1 The model, or the blending?
 #
-# `verify_prompt` prefills the prompt in full, blends it, and holds the two against each other. Here full prefill
-# knows the year and the blended prompt does not, so it is the blending. `first_difference` is where the answers part.
+# `verify_prompt` prefills the prompt in full, blends it, and holds the two against each other. `first_difference` is
+# where the answers part.
 
 # %%
 found = verify_prompt(model, prompt, store=store, num_tokens=18)
-print(found)
-print("full prefill:", text(found.full_answer_ids))
-print("blended:     ", text(found.blended_answer_ids))
-assert "1866" in text(found.full_answer_ids)
-assert "1866" not in text(found.blended_answer_ids)
 part = found.first_difference
-print("they part after:", repr(text(found.full_answer_ids[:part])))
-assert text(found.full_answer_ids[:part]).endswith("opened in 1")
+both = {"full prefill": text(found.full_answer_ids), "blended": text(found.blended_answer_ids)}
+print("They part after:", repr(text(found.full_answer_ids[:part])))
+pd.Series(both, name="answer").to_frame()
 
 # %% [markdown]
+# Full prefill knows the year and the blended prompt does not, so it is the blending.
+#
 # ## 2 What was recomputed?
 #
-# The trace says what was reused from where, and which tokens were recomputed. Nothing odd: every chunk was there, and
-# 15 % of the moved tokens were chosen.
+# The trace says what was reused from where, and which tokens were recomputed. Is anything odd in it?
 
 # %%
 result = hfblend.blend(model, prompt, store=store, trace="tokens")
-assert result.trace.hits == 4
-assert not result.trace.fallback
 hfblend.show(result.trace, tokenizer)
 
 # %% [markdown]
+# Nothing odd: every chunk was there, and 15 % of the moved tokens were chosen.
+#
 # ## 3 Does a higher ratio help?
 #
-# To see that, the answer up to where it goes wrong is put after the prompt, and one number is looked at: how far the
-# logit of full prefill's next token, 8, lies above that of the blended one's, 9. At 30 % it is right again.
+# To see that, the answer up to where it goes wrong is put after the prompt, and one number is looked at, the margin:
+# how far the logit of full prefill's next token, 8, lies above that of the blended one's, 9. Below 0 the answer is
+# wrong. **Predict**: is 30 % enough?
 
 # %%
 ids = torch.cat([prompt.input_ids, torch.tensor([found.full_answer_ids[:part]])], 1)
 begun = hfblend.Prompt(ids, prompt.chunk_spans)
 right, wrong = found.full_answer_ids[part], found.blended_answer_ids[part]
-assert (text(right), text(wrong)) == ("8", "9")
 
 
 def margin(logits):
     return (logits[0, right] - logits[0, wrong]).item()
 
 
+def drawn(margins, label):
+    """Bars: blue where the answer is right."""
+    figure, (axes,) = new_figure(7.5, 0.8 + 0.32 * len(margins))
+    colours = ["#0072B2" if value > 0 else "#D55E00" for value in margins.values()]
+    axes.barh([*map(str, margins)], list(margins.values()), color=colours)
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set(xlabel="margin of 8 over 9", ylabel=label)
+    return figure
+
+
 margins = {}
 for ratio in (0.15, 0.3, 1.0):
     config = hfblend.BlendConfig(recompute_ratios=(ratio,))
     margins[ratio] = margin(hfblend.blend(model, begun, store=store, config=config).logits)
-    print(f"ratio {ratio}: {margins[ratio]:+.2f}")
-assert margins[0.15] < 0 < margins[0.3]
-assert margins[1.0] > 0
+drawn({f"{ratio:.0%}": value for ratio, value in margins.items()}, "recomputed")
 
 # %% [markdown]
-# `blender.calibrate` finds such a ratio over prompts of your own (`docs/quality.md`). One that mends one prompt may be
-# more than others need.
+# At 30 % it is right again. `blender.calibrate` finds such a ratio over prompts of your own (`docs/quality.md`). One
+# that mends one prompt may be more than others need.
 #
 # ## 4 Which tokens are to blame?
 #
 # With plain full reuse the answer is wrong as well. Now the true KV of one passage after the other, from a full
 # prefill, takes the place of the reused KV: `steps` gives the reused KV to start from, and the suffix runs over it
-# again.
+# again. **Predict**: whose true KV mends the answer, that of the passage with the year in it?
 
 # %%
 nothing = hfblend.BlendConfig(check_layers=(), recompute_ratios=())
@@ -136,20 +154,17 @@ def mended(tokens):
 
 
 stale = mended([])
-assert stale < 0 < full_margin
-assert abs(stale - margin(stops["generated"].result.logits)) < 1e-2
-assert abs(mended(list(range(suffix_start))) - full_margin) < 1e-2
 by_passage = [mended(list(range(*span))) for span in prompt.chunk_spans]
-for document, value in zip(documents, by_passage):
-    print(f"{value:+.2f} with the true KV of {document.split(':')[0]!r}")
-assert abs(by_passage[0] - stale) < 1e-2  # it stands where it was computed, and is exact
 to_blame = by_passage.index(max(by_passage))
-assert by_passage[to_blame] > 0
-assert documents[to_blame].startswith("Orla Venn")
+titles = [document.split(":")[0] for document in documents]
+drawn({"none": stale, **dict(zip(titles, by_passage)), "all": full_margin}, "true KV of")
 
 # %% [markdown]
-# Not the passage that holds the year: the last one, about somebody else, which was computed as if it stood first and
-# has years of its own. Its true KV alone makes the answer right. Which of its sentences does most?
+# Not the passage that holds the year (Ister Railway): the last one, about somebody else, which was computed as if it
+# stood first and has years in it. Its true KV alone makes the answer right. The first passage changes nothing: it
+# stands where it was computed, and is exact.
+#
+# Which sentence of the last one does most?
 
 # %%
 start, stop = prompt.chunk_spans[to_blame]
@@ -158,27 +173,39 @@ for i in range(start, stop):
     sentences[-1].append(i)
     if text(ids[0, i]).strip().endswith("."):
         sentences.append([])
-effects = {tuple(sentence): mended(sentence) - stale for sentence in sentences if sentence}
-for sentence, effect in effects.items():
-    print(f"{effect:+.2f} {text(ids[0, list(sentence)]).strip()}")
+effects = {tuple(sentence): mended(sentence) for sentence in sentences if sentence}
 best = max(effects, key=effects.get)
-assert best[0] == start  # "Orla Venn (1834 to 1902) was an engineer …"
+drawn({text(ids[0, list(one)]).strip()[:44] + " …": value for one, value in effects.items()}, "true KV of")
 
 # %% [markdown]
-# One token is enough: the 9 of 1902, which is also what the blended answer says. At 15 % it was not recomputed. With
-# the true KV of this token alone the answer is right.
+# And which of its tokens?
 
 # %%
 of_token = {i: mended([i]) for i in best if not SHORT or text(ids[0, i]).strip().isdigit()}
 culprit = max(of_token, key=of_token.get)
-for i, value in of_token.items():
-    print(f"{value:+.2f} {text(ids[0, i])!r} at {i}")
-assert text(ids[0, culprit]) == text(wrong) == "9"
-assert of_token[culprit] > 0
-assert text(ids[0, culprit - 1 : culprit + 3]) == "1902"
-assert culprit not in result.trace.selected_idx.tolist()
+drawn({f"{text(ids[0, i])!r} at {i}": value for i, value in of_token.items()}, "true KV of")
 
 # %% [markdown]
+# One token is enough: the 9 of 1902, which is also what the blended answer says. At 15 % it was not recomputed. With
+# the true KV of this token alone the answer is right.
+#
+# ## Exercise
+#
+# Would CacheBlend's own rule, `selection="kv_deviation"`, have recomputed that token at 15 %?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# by_deviation = hfblend.BlendConfig(selection="kv_deviation")
+# other_rule = hfblend.blend(model, begun, store=store, config=by_deviation)
+# print(culprit in other_rule.trace.selected_idx.tolist(), margin(other_rule.logits))
+# ```
+#
+# It would, and the answer would be right: here the token's values say more than what the question looks at. Over many
+# questions it is the other way round (`docs/selection.md`).
+#
+# </details>
+#
 # ## 5 All of it in one call
 #
 # `blame_prompt` (`blender.blame(prompt)` of a patched model) needs no guess. In addition to what the rule chose, it
@@ -187,8 +214,5 @@ assert culprit not in result.trace.selected_idx.tolist()
 # same passage, and says which tokens of it, recomputed, would have been enough.
 
 # %%
-why = blame_prompt(model, prompt, store=store, tokenizer=tokenizer, num_tokens=18, seconds=20 if SHORT else 30)
-print(why)
-assert why.chunks[0].part == f"chunk {to_blame}"
-assert why.fewest.part == f"chunk {to_blame}"
+why = blame_prompt(model, prompt, store=store, tokenizer=tokenizer, num_tokens=18, seconds=20 if SHORT else 60)
 why
