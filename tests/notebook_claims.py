@@ -71,7 +71,9 @@ def claims_5(names: Names) -> None:
     assert [trace.hits for trace in (first, second, third)] == [0, 4, 4]
     assert max(second.ttft_ms, third.ttft_ms) < first.ttft_ms
     assert names["answers"][2] == names["answers"][0]
-    assert "eel" in names["answers"][0]
+    assert "pellow soup" in names["answers"][0]
+    assert "smoked eel" in names["answers"][1]
+    assert "pellow soup" in names["full_answer"]
     assert not names["full_trace"].blended
 
 

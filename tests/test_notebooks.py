@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,17 @@ def test_the_written_notebook_is_that_of_the_script(notebook):
     outputs = [output for cell in written["cells"] for output in cell.get("outputs", ())]
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert_pictures([output["data"] for output in outputs if "data" in output])
+
+
+@every_notebook
+def test_its_page_of_the_site_has_the_pictures(notebook):
+    site = runpy.run_path(str(ROOT / "docs" / "site" / "notebooks.py"))
+    written = notebook.with_suffix(".ipynb")
+    page = site["with_outputs"](site["page_of"](written), written)
+    assert page.count('src="data:image/png;base64,') == written.read_text(encoding="utf-8").count('"image/png":') > 0
+    assert "<Figure" not in page
+    assert all(source in page for kind, source in cells_of(notebook) if kind == "code")
+    assert f"notebooks/{notebook.stem}.md" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 def test_docs_list_every_notebook():

@@ -129,8 +129,12 @@ figure
 
 # %%
 tokens = blended.trace.to_frame(tokenizer)
+tokens["exact"] = tokens["status"] == "exact"
 tokens.groupby("chunk").agg(
-    status=("origin", "first"), tokens=("index", "size"), could_be=("score", "count"), recomputed=("selected", "sum")
+    tokens=("id", "size"),
+    exact=("exact", "sum"),
+    could_be_recomputed=("score", "count"),
+    recomputed=("selected", "sum"),
 )
 
 # %% [markdown]

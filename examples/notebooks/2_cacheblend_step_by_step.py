@@ -151,6 +151,9 @@ axes.legend(frameon=False)
 figure
 
 # %% [markdown]
+# Mostly at the beginning: computed alone, a chunk's first tokens saw little more than the prefix, and now they see all
+# passages before them. Later tokens have their own chunk to look at, both times.
+#
 # ## 4 Recompute: a forward over the selected rows and the question
 #
 # The trick that keeps it short: a cache whose `update` writes the fresh rows into the layer's full-length K/V and
@@ -251,8 +254,7 @@ figure
 
 # %% [markdown]
 # With the true KV nothing is left to recompute: full reuse equals full prefill. Do not read much into the other bars:
-# one token of one prompt says little about a rule (`docs/quality.md` measures fifty questions), and full reuse may even
-# come out ahead.
+# one token of one prompt says little about a rule (`docs/quality.md` measures fifty questions).
 #
 # ## Exercise
 #

@@ -92,8 +92,8 @@ axes.legend(frameon=False)
 figure
 
 # %% [markdown]
-# Keys differ everywhere; rotated keys and values are the same but for rounding, in every layer. (Values of layer 0, which
-# no attention has touched, are equal bit by bit; they are drawn at the bottom.)
+# Keys differ everywhere; rotated keys and values are the same but for rounding, in every layer. (At layer 0, before
+# any attention, values are equal bit by bit; they are drawn at 1e-9.)
 #
 # ## Why it is exact
 #

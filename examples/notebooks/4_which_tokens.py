@@ -73,7 +73,7 @@ insights.figure_of_rank_correlation(matrix)
 
 # %% [markdown]
 # Neighbours rank alike. But layer 1, where CacheBlend chooses, says much less about late layers than about layer 2.
-# (Layer 0 is to be left out: there nothing has been attended to, and deviation is rounding.)
+# (Layer 0 says nothing: there nothing has been attended to, and what deviates is rounding.)
 #
 # ## 3 Recomputing few tokens brings attention back (figure 6)
 #

@@ -87,8 +87,8 @@ def make_prompt(question):
     return hfblend.Prompt.from_chat(tokenizer, messages, [f"{name}: {documents[name]}\n\n" for name in find(question)])
 
 
-question = "What is the main ingredient of pellow soup?"
-again = "What is pellow soup eaten with?"
+question = "What is the soup served at the Lantern Festival called?"
+again = "What is the main ingredient of the soup served at the festival?"
 pd.DataFrame({question: find(question), again: find(again)})
 
 # %% [markdown]

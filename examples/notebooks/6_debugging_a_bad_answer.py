@@ -110,6 +110,7 @@ def drawn(margins, label):
     colours = ["#0072B2" if value > 0 else "#D55E00" for value in margins.values()]
     axes.barh([*map(str, margins)], list(margins.values()), color=colours)
     axes.axvline(0, color="0.3", linewidth=0.8)
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.set(xlabel="margin of 8 over 9", ylabel=label)
     return figure
@@ -173,7 +174,7 @@ for i in range(start, stop):
     sentences[-1].append(i)
     if text(ids[0, i]).strip().endswith("."):
         sentences.append([])
-effects = {tuple(sentence): mended(sentence) for sentence in sentences if sentence}
+effects = {tuple(sentence): mended(sentence) for sentence in sentences if text(ids[0, sentence]).strip()}
 best = max(effects, key=effects.get)
 drawn({text(ids[0, list(one)]).strip()[:44] + " …": value for one, value in effects.items()}, "true KV of")
 
