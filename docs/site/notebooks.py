@@ -45,5 +45,5 @@ def _view(output: dict[str, Any]) -> str:
     if "image/png" in views:
         return f'<img alt="" src="data:image/png;base64,{"".join(views["image/png"]).strip()}">'
     if "text/html" in views:
-        return "".join(views["text/html"])
+        return "".join(views["text/html"]).replace('<table border="1" class="dataframe">', "<table>")
     return f"<pre><code>{html.escape(''.join(views['text/plain']))}</code></pre>"

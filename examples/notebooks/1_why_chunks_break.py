@@ -176,8 +176,9 @@ for question in [] if SHORT else data["questions"]:
         "full reuse": answer_blended(asked, check_layers=(), recompute_ratios=())[0],
         "blended": answer_blended(asked, recompute_ratios=(0.15,))[0],
     }
-    marked = {
-        name: "✓✗"[not any(word in said for word in question["answers"])] + f" {said}" for name, said in found.items()
-    }
-    rows.append({"question": question["question"], "right": question["answers"][0], **marked})
+    row = {"question": question["question"], "right answer": question["answers"][0]}
+    for name, answer in found.items():
+        is_right = any(word in answer for word in question["answers"])
+        row[name] = f"{'✓' if is_right else '✗'} {answer}"
+    rows.append(row)
 pd.DataFrame(rows)
