@@ -204,13 +204,6 @@ def test_a_device_that_is_not_there_is_refused():
         demo_model.device_named("cuda")
 
 
-def test_loading_leaves_no_line_in_a_notebook(monkeypatch, capsys):
-    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    with demo_model._told("Loading …"):
-        pass
-    assert capsys.readouterr() == ("", "")
-
-
 def test_every_command_has_an_example_and_says_its_exit_codes():
     for command in ("demo", "ask", "verify", "explain", "run", "eval", "bench", "precompute", "profile", "playground"):
         said = " ".join(CliRunner().invoke(app, [command, "--help"]).output.split())
@@ -247,7 +240,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     gguf = tmp_path / demo_model.GGUF_FILE
     gguf.write_bytes(b"GGUF")
 
-    def fail(gguf, folder):
+    def fail(gguf, folder, line):
         (folder / "config.json").write_text("{}")
         raise OSError("disk full")
 
@@ -293,7 +286,7 @@ def test_one_order_on_smollm(no_hub, monkeypatch):
     data = demo_data()
     prompt = demo_prompt(tokenizer, data, data["questions"][demo.QUESTION]["question"], range(12))
     with hfblend.patch(model, tokenizer=tokenizer) as blender:
-        runs, _ = demo.compare(blender, prompt, lambda: None)
+        runs, _ = demo.compare(blender, prompt)
     check_answers([asdict(run) for run in runs])
 
 

@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from ..arguments import require_text
 from ..documents import Document, Passage, Unreadable, files_of, nearest, passages_of, read
+from ..trace.progress import told
 from ..util import require_folders_of, visible
 from .common import load, shown_on, stderr, store_at, write_json
 from .explain import config_of
@@ -19,10 +20,10 @@ from .options import Correction, Device, DType, Json, Model, NewTokens, Ratio, R
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.status import Status
 
     from ..patching import Blender
     from ..prompts.prompt import Prompt
+    from ..trace.progress import Line
     from ..trace.trace import BlendTrace
 
 
@@ -62,11 +63,9 @@ def ask(
     files = ", ".join(f"{name} ({count})" for name, count in Counter(one.name for one in chosen).items())
     _note(f"{len(found)} passages; given to the model: {len(chosen)}, of {files}.")
 
-    with stderr.status("Testing whether this model can be blended …"):
-        from ..patching import patch
+    from ..patching import patch
 
-        patched = patch(loaded, config, tokenizer, kept_in)
-    with patched as blender:
+    with patch(loaded, config, tokenizer, kept_in) as blender:
         answer, trace, full_ms = _answer(blender, prompt, max_new_tokens, compare, shown_on(json_file))
     _note(summary_of(trace, full_ms))
     passages_as_json = [{"file": one.name, "text": one.text} for one in chosen]
@@ -100,12 +99,13 @@ def _read_all(sources: Sequence[Path], encoding: str, skip: bool) -> list[Passag
     files, others = files_of(sources)
     documents: list[Document] = []
     unreadable: list[str] = []
-    with stderr.status(f"Reading {len(files)} files …"):
+    with told("Reading files", total=len(files)) as line:
         for name, file in files.items():
             try:
                 documents.append(read(name, file, encoding))
             except Unreadable as error:
                 unreadable.append(str(error))
+            line.advance()
     if unreadable and not (skip and documents):
         hint = "" if skip or len(files) == 1 else "\nOr leave them out: --skip-unreadable."
         raise Unreadable("\n".join(unreadable) + hint)
@@ -155,10 +155,10 @@ def _fitting(
 
 
 class Typed:
-    """A streamer for `generate`: prints the text of an answer as its tokens come, and ends `status` at the first."""
+    """A streamer for `generate`: prints an answer as its tokens come, and ends the line of progress at the first."""
 
-    def __init__(self, tokenizer: Any, console: Console, status: Status) -> None:
-        self._tokenizer, self._console, self._status = tokenizer, console, status
+    def __init__(self, tokenizer: Any, console: Console, line: Line) -> None:
+        self._tokenizer, self._console, self._line = tokenizer, console, line
         self._ids: list[int] | None = None
         self._shown = ""
 
@@ -167,7 +167,7 @@ class Typed:
         if self._ids is None:
             self._ids = []
             return
-        self._status.stop()
+        self._line.stop()
         self._ids += value.flatten().tolist()
         text = self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip()
         if not text.endswith("\ufffd"):  # part of a character
@@ -191,12 +191,12 @@ def _answer(
     from ..demo.passages import FULL_PREFILL, greedy_answer
 
     model, tokenizer = blender.model, blender.tokenizer
-    with stderr.status(f"Reading {len(prompt.chunk_spans)} passages …") as status:
-        answer = greedy_answer(model, tokenizer, prompt, num_tokens, streamer=Typed(tokenizer, console, status))
+    with told(f"Reading {len(prompt.chunk_spans)} passages") as line:
+        answer = greedy_answer(model, tokenizer, prompt, num_tokens, streamer=Typed(tokenizer, console, line))
     trace = blender.trace
     if not (compare and trace.blended):
         return answer, trace, None
-    with stderr.status("Measuring a full prefill, to compare (--no-compare leaves it out) …"):
+    with told("Measuring a full prefill, to compare (--no-compare leaves it out)"):
         greedy_answer(model, tokenizer, prompt, 1, FULL_PREFILL)
     return answer, trace, blender.trace.ttft_ms
 

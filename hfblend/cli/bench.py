@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from typer import Option
 
-from .common import Outputs, console, dtype_of, load, names, numbers, stderr
+from ..trace.progress import told
+from .common import Outputs, console, dtype_of, load, names, numbers, wake
 from .options import Correction, Device, DType, JsonFile, Markdown, Model
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def bench(
 
     Example: hfblend bench --shape llama-8b --chunks-in gpu,ram,disk
     """
+    wake()
     from ..lab.bench.runner import run
     from ..lab.settings import BenchSettings
     from ..lab.synthetic import Layout
@@ -76,8 +78,8 @@ def bench(
         seed=seed,
     )
     loaded, tokenizer, name = _load(model, shape, device, dtype)
-    with stderr.status("Measuring …") as status:
-        say = lambda part: status.update(f"Measuring {part}")  # noqa: E731
+    with told("Measuring") as line:
+        say = lambda part: line.say(f"Measuring {part}")  # noqa: E731
         results = run(loaded, name, settings, tokenizer=tokenizer, save=outputs.write, say=say)
     _show(results)
 

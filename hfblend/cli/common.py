@@ -6,14 +6,15 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ..trace.progress import told
 from ..util import figure_class, require_folders_of
 
 if TYPE_CHECKING:
@@ -41,17 +42,16 @@ def in_words() -> Iterator[None]:
 
 def load(model: str | None, device: str | None, dtype: str | None = None) -> tuple[Any, Any, str]:
     """Loads a model; returns it with its tokenizer and its name."""
+    wake()
     from ..demo import model as demo_model
 
     return *demo_model.load(model, device, dtype_of(dtype)), model or demo_model.HUB_NAME
 
 
-def progress_bar(*texts: str) -> Progress:
-    """A bar on stderr, in a terminal only, with more texts before its times."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *map(TextColumn, texts),
-        TimeElapsedColumn(), TimeRemainingColumn(), console=stderr, transient=True, disable=not stderr.is_terminal,
-    )  # fmt: skip
+def wake() -> None:
+    """Imports what a command works with, which takes some seconds, and says so."""
+    with told("Starting PyTorch and Transformers"):
+        import_module("hfblend.patching")
 
 
 def store_at(where: str, max_bytes: str | None = None, kv_dtype: str | None = None) -> DiskStore | RemoteStore:

@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Option
 
 from ..util import require_folders_of
-from .common import load, shown_on, write_json
+from .common import load, shown_on, wake, write_json
 from .options import Device, Json, Model
 
 
@@ -18,6 +18,7 @@ def demo(model: Model = None, json_file: Json = None, device: Device = None) -> 
     """
     require_folders_of(json_file)
 
+    wake()
     from ..demo.demo import run_demo
 
     write_json(json_file, run_demo(*load(model, device), shown_on(json_file)))
@@ -32,6 +33,7 @@ def playground(
 
     Example: hfblend playground --model path/or/hub-id --port 9000
     """
+    wake()
     from ..demo import model as demo_model
     from ..demo.playground.page import serve
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from typer import Option
 
-from .common import Outputs, console, load, names, numbers, progress_bar
+from ..trace.progress import told
+from .common import Outputs, console, load, names, numbers, wake
 from .options import Correction, Device, DType, JsonFile, KVDType, Markdown, Model
 
 
@@ -45,6 +46,7 @@ def evaluate(
 
     Example: hfblend eval --data questions.json --methods full_reuse,kv_deviation,hfblend --ratios 0.1,0.2
     """
+    wake()
     from ..lab.eval.data import SUMMARIES, is_generated
     from ..lab.eval.data import load as load_questions
     from ..lab.eval.metrics import require_rouge
@@ -73,11 +75,10 @@ def evaluate(
     loaded, tokenizer, name = load(model, device, dtype)
     if is_generated(data):  # and one more, of which a passage is the text unrelated to the last question
         examples = generate(data, questions.stop + 1, tokenizer, max_context, seed)
-    with progress_bar() as bar:
-        task = bar.add_task("Measuring", total=len(questions) * len(settings.cases()))
+    with told("Measuring", total=len(questions) * len(settings.cases())) as line:
         results = run(
             loaded, name, settings, data, examples, questions,
-            tokenizer=tokenizer, records=records, advance=lambda: bar.advance(task),
+            tokenizer=tokenizer, records=records, advance=line.advance,
         )  # fmt: skip
     console.print(table(results), markup=False, highlight=False, soft_wrap=True)
     outputs.write(results)

@@ -9,13 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 from typer import Argument, Exit, Option
 
 from ..config import BlendConfig
+from ..trace.progress import Line, told
 from ..util import require_folders_of
 from .common import corrected, given, load, shown_on, stderr, store_at, write_json
 from .options import Blame, Correction, Device, DType, Json, KeptIn, Model, NewTokens, Ratio, Rule
@@ -66,11 +65,8 @@ def explain(
     from ..display import Display
     from ..patching import patch
 
-    with (
-        stderr.status("Blending, and prefilling in full …"),
-        patch(loaded, config, tokenizer, kept_in, trace="full") as blender,
-    ):
-        trace, verification, said = _both_ways(blender, prompt, max_new_tokens, prefill_before=kept_in is None)
+    with patch(loaded, config, tokenizer, kept_in, trace="full") as blender, told("Blending") as line:
+        trace, verification, said = _both_ways(line, blender, prompt, max_new_tokens, prefill_before=kept_in is None)
         in_use = {"store": blender.store, "config": blender.config, "tokenizer": tokenizer}
     found = None
     if blame is not None:
@@ -95,7 +91,7 @@ def explain(
 
 
 def _both_ways(
-    blender: Blender, prompt: Prompt, max_new_tokens: int, prefill_before: bool
+    line: Line, blender: Blender, prompt: Prompt, max_new_tokens: int, prefill_before: bool
 ) -> tuple[BlendTrace, Verification, dict[str, Any]]:
     """Answers a prompt after a full prefill and after blending, and compares them; `prefill_before` stores its chunks
     first. Returns the trace of the blended call, the distance, and the answers as JSON has them."""
@@ -103,10 +99,12 @@ def _both_ways(
 
     if prefill_before:
         greedy_answer(blender.model, blender.tokenizer, prompt, 1)
+    line.say("Prefilling in full")
     full_answer = greedy_answer(
         blender.model, blender.tokenizer, prompt, max_new_tokens, replace(blender.config, enabled=False)
     )
     full_ttft_ms = blender.trace.ttft_ms
+    line.say("Blending")
     said = {
         "answer": greedy_answer(blender.model, blender.tokenizer, prompt, max_new_tokens),
         "full_prefill_answer": full_answer,
@@ -114,6 +112,7 @@ def _both_ways(
         "chunks_prefilled_before": prefill_before,
     }
     trace = blender.trace
+    line.say("Comparing the two")
     return trace, blender.verify(prompt, num_tokens=COMPARED_TOKENS), said
 
 
@@ -147,8 +146,9 @@ def run(
     from ..patching import patch
 
     with patch(loaded, config, tokenizer, kept_in, trace="tokens" if trace else "summary") as blender:
-        for prompt in prompts:
-            answer = greedy_answer(blender.model, blender.tokenizer, prompt, max_new_tokens)
+        for i, prompt in enumerate(prompts):
+            with told(f"Answering prompt {i + 1} of {len(prompts)}"):
+                answer = greedy_answer(blender.model, blender.tokenizer, prompt, max_new_tokens)
             found.append({"answer": answer, "trace": blender.trace.to_dict()})
             print_answer("", answer, shown_on(json_file))
             if trace:
@@ -231,16 +231,20 @@ def _verified(
     """Verifies each prompt; chunks that prompts share are prefilled once."""
     from ..measure.verify import verify_prompt
 
-    shown = track(prompts, "Prompts", console=stderr, transient=True)
-    return [verify_prompt(model, prompt, store=store, config=config, num_tokens=num_tokens) for prompt in shown]
+    found = []
+    with told("Comparing prompts", total=len(prompts)) as line:
+        for prompt in prompts:
+            found.append(verify_prompt(model, prompt, store=store, config=config, num_tokens=num_tokens))
+            line.advance()
+    return found
 
 
 def _blame_of(model: Any, prompt: Prompt, name: str, **options: Any) -> FoundBlame:
     """Searches for what changed an answer; a status says what is tried."""
     from ..measure.blame import blame_prompt
 
-    with stderr.status(f"Searching in {name} …") as status:
-        options["progress"] = lambda said: status.update(f"Searching in {name}: {escape(said)} …")
+    with told(f"Searching in {name}") as line:
+        options["progress"] = lambda said: line.say(f"Searching in {name}: {said}")
         return blame_prompt(model, prompt, **options)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +14,13 @@ from typer import Option
 
 from ..arguments import require_text
 from ..config import BlendConfig
-from .common import console, given, load, print_json, progress_bar, stderr, store_at
+from ..trace.progress import told
+from .common import console, given, load, print_json, stderr, store_at, wake
 from .options import Device, DType, KVDType, Model, existing
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from ..generate.precompute import Precomputed
+    from ..trace.progress import Line
 
 
 def precompute(
@@ -52,6 +53,7 @@ def precompute(
         config = BlendConfig(namespace=namespace, **given(chunk_prefix=chunk_prefix))
         before, total = prefix_of(prefix, prefix_file), count_texts(corpus, field)
 
+        wake()
         from ..generate.precompute import precompute as precompute_texts
         from ..prompts.filler import filler_ids
 
@@ -60,8 +62,8 @@ def precompute(
         if chunk_prefix == "filler":
             config = replace(config, filler_ids=filler_ids(tokenizer))
         options: dict[str, Any] = {"prefix": before, "batch_size": batch_size, "store": kept_in, "config": config}
-        with progress_bar("{task.fields[rate]}") as bar:
-            options["progress"] = _advance(bar, total)
+        with told("Computing chunks", total=total) as line:
+            options["progress"] = partial(_advance, line)
             report = precompute_texts(loaded, texts_of(corpus, field), tokenizer=tokenizer, **options)
     except KeyboardInterrupt as error:
         stderr.print("Stopped. The stored chunks stay; the same command goes on from there.")
@@ -116,12 +118,7 @@ def prefix_of(prefix: str | None, prefix_file: Path | None) -> str:
     return require_text("--prefix", prefix or "")
 
 
-def _advance(bar: Progress, total: int) -> Callable[[Precomputed], None]:
-    task = bar.add_task("Precomputing", total=total, rate="")
-
-    def show(report: Precomputed) -> None:
-        done = report.computed + report.skipped + report.failed
-        failed = f", {report.failed:,} not kept" if report.failed else ""
-        bar.update(task, completed=done, rate=f"{report.tokens_per_s:,.0f} tokens/s{failed}")
-
-    return show
+def _advance(line: Line, report: Precomputed) -> None:
+    failed = f", {report.failed:,} not kept" if report.failed else ""
+    line.say(f"Computing chunks, {report.tokens_per_s:,.0f} tokens/s{failed}")
+    line.advance(report.computed + report.skipped + report.failed - line.done)

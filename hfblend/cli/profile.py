@@ -10,7 +10,8 @@ from rich.table import Table
 from typer import Option
 
 from ..config import BlendConfig
-from .common import console, load, numbers, print_json, stderr, store_at
+from ..trace.progress import told
+from .common import console, load, numbers, print_json, store_at, wake
 from .options import Device, DType, Model, PrintJson
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def profile(
         raise ValueError(f"--tokens must be above {SUFFIX}, got {tokens!r}.")
     config = BlendConfig(selection=selection, recompute_ratios="auto", least_ratio=least_ratio)  # type: ignore[arg-type]
 
+    wake()
     from ..controller import Controller
     from ..measure.profile import profile_of
     from ..store import MemoryStore
@@ -46,7 +48,7 @@ def profile(
 
     where = MemoryStore() if store is None else store_at(store)
     loaded, _, _ = load(model, device, dtype)
-    with stderr.status("Measuring …"):
+    with told("Measuring this machine"):
         found = profile_of(loaded, where, config, refresh=refresh)
     rows = _forecasts(Controller(found, least_ratio), lengths, model_of(loaded).kv_bytes_per_token)
     if as_json:

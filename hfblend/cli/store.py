@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Column, Table
 from typer import Argument, Option
 
+from ..trace.progress import told
 from ..util import visible
 from .common import console, print_json, store_at
 from .options import EXIT_CODES, PrintJson
@@ -97,8 +97,12 @@ def verify(where: Where, as_json: PrintJson = False) -> None:
     """
     store = _store_at(where)
     keys = store.keys()
-    shown = track(keys, "Checking", console=console, transient=True, disable=as_json or not console.is_terminal)
-    damaged = {key: reason for key in shown if (reason := store.fault_of(key))}
+    damaged = {}
+    with told("Checking entries", total=len(keys)) as line:
+        for key in keys:
+            if reason := store.fault_of(key):
+                damaged[key] = reason
+            line.advance()
     if as_json:
         print_json({"entries": len(keys), "damaged": damaged})
     else:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +20,7 @@ from ..measure.divergence import FullAnswer, describe_machine, kl_divergence, te
 from ..patching import Blender, patch
 from ..prompts.filler import filler_ids
 from ..prompts.prompt import Prompt
+from ..trace.progress import told
 from ..trace.trace import BlendTrace
 from .passages import FULL_PREFILL, NOTHING_RECOMPUTED, demo_data, demo_prompt, greedy_answer
 
@@ -64,50 +63,67 @@ class Run:
 
     @property
     def label(self) -> str:
-        """As shown: `full prefill`, `blend 0.15`."""
-        return f"blend {self.recompute_ratio}" if self.method == "blend" else self.method.replace("_", " ")
+        """As shown."""
+        return label_of(self.method, self.recompute_ratio)
 
 
-STEPS = 1 + REPEATS * len(METHODS) + 1 + len(METHODS)  # reported by `compare`
+def label_of(method: str, ratio: float) -> str:
+    """A method's name as it is shown: `full prefill`, `blend 0.15`."""
+    return f"blend {ratio}" if method == "blend" else method.replace("_", " ")
 
 
-def compare(blender: Blender, prompt: Prompt, advance: Callable[[], None]) -> tuple[list[Run], BlendTrace]:
+def compare(
+    blender: Blender, prompt: Prompt, answered: Callable[[str, str], None] = lambda method, answer: None
+) -> tuple[list[Run], BlendTrace]:
     """Runs every method on a prompt.
 
     Args:
         blender: of the patched model, with a tokenizer.
-        advance: called `STEPS` times, as the work goes on.
+        answered: called with each method's label and answer as soon as it is there, full prefill's first.
 
     Returns:
         The runs, and the trace of the first (untimed) blended call.
     """
-    # 1. chunk KV into the store; not timed
-    greedy_answer(blender.model, blender.tokenizer, prompt, 1, _REUSE)
-    first_trace = blender.trace
-    advance()
-    # 2. time to first token, the methods taking turns so that a slow moment of the machine affects all alike
+    model, tokenizer = blender.model, blender.tokenizer
     ttft_ms: dict[Any, list[float]] = {method: [] for method in METHODS}
-    for method, config in REPEATS * list(METHODS.items()):
-        greedy_answer(blender.model, blender.tokenizer, prompt, 1, config)
+    answers, first_trace = {}, None
+
+    def timed(method: Any, num_tokens: int) -> str:
+        answer = greedy_answer(model, tokenizer, prompt, num_tokens, METHODS[method])
         assert blender.trace.ttft_ms is not None
         ttft_ms[method].append(blender.trace.ttft_ms)
-        advance()
-    # 3. full prefill's text, not stopped by the end token, and its likelihood after each method
-    full = FullAnswer.of(blender.model, prompt, FORCED_TOKENS)
-    advance()
-    # 4. answers
-    runs = []
+        return answer
+
+    # 1. answers; before the first that reuses, chunk KV into the store, which is not timed
     for method, config in METHODS.items():
-        logits, share = full.logits, 1.0
-        if config.enabled:
-            filled = replace(config, filler_ids=filler_ids(blender.tokenizer))
-            result = blend(blender.model, prompt, store=blender.store, config=filled)
-            logits = teacher_forced_logits(blender.model, prompt.input_ids, full.ids, result.cache)
-            share = result.trace.recomputed_pairs_share
-        answer = greedy_answer(blender.model, blender.tokenizer, prompt, ANSWER_TOKENS, config)
-        kl, agreement = kl_divergence(full.logits, logits).mean().item(), top1_agreement(full.logits, logits)
-        runs.append(Run(*method, median(ttft_ms[method]), kl, agreement, answer, share))
-        advance()
+        if config.enabled and first_trace is None:
+            with told("Computing each passage alone, once: later prompts reuse it"):
+                greedy_answer(model, tokenizer, prompt, 1, _REUSE)
+            first_trace = blender.trace
+        with told(f"Answering: {label_of(*method)}"):
+            answers[method] = timed(method, ANSWER_TOKENS)
+        answered(label_of(*method), answers[method])
+    assert first_trace is not None
+    # 2. time to first token, the methods taking turns so that a slow moment of the machine affects all alike
+    turns = (REPEATS - 1) * list(METHODS)
+    with told("Measuring the time to the first token", total=len(turns)) as line:
+        for method in turns:
+            timed(method, 1)
+            line.advance()
+    # 3. full prefill's text, not stopped by the end token, and its likelihood after each method
+    runs = []
+    with told("Measuring the distance from full prefill", total=len(METHODS)) as line:
+        full = FullAnswer.of(model, prompt, FORCED_TOKENS)
+        for method, config in METHODS.items():
+            logits, share = full.logits, 1.0
+            if config.enabled:
+                filled = replace(config, filler_ids=filler_ids(tokenizer))
+                result = blend(model, prompt, store=blender.store, config=filled)
+                logits = teacher_forced_logits(model, prompt.input_ids, full.ids, result.cache)
+                share = result.trace.recomputed_pairs_share
+            kl, agreement = kl_divergence(full.logits, logits).mean().item(), top1_agreement(full.logits, logits)
+            runs.append(Run(*method, median(ttft_ms[method]), kl, agreement, answers[method], share))
+            line.advance()
     return runs, first_trace
 
 
@@ -115,7 +131,7 @@ def compare(blender: Blender, prompt: Prompt, advance: Callable[[], None]) -> tu
 
 
 def run_demo(model: Any, tokenizer: Any, model_name: str, console: Console) -> dict[str, Any]:
-    """Runs the passages in their order, then reversed; prints a table each.
+    """Runs the passages in their order, then reversed; prints each answer as soon as it is there, then a table.
 
     Returns:
         Numbers and strings, for JSON: `context_tokens`, `runs`, `reordered_runs`, `machine`, `model`, `dtype`.
@@ -124,26 +140,25 @@ def run_demo(model: Any, tokenizer: Any, model_name: str, console: Console) -> d
     question, order = data["questions"][QUESTION]["question"], range(len(data["passages"]))
     forms = {"Passages in order": order, "The same passages reversed": order[::-1]}
     prompts = {title: demo_prompt(tokenizer, data, question, passages) for title, passages in forms.items()}
-    stderr = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
-    with patch(model, tokenizer=tokenizer) as blender, bar:
-        found = [
-            compare(blender, prompt, partial(bar.advance, bar.add_task(title, total=STEPS)))
-            for title, prompt in prompts.items()
-        ]
     machine, dtype = describe_machine(model.device), str(model.dtype).removeprefix("torch.")
     console.print(f"\n[bold]{question}[/bold]\n{model_name}, {dtype}, {machine}", highlight=False)
-    for (title, prompt), (runs, first_trace) in zip(prompts.items(), found):
-        console.print()
-        console.print(_table(runs, f"{title}: {len(prompt)} tokens"))
-        console.print(_answers(runs))
-        console.print(_reuse_line(first_trace), highlight=False)
+
+    def answered(method: str, answer: str) -> None:
+        console.print(Text.assemble((f"{method:14}", "bold"), answer), soft_wrap=True)
+
+    found = []
+    with patch(model, tokenizer=tokenizer) as blender:
+        for title, prompt in prompts.items():
+            console.print(f"\n[italic]{title}: {len(prompt)} tokens[/italic]", highlight=False)
+            runs, first_trace = compare(blender, prompt, answered)
+            console.print(_table(runs))
+            console.print(_reuse_line(first_trace), highlight=False)
+            found.append(runs)
     console.print(f"\n{_CAPTION}", highlight=False)
     return {
         "context_tokens": len(next(iter(prompts.values()))),
-        "runs": [asdict(run) for run in found[0][0]],
-        "reordered_runs": [asdict(run) for run in found[1][0]],
+        "runs": [asdict(run) for run in found[0]],
+        "reordered_runs": [asdict(run) for run in found[1]],
         "machine": machine,
         "model": model_name,
         "dtype": dtype,
@@ -160,8 +175,8 @@ _CAPTION = (
 )
 
 
-def _table(runs: Sequence[Run], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(runs: Sequence[Run]) -> Table:
+    table = Table()
     table.add_column("method", no_wrap=True)
     for heading in ("TTFT ms", "speed-up", "computed", "KL nats", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -170,13 +185,6 @@ def _table(runs: Sequence[Run], title: str) -> Table:
         times = (f"{run.ttft_ms:.0f}", f"{full_ms / run.ttft_ms:.1f}×")
         quality = (f"{run.recomputed_pairs_share:.1%}", f"{run.kl:.3f}", f"{run.top1_agreement:.0%}")
         table.add_row(run.label, *times, *quality)
-    return table
-
-
-def _answers(runs: Sequence[Run]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for run in runs:
-        table.add_row(Text(run.label, style="bold"), Text(run.answer))
     return table
 
 

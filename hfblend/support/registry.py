@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from ..model.weights import adapters
 from ..model.weights.fingerprint import Fingerprint
 from ..model.weights.offloading import device_of
 from ..trace.observer import Observer
+from ..trace.progress import told
 from .rotations import find_rotations
 from .self_test import prove_rows
 
@@ -67,11 +68,15 @@ class TestedModel(HFModel):
         Raises:
             UnsupportedModel: the model cannot be blended.
         """
-        stock = stock_steps(self)
-        self.rotations, self.layouts, dtype = find_rotations(self, stock)
-        self._kv_dtypes = {super().dtype: dtype}
-        prove_rows(self, stock)
-        self.reads_last_row_only = _reads_last_row_only(self)
+        with told(f"Testing once whether {type(self.model).__name__} can be blended", total=4) as line:
+            stock = stock_steps(self)
+            line.advance()
+            self.rotations, self.layouts, dtype = find_rotations(self, stock)
+            self._kv_dtypes = {super().dtype: dtype}
+            line.advance()
+            prove_rows(self, stock)
+            line.advance()
+            self.reads_last_row_only = _reads_last_row_only(self)
 
     def _make_dependents(self) -> None:
         """Makes what refers to this object and works for it on a GPU: graphs, decoding, the correction's kernels."""
@@ -178,13 +183,20 @@ class TestedModel(HFModel):
 
     def prefill(self, chunks: Sequence[Sequence[int]], after_ids: Sequence[int], after: Reader | None) -> list[ChunkKV]:
         """K/V of chunks, each computed alone after the same ids."""
-        return prefill_together(self, chunks, after_ids, after)
+        num_tokens = sum(map(len, chunks)) + (len(after_ids) if after is None else 0)
+        with told(f"Computing the KV of {num_tokens:,} tokens"):
+            return prefill_together(self, chunks, after_ids, after)
 
     def batches(
         self, chunks: Mapping[str, Sequence[int]], num_after: int, batch_size: int | None = None
-    ) -> Iterator[dict[str, Sequence[int]]]:
+    ) -> Generator[dict[str, Sequence[int]], None, None]:
         """Chunks by key, in batches for `prefill`; default size 1 on a CPU, which is busy with one."""
-        return map(dict, in_batches(chunks.items(), batch_size or self.chunks_at_once, num_after))
+        if not chunks:
+            return
+        with told("Computing chunks that are not stored", total=len(chunks)) as line:
+            for batch in in_batches(chunks.items(), batch_size or self.chunks_at_once, num_after):
+                yield dict(batch)
+                line.advance(len(batch))
 
     # --- processes that share the model ---------------------------------------------------------------------------
 

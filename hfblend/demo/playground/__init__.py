@@ -8,7 +8,8 @@ Nothing here knows a browser.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from ...display import Display
 from ...display.html import blame_html, rendered
 from ...patching import patch
 from ...prompts.prompt import Prompt
+from ...trace.progress import Line, heard, told
 from ...trace.trace import BlendTrace
 from ..passages import (
     FULL_PREFILL,
@@ -184,6 +186,21 @@ class Outcome:
         return lines
 
 
+class _Counter:
+    """A streamer for `generate` that counts tokens."""
+
+    def __init__(self, line: Line) -> None:
+        self._line, self._is_prompt = line, True
+
+    def put(self, value: Any) -> None:
+        """Called by `generate` with the prompt's ids, then with those of each token."""
+        self._line.advance(0 if self._is_prompt else 1)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Called by `generate` after the last token."""
+
+
 class Playground:
     """A patched model and its store; runs one setup at a time.
 
@@ -199,20 +216,28 @@ class Playground:
         """Leaves the model as it was."""
         self.blender.remove()
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a setup is running, for instance another page's."""
-        return self._one_at_a_time.locked()
+    @contextmanager
+    def _turn(self, progress: Callable[[str], None]) -> Iterator[None]:
+        while not self._one_at_a_time.acquire(timeout=0.2):
+            progress("Waiting for the run of another page …")
+        try:
+            with heard(lambda line: progress(str(line))):
+                yield
+        finally:
+            self._one_at_a_time.release()
 
-    def run(self, setup: Setup) -> Outcome:
+    def run(self, setup: Setup, progress: Callable[[str], None] = lambda text: None) -> Outcome:
         """Answers by full prefill, full reuse and blending, after every chunk was stored. Waits for its turn.
+
+        Args:
+            progress: called with a line of text at each chunk and token; what it raises ends the run.
 
         Raises:
             ValueError: the prompt is longer than the model takes.
         """
         prompt = setup.prompt(self.blender.tokenizer)
         self._require_room(prompt)
-        with self._one_at_a_time:
+        with self._turn(progress):
             blended = self._answer("blended", prompt, setup.config)
             found = tuple(chunk.status != "miss" for chunk in blended.trace.chunks)
             storing_ms = None if all(found) else blended.ttft_ms
@@ -230,21 +255,23 @@ class Playground:
         """Searches for what changed the blended answer; returns it as HTML. Waits for its turn.
 
         Args:
-            progress: called with a line of text after each blend.
+            progress: called with a line of text after each blend and chunk; what it raises ends the search.
 
         Raises:
             ValueError: the prompt is longer than the model takes.
         """
         prompt = setup.prompt(self.blender.tokenizer)
         self._require_room(prompt)
-        with self._one_at_a_time:
+        with self._turn(progress):
             found = self.blender.blame(
                 prompt, config=setup.config, num_tokens=ANSWER_TOKENS, seconds=BLAME_SECONDS, progress=progress
             )
             return blame_html(found)
 
     def _answer(self, method: str, prompt: Prompt, config: BlendConfig) -> Answer:
-        text = greedy_answer(self.blender.model, self.blender.tokenizer, prompt, ANSWER_TOKENS, config)
+        with told(f"Answering: {method.replace('_', ' ')}", total=ANSWER_TOKENS) as line:
+            streamer = _Counter(line)
+            text = greedy_answer(self.blender.model, self.blender.tokenizer, prompt, ANSWER_TOKENS, config, streamer)
         trace = self.blender.trace
         if config.enabled and not trace.blended:
             raise ValueError(f"This prompt is {trace}.")

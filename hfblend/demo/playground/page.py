@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 FIELD = f"autogrow outlined dense maxlength={MAX_CHARACTERS + 1}"  # one character too many gets an error message
+CANCELLED = "Cancelled. Press Run."
 CHANGED = "Changed since the last run. Press Run."
 
 
@@ -56,6 +57,10 @@ def _require_free(port: int) -> None:
             ) from error
 
 
+class Cancelled(Exception):
+    """The user ended a run."""
+
+
 class Page:
     """One browser tab.
 
@@ -67,9 +72,9 @@ class Page:
     def __init__(self, nicegui: Any, playground: Playground, model_name: str) -> None:
         self.ui, self.io_bound = nicegui.ui, nicegui.run.io_bound
         self.playground, self.model_name, self.presets = playground, model_name, presets()
-        self.is_running = self.is_wanted = False
+        self.is_running = self.is_wanted = self.is_cancelled = False
         self.num_runs = 0
-        self.said = ""  # by the search for what changed the answer
+        self.said = self.doing = ""  # by the search for what changed the answer, by a run
 
     # --- the page, from top to bottom ---------------------------------------------------------------------------------
 
@@ -125,7 +130,13 @@ class Page:
 
     def _build_results(self) -> None:
         ui = self.ui
-        self.status = ui.label().classes("dim").props("role=status")
+        with ui.element("div").classes("row"):
+            self.status = ui.label().classes("dim grow").props("role=status")
+            cancel = ui.button("Cancel", on_click=self.cancel).props("outline dense no-caps")
+            cancel.bind_visibility_from(self, "is_running")
+        doing = ui.label().classes("dim")
+        doing.bind_text_from(self, "doing")
+        doing.bind_visibility_from(self, "doing", bool)
         self.error = ui.label().classes("error").props("role=alert")
         with ui.element("div").classes("stack") as self.results:
             self.answers = ui.html()
@@ -222,17 +233,25 @@ class Page:
         self.is_running = True
         try:
             while self.is_wanted:
-                self.is_wanted = False
+                self.is_wanted = self.is_cancelled = False
                 await self._run_once()
         finally:
             self.is_running = False
+            self.doing = ""
+
+    def cancel(self) -> None:
+        """Ends the run, or the search, at the next chunk or token; what it has stored stays."""
+        self.is_cancelled, self.is_wanted = True, False
+        self.status.text = "Cancelling …"
 
     async def _run_once(self) -> None:
         self.results.classes("stale")
-        self.status.text = "Waiting for the run of another page …" if self.playground.is_busy else "Running …"
+        self.status.text = "Running …"
         try:
             content = self.content
-            outcome = await self.io_bound(self.playground.run, Setup(*content))
+            outcome = await self.io_bound(self.playground.run, Setup(*content), self._do)
+        except Cancelled:
+            self.status.text = CANCELLED
         except Exception as error:  # the page goes on after any error, and shows it
             self._show_error(error)
             self.status.text = "Not run."
@@ -244,9 +263,11 @@ class Page:
         """Searches for what changed the answer; changes made meanwhile run at the end."""
         if self.is_running:
             return
-        self.is_running, self.said = True, "Searching …"
+        self.is_running, self.is_cancelled, self.said = True, False, "Searching …"
         try:
             found = await self.io_bound(self.playground.blame, Setup(*self.content), self._say)
+        except Cancelled:
+            self.status.text, self.said = CANCELLED, ""
         except Exception as error:  # as above
             self._show_error(error)
             self.said = "Not searched."
@@ -259,7 +280,16 @@ class Page:
             await self.run()
 
     def _say(self, text: str) -> None:
-        self.said = f"Searching: {text} …"
+        self._go_on()
+        self.said = f"Searching: {text.removesuffix(' …')} …"
+
+    def _do(self, text: str) -> None:
+        self._go_on()
+        self.doing = text
+
+    def _go_on(self) -> None:
+        if self.is_cancelled:
+            raise Cancelled
 
     def _show_error(self, error: Exception) -> None:
         is_expected = isinstance(error, ValueError)
