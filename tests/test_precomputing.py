@@ -389,13 +389,13 @@ def test_other_failures_of_the_command(folder, monkeypatch):
 
 
 def test_the_bar_counts_chunks():
-    from hfblend.cli import precompute as command
     from hfblend.trace.progress import Line
 
-    line = Line("Computing chunks", 10)
+    line, heard = Line("Computing chunks", 10), []
     for report in (precomputing.Precomputed(5, 2, 1, 0), precomputing.Precomputed(5, 2, 1, 1, tokens=30, seconds=2.0)):
-        command._advance(line, report)
+        precomputing._tell(line, heard.append, report)
     assert str(line) == "Computing chunks, 15 tokens/s, 1 not kept: 4 of 10 …"
+    assert heard[-1] is report
 
 
 def test_the_example_of_the_documentation_runs(model, word_tokenizer):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,13 +102,12 @@ class ChunksOf:
     ) -> Iterator[dict[str, Reader]]:
         """Prefills chunks by key, each alone after `after_ids`, and stores them; yields what each batch made."""
         after = self.to_continue() if missing else None
-        with closing(self.model.batches(missing, len(self.after_ids), batch_size)) as batches:
-            for batch in batches:
-                made = dict(zip(batch, self._prefilled(list(batch.values()), self.after_ids, after)))
-                for key, chunk_kv in made.items():
-                    self.store.put(key, chunk_kv)
-                self.observer.phase_done("prefill_chunks")
-                yield dict(made)
+        for batch in self.model.batches(missing, len(self.after_ids), batch_size):
+            made = dict(zip(batch, self._prefilled(list(batch.values()), self.after_ids, after)))
+            for key, chunk_kv in made.items():
+                self.store.put(key, chunk_kv)
+            self.observer.phase_done("prefill_chunks")
+            yield dict(made)
 
     def _prefilled(
         self, chunks: Sequence[Sequence[int]], after_ids: Sequence[int], after: Reader | None

@@ -6,7 +6,7 @@ D head_dim, C hidden size, R rotated pairs (2R ≤ D).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -130,7 +130,7 @@ class BlendableModel(ReusingModel, Protocol):
 
     def batches(
         self, chunks: Mapping[str, Sequence[int]], num_after: int, batch_size: int | None = None
-    ) -> Generator[dict[str, Sequence[int]], None, None]:
+    ) -> Iterator[dict[str, Sequence[int]]]:
         """Chunks by key, those to prefill together."""
         ...
 

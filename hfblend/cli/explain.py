@@ -240,11 +240,10 @@ def _verified(
 
 
 def _blame_of(model: Any, prompt: Prompt, name: str, **options: Any) -> FoundBlame:
-    """Searches for what changed an answer; a status says what is tried."""
+    """Searches for what changed an answer."""
     from ..measure.blame import blame_prompt
 
-    with told(f"Searching in {name}") as line:
-        options["progress"] = lambda said: line.say(f"Searching in {name}: {said}")
+    with told(f"Searching in {name}"):
         return blame_prompt(model, prompt, **options)
 
 

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Option
 
 from ..arguments import require_text
 from ..config import BlendConfig
-from ..trace.progress import told
 from .common import console, given, load, print_json, stderr, store_at, wake
 from .options import Device, DType, KVDType, Model, existing
-
-if TYPE_CHECKING:
-    from ..generate.precompute import Precomputed
-    from ..trace.progress import Line
 
 
 def precompute(
@@ -62,9 +56,7 @@ def precompute(
         if chunk_prefix == "filler":
             config = replace(config, filler_ids=filler_ids(tokenizer))
         options: dict[str, Any] = {"prefix": before, "batch_size": batch_size, "store": kept_in, "config": config}
-        with told("Computing chunks", total=total) as line:
-            options["progress"] = partial(_advance, line)
-            report = precompute_texts(loaded, texts_of(corpus, field), tokenizer=tokenizer, **options)
+        report = precompute_texts(loaded, _Counted(corpus, field, total), tokenizer=tokenizer, **options)
     except KeyboardInterrupt as error:
         stderr.print("Stopped. The stored chunks stay; the same command goes on from there.")
         raise typer.Exit(130) from error
@@ -118,7 +110,16 @@ def prefix_of(prefix: str | None, prefix_file: Path | None) -> str:
     return require_text("--prefix", prefix or "")
 
 
-def _advance(line: Line, report: Precomputed) -> None:
-    failed = f", {report.failed:,} not kept" if report.failed else ""
-    line.say(f"Computing chunks, {report.tokens_per_s:,.0f} tokens/s{failed}")
-    line.advance(report.computed + report.skipped + report.failed - line.done)
+@dataclass(frozen=True)
+class _Counted:
+    """The texts of a corpus, whose number is known and which are read one by one."""
+
+    corpus: Path
+    field: str
+    total: int
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[str]:
+        return texts_of(self.corpus, self.field)

@@ -10,7 +10,6 @@ from rich.table import Table
 from typer import Option
 
 from ..config import BlendConfig
-from ..trace.progress import told
 from .common import console, load, numbers, print_json, store_at, wake
 from .options import Device, DType, Model, PrintJson
 
@@ -48,8 +47,7 @@ def profile(
 
     where = MemoryStore() if store is None else store_at(store)
     loaded, _, _ = load(model, device, dtype)
-    with told("Measuring this machine"):
-        found = profile_of(loaded, where, config, refresh=refresh)
+    found = profile_of(loaded, where, config, refresh=refresh)
     rows = _forecasts(Controller(found, least_ratio), lengths, model_of(loaded).kv_bytes_per_token)
     if as_json:
         print_json({"profile": asdict(found), "forecasts": rows})

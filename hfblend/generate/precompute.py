@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..prompts.prompt import Prompt
 from ..prompts.tokenize import Encoder, text_in
 from ..store import Store, flush, holds, store_at
 from ..support.registry import TestedModel, model_of
+from ..trace.progress import Line, told
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +118,20 @@ def precompute(
     to_ids = _ToIds(hf_model, tokenizer)
     prefix_ids = to_ids.prefix(prefix, separator, add_special_tokens)
     hf_model.fingerprint.current(hf_model.model)
-    run = _Run(hf_model, store, config, prefix_ids, batch_size, progress)
-    try:
-        return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
-    finally:
-        run.chunks_of.kv = None  # frees this KV without the garbage collector
+    with told("Computing chunks", total=len(chunks) if isinstance(chunks, Sized) else None) as line:
+        run = _Run(hf_model, store, config, prefix_ids, batch_size, partial(_tell, line, progress))
+        try:
+            return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
+        finally:
+            run.chunks_of.kv = None  # frees this KV without the garbage collector
+
+
+def _tell(line: Line, progress: Callable[[Precomputed], None] | None, report: Precomputed) -> None:
+    failed = f", {report.failed:,} not kept" if report.failed else ""
+    line.say(f"Computing chunks, {report.tokens_per_s:,.0f} tokens/s{failed}")
+    line.advance(report.computed + report.skipped + report.failed - line.done)
+    if progress is not None:
+        progress(report)
 
 
 def _require_several(chunks: Any) -> None:
@@ -187,7 +198,7 @@ class _Run:
     config: BlendConfig
     prefix_ids: Ids
     batch_size: int
-    progress: Callable[[Precomputed], None] | None
+    progress: Callable[[Precomputed], None]
 
     def __post_init__(self) -> None:
         self.chunks_of = ChunksOf(self.model, _Flushed(self.store), self.config, self.prefix_ids)
@@ -259,8 +270,7 @@ class _Run:
 
     def _tell(self) -> None:
         self.report.seconds = time.perf_counter() - self.started
-        if self.progress is not None:
-            self.progress(self.report)
+        self.progress(self.report)
 
     def _warn_if_pushed_out(self) -> None:
         if self._first_stored is not None and not self._holds(self._first_stored):

@@ -34,6 +34,7 @@ from ..config import BlendConfig, as_config
 from ..generate.blending import BlendResult, blend, require_prompt
 from ..prompts.prompt import Prompt
 from ..store import Store, store_at
+from ..trace.progress import told
 from ..trace.trace import BlendTrace
 from .divergence import RATIOS, FullAnswer, greedy, kl_divergence, teacher_forced_logits
 from .results import Blame, Stretch, TriedRatio, counted, first_difference
@@ -77,8 +78,15 @@ def blame_prompt(
         raise TypeError(f"progress must be a function of a text, got {described(progress)}.")
     tokenizer = None if tokenizer is None else require_tokenizer(tokenizer)
     started = time.perf_counter()
-    full = FullAnswer.of(model, prompt, num_tokens, until_end=True)
-    return _Search(model, prompt, store, config, full, num_tokens, started, seconds, progress).run(tokenizer)
+    with told("Searching for what changed the answer") as line:
+
+        def tell(text: str) -> None:
+            line.say(f"Searching for what changed the answer: {text}")
+            if progress is not None:
+                progress(text)
+
+        full = FullAnswer.of(model, prompt, num_tokens, until_end=True)
+        return _Search(model, prompt, store, config, full, num_tokens, started, seconds, tell).run(tokenizer)
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ class _Search:
     num_tokens: int
     started: float
     seconds: float
-    progress: Callable[[str], None] | None
+    tell: Callable[[str], None]
     num_blends: int = 0
     is_complete: bool = True
     base_kl: float = 0.0
@@ -222,7 +230,3 @@ class _Search:
         """The KL (P,) of a blended prompt, whose cache grows, and whether every most likely token is full prefill's."""
         logits = teacher_forced_logits(self.model, self.prompt.input_ids, self.full.ids, cache).float()
         return kl_divergence(self.full.logits, logits), torch.equal(self.full.logits.argmax(-1), logits.argmax(-1))
-
-    def tell(self, text: str) -> None:
-        if self.progress is not None:
-            self.progress(text)

@@ -17,6 +17,7 @@ from ..config import BlendConfig, Correction, as_config
 from ..generate.blending import blend, require_prompts
 from ..prompts.prompt import Prompt
 from ..store import Store, store_at
+from ..trace.progress import told
 from .divergence import RATIOS, FullAnswer, kl_divergence, require_bound, teacher_forced_logits, top1_agreement
 from .results import Calibration, CalibrationRow
 
@@ -63,7 +64,11 @@ def calibrate(
     require_bound(max_kl)
     prompts, store = require_prompts(prompts, "calibrate"), store_at(store)
     candidates, ratios = _candidates(as_config(config), layers), _ratios(ratios)
-    answers = [(prompt, FullAnswer.of(model, prompt, num_tokens)) for prompt in prompts]
+    with told("Prefilling in full", total=len(prompts)) as line:
+        answers = []
+        for prompt in prompts:
+            answers.append((prompt, FullAnswer.of(model, prompt, num_tokens)))
+            line.advance()
     rows: list[CalibrationRow] = []
     for ratio in ratios:
         settings = [with_ratio(one, ratio) for one in (_with_corrections(candidates) if 0 < ratio < 1 else candidates)]
@@ -95,12 +100,14 @@ def _verified(
     model: nn.Module, answers: list[tuple[Prompt, FullAnswer]], store: Store, config: BlendConfig
 ) -> CalibrationRow:
     kls, agreements, shares = [], [], []
-    for prompt, answer in answers:
-        result = blend(model, prompt, store=store, config=config)
-        logits = teacher_forced_logits(model, prompt.input_ids, answer.ids, result.cache)
-        kls.append(kl_divergence(answer.logits, logits).mean().item())
-        agreements.append(top1_agreement(answer.logits, logits))
-        shares.append(result.trace.recomputed_pairs_share)
+    with told(f"Trying ratio {config.fixed_ratios[0]:g}", total=len(answers)) as line:
+        for prompt, answer in answers:
+            result = blend(model, prompt, store=store, config=config)
+            logits = teacher_forced_logits(model, prompt.input_ids, answer.ids, result.cache)
+            kls.append(kl_divergence(answer.logits, logits).mean().item())
+            agreements.append(top1_agreement(answer.logits, logits))
+            shares.append(result.trace.recomputed_pairs_share)
+            line.advance()
     layers = getattr(config, _layers_field(config) or "check_layers")
     return CalibrationRow(
         config.fixed_ratios[0], layers, config.correction, mean(kls), max(kls), mean(agreements), mean(shares)

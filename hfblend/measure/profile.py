@@ -25,6 +25,7 @@ from ..prompts.prompt import Prompt
 from ..store import MemoryStore, Store, file_stores_of, tiers_of
 from ..store.files import FileStore
 from ..support.registry import TestedModel, model_of
+from ..trace.progress import told
 from ..util import cache_folder
 from .divergence import describe_machine
 
@@ -70,7 +71,8 @@ def profile_of(
     if found is not None and found.made_of == made_of:
         return found
     logger.info("Measuring prefills, blends and the store once, for the controller; kept in %s.", file)
-    profile = measure(model, store, config)
+    with told("Measuring this machine, once"):
+        profile = measure(model, store, config)
     try:
         profile.save(file)
     except OSError as error:

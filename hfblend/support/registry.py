@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -189,7 +189,7 @@ class TestedModel(HFModel):
 
     def batches(
         self, chunks: Mapping[str, Sequence[int]], num_after: int, batch_size: int | None = None
-    ) -> Generator[dict[str, Sequence[int]], None, None]:
+    ) -> Iterator[dict[str, Sequence[int]]]:
         """Chunks by key, in batches for `prefill`; default size 1 on a CPU, which is busy with one."""
         if not chunks:
             return
