@@ -136,6 +136,8 @@ def test_a_run_says_how_far_it_is_and_may_be_cancelled_at_any_step(playground):
     said, hear = stopping_at(0)
     expected = texts(playground.run(SETUP, hear))
     assert "Computing chunks that are not stored: 1 of 3 …" in said
+    computed = said.index("Computing chunks that are not stored: 3 of 3 …")
+    assert said[computed + 1] == "Answering: blended: 0 of 4 …"  # goes on
     assert [text for text in said if text.startswith("Answering: full prefill")][-1].endswith("4 of 4 …")
     assert next(i for i, text in enumerate(said) if "Answering" in text) == 0  # before the long work
     for step in range(1, len(said) + 1, 3):

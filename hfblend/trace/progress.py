@@ -22,30 +22,42 @@ from ..util import visible
 NOTEBOOK_S = 1.0  # what ends earlier leaves nothing in a notebook
 
 
+class _Hearing:
+    """A function that hears of lines, and those that are open."""
+
+    def __init__(self, listener: Callable[[Line], None]) -> None:
+        self.listener, self.open = listener, list[Line]()
+
+
+_hearing: ContextVar[_Hearing | None] = ContextVar("hearing", default=None)
+
+
 class Line:
     """What goes on, and how far it is; this one is shown nowhere."""
 
     def __init__(self, text: str, total: int | None) -> None:
-        self.text, self.total, self.done, self._hear = text, total, 0, _listener.get()
+        self.text, self.total, self.done, self.hearing = text, total, 0, _hearing.get()
 
     def __str__(self) -> str:
         return f"{self.text} …" if self.total is None else f"{self.text}: {self.done:,} of {self.total:,} …"
 
     def start(self) -> None:
         """Shows the line."""
-        self._hear(self)
+        if self.hearing is not None:
+            self.hearing.open.append(self)
+        self._hear()
 
     def say(self, text: str) -> None:
         """Replaces the text."""
         self.text = text
         self.show()
-        self._hear(self)
+        self._hear()
 
     def advance(self, by: int = 1) -> None:
         """Counts what was done."""
         self.done += by
         self.show()
-        self._hear(self)
+        self._hear()
 
     def stop(self) -> None:
         """Removes the line; a second call has no effect."""
@@ -53,8 +65,9 @@ class Line:
     def show(self) -> None:
         """Shows the line as it is now."""
 
-
-_listener: ContextVar[Callable[[Line], None]] = ContextVar("listener", default=lambda line: None)
+    def _hear(self) -> None:
+        if self.hearing is not None:
+            self.hearing.listener(self)
 
 
 @contextmanager
@@ -70,16 +83,20 @@ def told(text: str, total: int | None = None) -> Iterator[Line]:
         yield line
     finally:
         line.stop()
+        if line.hearing is not None and line in line.hearing.open:
+            line.hearing.open.remove(line)
+    if line.hearing is not None and line.hearing.open:
+        line.hearing.listener(line.hearing.open[-1])  # goes on
 
 
 @contextmanager
 def heard(listener: Callable[[Line], None]) -> Iterator[None]:
     """Calls a function with each new state of a line in this thread; what it raises ends the work."""
-    token = _listener.set(listener)
+    token = _hearing.set(_Hearing(listener))
     try:
         yield
     finally:
-        _listener.reset(token)
+        _hearing.reset(token)
 
 
 def _kind() -> type[Line]:
