@@ -19,9 +19,10 @@ from test_documents import pdf, written
 from typer.testing import CliRunner
 
 from hfblend.cli import app
-from hfblend.cli.ask import Typed, summary_of
 from hfblend.cli.ask import ask as command
+from hfblend.cli.ask import summary_of
 from hfblend.demo import model as demo_model
+from hfblend.demo.passages import Typed
 from hfblend.trace.trace import BlendTrace
 
 pytest.importorskip("bm25s")

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from ..patching import Blender
     from ..prompts.prompt import Prompt
-    from ..trace.progress import Line
     from ..trace.trace import BlendTrace
 
 
@@ -154,41 +153,11 @@ def _fitting(
 # --- the answer -------------------------------------------------------------------------------------------------------
 
 
-class Typed:
-    """A streamer for `generate`: prints an answer as its tokens come, and ends the line of progress at the first."""
-
-    def __init__(self, tokenizer: Any, console: Console, line: Line) -> None:
-        self._tokenizer, self._console, self._line = tokenizer, console, line
-        self._ids: list[int] | None = None
-        self._shown = ""
-
-    def put(self, value: Any) -> None:
-        """Called by `generate` with the prompt's ids, then with those of each token."""
-        if self._ids is None:
-            self._ids = []
-            return
-        self._line.stop()
-        self._ids += value.flatten().tolist()
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip()
-        if not text.endswith("\ufffd"):  # part of a character
-            self._print(text)
-
-    def end(self) -> None:
-        """Called by `generate` after the last token."""
-        self._print(self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip())
-        self._console.print()
-
-    def _print(self, text: str) -> None:
-        new, self._shown = text[len(self._shown) :], text
-        lines = "\n".join(map(visible, new.split("\n")))
-        self._console.print(lines, end="", markup=False, highlight=False, soft_wrap=True)
-
-
 def _answer(
     blender: Blender, prompt: Prompt, num_tokens: int, compare: bool, console: Console
 ) -> tuple[str, BlendTrace, float | None]:
     """Answers; returns the answer, its trace and, if they are compared, full prefill's time to the first token."""
-    from ..demo.passages import FULL_PREFILL, greedy_answer
+    from ..demo.passages import FULL_PREFILL, Typed, greedy_answer
 
     model, tokenizer = blender.model, blender.tokenizer
     with told(f"Reading {len(prompt.chunk_spans)} passages") as line:

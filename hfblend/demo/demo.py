@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from ..config import BlendConfig
 from ..generate.blending import blend
@@ -20,9 +19,9 @@ from ..measure.divergence import FullAnswer, describe_machine, kl_divergence, te
 from ..patching import Blender, patch
 from ..prompts.filler import filler_ids
 from ..prompts.prompt import Prompt
-from ..trace.progress import told
+from ..trace.progress import Line, told
 from ..trace.trace import BlendTrace
-from .passages import FULL_PREFILL, NOTHING_RECOMPUTED, demo_data, demo_prompt, greedy_answer
+from .passages import FULL_PREFILL, NOTHING_RECOMPUTED, Typed, demo_data, demo_prompt, greedy_answer
 
 QUESTION = 2  # of those that come with the passages: it shows what full reuse loses, and blending brings back
 REPEATS = 3
@@ -73,13 +72,13 @@ def label_of(method: str, ratio: float) -> str:
 
 
 def compare(
-    blender: Blender, prompt: Prompt, answered: Callable[[str, str], None] = lambda method, answer: None
+    blender: Blender, prompt: Prompt, streamer_of: Callable[[str, Line], Any] = lambda label, line: None
 ) -> tuple[list[Run], BlendTrace]:
     """Runs every method on a prompt.
 
     Args:
         blender: of the patched model, with a tokenizer.
-        answered: called with each method's label and answer as soon as it is there, full prefill's first.
+        streamer_of: gives what hears a method's answer token by token, from its label and the line of progress.
 
     Returns:
         The runs, and the trace of the first (untimed) blended call.
@@ -88,8 +87,8 @@ def compare(
     ttft_ms: dict[Any, list[float]] = {method: [] for method in METHODS}
     answers, first_trace = {}, None
 
-    def timed(method: Any, num_tokens: int) -> str:
-        answer = greedy_answer(model, tokenizer, prompt, num_tokens, METHODS[method])
+    def timed(method: Any, num_tokens: int, streamer: Any = None) -> str:
+        answer = greedy_answer(model, tokenizer, prompt, num_tokens, METHODS[method], streamer)
         assert blender.trace.ttft_ms is not None
         ttft_ms[method].append(blender.trace.ttft_ms)
         return answer
@@ -100,9 +99,9 @@ def compare(
             with told("Computing each passage alone, once: later prompts reuse it"):
                 greedy_answer(model, tokenizer, prompt, 1, _REUSE)
             first_trace = blender.trace
-        with told(f"Answering: {label_of(*method)}"):
-            answers[method] = timed(method, ANSWER_TOKENS)
-        answered(label_of(*method), answers[method])
+        label = label_of(*method)
+        with told(f"Answering: {label}") as line:
+            answers[method] = timed(method, ANSWER_TOKENS, streamer_of(label, line))
     assert first_trace is not None
     # 2. time to first token, the methods taking turns so that a slow moment of the machine affects all alike
     turns = (REPEATS - 1) * list(METHODS)
@@ -131,7 +130,7 @@ def compare(
 
 
 def run_demo(model: Any, tokenizer: Any, model_name: str, console: Console) -> dict[str, Any]:
-    """Runs the passages in their order, then reversed; prints each answer as soon as it is there, then a table.
+    """Runs the passages in their order, then reversed; prints each answer as it comes, then a table.
 
     Returns:
         Numbers and strings, for JSON: `context_tokens`, `runs`, `reordered_runs`, `machine`, `model`, `dtype`.
@@ -143,14 +142,14 @@ def run_demo(model: Any, tokenizer: Any, model_name: str, console: Console) -> d
     machine, dtype = describe_machine(model.device), str(model.dtype).removeprefix("torch.")
     console.print(f"\n[bold]{question}[/bold]\n{model_name}, {dtype}, {machine}", highlight=False)
 
-    def answered(method: str, answer: str) -> None:
-        console.print(Text.assemble((f"{method:14}", "bold"), answer), soft_wrap=True)
+    def streamer_of(label: str, line: Line) -> Typed:
+        return Typed(tokenizer, console, line, f"{label:14}")
 
     found = []
     with patch(model, tokenizer=tokenizer) as blender:
         for title, prompt in prompts.items():
             console.print(f"\n[italic]{title}: {len(prompt)} tokens[/italic]", highlight=False)
-            runs, first_trace = compare(blender, prompt, answered)
+            runs, first_trace = compare(blender, prompt, streamer_of)
             console.print(_table(runs))
             console.print(_reuse_line(first_trace), highlight=False)
             found.append(runs)

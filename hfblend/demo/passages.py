@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from rich.console import Console
+
 from ..config import BlendConfig
 from ..prompts.prompt import Prompt
+from ..trace.progress import Line
+from ..util import visible
 
 FULL_PREFILL = BlendConfig(enabled=False)
 NOTHING_RECOMPUTED: dict[str, Any] = {"check_layers": (), "recompute_ratios": ()}
@@ -58,3 +62,35 @@ def greedy_answer(
     options = {"blend_config": config, "max_new_tokens": num_tokens, "do_sample": False, "streamer": streamer}
     ids = model.generate(**prompt.inputs(model.device), **options)
     return tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()
+
+
+class Typed:
+    """A streamer for `generate`: prints an answer as its tokens come, and ends the line of progress at the first."""
+
+    def __init__(self, tokenizer: Any, console: Console, line: Line, label: str = "") -> None:
+        self._tokenizer, self._console, self._line, self._label = tokenizer, console, line, label
+        self._ids: list[int] | None = None
+        self._shown = ""
+
+    def put(self, value: Any) -> None:
+        """Called by `generate` with the prompt's ids, then with those of each token."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._line.stop()
+        if not self._ids and self._label:
+            self._console.print(self._label, end="", style="bold")
+        self._ids += value.flatten().tolist()
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip()
+        if not text.endswith("\ufffd"):  # part of a character
+            self._print(text)
+
+    def end(self) -> None:
+        """Called by `generate` after the last token."""
+        self._print(self._tokenizer.decode(self._ids, skip_special_tokens=True).lstrip())
+        self._console.print()
+
+    def _print(self, text: str) -> None:
+        new, self._shown = text[len(self._shown) :], text
+        lines = "\n".join(map(visible, new.split("\n")))
+        self._console.print(lines, end="", markup=False, highlight=False, soft_wrap=True)
