@@ -76,7 +76,7 @@ def future_leak(family: Family) -> float:
                 states[:, :, late] += change * states.abs().max()
             cache = full_length_cache(kv)
             store.put(key, hfblend.ChunkKV(cache, entry.cached_positions, entry.behind_ids, "isolated", entry.regime))
-        state = Blending(hf_model, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.0))
+        state = Blending(hf_model, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.0, correction=None))
         blend = state.stopped_at("realigned", hf_model.decoder_forward)
         rows = torch.cat([blend.reuse.candidate_idx[::5], blend.reuse.fresh_idx]).sort().values
         blend.rows_pass("recompute", rows)

@@ -32,7 +32,7 @@ def poisoned(model, chunk, tokens=slice(None), prompt=PROMPT, size=5.0):
     return store
 
 
-NOTHING = config(0.0)
+NOTHING = config(0.0, correction=None)  # only the poison is wrong, and nothing makes it less
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 2, 3])

@@ -141,9 +141,10 @@ def shifted_store(model, size=0.2):
 
 
 def blended_kv(model, store, **settings):
-    """Blended K/V (Hkv, T, D) by layer and slot, and the trace."""
+    """Blended K/V (Hkv, T, D) by layer and slot, and the trace; without a correction unless one is asked for."""
     hf_model = model_of(model)
     with torch.no_grad():
+        settings = {"correction": None, **settings}
         state = Blending(hf_model, PROMPT.input_ids, PROMPT.chunk_spans, store, config(**settings))
         state.run(hf_model.last_logits)
     return {i: tuple(t[0, :, : len(PROMPT)] for t in kv) for i, kv in state.buffers.items()}, state.trace

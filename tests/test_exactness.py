@@ -127,7 +127,7 @@ def test_every_layer_holds_reused_or_fresh_rows(ratio, selection):
     """Unselected rows above the check layer are the realigned entries; nothing is zero, stale or uninitialised."""
     model, store = shared(), MemoryStore()
     check_layer = 3 if selection is deviation_first else 1
-    settings = config(ratio, selection=selection, check_layers=(check_layer,))
+    settings = config(ratio, selection=selection, check_layers=(check_layer,), correction=None)
     hfblend.blend(model, PROMPT, store=store, config=settings)
     hf_model = model_of(model)
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
@@ -378,7 +378,7 @@ def test_no_selected_token_sees_a_later_position(make):
             cache = full_length_cache(kv)
             store.put(key, hfblend.ChunkKV(cache, entry.cached_positions, entry.behind_ids, "isolated", entry.regime))
         with torch.no_grad():
-            state = Blending(hf_model, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.0))
+            state = Blending(hf_model, PROMPT.input_ids, PROMPT.chunk_spans, store, config(0.0, correction=None))
             blend = state.stopped_at("realigned", hf_model.decoder_forward)
             rows = torch.cat([blend.reuse.candidate_idx[::5], blend.reuse.fresh_idx]).sort().values
             blend.rows_pass("recompute", rows)

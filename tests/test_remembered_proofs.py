@@ -54,7 +54,16 @@ OTHERS = {
     "hook": with_hook,
     "forward": with_forward,
 }
-FACTS = ("rotations", "layouts", "dtype", "attends_by_position", "windows", "layers_stand_alone", "reads_last_row_only")
+FACTS = (
+    "rotations",
+    "layouts",
+    "dtype",
+    "attends_by_position",
+    "windows",
+    "attends_to_cache",
+    "layers_stand_alone",
+    "reads_last_row_only",
+)
 
 
 @pytest.fixture

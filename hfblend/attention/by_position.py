@@ -63,6 +63,7 @@ class QueryRows:
         hidden: (K,) keys that no row sees.
         record: keeps the attention that keys receive in this pass.
         state: a `kernels.state.State`: K/V are found through it, inside a CUDA graph.
+        attending: is told each layer that begins to attend, and with what.
     """
 
     positions: torch.Tensor
@@ -70,6 +71,7 @@ class QueryRows:
     hidden: torch.Tensor | None = None
     record: AttentionRecord | None = None
     state: Any = None
+    attending: Callable[[int, AttentionArgs], None] | None = None
     _made: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
     def _once(self, *key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -83,7 +85,8 @@ class QueryRows:
 
     def last(self, count: int) -> QueryRows:
         """The last `count` rows."""
-        return QueryRows(self.positions[:, -count:], self.length, self.hidden, self.record, self.state)
+        positions = self.positions[:, -count:]
+        return QueryRows(positions, self.length, self.hidden, self.record, self.state, self.attending)
 
     def visible(self, window: int | None, device: torch.device) -> torch.Tensor:
         """(B, S, T) bool."""
@@ -147,6 +150,8 @@ def attend(args: AttentionArgs, rows: QueryRows) -> torch.Tensor:
 
 def attend_in_pass(args: AttentionArgs, rows: QueryRows, layer: int) -> torch.Tensor:
     """`attend` for one layer of a pass, which may be recorded, or find its K/V through a state."""
+    if rows.attending is not None:
+        rows.attending(layer, args)
     if rows.state is not None or runs_on_kernels(args):
         if rows.record is not None and layer in rows.record.layers:
             return _recorded_by_kernel(args, rows, rows.record, layer)

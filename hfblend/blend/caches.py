@@ -6,19 +6,14 @@ Shapes: B batch, Hkv KV heads, T all tokens, S rows of a pass, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..kernels.reference import AttentionArgs
 from ..kv.rows import KV, empty_kv
 from ..util import StopForward
-
-
-class ReusedLayers(Protocol):
-    """Reused K/V, assembled when asked for: `hfblend.blend.reuse.ReusedKV`."""
-
-    def layers(self, layers: Sequence[int], like: KV | None = None) -> dict[int, KV]: ...
 
 
 class PassCache(Cache):
@@ -49,45 +44,48 @@ class RecordingCache(PassCache):
 
 
 class RowsCache(PassCache):
-    """The cache of a pass over some rows (S,), rising, that ends after the K/V of layer `stop_at`."""
+    """The cache of a pass over some rows (S,), rising, that ends after the K/V of layer `stop_at`. Where `is_told`,
+    each layer that begins to attend calls `attending`."""
 
     def __init__(self, num_layers: int, rows: torch.Tensor, stop_at: int | None = None) -> None:
         super().__init__(num_layers)
-        self.rows, self.stop_at = rows, stop_at
+        self.rows, self.stop_at, self.is_told = rows, stop_at, False
+        self._waiting: dict[int, Callable[[AttentionArgs | None], None]] = {}
+
+    def arrived(self, layer_idx: int, mix: Callable[[AttentionArgs | None], None], waits: bool) -> None:
+        """Calls what mixes a layer's fresh K/V in: at once or, where it waits, with the queries of the layer."""
+        self._waiting[layer_idx] = mix
+        if not waits or not self.is_told or layer_idx == self.stop_at:
+            self.attending(layer_idx, None)
+        if layer_idx == self.stop_at:
+            raise StopForward
+
+    def attending(self, layer_idx: int, args: AttentionArgs | None) -> None:
+        self._waiting.pop(layer_idx, lambda args: None)(args)
 
     def take_last(self, count: int) -> None:
         """From here on the pass has its last `count` rows, and runs to its end."""
         self.rows, self.stop_at = self.rows[-count:], None
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
-        """Returns 0, or, asked by a layer, how far each row (S,) is from its place in the pass: layers that count
-        positions themselves, `arange(S) + cache.get_seq_length(layer_idx)`, then count right."""
+        """0, or, asked by a layer, how far each row (S,) is from its place: `arange(S) +` this is then its position."""
         return 0 if layer_idx is None else self.rows - torch.arange(len(self.rows), device=self.rows.device)
 
 
 class BlendingCache(RowsCache):
     """Mixes the fresh K/V of a pass over some rows into full-length buffers, and hands the whole layer to attention.
 
-    A layer's reused KV is asked for when the pass first reaches that layer, so loading runs a layer at a time.
-
     Args:
-        buffers: layer -> buffers (B, Hkv, T + room, D); filled as layers are reached, and read by the caller later.
-        reused: may be left out where every layer has its buffers.
+        buffers: layer -> buffers (B, Hkv, T + room, D); loaded as layers are reached, and read by the caller later.
+        reused: a `ReusedKV`; may be left out where every layer has its buffers.
         hidden: (K,) tokens that the rows do not see, and that are not computed yet.
-        correct: is given a layer's rows (S,), their fresh K/V and the buffers, before the fresh take their places.
+        correct: is given a layer's rows (S,), their fresh K/V, the buffers, and what it attends with, if that is told.
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        buffers: dict[int, KV],
-        rows: torch.Tensor,
-        length: int,
-        stop_at: int | None = None,
-        reused: ReusedLayers | None = None,
-        hidden: torch.Tensor | None = None,
-        correct: Callable[[int, torch.Tensor, KV, KV], None] | None = None,
-    ) -> None:
+        self, num_layers: int, buffers: dict[int, KV], rows: torch.Tensor, length: int, stop_at: int | None = None,
+        reused: Any = None, hidden: torch.Tensor | None = None, correct: Callable[..., None] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_layers, rows, stop_at)
         self.buffers, self.length, self.reused, self.hidden, self.correct = buffers, length, reused, hidden, correct
 
@@ -107,10 +105,12 @@ class BlendingCache(RowsCache):
             self.load([layer_idx], (key_states, value_states))
         keys, values = (buffer[:, :, : self.length] for buffer in self.buffers[layer_idx])
         rows = self.rows.to(keys.device)
-        if self.correct is not None:
-            self.correct(layer_idx, rows, (key_states, value_states), (keys, values))
-        keys.index_copy_(2, rows, key_states)
-        values.index_copy_(2, rows, value_states)
-        if layer_idx == self.stop_at:
-            raise StopForward
+
+        def mix(queries: AttentionArgs | None) -> None:
+            if self.correct is not None:
+                self.correct(layer_idx, rows, (key_states, value_states), (keys, values), queries)
+            keys.index_copy_(2, rows, key_states)
+            values.index_copy_(2, rows, value_states)
+
+        self.arrived(layer_idx, mix, waits=self.correct is not None)
         return keys, values

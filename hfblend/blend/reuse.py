@@ -19,12 +19,14 @@ import numpy as np
 import torch
 
 from ..arguments import described
+from ..kernels.reference import AttentionArgs
 from ..kv.chunk import ChunkKV, Reader, layer_of_each
 from ..kv.rows import KV, ROOM, empty_kv, rows_at, sent
 from ..prompts.separator import Span
 from ..trace.observer import Observer
 from .correction import Correction, Errors
 from .rotation import KeyRotation, Realigner, Tables, rotate
+from .trust import Queries, asked
 
 
 @dataclass
@@ -120,7 +122,7 @@ class ReusedKV:
         correction: Correction | None = None,
     ) -> None:
         self.model, self.reuse, self.length, self.observer = model, reuse, length, observer or Observer()
-        self.corrector: Callable[[int, int, torch.Tensor, KV, KV], None] | None = None
+        self.corrector: Callable[..., None] | None = None
         if correction is not None and reuse.moved:
             self.corrector = Corrector(correction, model, reuse, length, self.observer)
         spans = [piece.span for piece in reuse.moved]
@@ -183,7 +185,7 @@ class ReusedKV:
             self.observer.layer_loaded(layer_idx, buffers)
         return found
 
-    def correcting(self, above: int) -> Callable[[int, torch.Tensor, KV, KV], None] | None:
+    def correcting(self, above: int) -> Callable[..., None] | None:
         """Returns what corrects the layers above one in a pass, `None` where nothing is corrected; see `Corrector`."""
         return None if self.corrector is None else partial(self.corrector, above)
 
@@ -227,6 +229,7 @@ class Corrector:
     ) -> None:
         self.correction, self.observer, self._rotations = correction, observer, model.rotations
         self._spans, self._done = [piece.span for piece in reuse.moved], set[int]()
+        self._exact = exact_from_start(reuse)
         sizes = [stop - start for start, stop in self._spans]
         self._longest, tokens = max(sizes), tokens_of(self._spans)
         nth = np.full(length, -1)  # of a token among the N
@@ -237,8 +240,13 @@ class Corrector:
         regime, tables_of, now = model.regime(length), model.rotary_tables_of_pieces, torch.from_numpy(tokens)
         off, on = (now, torch.zeros_like(now), regime), (torch.zeros_like(now), now, regime)
         self._off, self._on = (Realigner(tables_of, model.rotations, [move], regime) for move in (off, on))
+        self._rows: torch.Tensor | None = None
+        self._found: tuple[torch.Tensor, ...] = ()
+        self._tables: dict[Any, Tables] = {}  # of the rows that are known
 
-    def __call__(self, above: int, layer_idx: int, rows: torch.Tensor, fresh: KV, kv: KV) -> None:
+    def __call__(
+        self, above: int, layer_idx: int, rows: torch.Tensor, fresh: KV, kv: KV, args: AttentionArgs | None = None
+    ) -> None:
         """Corrects a layer before the fresh rows of a pass take their places.
 
         Args:
@@ -246,20 +254,22 @@ class Corrector:
             rows: (S',) of the pass, rising, in moved pieces and elsewhere.
             fresh: their K/V (1, Hkv, S', D).
             kv: reused K/V (1, Hkv, T, D), changed in place.
+            args: with which the layer will attend, if that is known: keys are corrected as far as it bears them out.
         """
         if layer_idx <= above or layer_idx in self._done:  # a pass comes again to the layer where it was cut
             return
         self._done.add(layer_idx)
-        piece, place, nth = (t.to(rows.device) for t in (self._piece, self._place, self._nth))
-        known = (nth[rows] >= 0).nonzero()[:, 0]
+        piece, place, known, idx = self._in_moved(rows)
         if not 0 < len(known) < len(piece):
             return
         added = []
         for slot, (new, states) in enumerate(zip(fresh, kv)):
             errors = new[0][:, known].float() - states[0][:, rows[known]].float()
-            idx = nth[rows[known]]
             errors = self._turned(self._off, errors, layer_idx, slot, idx)
-            found = self.correction(Errors(errors, slot, idx, piece, place, len(self._spans), self._longest))
+            queries = None
+            if slot == 0 and args is not None and args.query.shape[2:] == new.shape[2:]:
+                queries = self._queries(args, layer_idx, rows, new, states)
+            found = self.correction(Errors(errors, slot, idx, piece, place, len(self._spans), self._longest, queries))
             expected = (errors.shape[0], len(piece), errors.shape[2])
             if not torch.is_tensor(found) or found.shape != expected:
                 got = tuple(found.shape) if torch.is_tensor(found) else described(found)
@@ -272,6 +282,26 @@ class Corrector:
                 states[0][:, start:stop] += turned[:, done : (done := done + stop - start)]
         self.observer.corrected(layer_idx, partial(_sizes, added, piece, len(self._spans)))
 
+    def _in_moved(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Piece and place (N,) of each token; which rows of a pass are among the N, and which of them. Found once."""
+        if rows is not self._rows:
+            piece, place, nth = (t.to(rows.device) for t in (self._piece, self._place, self._nth))
+            known = (nth[rows] >= 0).nonzero()[:, 0]
+            self._rows, self._found = rows, (piece, place, known, nth[rows[known]])
+            self._tables.clear()
+        return self._found
+
+    def _queries(
+        self, args: AttentionArgs, layer_idx: int, rows: torch.Tensor, new: torch.Tensor, states: torch.Tensor
+    ) -> Queries:
+        """Their attention is to exact keys: those from the prompt's start on (1, Hkv, T, D), and fresh ones."""
+        _, _, known, idx = self._in_moved(rows)
+        keys = torch.cat([states[0][:, : self._exact], new[0]], 1)
+        positions = torch.cat([torch.arange(self._exact, device=rows.device), rows])
+        query, attention = asked(args, rows, keys, positions)
+        turned = partial(self._turned, self._on, layer_idx=layer_idx, slot=0, idx=idx)
+        return Queries(query, attention[..., self._exact + known], turned)
+
     def _turned(
         self, way: Realigner, states: torch.Tensor, layer_idx: int, slot: int, idx: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -279,8 +309,20 @@ class Corrector:
         rotation, tables = self._rotations[layer_idx], way.tables(layer_idx, states.device)
         if rotation is None or tables is None or rotation.slot != slot:
             return states
-        cos, sin = tables if idx is None else (table[idx] for table in tables)
-        return rotate(states[None], cos, sin, rotation.pairing)[0]
+        if idx is not None:
+            key = way, rotation.source, rotation.layout, rotation.sign
+            if key not in self._tables:
+                self._tables[key] = tables[0][idx], tables[1][idx]
+            tables = self._tables[key]
+        return rotate(states[None], *tables, rotation.pairing)[0]
+
+
+def exact_from_start(reuse: Reuse) -> int:
+    """How many of the first tokens lie in exact pieces."""
+    stop = 0
+    for start, end in sorted(piece.span for piece in reuse.exact):
+        stop = end if start == stop else stop
+    return stop
 
 
 def _sizes(added: list[torch.Tensor], piece: torch.Tensor, num_pieces: int) -> torch.Tensor:

@@ -101,9 +101,10 @@ class HFModel:
         self.decoder_parameters = list(inspect.signature(type(self.decoder).forward).parameters)[1:]
         self.model_parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.rotary_sources = find_rotary_sources(self.layer_owner)
-        # Whether a pass replaces attention by ours (else it takes rows of the model's own masks), and its windows then;
-        # the self-test has the last word on both.
+        # Whether a pass replaces attention by ours (else it takes rows of the model's own masks), its windows then, and
+        # whether layers attend to what their cache returned as it is then; the self-test has the last word on all.
         self.attends_by_position = bool(getattr(type(model), "_supports_attention_backend", False))
+        self.attends_to_cache = self.attends_by_position
         self.windows: dict[int, int | None] = {}
         self.layers_stand_alone = True  # it also finds whether layers hand each other more than hidden states
         # While the decoder's forward is wrapped, returns the one without the wrapper.

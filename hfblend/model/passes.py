@@ -39,7 +39,8 @@ def run_rows(
         The forward's output, `None` if it was stopped; and what was watched.
     """
     found, lock, layers = None, model.lock, model.layers
-    mask = see_rows(model, QueryRows(one.seen_from[None], one.length, one.hidden, one.record, state))
+    cache.is_told = model.attends_to_cache
+    mask = see_rows(model, QueryRows(one.seen_from[None], one.length, one.hidden, one.record, state, cache.attending))
     if model.attends_by_position:
         model.small_steps_in_one_kernel()
     if watches and one.stop_at is not None and model.may_skip_layers:

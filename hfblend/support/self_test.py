@@ -11,6 +11,7 @@ Shapes: S rows of the pass, T all tokens, Hkv KV heads, D head_dim.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ _Measured = tuple[torch.Tensor, float]
 def prove_rows(hf_model: HFModel, stock: Stock) -> None:
     """Finds how rows of this model attend: by position through our attention, or through rows of its own masks.
 
-    Sets `attends_by_position`, `windows` and `layers_stand_alone` of the model.
+    Sets `attends_by_position`, `attends_to_cache`, `windows` and `layers_stand_alone` of the model.
 
     Raises:
         UnsupportedModel: neither way gives the rows what a stock forward gives them.
@@ -48,7 +49,7 @@ def prove_rows(hf_model: HFModel, stock: Stock) -> None:
         hf_model.attends_by_position = by_position
         try:
             hf_model.windows = _learn_windows(hf_model) if by_position else {}
-            _require_equal(stock, _run_rows(hf_model, stock, stock.kv), ROWS)
+            _require_rows(hf_model, stock)
         except (AttentionNotReplaceable, UnsupportedModel) as error:
             wrong.append(f"{'by position' if by_position else 'with rows of its own masks'}, {error}")
         else:
@@ -59,6 +60,19 @@ def prove_rows(hf_model: HFModel, stock: Stock) -> None:
         "cached KV of the others, differ from a forward over all tokens, so blending would change answers "
         f"({'; '.join(wrong)})."
     )
+
+
+def _require_rows(hf_model: HFModel, stock: Stock) -> None:
+    """Requires that rows equal those of the stock forward, mixed into the cache as attention begins, or else before.
+
+    Models that cache latent states make keys of them in between.
+    """
+    hf_model.attends_to_cache = hf_model.attends_by_position
+    if hf_model.attends_to_cache:
+        with contextlib.suppress(UnsupportedModel):
+            return _require_equal(stock, _run_rows(hf_model, stock, stock.kv), ROWS)
+    hf_model.attends_to_cache = False
+    _require_equal(stock, _run_rows(hf_model, stock, stock.kv), ROWS)
 
 
 def _learn_windows(hf_model: HFModel) -> dict[int, int | None]:
@@ -109,7 +123,8 @@ def _run_rows(
         one.resume_at, one.resume_with, one.num_read = entered.layer, entered.of_rows(rows), 1
 
     def run() -> tuple[dict[int, KV], Any]:
-        cache = BlendingCache(hf_model.num_layers, buffers, rows, LENGTH)
+        nothing = (lambda *args: None) if hf_model.attends_to_cache else None  # is corrected, as late as can be
+        cache = BlendingCache(hf_model.num_layers, buffers, rows, LENGTH, correct=nothing)
         return buffers, hf_model.lock.exclusive(run_rows, hf_model, hf_model.try_forward, one, cache)[0]
 
     return run_steps(hf_model, run, [None, *(hidden[..., list(of), :] for hidden in stock.hidden[1:])])
