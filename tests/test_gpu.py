@@ -249,7 +249,7 @@ def test_graphs_correct_as_python_does(name, selection, monkeypatch):
         for ours, theirs in zip(with_graph.cache.layers, without.cache.layers):
             for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
                 assert (a - b).float().norm() <= 0.05 * b.float().norm()
-    _, stale = blended(model, prompt, store, **settings)
+    _, stale = blended(model, prompt, store, **settings, correction=None)
     assert not torch.equal(with_graph.cache.layers[3].values, stale.cache.layers[3].values)
 
 
@@ -301,7 +301,7 @@ def test_a_hook_or_new_weights_keep_graphs_away():
     assert (graphed - python).norm() <= 0.05 * python.norm()
 
 
-PYTHON = config(0.15, cuda_graphs=False)
+PYTHON = config(0.15, cuda_graphs=False, correction=None)
 
 
 def require_same_answer(ours, theirs):
@@ -321,7 +321,7 @@ def test_decoding_by_a_graph_gives_what_python_gives(name, dtype):
     """One graph for prompts of several lengths, in and out of inference mode; the next turn goes on with the cache."""
     model = on_gpu(name, dtype)
     prompts = [PROMPT, make_prompt(sizes=(90, 400), prefix=37, suffix=60, seed=2), make_prompt((311,), seed=3)]
-    with hfblend.patch(model, config=config(0.15)):
+    with hfblend.patch(model, config=config(0.15, correction=None)):
         recorded = None
         for prompt, mode in zip(prompts * 2, (torch.inference_mode, torch.no_grad) * 3):
             with mode():
@@ -362,7 +362,7 @@ def test_decoding_by_a_graph_is_no_further_from_fp32_than_stock(name):
 
 def test_decoding_by_a_graph_goes_on_in_a_larger_buffer():
     model = on_gpu("llama-gqa", torch.bfloat16)
-    with hfblend.patch(model, config=config(0.15)):
+    with hfblend.patch(model, config=config(0.15, correction=None)):
         python = generate(model, PROMPT.inputs(), max_new_tokens=300, blend_config=PYTHON)
         graphed = generate(model, PROMPT.inputs(), max_new_tokens=300)
         graph = model_of(model).decoding._graph
@@ -378,7 +378,7 @@ def test_threads_that_decode_by_one_graph_each_get_their_answer():
         with torch.cuda.stream(torch.cuda.Stream()):
             return generate(model, {"input_ids": begun.sequences}, **{CACHE: begun[CACHE]}, max_new_tokens=100)
 
-    with hfblend.patch(model, config=config(0.15)):
+    with hfblend.patch(model, config=config(0.15, correction=None)):
         generate(model, PROMPT.inputs(), max_new_tokens=4)  # records the graph
         begun = [[generate(model, prompt.inputs(), max_new_tokens=1) for prompt in prompts] for _ in range(4)]
         torch.cuda.synchronize()
@@ -392,7 +392,7 @@ def test_threads_that_decode_by_one_graph_each_get_their_answer():
 
 def test_a_hook_on_a_layer_sees_every_decoded_token():
     model, seen = on_gpu("llama-gqa", torch.bfloat16), []
-    with hfblend.patch(model, config=config(0.15)):
+    with hfblend.patch(model, config=config(0.15, correction=None)):
         for _ in range(2):
             generate(model, PROMPT.inputs())
         assert model_of(model).decoding._graph is not None
@@ -405,7 +405,7 @@ def test_a_hook_on_a_layer_sees_every_decoded_token():
 def test_graphs_are_recorded_again_after_remove():
     model = on_gpu("llama-gqa", torch.bfloat16)
     for _ in range(2):
-        with hfblend.patch(model, config=config(0.15), store=hfblend.MemoryStore()):
+        with hfblend.patch(model, config=config(0.15, correction=None), store=hfblend.MemoryStore()):
             for _ in range(3):
                 generate(model, PROMPT.inputs(), max_new_tokens=1)
             graphs = model_of(model).graphs

@@ -66,7 +66,7 @@ def padded(hf_model, one):
 @torch.no_grad()
 def test_a_recompute_pass_through_a_state(name):
     model = MODELS[name]()
-    hf_model, done, output, reused, _ = blending(model, ratio=0.3, selection="chunk_start")
+    hf_model, done, output, reused, _ = blending(model, ratio=0.3, selection="chunk_start", correction=None)
     rows = torch.cat([done.trace.selected_idx, done.trace.fresh_idx]).sort().values
     one = Pass(PROMPT.input_ids[:, rows], rows, rows.int(), len(PROMPT), num_read=1)
     one, live = padded(hf_model, one)
@@ -108,14 +108,15 @@ def test_a_corrected_pass_through_a_state(settings, one_split):
     state = state_of(hf_model, buffers, live, plan=corrector.numbers_for(rows))
     plan, asked = state.numbers[4 + hf_model.num_layers :], []
 
-    def correct(layer_idx, all_rows, fresh):
-        asked.append(layer_idx)
-        corrector.kernels.correct(layer_idx, fresh, all_rows, state, plan)
+    def correct(layer_idx, all_rows, fresh, args):
+        asked.append((layer_idx, args is not None))
+        corrector.kernels.correct(layer_idx, fresh, all_rows, state, plan, args)
 
     _, layers = in_graph(partial(corrector, above))
     cache = GraphCache(hf_model.num_layers, one.rows, state, None, correct=correct, corrected=layers)
     got, _ = hf_model.lock.exclusive(run_rows, hf_model, hf_model.decoder_forward, one, cache, state)
-    assert asked == layers == list(range(above + 1, hf_model.num_layers))
+    assert layers == list(range(above + 1, hf_model.num_layers))
+    assert asked == [(layer, layer < hf_model.num_layers - 1) for layer in layers]  # where it is cut, nothing is asked
     assert torch.allclose(got.last_hidden_state[:, -1], output.last_hidden_state[:, -1], atol=1e-5)
     for layer, kv in buffers.items():
         for ours, theirs in zip(kv, done.buffers[layer]):
@@ -204,7 +205,9 @@ def test_a_score_pass_through_a_state():
 def test_a_pass_resumed_behind_the_check_layer_through_a_state(one_split):
     model = MODELS["llama-gqa"]()
     with torch.no_grad():
-        hf_model, done, output, reused, _ = blending(model, ratio=0.3, selection="kv_deviation", check_layers=(2,))
+        hf_model, done, output, reused, _ = blending(
+            model, ratio=0.3, selection="kv_deviation", check_layers=(2,), correction=None
+        )
         rows = torch.cat([done.trace.selected_idx, done.trace.fresh_idx]).sort().values
         one = Pass(
             PROMPT.input_ids[:, rows], rows, rows.int(), len(PROMPT), num_read=1,

@@ -11,9 +11,11 @@ from functools import cache, cached_property, partial
 import torch
 
 from ..blend.correction import BLOCK
-from ..blend.reuse import Reuse
+from ..blend.reuse import Reuse, exact_from_start
 from ..blend.rotation import Layout, Tables, pair_tables
+from ..blend.trust import DOUBTED, NUM_QUERIES, TRUSTED
 from ..kernels.device import HAS_TRITON
+from ..kernels.reference import AttentionArgs
 from ..kv.rows import KV, rows_behind, sent
 from ..model.hf_model import HFModel
 from ..trace.observer import Observer
@@ -21,6 +23,7 @@ from ..trace.observer import Observer
 if HAS_TRITON:
     from ..kernels.correction import OffsetKernels, Turn
     from ..kernels.plan import Plan
+    from ..kernels.trust import Asking
 
 Kind = tuple[int, Layout, int]  # of rotary tables: source, layout, sign
 
@@ -58,7 +61,7 @@ class Offsets:
                 continue
             nth = self._kinds.index((rotation.source, rotation.layout, rotation.sign))
             turns[layer] = Turn(rotation.slot, tables[nth][0].shape[1], rotation.pairing == "half", nth)
-        return OffsetKernels(self.hf_model.layouts, turns, BLOCK)
+        return OffsetKernels(self.hf_model.layouts, turns, BLOCK, Asking(NUM_QUERIES, DOUBTED, TRUSTED))
 
     def _tables_of(self, kind: Kind, length: int) -> Tables:
         """cos and sin (at least T, R) without scaling, for prompts of any length where that makes no difference."""
@@ -97,12 +100,15 @@ class OffsetCorrector:
         self, kernels: OffsetKernels, tables: list[Tables], reuse: Reuse, device: torch.device, observer: Observer
     ) -> None:
         self.kernels, self._device, self._observer = kernels, device, observer
-        self._plan = Plan([piece.span for piece in reuse.moved], kernels.block, kernels.layouts, tables, device)
+        spans, exact = [piece.span for piece in reuse.moved], exact_from_start(reuse)
+        self._plan = Plan(spans, kernels.block, kernels.layouts, tables, device, exact)
         self._done = set[int]()
         self._rows: torch.Tensor | None = None
         self._numbers = torch.empty(0)
 
-    def __call__(self, above: int, layer_idx: int, rows: torch.Tensor, fresh: KV, kv: KV) -> None:
+    def __call__(
+        self, above: int, layer_idx: int, rows: torch.Tensor, fresh: KV, kv: KV, args: AttentionArgs | None = None
+    ) -> None:
         """Corrects a layer in a pass that Python runs. Arguments as in `hfblend.blend.reuse.Corrector`."""
         if layer_idx <= above or layer_idx in self._done:  # a pass comes again to the layer where it was cut
             return
@@ -112,7 +118,7 @@ class OffsetCorrector:
         with torch.cuda.device_of(buffer):
             if rows is not self._rows:
                 self._rows, self._numbers = rows, sent(torch.tensor(self.numbers_for(rows)), rows.device)
-            self.kernels.correct(layer_idx, fresh, rows, buffer, self._numbers)
+            self.kernels.correct(layer_idx, fresh, rows, buffer, self._numbers, args)
             self._tell([layer_idx], self._numbers)
 
     def numbers_for(self, rows: torch.Tensor) -> list[int]:

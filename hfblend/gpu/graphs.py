@@ -26,6 +26,7 @@ from ..attention.by_position import mask_of
 from ..attention.record import AttentionRecord
 from ..blend.model import Forward, Pass
 from ..kernels.device import HAS_TRITON
+from ..kernels.reference import AttentionArgs
 from ..kv.rows import KV, sent
 from ..model.hf_model import HFModel
 from ..model.passes import run_rows
@@ -77,9 +78,9 @@ class PassGraph:
         scratch = torch.zeros(size, dtype=torch.uint8, device=hf_model.device)
         self.state.numbers[first:end] = scratch.data_ptr()  # what is run now is run again: it must find what it reads
 
-        def correct(layer_idx: int, rows: torch.Tensor, fresh: KV) -> None:
+        def correct(layer_idx: int, rows: torch.Tensor, fresh: KV, args: AttentionArgs | None) -> None:
             assert offsets is not None
-            offsets[0].correct(layer_idx, fresh, rows, self.state, plan)
+            offsets[0].correct(layer_idx, fresh, rows, self.state, plan, args)
 
         def run(reached: Callable[[int], None]) -> Any:
             if record is not None:

@@ -14,10 +14,10 @@ import torch
 from ..attention.by_position import HALF, LARGEST_HEAD_DIM
 from ..blend.caches import RowsCache
 from ..kernels.device import HAS_TRITON
+from ..kernels.reference import AttentionArgs
 from ..kv.rows import KV
 from ..kv.streams import on_stream
 from ..model.hf_model import HFModel
-from ..util import StopForward
 
 if HAS_TRITON:
     from ..kernels.rows import write_rows
@@ -45,7 +45,8 @@ class GraphCache(RowsCache):
 
     Args:
         reached: is told each layer that the pass comes to.
-        correct: is given rows (S,) and their fresh K/V once in each of the layers `corrected`.
+        correct: is given rows (S,), their fresh K/V and the queries with which the layer will attend (`None` if it is
+            not told), once in each of the layers `corrected`.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class GraphCache(RowsCache):
         state: Any,
         stop_at: int | None,
         reached: Callable[[int], None] = lambda layer_idx: None,
-        correct: Callable[[int, torch.Tensor, KV], None] | None = None,
+        correct: Callable[..., None] | None = None,
         corrected: Iterable[int] = (),
     ) -> None:
         super().__init__(num_layers, rows, stop_at)
@@ -65,12 +66,15 @@ class GraphCache(RowsCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> KV:
         self.reached(layer_idx)
-        if self._correct is not None and layer_idx in self._uncorrected:  # a pass comes again to where it was cut
-            self._uncorrected.remove(layer_idx)
-            self._correct(layer_idx, self.rows, (key_states, value_states))
-        write_rows(key_states, value_states, self.rows, self.state, layer_idx)
-        if layer_idx == self.stop_at:
-            raise StopForward
+        corrects, rows = layer_idx in self._uncorrected, self.rows  # a pass comes again to where it was cut
+        self._uncorrected.discard(layer_idx)
+
+        def mix(queries: AttentionArgs | None) -> None:
+            if self._correct is not None and corrects:
+                self._correct(layer_idx, rows, (key_states, value_states), queries)
+            write_rows(key_states, value_states, rows, self.state, layer_idx)
+
+        self.arrived(layer_idx, mix, waits=corrects)
         return key_states, value_states  # attention takes shapes from them, and K/V from the state
 
 

@@ -5,6 +5,7 @@
     rows.load_rows          stored rows into a prompt's buffer, keys realigned  rotation.rotate, and a copy
     rows.write_rows         fresh K/V of a pass into a prompt's buffer          index_copy_
     correction.OffsetKernels  what recomputed rows foretell, added to reused    reuse.Corrector with correction.offset
+    trust.Asking            how far keys are corrected                          blend.trust.trust
     small.rms_norm          a model's normalisation, six eager kernels in one   the model's own module
     small.rotary            its rotary embedding, a dozen in one                the model's own function
     small.sample            a few elements of every weight                      samples.reference_views

@@ -1,8 +1,8 @@
-"""The correction of reused rows by the errors of recomputed ones, in four kernels a layer: `blend.correction.offset`.
+"""The correction of reused rows by the errors of recomputed ones by kernels, layer by layer: `blend.correction.offset`.
 
     sum_errors     (blocks, heads)   errors of a block's recomputed rows, rotation off: their sum, the sum of squares
     sum_pieces     (pieces, heads)   the same of a piece, its share of the regression, and both means, shrunk
-    weigh          (heads)           the mean of all errors, three weights
+    weigh          (heads)           the mean of all errors, three weights; `trust` lessens those of keys
     add_offsets    (blocks, heads)   one offset, turned by each row's position, added to all rows of the block
 
 No error is read twice, as the regression needs sums only. With e an error, n the errors of its group and A their sum,
@@ -25,8 +25,10 @@ import triton
 import triton.language as tl
 
 from ..kv.rows import KV, RowLayout
-from .plan import FIRST_TABLE, NUM_PRODUCTS, find_segments, find_sums, most_heads
-from .state import FIRST_LAYER, State
+from .plan import FIRST_TABLE, NUM_PRODUCTS, find_buffer, find_segments, find_sums, most_heads, read
+from .reference import AttentionArgs
+from .state import State
+from .trust import Asking
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 # How many programs share blocks x heads of errors, pieces, and blocks x heads that are corrected.
@@ -58,29 +60,12 @@ class Turn:
 
 
 @triton.jit
-def _find_buffer(BUFFER: tl.tensor, layer: tl.tensor, dtype: tl.constexpr, IN_STATE: tl.constexpr):
-    """A layer's rows: as passed, or through a state."""
-    if IN_STATE:
-        BUFFER = tl.load(BUFFER + FIRST_LAYER + layer).to(tl.pointer_type(dtype))
-    return BUFFER
-
-
-@triton.jit
 def _find_head(
     head: tl.tensor, HEADS: tl.constexpr, D: tl.constexpr, VALUE_HEADS: tl.constexpr, DV: tl.constexpr
 ):  # fmt: skip
     """The place of a head in a row, and its dimensions."""
     is_key = head < HEADS
     return tl.where(is_key, head * D, HEADS * D + (head - HEADS) * DV), tl.where(is_key, D, DV)
-
-
-@triton.jit
-def _read(BASE: tl.tensor, offset: tl.tensor, mask: tl.tensor, ALIGNED: tl.constexpr):
-    """Loads from heads that start at multiples of 16 bytes: an address from memory does not tell the compiler so."""
-    at = BASE + offset
-    if ALIGNED:
-        at = tl.multiple_of(at, [1, 16])
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 # --- 1 the errors of a block ------------------------------------------------------------------------------------------
@@ -96,7 +81,7 @@ def _sum_errors_kernel(
     """One program: every so many blocks, one head."""
     head = tl.program_id(1)
     width: tl.constexpr = HEADS * D + VALUE_HEADS * DV
-    buffer = _find_buffer(BUFFER, layer, KEYS.dtype.element_ty, IN_STATE)
+    buffer = find_buffer(BUFFER, layer, KEYS.dtype.element_ty, IN_STATE)
     blocks, pieces, _, _, _, _, BEGINS, ENDS = find_segments(PLAN)
     SUMS, _, _, SQUARES, _, _ = find_sums(PLAN, blocks, pieces, HEADS, D, VALUE_HEADS, DV)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
@@ -140,11 +125,11 @@ def _sum_errors(
             token = tl.load(TOKENS_OF + row, mask=row < end, other=0).to(tl.int64)
             mask = (row < end) & (pair < PAIRS)
             fresh = FRESH + row.to(tl.int64) * stride
-            x = tl.load(fresh + one, mask=mask, other=0.0) - _read(REUSED, token * width + one, mask, ALIGNED and HALF)
+            x = tl.load(fresh + one, mask=mask, other=0.0) - read(REUSED, token * width + one, mask, ALIGNED and HALF)
             y = tl.load(fresh + other, mask=mask, other=0.0)
-            y = y - _read(REUSED, token * width + other, mask, ALIGNED and HALF)
+            y = y - read(REUSED, token * width + other, mask, ALIGNED and HALF)
             cos, sin = (
-                _read(COS, token * PAIRS + pair, mask, ALIGNED), _read(SIN, token * PAIRS + pair, mask, ALIGNED)
+                read(COS, token * PAIRS + pair, mask, ALIGNED), read(SIN, token * PAIRS + pair, mask, ALIGNED)
             )  # fmt: skip
             back_x, back_y = x * cos + y * sin, y * cos - x * sin
             x_sum += tl.sum(back_x, 0)
@@ -160,7 +145,7 @@ def _sum_errors(
             token = tl.load(TOKENS_OF + row, mask=row < end, other=0).to(tl.int64)
             mask = (row < end) & (d < D)
             error = tl.load(FRESH + row.to(tl.int64) * stride + d, mask=mask, other=0.0)
-            error = error - _read(REUSED, token * width + d, mask, ALIGNED)
+            error = error - read(REUSED, token * width + d, mask, ALIGNED)
             total += tl.sum(error, 0)
             square += tl.sum(error * error, 1)
         tl.store(SUMS + d, total[None, :], mask=d < D)
@@ -194,7 +179,7 @@ def _sum_pieces_kernel(
             inside = block < last
             n = tl.load(ENDS + block, mask=inside, other=0) - tl.load(BEGINS + block, mask=inside, other=0)
             mask, sums_at = (n > 0)[:, None] & (d < dim)[None, :], block[:, None] * width + d[None, :]
-            sums = _read(SUMS + at, sums_at, mask, ALIGNED)
+            sums = read(SUMS + at, sums_at, mask, ALIGNED)
             tl.store(SUMS + at + sums_at, sums / (n + 1)[:, None], mask=inside[:, None] & (d < dim)[None, :])
             own = tl.load(SQUARES + block * heads + head, mask=n > 0, other=0.0)
             several, count = n > 1, tl.maximum(n, 1).to(tl.float32)
@@ -258,10 +243,10 @@ def _weigh_kernel(
         n = n.to(tl.float32)
         mask = inside[:, None] & (d < dim)[None, :]
         sums_at = piece[:, None] * (3 * width) + d[None, :]
-        sums = _read(PIECE_SUMS + at, sums_at, mask, ALIGNED)
+        sums = read(PIECE_SUMS + at, sums_at, mask, ALIGNED)
         totals += sums
         by_pieces += sums * (1 - 1 / tl.maximum(n, 1.0))[:, None]
-        by_blocks += _read(PIECE_SUMS + at + width, sums_at, mask, ALIGNED)
+        by_blocks += read(PIECE_SUMS + at + width, sums_at, mask, ALIGNED)
         counts += n
         products = PRODUCTS + (piece * heads + head) * NUM_PRODUCTS
         square += tl.load(products, mask=inside, other=0.0)
@@ -283,6 +268,7 @@ def _weigh_kernel(
     tl.store(WEIGHTS + head * 3, tl.where(count > 1, one, 0.0))  # one error alone tells nothing
     tl.store(WEIGHTS + head * 3 + 1, tl.where(count > 1, two, 0.0))
     tl.store(WEIGHTS + head * 3 + 2, tl.where(count > 1, three, 0.0))
+    tl.store(WEIGHTS + heads * 3, count)  # the same in all programs
     tl.store(MEAN + at + d, total / tl.maximum(count, 1.0), mask=d < dim)
 
 
@@ -313,10 +299,10 @@ def _add_offsets_kernel(
     part = tl.program_id(1)
     key_parts: tl.constexpr = (HEADS + GROUP - 1) // GROUP
     width: tl.constexpr = HEADS * D + VALUE_HEADS * DV
-    buffer = _find_buffer(BUFFER, layer, dtype, IN_STATE)
+    buffer = find_buffer(BUFFER, layer, dtype, IN_STATE)
     blocks, pieces, STARTS, STOPS, PIECE, _, _, _ = find_segments(PLAN)
     SUMS, PIECE_SUMS, MEAN, _, _, WEIGHTS = find_sums(PLAN, blocks, pieces, HEADS, D, VALUE_HEADS, DV)
-    SIZES = tl.load(PLAN + 5).to(tl.pointer_type(tl.float32))
+    SIZES = tl.load(PLAN + 6).to(tl.pointer_type(tl.float32))
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         token = tl.load(STARTS + block) + tl.arange(0, TOKENS)[:, None]
         live, piece = token < tl.load(STOPS + block), tl.load(PIECE + block).to(tl.int32)
@@ -355,8 +341,8 @@ def _add_to_heads(
         pair = tl.arange(0, triton.next_power_of_2(PAIRS))[None, :]
         one, other = (pair, pair + PAIRS) if HALF else (2 * pair, 2 * pair + 1)
         turns = live & (pair < PAIRS)
-        cos = _read(COS, token * PAIRS + pair, turns, ALIGNED)
-        sin = _read(SIN, token * PAIRS + pair, turns, ALIGNED)
+        cos = read(COS, token * PAIRS + pair, turns, ALIGNED)
+        sin = read(SIN, token * PAIRS + pair, turns, ALIGNED)
     for head in range(first, tl.minimum(first + GROUP, HEADS)):
         size = 0.0
         if TURNS:
@@ -388,8 +374,8 @@ def _offset(
     one, two, three = (
         tl.load(WEIGHTS + head * 3), tl.load(WEIGHTS + head * 3 + 1), tl.load(WEIGHTS + head * 3 + 2)
     )  # fmt: skip
-    by_piece, by_block = _read(PIECE_MEANS, at, mask, ALIGNED), _read(BLOCK_MEANS, at, mask, ALIGNED)
-    return one * _read(MEAN, at, mask, ALIGNED) + two * by_piece + three * by_block
+    by_piece, by_block = read(PIECE_MEANS, at, mask, ALIGNED), read(BLOCK_MEANS, at, mask, ALIGNED)
+    return one * read(MEAN, at, mask, ALIGNED) + two * by_piece + three * by_block
 
 
 @triton.jit
@@ -410,7 +396,7 @@ def _sizes_kernel(
     blocks, pieces, STARTS, STOPS, _, FIRST_BLOCK, _, _ = find_segments(PLAN)
     slot, piece = tl.program_id(0) % 2, tl.program_id(1)
     layer, head = first + tl.program_id(0) // 2, tl.arange(0, H_BLOCK)
-    SIZES = tl.load(PLAN + 5).to(tl.pointer_type(tl.float32)) + (layer * 2 + slot).to(tl.int64) * blocks * most_heads
+    SIZES = tl.load(PLAN + 6).to(tl.pointer_type(tl.float32)) + (layer * 2 + slot).to(tl.int64) * blocks * most_heads
     begin, end = tl.load(FIRST_BLOCK + piece).to(tl.int32), tl.load(FIRST_BLOCK + piece + 1).to(tl.int32)
     total, length = tl.zeros([AT_ONCE], tl.float32), tl.zeros([AT_ONCE], tl.float32)
     for start in range(begin, end, AT_ONCE):
@@ -435,14 +421,22 @@ class OffsetKernels:
         layouts: layer -> how its rows are laid out.
         turns: layer -> how they turn; `None` where nothing does.
         block: tokens of a block.
+        asking: how far keys are corrected, where the layer's queries are known.
     """
 
     layouts: dict[int, RowLayout]
     turns: dict[int, Turn | None]
     block: int
+    asking: Asking
 
     def correct(
-        self, layer: int, fresh: KV, rows: torch.Tensor, buffer: torch.Tensor | State, numbers: torch.Tensor
+        self,
+        layer: int,
+        fresh: KV,
+        rows: torch.Tensor,
+        buffer: torch.Tensor | State,
+        numbers: torch.Tensor,
+        args: AttentionArgs | None = None,
     ) -> None:
         """Corrects every row of the moved pieces; those of the pass must be written after that.
 
@@ -450,6 +444,7 @@ class OffsetKernels:
             fresh: keys (1, Hkv, S, D) and values (1, Hkv, S, Dv) of the pass's rows (S,).
             buffer: the layer's reused rows (T + room, W), or a state that has their address.
             numbers: from `Plan.numbers_for`, on the GPU.
+            args: with which the layer will attend, if that is known.
         """
         layout, turn = self.layouts[layer], self.turns[layer]
         keys, values = (states if states.stride(-1) == 1 else states.contiguous() for states in fresh)
@@ -471,6 +466,11 @@ class OffsetKernels:
         )  # fmt: skip
         _sum_pieces_kernel[(_PIECES, count)](numbers, **heads, **sums)
         _weigh_kernel[(count,)](numbers, **heads, **sums)
+        slot = 0 if turn is None else turn.slot
+        if args is not None and slot == 0 and args.query.shape[2:] == (len(rows), layout.key_dim):
+            self.asking.weigh(
+                args, place, numbers, keys, rows, layer, **heads, **turning, IN_STATE=in_state, ALIGNED=aligned
+            )  # fmt: skip
         group = min(_HEADS, max(layout.key_heads, layout.value_heads))
         parts = triton.cdiv(layout.key_heads, group) + triton.cdiv(layout.value_heads, group)
         _add_offsets_kernel[(max(1, _PROGRAMS // parts), parts)](
