@@ -28,6 +28,8 @@ def run(script, *arguments, **environment):
 @needs_packaged_model
 def test_quickstart():
     output = run("examples/quickstart.py")
+    said = re.search(r"Both answers begin as full prefill's: `(.+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert output.count(said[1]) == 2
     assert "12 chunks (0 hits, 12 misses, 1 exact)" in output
     assert "12 chunks (12 hits, 0 misses, 1 exact)" in output
 
