@@ -1,4 +1,4 @@
-"""Runs a notebook's cells and folded solutions in IPython, then what `notebook_claims.py` says of its names.
+"""Runs a notebook's cells in IPython, its folded solutions unless `HFBLEND_SHORT` is 1, and claims on its names.
 
     python tests/notebook_cells.py examples/notebooks/3_rope_and_positions.py
 
@@ -8,6 +8,7 @@ The last line of the output is JSON: for each value that a cell shows, the text 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -52,9 +53,9 @@ def main(notebook: Path) -> None:
     from traitlets.config import Config
 
     shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
-    shown = []
+    shown, with_solutions = [], os.environ.get("HFBLEND_SHORT") != "1"
     for kind, source in cells_of(notebook):
-        for code in [source] if kind == "code" else solutions_in(source):
+        for code in [source] if kind == "code" else solutions_in(source) if with_solutions else []:
             shown += shown_by(shell, code)
     getattr(notebook_claims, f"claims_{notebook.stem[0]}")(shell.user_ns)
     sys.stdout.write(json.dumps(shown))

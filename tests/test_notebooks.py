@@ -42,7 +42,7 @@ def assert_pictures(shown: list[dict[str, object]]) -> None:
 
 
 def run(notebook: Path, short: bool) -> None:
-    """Runs its cells and solutions in IPython with stock warnings, and checks its claims and what it shows."""
+    """Runs its cells (in full, its solutions too) in IPython with stock warnings; checks claims and what it shows."""
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HFBLEND_SHORT": "1" if short else "0"}
     script = ROOT / "tests" / "notebook_cells.py"
     outcome = run_script(script, str(notebook), environment=settings, folder=ROOT)
