@@ -195,12 +195,12 @@ def test_epic_recomputes_the_first_tokens_of_every_chunk(model):
     assert trace.computed_pairs == 4 * (count + len(trace.fresh_idx))  # no pass before it
 
 
-def test_hfblend_needs_a_tokenizer_for_its_filler(model, word_tokenizer):
+def test_the_filler_needs_a_tokenizer(model, word_tokenizer):
     with pytest.raises(ValueError, match="needs a tokenizer"):
-        run(model, "hfblend")
+        run(model, "suffix_attention_filler")
     store = hfblend.MemoryStore()
-    cold = run(model, "hfblend", store=store, tokenizer=word_tokenizer)
-    warm = run(model, "hfblend", store=store, tokenizer=word_tokenizer)
+    cold = run(model, "suffix_attention_filler", store=store, tokenizer=word_tokenizer)
+    warm = run(model, "suffix_attention_filler", store=store, tokenizer=word_tokenizer)
     entry = store.open(warm.trace.chunks[0].key)
     filler = hfblend.filler_ids(word_tokenizer)
     assert len(filler) > model.config.max_position_embeddings // 2  # and so it is cut

@@ -438,7 +438,10 @@ def test_the_command_takes_a_correction(tmp_path):
         (("--shape", "tiny", "--tokens", "many"), "'many'"),
         (("--shape", "tiny", "--chunks-in", "attic"), "got attic"),
         (("--shape", "tiny", "--chunks-in", "gpu", "--device", "cpu"), "need a model on a GPU"),
-        (("--shape", "tiny", "--methods", "hfblend", "--tokens", "300", "--device", "cpu"), "tokenizer"),
+        (
+            ("--shape", "tiny", "--methods", "suffix_attention_filler", "--tokens", "300", "--device", "cpu"),
+            "tokenizer",
+        ),
         (("--shape", "tiny", "--json", "/missing/out.json"), "does not exist"),
         (("--shape", "tiny", "--dtype", "int8"), "got 'int8'"),
     ],

@@ -461,8 +461,10 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_the_trace_knows_no_display():
-    """Its modules name none; tests/test_startup.py sees that none is imported for them."""
+    """Its modules name none but the line that says how far work is; tests/test_startup.py sees what is imported."""
     for source in Path(hfblend.__path__[0], "trace").glob("*.py"):
+        if source.name == "progress.py":
+            continue
         with source.open(encoding="utf-8") as file:
             imports = [line for line in file if line.startswith(("import", "from", "    from"))]
         assert not [line for line in imports if "display" in line or "rich" in line or "matplotlib" in line]
