@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import sys
-from dataclasses import asdict
 from types import ModuleType
 
 import pytest
@@ -274,20 +273,6 @@ def check_answers(runs):
     assert "two waves" in blended
     assert runs[2]["kl"] < 0.15
     assert runs[2]["top1_agreement"] >= runs[1]["top1_agreement"]
-
-
-@pytest.mark.smollm
-@pytest.mark.thorough
-@needs_packaged_model
-def test_one_order_on_smollm(no_hub, monkeypatch):
-    monkeypatch.setattr(demo, "REPEATS", 1)  # of the timing: answers and distances are the same
-    monkeypatch.delitem(demo.METHODS, ("blend", 0.05))
-    model, tokenizer = demo_model.load(device="cpu")
-    data = demo_data()
-    prompt = demo_prompt(tokenizer, data, data["questions"][demo.QUESTION]["question"], range(12))
-    with hfblend.patch(model, tokenizer=tokenizer) as blender:
-        runs, _ = demo.compare(blender, prompt)
-    check_answers([asdict(run) for run in runs])
 
 
 @pytest.mark.smollm

@@ -43,7 +43,7 @@ FIGURES = re.compile(r"hits (\d), misses (\d), exact (\d), selected (\d+) of (\d
     ("ratio", "environment"),
     [
         pytest.param(0.15, {}, marks=pytest.mark.slow),
-        pytest.param(0.3, {"LMCACHE_BLEND_RECOMPUTE_RATIOS": "0.3"}, marks=pytest.mark.thorough),
+        pytest.param(0.3, {"LMCACHE_BLEND_RECOMPUTE_RATIOS": "0.3"}, marks=pytest.mark.slow),
     ],
 )
 def test_blend(ratio, environment):

@@ -215,5 +215,5 @@ drawn({f"{text(ids[0, i])!r} at {i}": value for i, value in of_token.items()}, "
 # same passage, and says which tokens of it, recomputed, would have been enough.
 
 # %%
-why = blame_prompt(model, prompt, store=store, tokenizer=tokenizer, num_tokens=18, seconds=20 if SHORT else 60)
+why = blame_prompt(model, prompt, store=store, tokenizer=tokenizer, num_tokens=18, seconds=45 if SHORT else 120)
 why
