@@ -62,6 +62,14 @@ class Reuse:
         """All of them."""
         return self.exact + self.moved
 
+    @property
+    def exact_from_start(self) -> int:
+        """How many of the first tokens lie in exact pieces."""
+        stop = 0
+        for start, end in sorted(piece.span for piece in self.exact):
+            stop = end if start == stop else stop
+        return stop
+
 
 class ReusingModel(Protocol):
     """The part of a model that reused K/V are assembled for.
@@ -229,7 +237,7 @@ class Corrector:
     ) -> None:
         self.correction, self.observer, self._rotations = correction, observer, model.rotations
         self._spans, self._done = [piece.span for piece in reuse.moved], set[int]()
-        self._exact = exact_from_start(reuse)
+        self._exact = reuse.exact_from_start
         sizes = [stop - start for start, stop in self._spans]
         self._longest, tokens = max(sizes), tokens_of(self._spans)
         nth = np.full(length, -1)  # of a token among the N
@@ -259,7 +267,7 @@ class Corrector:
         if layer_idx <= above or layer_idx in self._done:  # a pass comes again to the layer where it was cut
             return
         self._done.add(layer_idx)
-        piece, place, known, idx = self._in_moved(rows)
+        piece, place, known, idx, _ = self._in_moved(rows)
         if not 0 < len(known) < len(piece):
             return
         added = []
@@ -283,11 +291,13 @@ class Corrector:
         self.observer.corrected(layer_idx, partial(_sizes, added, piece, len(self._spans)))
 
     def _in_moved(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Piece and place (N,) of each token; which rows of a pass are among the N, and which of them. Found once."""
+        """Piece and place (N,) of each token; which rows of a pass are among the N, and which of them; the positions of
+        the exact tokens that come first and of the rows. Found once a pass."""
         if rows is not self._rows:
             piece, place, nth = (t.to(rows.device) for t in (self._piece, self._place, self._nth))
             known = (nth[rows] >= 0).nonzero()[:, 0]
-            self._rows, self._found = rows, (piece, place, known, nth[rows[known]])
+            positions = torch.cat([torch.arange(self._exact, device=rows.device), rows])
+            self._rows, self._found = rows, (piece, place, known, nth[rows[known]], positions)
             self._tables.clear()
         return self._found
 
@@ -295,9 +305,8 @@ class Corrector:
         self, args: AttentionArgs, layer_idx: int, rows: torch.Tensor, new: torch.Tensor, states: torch.Tensor
     ) -> Queries:
         """Their attention is to exact keys: those from the prompt's start on (1, Hkv, T, D), and fresh ones."""
-        _, _, known, idx = self._in_moved(rows)
+        _, _, known, idx, positions = self._in_moved(rows)
         keys = torch.cat([states[0][:, : self._exact], new[0]], 1)
-        positions = torch.cat([torch.arange(self._exact, device=rows.device), rows])
         query, attention = asked(args, rows, keys, positions)
         turned = partial(self._turned, self._on, layer_idx=layer_idx, slot=0, idx=idx)
         return Queries(query, attention[..., self._exact + known], turned)
@@ -315,14 +324,6 @@ class Corrector:
                 self._tables[key] = tables[0][idx], tables[1][idx]
             tables = self._tables[key]
         return rotate(states[None], *tables, rotation.pairing)[0]
-
-
-def exact_from_start(reuse: Reuse) -> int:
-    """How many of the first tokens lie in exact pieces."""
-    stop = 0
-    for start, end in sorted(piece.span for piece in reuse.exact):
-        stop = end if start == stop else stop
-    return stop
 
 
 def _sizes(added: list[torch.Tensor], piece: torch.Tensor, num_pieces: int) -> torch.Tensor:

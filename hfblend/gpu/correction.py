@@ -11,7 +11,7 @@ from functools import cache, cached_property, partial
 import torch
 
 from ..blend.correction import BLOCK
-from ..blend.reuse import Reuse, exact_from_start
+from ..blend.reuse import Reuse
 from ..blend.rotation import Layout, Tables, pair_tables
 from ..blend.trust import DOUBTED, NUM_QUERIES, TRUSTED
 from ..kernels.device import HAS_TRITON
@@ -100,8 +100,8 @@ class OffsetCorrector:
         self, kernels: OffsetKernels, tables: list[Tables], reuse: Reuse, device: torch.device, observer: Observer
     ) -> None:
         self.kernels, self._device, self._observer = kernels, device, observer
-        spans, exact = [piece.span for piece in reuse.moved], exact_from_start(reuse)
-        self._plan = Plan(spans, kernels.block, kernels.layouts, tables, device, exact)
+        spans = [piece.span for piece in reuse.moved]
+        self._plan = Plan(spans, kernels.block, kernels.layouts, tables, device, reuse.exact_from_start)
         self._done = set[int]()
         self._rows: torch.Tensor | None = None
         self._numbers = torch.empty(0)

@@ -217,12 +217,15 @@ class Playground:
         self.blender.remove()
 
     @contextmanager
-    def _turn(self, progress: Callable[[str], None]) -> Iterator[None]:
+    def _turn(self, setup: Setup, progress: Callable[[str], None]) -> Iterator[Prompt]:
+        """Waits for this setup's turn; gives its prompt, while `progress` hears what goes on."""
+        prompt = setup.prompt(self.blender.tokenizer)
+        self._require_room(prompt)
         while not self._one_at_a_time.acquire(timeout=0.2):
             progress("Waiting for the run of another page …")
         try:
             with heard(lambda line: progress(str(line))):
-                yield
+                yield prompt
         finally:
             self._one_at_a_time.release()
 
@@ -235,9 +238,7 @@ class Playground:
         Raises:
             ValueError: the prompt is longer than the model takes.
         """
-        prompt = setup.prompt(self.blender.tokenizer)
-        self._require_room(prompt)
-        with self._turn(progress):
+        with self._turn(setup, progress) as prompt:
             blended = self._answer("blended", prompt, setup.config)
             found = tuple(chunk.status != "miss" for chunk in blended.trace.chunks)
             storing_ms = None if all(found) else blended.ttft_ms
@@ -260,9 +261,7 @@ class Playground:
         Raises:
             ValueError: the prompt is longer than the model takes.
         """
-        prompt = setup.prompt(self.blender.tokenizer)
-        self._require_room(prompt)
-        with self._turn(progress):
+        with self._turn(setup, progress) as prompt:
             found = self.blender.blame(
                 prompt, config=setup.config, num_tokens=ANSWER_TOKENS, seconds=BLAME_SECONDS, progress=progress
             )
