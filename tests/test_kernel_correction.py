@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from hfblend.blend.correction import BLOCK, offset
-from hfblend.blend.reuse import Corrector, Piece, Reuse
+from hfblend.blend.corrector import Corrector
+from hfblend.blend.reuse import Piece, Reuse
 from hfblend.blend.rotation import KeyRotation, pair_tables
 from hfblend.blend.trust import DOUBTED, NUM_QUERIES, TRUSTED
 from hfblend.kernels.reference import AttentionArgs

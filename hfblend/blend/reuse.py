@@ -18,15 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..arguments import described
-from ..kernels.reference import AttentionArgs
 from ..kv.chunk import ChunkKV, Reader, layer_of_each
 from ..kv.rows import KV, ROOM, empty_kv, rows_at, sent
 from ..prompts.separator import Span
 from ..trace.observer import Observer
-from .correction import Correction, Errors
-from .rotation import KeyRotation, Realigner, Tables, rotate
-from .trust import Queries, asked
+from .rotation import KeyRotation, Realigner, Tables
 
 
 @dataclass
@@ -113,12 +109,12 @@ class ReusedKV:
         model, reuse: the model and the prompt's pieces.
         length: T.
         observer: is told when layers are asked for and loaded.
-        correction: of the rows that stay reused, by those that are recomputed.
+        corrector: corrects the rows that stay reused, by those that are recomputed: a `Corrector`, or what does the
+            same faster.
 
     Attributes:
         loaders: layer -> what gathers its rows in place of this class.
         takes_graphs: whether passes over this KV may be recorded: loaders gather all of it, into rows on one GPU.
-        corrector: a `Corrector`, or what does the same faster.
     """
 
     def __init__(
@@ -127,12 +123,10 @@ class ReusedKV:
         reuse: Reuse,
         length: int,
         observer: Observer | None = None,
-        correction: Correction | None = None,
+        corrector: Callable[..., None] | None = None,
     ) -> None:
         self.model, self.reuse, self.length, self.observer = model, reuse, length, observer or Observer()
-        self.corrector: Callable[..., None] | None = None
-        if correction is not None and reuse.moved:
-            self.corrector = Corrector(correction, model, reuse, length, self.observer)
+        self.corrector = corrector
         spans = [piece.span for piece in reuse.moved]
         self._moved_tokens = torch.from_numpy(tokens_of(spans))
         positions = self._moved_tokens.split([stop - start for start, stop in spans])
@@ -222,115 +216,6 @@ class ReusedKV:
         """K/V without rows, of the kind of an entry's, where the layer's own will be: the entry may be elsewhere."""
         device = self.model.device_of_layer(layer_idx)
         return kv[0][:, :, :0].to(device), kv[1][:, :, :0].to(device)
-
-
-class Corrector:
-    """Corrects the rows of moved pieces that stay reused, each layer once.
-
-    Args:
-        length: T.
-        observer: is told how much was added.
-    """
-
-    def __init__(
-        self, correction: Correction, model: ReusingModel, reuse: Reuse, length: int, observer: Observer
-    ) -> None:
-        self.correction, self.observer, self._rotations = correction, observer, model.rotations
-        self._spans, self._done = [piece.span for piece in reuse.moved], set[int]()
-        self._exact = reuse.exact_from_start
-        sizes = [stop - start for start, stop in self._spans]
-        self._longest, tokens = max(sizes), tokens_of(self._spans)
-        nth = np.full(length, -1)  # of a token among the N
-        nth[tokens] = np.arange(len(tokens))
-        numbers = np.repeat(np.arange(len(sizes)), sizes), tokens_of((0, size) for size in sizes), nth
-        on_device = sent(torch.from_numpy(np.concatenate(numbers)), model.device)
-        self._piece, self._place, self._nth = on_device.split(list(map(len, numbers)))
-        regime, tables_of, now = model.regime(length), model.rotary_tables_of_pieces, torch.from_numpy(tokens)
-        off, on = (now, torch.zeros_like(now), regime), (torch.zeros_like(now), now, regime)
-        self._off, self._on = (Realigner(tables_of, model.rotations, [move], regime) for move in (off, on))
-        self._rows: torch.Tensor | None = None
-        self._found: tuple[torch.Tensor, ...] = ()
-        self._tables: dict[Any, Tables] = {}  # of the rows that are known
-
-    def __call__(
-        self, above: int, layer_idx: int, rows: torch.Tensor, fresh: KV, kv: KV, args: AttentionArgs | None = None
-    ) -> None:
-        """Corrects a layer before the fresh rows of a pass take their places.
-
-        Args:
-            above: K/V of layers up to this one are fresh for every token.
-            rows: (S',) of the pass, rising, in moved pieces and elsewhere.
-            fresh: their K/V (1, Hkv, S', D).
-            kv: reused K/V (1, Hkv, T, D), changed in place.
-            args: with which the layer will attend, if that is known: keys are corrected as far as it bears them out.
-        """
-        if layer_idx <= above or layer_idx in self._done:  # a pass comes again to the layer where it was cut
-            return
-        self._done.add(layer_idx)
-        piece, place, known, idx, _ = self._in_moved(rows)
-        if not 0 < len(known) < len(piece):
-            return
-        added = []
-        for slot, (new, states) in enumerate(zip(fresh, kv)):
-            errors = new[0][:, known].float() - states[0][:, rows[known]].float()
-            errors = self._turned(self._off, errors, layer_idx, slot, idx)
-            queries = None
-            if slot == 0 and args is not None and args.query.shape[2:] == new.shape[2:]:
-                queries = self._queries(args, layer_idx, rows, new, states)
-            found = self.correction(Errors(errors, slot, idx, piece, place, len(self._spans), self._longest, queries))
-            expected = (errors.shape[0], len(piece), errors.shape[2])
-            if not torch.is_tensor(found) or found.shape != expected:
-                got = tuple(found.shape) if torch.is_tensor(found) else described(found)
-                raise ValueError(
-                    f"A correction must return one vector per head and token of moved pieces, {expected}, got {got}."
-                )
-            added.append(found)
-            turned, done = self._turned(self._on, found.float(), layer_idx, slot), 0
-            for start, stop in self._spans:
-                states[0][:, start:stop] += turned[:, done : (done := done + stop - start)]
-        self.observer.corrected(layer_idx, partial(_sizes, added, piece, len(self._spans)))
-
-    def _in_moved(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Piece and place (N,) of each token; which rows of a pass are among the N, and which of them; the positions of
-        the exact tokens that come first and of the rows. Found once a pass."""
-        if rows is not self._rows:
-            piece, place, nth = (t.to(rows.device) for t in (self._piece, self._place, self._nth))
-            known = (nth[rows] >= 0).nonzero()[:, 0]
-            positions = torch.cat([torch.arange(self._exact, device=rows.device), rows])
-            self._rows, self._found = rows, (piece, place, known, nth[rows[known]], positions)
-            self._tables.clear()
-        return self._found
-
-    def _queries(
-        self, args: AttentionArgs, layer_idx: int, rows: torch.Tensor, new: torch.Tensor, states: torch.Tensor
-    ) -> Queries:
-        """Their attention is to exact keys: those from the prompt's start on (1, Hkv, T, D), and fresh ones."""
-        _, _, known, idx, positions = self._in_moved(rows)
-        keys = torch.cat([states[0][:, : self._exact], new[0]], 1)
-        query, attention = asked(args, rows, keys, positions)
-        turned = partial(self._turned, self._on, layer_idx=layer_idx, slot=0, idx=idx)
-        return Queries(query, attention[..., self._exact + known], turned)
-
-    def _turned(
-        self, way: Realigner, states: torch.Tensor, layer_idx: int, slot: int, idx: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """States (Hkv, n, D) in fp32 of all N tokens, or of some (n,), turned where the slot is rotated."""
-        rotation, tables = self._rotations[layer_idx], way.tables(layer_idx, states.device)
-        if rotation is None or tables is None or rotation.slot != slot:
-            return states
-        if idx is not None:
-            key = way, rotation.source, rotation.layout, rotation.sign
-            if key not in self._tables:
-                self._tables[key] = tables[0][idx], tables[1][idx]
-            tables = self._tables[key]
-        return rotate(states[None], *tables, rotation.pairing)[0]
-
-
-def _sizes(added: list[torch.Tensor], piece: torch.Tensor, num_pieces: int) -> torch.Tensor:
-    """(2, P) root mean squares of what was added (Hkv, N, D) to keys and values of tokens of pieces (N,)."""
-    squares = torch.stack([one.float().square().mean((0, 2)) for one in added])
-    sums = squares.new_zeros(2, num_pieces).index_add_(1, piece, squares)
-    return (sums / torch.bincount(piece, minlength=num_pieces)).sqrt()
 
 
 def _places(buffers: KV, span: Span) -> KV:

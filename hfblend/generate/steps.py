@@ -26,7 +26,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..arguments import require_tokenizer, whole
-from ..blend.correction import Correction
+from ..blend.corrector import Corrector, corrector_of
 from ..blend.reuse import Piece, Reuse, ReusedKV
 from ..blend.selection import Evidence
 from ..config import BlendConfig, as_config
@@ -216,16 +216,17 @@ class _Holding:
         return getattr(self._model, name)
 
     def gather(self, reuse: Reuse, length: int, config: BlendConfig, observer: Observer) -> HeldKV:
-        return HeldKV(self._model, reuse, length, observer, correction_of(config))
+        corrector = corrector_of(correction_of(config), self._model, reuse, length, observer)
+        return HeldKV(self._model, reuse, length, observer, corrector)
 
 
 class HeldKV(ReusedKV):
     """Every layer's reused KV, realigned once and held for changes; each pass takes a copy."""
 
     def __init__(
-        self, model: TestedModel, reuse: Reuse, length: int, observer: Observer, correction: Correction | None
+        self, model: TestedModel, reuse: Reuse, length: int, observer: Observer, corrector: Corrector | None
     ) -> None:
-        super().__init__(model, reuse, length, observer, correction)
+        super().__init__(model, reuse, length, observer, corrector)
         self._held: dict[int, KV] = {}
         for layer in range(model.num_kv_layers if reuse.exact or reuse.moved else 0):
             self._held[layer] = super().layer(layer)

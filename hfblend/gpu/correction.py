@@ -109,7 +109,7 @@ class OffsetCorrector:
     def __call__(
         self, above: int, layer_idx: int, rows: torch.Tensor, fresh: KV, kv: KV, args: AttentionArgs | None = None
     ) -> None:
-        """Corrects a layer in a pass that Python runs. Arguments as in `hfblend.blend.reuse.Corrector`."""
+        """Corrects a layer in a pass that Python runs. Arguments as in `hfblend.blend.corrector.Corrector`."""
         if layer_idx <= above or layer_idx in self._done:  # a pass comes again to the layer where it was cut
             return
         self._done.add(layer_idx)

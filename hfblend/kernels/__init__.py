@@ -4,7 +4,7 @@
     by_position.received    how much attention each key gets from all rows      reference.attention_weights, summed
     rows.load_rows          stored rows into a prompt's buffer, keys realigned  rotation.rotate, and a copy
     rows.write_rows         fresh K/V of a pass into a prompt's buffer          index_copy_
-    correction.OffsetKernels  what recomputed rows foretell, added to reused    reuse.Corrector with correction.offset
+    correction.OffsetKernels  what recomputed rows foretell, added to reused    corrector.Corrector with offset
     trust.Asking            how far keys are corrected                          blend.trust.trust
     small.rms_norm          a model's normalisation, six eager kernels in one   the model's own module
     small.rotary            its rotary embedding, a dozen in one                the model's own function

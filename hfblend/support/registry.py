@@ -15,6 +15,7 @@ from ..arguments import described
 from ..attention.by_position import HALF
 from ..blend.caches import BlendingCache, RecordingCache
 from ..blend.correction import CORRECTIONS, Correction, offset
+from ..blend.corrector import corrector_of
 from ..blend.model import Forward, Pass, Watched
 from ..blend.reuse import Reuse, ReusedKV
 from ..config import BlendConfig
@@ -162,9 +163,10 @@ class TestedModel(HFModel):
         """The reused K/V of a prompt, gathered by kernels on a GPU."""
         correction = correction_of(config)
         by_kernels = correction is offset and self.takes_kernels and self.dtype in HALF and bool(reuse.moved)
-        reused = ReusedKV(self, reuse, length, observer, None if by_kernels else correction)
+        corrector: Any = corrector_of(None if by_kernels else correction, self, reuse, length, observer)
         if by_kernels:
-            reused.corrector = self._offsets.of_prompt(reuse, length, observer)
+            corrector = self._offsets.of_prompt(reuse, length, observer)
+        reused = ReusedKV(self, reuse, length, observer, corrector)
         reused.loaders = loaders_of(self, reuse, reused.realigner, length)
         reused.takes_graphs = config.cuda_graphs and bool(reused.loaders) and self.takes_kernels
         if not config.layerwise:
