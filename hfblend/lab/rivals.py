@@ -72,12 +72,12 @@ def by_low_frequencies(evidence: Evidence) -> torch.Tensor:
     score(t) = mean over layers of (‖low(K)ₜ‖ + ‖low(V)ₜ‖) ÷ its sum over the chunk; `low` filters along the tokens.
     """
     scores = torch.zeros(len(evidence.candidate_idx), device=evidence.candidate_idx.device)
-    chunks = list(_of_each_chunk(evidence))
+    chunks = [(inside, _low_pass(len(inside)).to(scores.device)) for inside in _of_each_chunk(evidence)]
     for layer in range(evidence.num_layers):
         _, stored = evidence.kv(layer)
-        for inside in chunks:
-            parts = [_low_pass(states[0, :, inside.to(states.device)]).norm(dim=(0, 2)) for states in stored]
-            norms = (parts[0] + parts[1]).to(scores.device)
+        for inside, low in chunks:
+            states = (slot[0, :, inside.to(slot.device)].float().to(scores.device) for slot in stored)
+            norms = sum((low @ slot).norm(dim=(0, 2)) for slot in states)
             scores[inside] += norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
     return share_of_chunk(scores, evidence)
 
@@ -105,11 +105,14 @@ def _of_each_chunk(evidence: Evidence) -> Iterator[torch.Tensor]:
         yield ((evidence.candidate_idx >= start) & (evidence.candidate_idx < stop)).nonzero().flatten()
 
 
-def _low_pass(states: torch.Tensor) -> torch.Tensor:
-    """(Hkv, n, D) in fp32 with the lower half of the frequencies along its tokens."""
-    spectrum = torch.fft.rfft(states.float(), dim=1)
-    spectrum[:, spectrum.shape[1] // 2 :] = 0
-    return torch.fft.irfft(spectrum, n=states.shape[1], dim=1)
+def _low_pass(n: int) -> torch.Tensor:
+    """(n, n) in fp32: what leaves the lower half of the frequencies of n rows. Made on the CPU, once for all layers.
+
+    cuFFT, called for each layer and chunk, ended in internal errors where processes shared a GPU.
+    """
+    spectrum = torch.fft.rfft(torch.eye(n), dim=0)
+    spectrum[len(spectrum) // 2 :] = 0
+    return torch.fft.irfft(spectrum, n=n, dim=0)
 
 
 # --- others -----------------------------------------------------------------------------------------------------------
