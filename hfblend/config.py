@@ -93,7 +93,7 @@ class BlendConfig:
     check_layers: tuple[int, ...] = (1,)
     score_layers: tuple[int, ...] | None = None
     deviation: Deviation = "value"
-    correction: Correction | Callable[..., Any] | None = None
+    correction: Correction | Callable[..., Any] | None = "offset"
     min_reused_tokens: int = 256
     force_chunk_start: int = 0
     chunk_prefix: ChunkPrefix = "prompt"

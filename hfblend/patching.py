@@ -151,13 +151,15 @@ class Blender:
         return card("Blender, removed" if self._is_removed else "Blender", figures)
 
     def _summary(self) -> str:
-        """suffix_attention 0.15, correction offset"""
+        """suffix_attention 0.15, no correction"""
         config = self.config
         if not (config.enabled and config.check_layers):
             return "nothing recomputed" if config.enabled else "off"
         rule, correction = name_of(config.selection), name_of(config.correction)
         ratios = "auto" if config.is_auto else ", ".join(f"{ratio:g}" for ratio in config.fixed_ratios)
-        return f"{rule} {ratios}" + (f", correction {correction}" if correction else "")
+        if config.correction == BlendConfig.correction:
+            return f"{rule} {ratios}"
+        return f"{rule} {ratios}, " + (f"correction {correction}" if correction else "no correction")
 
     # --- settings and results -------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ def test_settings_that_are_no_single_number_are_said():
                 {"selection": "kv_deviation", "check_layers": (1, 2), "recompute_ratios": (0.3, 0.1)},
                 "kv_deviation 0.3, 0.1",
             ),
-            ({"correction": "offset"}, "suffix_attention 0.15, correction offset"),
+            ({"correction": None}, "suffix_attention 0.15, no correction"),
             ({"check_layers": (), "recompute_ratios": ()}, "nothing recomputed"),
             ({"enabled": False}, "off"),
         ):

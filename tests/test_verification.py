@@ -290,7 +290,7 @@ def test_calibrate_chooses_among_check_layers_and_score_layers(rule, name, layer
     found = calibrate(model, [PROMPT], max_kl=9.0, config=settings, ratios=(0.2,), layers=layers)
     as_tuples = [layer if layer is None or isinstance(layer, tuple) else (layer,) for layer in layers]
     assert [row.layers for row in found.rows] == [layer for layer in as_tuples for _ in range(2)]
-    assert [row.correction for row in found.rows] == [None, "offset"] * 3
+    assert [row.correction for row in found.rows] == ["offset", None] * 3
     best = min(found.rows, key=lambda row: row.kl)
     assert getattr(found.config, name) == best.layers
     assert len({row.kl for row in found.rows}) > 1

@@ -266,8 +266,8 @@ _DEFAULT = BlendConfig.correction
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        # hfblend's own recommendation: what the suffix attends to, over chunk KV computed after a filler
-        Method("hfblend", _rule("suffix_attention", chunk_prefix="filler", correction=_DEFAULT), takes_correction=True),
+        # hfblend's default: what the suffix attends to is recomputed, and the rest corrected by it
+        Method("hfblend", _rule(BlendConfig.selection, correction=_DEFAULT), takes_correction=True),
         # baselines
         Method("full_prefill", _full_reuse(), fixed_ratio=1.0, whole=True),
         Method("no_context", _full_reuse(), fixed_ratio=0.0, no_context=True),
