@@ -156,9 +156,14 @@ def test_demo_on_a_tiny_model(tiny_model, tmp_path):
     results, output = run_demo(tmp_path / "demo.json", "--model", str(tiny_model))
     check_form(results)
     assert results["dtype"] == "float32"
-    assert "0 of 12 chunks hit, 12 prefilled alone" in output
     output = " ".join(output.split())  # lines are wrapped
-    assert "12 of 12 chunks hit, 0 prefilled alone; 12 reused at new positions, 0 exact" in output
+    assert "First call: 0 of 12 passages hit; 12 missed, computed alone and stored." in output
+    assert "First call: 12 of 12 passages hit, 12 of them at new positions; 0 missed" in output
+    table, caption = demo._table([demo.Run("blend", 0.15, 1.0, 0.1, 1.0, "w1", 0.2)] * 4), output.split("The tables")[1]
+    for column in table.columns[1:]:
+        assert f" {column.header} " in caption
+    for method in METHODS:
+        assert f" {demo.label_of(*method)} ".replace("blend 0.05", "(0.05: 5 %)") in caption
 
 
 def test_version():

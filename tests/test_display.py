@@ -20,6 +20,8 @@ from helpers import config, generate, make_llama, make_prompt
 from rich.console import Console
 
 import hfblend
+from hfblend.demo.demo import _reuse_line
+from hfblend.demo.playground import Answer, Outcome
 from hfblend.display import Display, view
 from hfblend.display.blame import BlameView
 from hfblend.display.html import rendered
@@ -200,6 +202,29 @@ def test_every_origin_has_its_name_and_pattern():
         assert name in text
     assert "int8" in page
     assert "int8" in text
+
+
+@pytest.mark.parametrize("status", ["hit", "miss", "fresh", "unused"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_hit_is_said_of_hits_alone(status, exact, word_tokenizer):
+    """In the rows of the terminal's and of the page's table, in the playground's line about a chunk, in the demo's."""
+    trace = made()
+    trace.chunks[1].status, trace.chunks[1].exact = status, exact
+    trace.chunks[1].cached_start = {"hit": 7, "miss": 7}.get(status)
+    page, text = Display(trace).to_html(), printed(trace)
+    rows = [
+        re.search(r"^chunk 1 .*$", text, re.MULTILINE)[0],
+        re.sub("<.*?>", " ", re.search(r"<td>chunk 1</td>(.*?)</tr>", page, re.DOTALL)[1]),
+    ]
+    for row in rows:
+        assert {word for word in ("hit", "miss", "fresh", "unused") if word in row} == {status}
+        assert ("exact" in row) == exact
+    found = sum(chunk.status in ("hit", "unused") for chunk in trace.chunks)
+    assert f"{found} hits, {len(trace.chunks) - found} misses" in text
+    outcome = Outcome(PROMPT, (Answer("blended", "", 1.0, trace),) * 3, (True, status == "hit", True, True), None, False)
+    assert ("hit" in outcome.chunk_lines[1]) == (status == "hit")
+    hits = sum(chunk.status == "hit" for chunk in trace.chunks)
+    assert f"First call: {hits} of {len(trace.chunks)} passages hit, {hits - 1} of them at new" in _reuse_line(trace)
 
 
 def test_the_terminal_says_what_happened(trace, word_tokenizer):

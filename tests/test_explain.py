@@ -46,7 +46,7 @@ def run(monkeypatch, tmp_path, word_tokenizer):
 def test_explain_shows_and_writes_the_report(run, tmp_path):
     result = run("explain", "--html", tmp_path / "out.html")
     assert result.exit_code == 0, result.output
-    assert "3 found, 1 exact" in result.stdout
+    assert "3 hits, 0 misses, 1 exact" in result.stdout
     assert "full prefill" in result.stdout
     assert "how far apart: KL" in result.stdout.replace("\n", " ")
     page = (tmp_path / "out.html").read_text(encoding="utf-8")
@@ -63,6 +63,7 @@ def test_explain_as_json(run):
     assert found["trace"]["level"] == "full"
     assert found["trace"]["hits"] == 3
     assert found["chunks_prefilled_before"] is True
+    assert any("stored just before this call" in note for note in found["trace"]["notes"])
     assert found["verification"]["kl"] >= 0
     assert isinstance(found["answer"], str)
     assert isinstance(found["full_prefill_answer"], str)
@@ -95,6 +96,7 @@ def test_explain_of_a_store_shows_what_it_held(run, tmp_path):
     assert first["trace"]["misses"] == 3
     assert second["trace"]["hits"] == 3
     assert second["chunks_prefilled_before"] is False
+    assert first["trace"]["notes"] == second["trace"]["notes"] == []
     assert first["answer"] == second["answer"]
 
 

@@ -112,6 +112,8 @@ def _both_ways(
         "chunks_prefilled_before": prefill_before,
     }
     trace = blender.trace
+    if prefill_before:
+        trace.notes.append("The chunks were stored just before this call: its hits say nothing about earlier ones.")
     line.say("Comparing the two")
     return trace, blender.verify(prompt, num_tokens=COMPARED_TOKENS), said
 

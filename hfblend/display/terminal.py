@@ -86,10 +86,9 @@ def _chunks(trace: BlendTrace, parts: Sequence[Part]) -> Iterator[RenderableType
         is_text = name in ("part", "origin", "store key")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
     for part, piece, recomputed, size in rows[:CHUNK_ROWS]:
-        origin = f"{part.origin}, {piece.quantised}" if piece.quantised else part.origin
         table.add_row(
             part.name,
-            Text(visible(origin), _STYLES[part.origin]),
+            Text(visible(part.found), _STYLES[part.origin]),
             f"{part.tokens:,}",
             view.moved_text(piece),
             f"{recomputed:,}" if recomputed else "–",

@@ -65,6 +65,12 @@ class Part:
             return "computed"
         return "exact" if self.piece.exact else self.piece.status
 
+    @property
+    def found(self) -> str:
+        """`"hit"` if the store had it, `"miss"` if not, as the record says; then whether it is exact, and its bits."""
+        assert self.piece is not None
+        return ", ".join(filter(None, (self.piece.status, "exact" * self.piece.exact, self.piece.quantised)))
+
 
 def parts_of(trace: BlendTrace) -> list[Part]:
     """Prefix, chunks, gaps and suffix, in their order."""
@@ -96,7 +102,7 @@ def figures_of(trace: BlendTrace) -> list[tuple[str, str]]:
     exact = sum(chunk.exact for chunk in trace.chunks)
     return [
         *figures,
-        ("chunks", f"{len(trace.chunks)}: {trace.hits} found, {exact} exact"),
+        ("chunks", f"{len(trace.chunks)}: {trace.hits} hits, {trace.misses} misses, {exact} exact"),
         ("recomputed", f"{trace.selected_tokens:,} of {candidates:,} moved tokens"),
         ("computed", f"{trace.recomputed_pairs_share:.1%} of a full prefill"),
         ("read", f"{trace.bytes_reused / 1e6:,.1f} MB"),

@@ -155,7 +155,8 @@ class Outcome:
     @property
     def tokens_html(self) -> str:
         """The blended call's trace, with every token."""
-        return Display(self.trace, title="What became of each token")._repr_html_()
+        after = "" if self.storing_ms is None else ", in the call after the one that stored the misses"
+        return Display(self.trace, title=f"What became of each token{after}")._repr_html_()
 
     @property
     def store_line(self) -> str:
@@ -181,7 +182,8 @@ class Outcome:
         lines = []
         for chunk, found in zip(self.trace.chunks, self.found):
             start, stop = chunk.span
-            place = f"exact at {start}" if chunk.exact else f"{chunk.cached_start} → {start}"
+            moved = f"computed at {start}" if chunk.cached_start is None else f"{chunk.cached_start} → {start}"
+            place = f"exact at {start}" if chunk.exact else moved
             lines.append(f"{'hit' if found else 'miss, stored now'} · {place} · {stop - start} tokens")
         return lines
 
@@ -240,7 +242,7 @@ class Playground:
         """
         with self._turn(setup, progress) as prompt:
             blended = self._answer("blended", prompt, setup.config)
-            found = tuple(chunk.status != "miss" for chunk in blended.trace.chunks)
+            found = tuple(chunk.status in ("hit", "unused") for chunk in blended.trace.chunks)
             storing_ms = None if all(found) else blended.ttft_ms
             if storing_ms is not None:  # the time to show is that of a later call
                 blended = self._answer("blended", prompt, setup.config)
