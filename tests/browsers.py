@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,18 +27,41 @@ def chromium() -> str:
 
 
 @contextmanager
-def opened(address: str) -> Iterator[Any]:
-    """An empty page. What would show that text was run as code, or that the page asks for anything that does not begin
-    with `address`, is noted in `page.alarms`."""
+def running() -> Iterator[Any]:
+    """A browser."""
     path = chromium()
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=_QUIET.split())
-        page = browser.new_page(viewport={"width": 1280, "height": 1400})
-        page.alarms = []
-        page.on("dialog", lambda dialog: (page.alarms.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        page.on("pageerror", lambda error: page.alarms.append(f"error {error}"))
-        page.on("request", lambda r: None if r.url.startswith(address) else page.alarms.append(f"request {r.url}"))
-        yield page
+        yield browser
         browser.close()
+
+
+@contextmanager
+def page_of(browser: Any, address: str) -> Iterator[Any]:
+    """An empty page. What would show that text was run as code, or that the page asks for anything that does not begin
+    with `address`, is noted in `page.alarms`."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1400})
+    page.alarms = []
+    page.on("dialog", lambda dialog: (page.alarms.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.on("pageerror", lambda error: page.alarms.append(f"error {error}"))
+    page.on("request", lambda r: None if r.url.startswith(address) else page.alarms.append(f"request {r.url}"))
+    yield page
+    page.close()
+
+
+@contextmanager
+def opened(address: str) -> Iterator[Any]:
+    """An empty page in a browser that closes with it."""
+    with running() as browser, page_of(browser, address) as page:
+        yield page
+
+
+def in_every_form(page: Any, height: int = 844) -> Iterator[int]:
+    """Makes the page wide and narrow, light and dark; gives each width."""
+    for width, scheme in itertools.product((1400, 390), ("light", "dark")):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": height})
+        page.evaluate("scrollTo(0, 0)")
+        yield width

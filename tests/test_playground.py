@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browsers import chromium, opened
+from browsers import chromium, in_every_form, page_of, running
 from helpers import make_llama
 from typer.testing import CliRunner
 
@@ -325,10 +324,16 @@ def _wait_for(url, server, log):
     pytest.fail(f"the playground did not start:\n{log.read()}")
 
 
+@pytest.fixture(scope="module")
+def browser():
+    with running() as found:
+        yield found
+
+
 @pytest.fixture
-def page(address):
+def page(browser, address):
     """The page after its first run."""
-    with opened(address) as page:
+    with page_of(browser, address) as page:
         page.goto(address)
         settle(page)
         yield page
@@ -418,6 +423,24 @@ def pick(page, label, option):
     page.get_by_role("option", name=option, exact=True).click()
 
 
+def box(page, selector):
+    return page.locator(selector).first.bounding_box()
+
+
+@pytest.mark.browser
+def test_a_phone_shows_answers_before_the_controls(page):
+    for width in in_every_form(page):
+        question, answer, settings = (box(page, one) for one in (".question", ".answer", ".settings"))
+        assert question["y"] < 844
+        assert answer["y"] + answer["height"] < 844
+        assert (settings["x"] == answer["x"]) == (width == 390)  # in one column
+        assert width == 1400 or settings["y"] > answer["y"]
+        tokens, chunks = box(page, ".tokens"), page.locator(".settings").last.bounding_box()
+        assert (tokens["y"] > chunks["y"] + chunks["height"]) == (width == 390)
+        page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        assert (box(page, "[role=status]")["y"] >= 0) == (width == 390)  # still in sight
+
+
 @pytest.mark.browser
 def test_the_button_says_why_the_answer_changed(page):
     page.get_by_role("button", name="Why did the answer change?").click()
@@ -425,10 +448,10 @@ def test_the_button_says_why_the_answer_changed(page):
     page.locator(".hfb .two").wait_for(timeout=60_000)
     assert page.locator(".hfb .two > div").count() == 2
     assert page.locator(".hfb .tried").count() >= 1
-    for width, scheme in itertools.product((1400, 390), ("light", "dark")):
-        page.emulate_media(color_scheme=scheme)
-        page.set_viewport_size({"width": width, "height": 900})
+    for width in in_every_form(page):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        hint = page.locator(".hfb .scroll").first
+        assert hint.evaluate("one => getComputedStyle(one).backgroundImage").count("linear-gradient") == 4
     change(page, lambda: page.get_by_role("button", name="Run", exact=True).click())
     assert page.locator(".hfb .two").count() == 0  # of another run
     assert page.alarms == []
@@ -437,12 +460,16 @@ def test_the_button_says_why_the_answer_changed(page):
 @pytest.mark.browser
 def test_a_search_is_cancelled_and_the_page_goes_on(page):
     cancel = page.get_by_role("button", name="Cancel")
-    assert not cancel.is_visible()
-    page.get_by_role("button", name="Why did the answer change?").click()
-    cancel.click(timeout=30_000)
-    page.wait_for_function("document.querySelector('[role=status]').innerText.startsWith('Cancelled')", timeout=60_000)
-    cancel.wait_for(state="hidden")
-    assert page.locator(".hfb .two").count() == 0
+    for _ in in_every_form(page):
+        assert not cancel.is_visible()
+        page.get_by_role("button", name="Why did the answer change?").click()
+        cancel.wait_for(timeout=30_000)
+        assert 0 <= cancel.bounding_box()["y"] < 800  # in sight
+        cancel.click()
+        ended = "document.querySelector('[role=status]').innerText.startsWith('Cancelled')"
+        page.wait_for_function(ended, timeout=60_000)
+        cancel.wait_for(state="hidden")
+        assert page.locator(".hfb .two").count() == 0
     page.get_by_role("button", name="Run", exact=True).click()
     page.wait_for_function("document.querySelector('[role=status]').innerText.startsWith('Run 2:')", timeout=30_000)
     settle(page)

@@ -155,7 +155,7 @@ class Outcome:
     @property
     def tokens_html(self) -> str:
         """The blended call's trace, with every token."""
-        after = "" if self.storing_ms is None else ", in the call after the one that stored the misses"
+        after = "" if self.storing_ms is None else ", once the misses were stored"
         return Display(self.trace, title=f"What became of each token{after}")._repr_html_()
 
     @property

@@ -90,7 +90,9 @@ class Page:
             with ui.element("header"):
                 ui.html("hfblend playground", tag="h1")
                 ui.label(about).classes("dim")
-            with ui.element("div").classes("stack"):
+            with ui.element("div").classes("stack"):  # page.css: a narrow page has the answers above settings and chunks
+                with ui.element("section").classes("panel question"):
+                    self.question = ui.textarea("Question", on_change=self._edited).props(FIELD)
                 self._build_settings()
                 self._build_chunks()
             with ui.element("div").classes("stack"):
@@ -100,8 +102,7 @@ class Page:
 
     def _build_settings(self) -> None:
         ui = self.ui
-        with ui.element("section").classes("panel"):
-            self.question = ui.textarea("Question", on_change=self._edited).props(FIELD)
+        with ui.element("section").classes("panel settings"):
             with ui.element("div").classes("row"):
                 ui.label("Ratio recomputed")
                 ratio_label = ui.label().classes("grow")
@@ -119,7 +120,7 @@ class Page:
 
     def _build_chunks(self) -> None:
         ui = self.ui
-        with ui.element("section").classes("panel"):
+        with ui.element("section").classes("panel settings"):
             with ui.element("div").classes("row"):
                 ui.html("Chunks", tag="h2").classes("grow")
                 ui.button("Add", on_click=self._add_empty).props('flat dense no-caps icon=add aria-label="Add a chunk"')
@@ -130,7 +131,7 @@ class Page:
 
     def _build_results(self) -> None:
         ui = self.ui
-        with ui.element("div").classes("row"):
+        with ui.element("div").classes("row status"):
             self.status = ui.label().classes("dim grow").props("role=status")
             cancel = ui.button("Cancel", on_click=self.cancel).props("outline dense no-caps")
             cancel.bind_visibility_from(self, "is_running")
@@ -138,7 +139,7 @@ class Page:
         doing.bind_text_from(self, "doing")
         doing.bind_visibility_from(self, "doing", bool)
         self.error = ui.label().classes("error").props("role=alert")
-        with ui.element("div").classes("stack") as self.results:
+        with ui.element("div").classes("stack results") as self.results:
             self.answers = ui.html()
             with ui.element("div"):
                 self.notes = ui.label().classes("dim").style("white-space: pre-line")
@@ -148,7 +149,7 @@ class Page:
                 self.searching = ui.label().classes("dim grow").props("aria-live=polite")
                 self.searching.bind_text_from(self, "said")
             self.blame = ui.html()
-            self.tokens = ui.html()
+            self.tokens = ui.html().classes("tokens")
         self.error.visible = self.results.visible = False
 
     def _add(self, text: str) -> Any:
