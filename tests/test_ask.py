@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from browsers import in_every_form, opened
 from helpers import make_llama
 from rich.console import Console
 from test_documents import pdf, written
@@ -68,6 +69,27 @@ def test_an_answer_from_three_files_and_a_second_question(ask, notes):
     assert (found["question"], found["trace"]["hits"], before["trace"]["hits"]) == ("w22 w60", 3, 0)
     assert [one["file"] for one in found["passages"]] == ["one.md", "three.pdf", "two.html"]
     assert found["full_prefill_ttft_ms"] > 0
+
+
+@pytest.mark.browser
+def test_the_page_of_an_answer_fits(ask, notes, tmp_path):
+    """Wide and narrow, light and dark: nothing but tables scrolls sideways, and those shade the edge that hides more."""
+    question = "w31 <img src=x onerror=alert(1)> " + "w50" * 40
+    result = ask(notes, question, "--html", "answer.html", "--json", "answer.json")
+    assert result.exit_code == 0, result.output
+    assert "Wrote answer.html" in said(result)
+    answer = json.loads((tmp_path / "answer.json").read_text())["answer"]
+    with opened(file := (tmp_path / "answer.html").as_uri()) as page:
+        page.goto(file)
+        for width in in_every_form(page):
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert answer in page.locator(".hfb .answer").first.inner_text()
+            scrolls = page.locator(".hfb .scroll").evaluate("one => one.scrollWidth > one.clientWidth")
+            assert scrolls == (width == 390)
+            shaded = page.locator(".hfb .scroll").evaluate("one => getComputedStyle(one).backgroundImage")
+            assert shaded.count("linear-gradient") == 4
+        assert page.locator("h2").first.inner_text() == question
+        assert page.alarms == []
 
 
 def test_the_answer_at_ratio_1_is_full_prefills(ask, notes, tmp_path):
@@ -246,4 +268,4 @@ def test_examples_of_help_and_quickstart_in_a_shell(tmp_path):
     assert "smoked eel" in second.stdout
     for result, counts in ((first, "0 of 6"), (second, "2 of 2"), (full, "6 of 6")):
         assert f"{counts} passages reused" in result.stderr
-    assert json.loads((tmp_path / "answer.json").read_text())["answer"] == second.stdout.splitlines()[0]
+    assert second.stdout.splitlines()[0] in (tmp_path / "answer.html").read_text()

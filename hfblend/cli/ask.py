@@ -33,6 +33,7 @@ def ask(
     encoding: Annotated[str, Option(help="Of text and HTML files.")] = "utf-8",
     skip_unreadable: Annotated[bool, Option("--skip-unreadable", help="Leave out files that cannot be read.")] = False,
     compare: Annotated[bool, Option(help="Measure a full prefill too, for the last line.")] = True,
+    html: Annotated[Path | None, Option(help="Write answer, passages and trace to this page.")] = None,
     model: Model = None,
     ratio: Ratio = 0.15,
     selection: Rule = None,
@@ -50,9 +51,9 @@ def ask(
 
     Example: hfblend ask examples/notes "What does the flag of Sarrow Island show?"
 
-    Example: hfblend ask examples/notes/*.pdf "What is the main ingredient of pellow soup?" --json answer.json
+    Example: hfblend ask examples/notes/*.pdf "What is the main ingredient of pellow soup?" --html answer.html
     """
-    require_folders_of(json_file)
+    require_folders_of(html, json_file)
     asked, config = _question(question, sources), config_of(ratio, selection, correction)
     found = _read_all(sources, encoding, skip_unreadable)
     ranked = nearest(found, asked, passages)
@@ -62,11 +63,15 @@ def ask(
     files = ", ".join(f"{name} ({count})" for name, count in Counter(one.name for one in chosen).items())
     _note(f"{len(found)} passages; given to the model: {len(chosen)}, of {files}.")
 
+    from ..display import Display
     from ..patching import patch
 
-    with patch(loaded, config, tokenizer, kept_in) as blender:
+    with patch(loaded, config, tokenizer, kept_in, trace="summary" if html is None else "tokens") as blender:
         answer, trace, full_ms = _answer(blender, prompt, max_new_tokens, compare, shown_on(json_file))
     _note(summary_of(trace, full_ms))
+    if html is not None:
+        Display(trace, title=asked, answers={"answer": answer, "cost": summary_of(trace, full_ms)}).save(html)
+        _note(f"Wrote {html}")
     passages_as_json = [{"file": one.name, "text": one.text} for one in chosen]
     figures = {"question": asked, "answer": answer, "full_prefill_ttft_ms": full_ms, "passages": passages_as_json}
     write_json(json_file, {**figures, "trace": trace.to_dict()})
