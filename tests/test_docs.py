@@ -8,14 +8,18 @@ import functools
 import inspect
 import pkgutil
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import hfblend
 import hfblend.config
 import hfblend.generate.fallbacks
+from hfblend.cli import app
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -41,6 +45,7 @@ FOREIGN_NAMES = {  # of Python, pytest, tests, Transformers, peft, RAG framework
     *("PeftModel", "add_adapter", "continuous_batching", "cpu_offload", "disk_offload", "dispatch_model"),
     *("generate_batch", "init_continuous_batching", "inv_freq", "load_adapter", "modules_to_save"),
     *("output_scores", "pixel_values", "set_adapter", "set_stance", "token_type_ids"),
+    "model_type",
     *("HuggingFacePipeline", "from_model_id", "function_mappings", "llm", "page_content", "pipeline"),
     "blend_thresholds",
     *("beam", "codegen", "doge", "gptj", "llama4", "longcat_flash", "mllama", "prophetnet"),
@@ -124,6 +129,40 @@ def test_every_lmcache_variable_is_documented(name):
 
 def test_readme_opens_with_the_quickstart_that_the_tests_run():
     assert python_blocks(text_of("README.md"))[0] in text_of("examples/quickstart.py")
+
+
+def test_the_landing_page_has_readmes_block_and_numbers():
+    page, readme = text_of("docs/index.md"), text_of("README.md")
+    assert python_blocks(page) == python_blocks(readme)
+    rows = re.findall(r"^\|.*\d ms.*\|$", page, re.MULTILINE)
+    assert len(rows) >= 3
+    assert [row for row in rows if row not in readme] == []
+    for figure in re.findall(r"\d+ %", page):
+        assert figure in readme
+    assert "(images/display.png)" in page
+
+
+def commands_of(group: Any, name: str = "hfblend") -> Iterator[tuple[str, Any]]:
+    """Every command, the groups' too, by what is typed."""
+    context = typer.Context(group)
+    for one in group.list_commands(context):
+        command = group.resolve_command(context, [one])[1]
+        yield f"{name} {one}", command
+        if hasattr(command, "list_commands"):
+            yield from commands_of(command, f"{name} {one}")
+
+
+def test_the_page_of_commands_has_each_with_all_its_options():
+    page = runpy.run_path(str(ROOT / "docs" / "site" / "commands.py"))["page"]()
+    sections = dict(re.findall(r"^##+ `(.+?)`\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL))
+    commands = dict(commands_of(typer.main.get_command(app)))
+    assert list(sections) == list(commands)
+    assert len(commands) == 18
+    for name, command in commands.items():
+        options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        assert set(re.findall(r"^\* `(--[\w-]+)", sections[name], re.MULTILINE)) == options - {"--help"}
+        assert f"```bash\n{name} " in sections[name] or name == "hfblend store"
+        assert "Example:" not in sections[name]
 
 
 @every_page
