@@ -73,7 +73,7 @@ def test_an_answer_from_three_files_and_a_second_question(ask, notes):
 
 @pytest.mark.browser
 def test_the_page_of_an_answer_fits(ask, notes, tmp_path):
-    """Wide and narrow, light and dark: nothing but tables scrolls sideways, and those shade the edge that hides more."""
+    """Wide and narrow, light and dark: only tables scroll sideways, and those shade the edge that hides more."""
     question = "w31 <img src=x onerror=alert(1)> " + "w50" * 40
     result = ask(notes, question, "--html", "answer.html", "--json", "answer.json")
     assert result.exit_code == 0, result.output

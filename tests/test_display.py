@@ -221,7 +221,8 @@ def test_hit_is_said_of_hits_alone(status, exact, word_tokenizer):
         assert ("exact" in row) == exact
     found = sum(chunk.status in ("hit", "unused") for chunk in trace.chunks)
     assert f"{found} hits, {len(trace.chunks) - found} misses" in text
-    outcome = Outcome(PROMPT, (Answer("blended", "", 1.0, trace),) * 3, (True, status == "hit", True, True), None, False)
+    blended = Answer("blended", "", 1.0, trace)
+    outcome = Outcome(PROMPT, (blended,) * 3, (True, status == "hit", True, True), None, False)
     assert ("hit" in outcome.chunk_lines[1]) == (status == "hit")
     hits = sum(chunk.status == "hit" for chunk in trace.chunks)
     assert f"First call: {hits} of {len(trace.chunks)} passages hit, {hits - 1} of them at new" in _reuse_line(trace)

@@ -1,7 +1,7 @@
 """The site's additions to Markdown, with nothing from a network.
 
-LaTeX becomes MathML when a page is built, `>>>` lines in docstrings become code blocks, notebooks and the commands' help
-become pages, and the tables of models become one that says which are supported.
+When a page is built, LaTeX becomes MathML, `>>>` lines in docstrings become code blocks, notebooks and the commands'
+help become pages, and the tables of models become one that says which are supported.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """MkDocs' hook: `<!-- families -->` becomes the table of all models, which site/models.js searches."""
     if page.file.src_uri != "models.md":
         return markdown
-    rows = [f"| {name} | {said} |" for name, said in sorted(_families(markdown), key=lambda row: row[0].strip('`'))]
+    rows = [f"| {name} | {said} |" for name, said in sorted(_families(markdown), key=lambda row: row[0].strip("`"))]
     table = "\n".join(["| `model_type` | supported |", "| --- | --- |", *rows])
     return markdown.replace("<!-- families -->", f'<div class="families" markdown>\n\n{table}\n\n</div>')
 

@@ -174,10 +174,10 @@ Column by column:
   computed      computed (token, layer) pairs, as a share of full prefill's
   KL nats       distance from full prefill, mean over {FORCED_TOKENS} answer tokens; 0: none
   top-1         share of these tokens that are the most likely ones here, too
-The passages were written so that the default model answers in these two orders after a full prefill. So this shows the \
-mechanism; it does not measure accuracy: of six such questions, in both orders, that model answers 12 of 12 after full \
-prefill, 7 after full reuse and 8 after either blend. Where an answer differs from full prefill's, reuse changed it.\
-[/dim]"""
+The passages were written so that the default model answers in these two orders after a full prefill. So this shows \
+the mechanism; it does not measure accuracy: of six such questions, in both orders, that model answers 12 of 12 after \
+full prefill, 7 after full reuse and 8 after either blend. Where an answer differs from full prefill's, reuse changed \
+it.[/dim]"""
 
 
 def _table(runs: Sequence[Run]) -> Table:

@@ -90,7 +90,7 @@ class Page:
             with ui.element("header"):
                 ui.html("hfblend playground", tag="h1")
                 ui.label(about).classes("dim")
-            with ui.element("div").classes("stack"):  # page.css: a narrow page has the answers above settings and chunks
+            with ui.element("div").classes("stack"):  # page.css: narrow pages have the answers above these
                 with ui.element("section").classes("panel question"):
                     self.question = ui.textarea("Question", on_change=self._edited).props(FIELD)
                 self._build_settings()
