@@ -110,7 +110,8 @@ def test_why_the_answer_changed_is_searched_with_the_pages_settings(playground):
     assert "Why did the answer change?" in found
     assert f"<td>{SETUP.ratio:g}</td>" in found or "is full prefill" in found
     assert len(re.findall(r"<td>chunk \d</td>", found)) == 2  # the first one is exact
-    assert any(text.startswith("as it is: KL") for text in said)
+    assert any(text.startswith("Searching for what changed the answer: as it is: KL") for text in said)
+    assert not any(text.startswith("as it is") for text in said)  # once each
     with pytest.raises(ValueError, match="made for 2048"):
         playground.blame(Setup(tuple(words(i, 800) for i in range(3)), "w8"), said.append)
 

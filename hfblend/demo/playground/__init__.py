@@ -264,9 +264,7 @@ class Playground:
             ValueError: the prompt is longer than the model takes.
         """
         with self._turn(setup, progress) as prompt:
-            found = self.blender.blame(
-                prompt, config=setup.config, num_tokens=ANSWER_TOKENS, seconds=BLAME_SECONDS, progress=progress
-            )
+            found = self.blender.blame(prompt, config=setup.config, num_tokens=ANSWER_TOKENS, seconds=BLAME_SECONDS)
             return blame_html(found)
 
     def _answer(self, method: str, prompt: Prompt, config: BlendConfig) -> Answer:

@@ -282,7 +282,7 @@ class Page:
 
     def _say(self, text: str) -> None:
         self._go_on()
-        self.said = f"Searching: {text.removesuffix(' …')} …"
+        self.said = text
 
     def _do(self, text: str) -> None:
         self._go_on()
