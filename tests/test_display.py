@@ -7,7 +7,6 @@ import base64
 import dataclasses
 import html
 import io
-import itertools
 import re
 import unicodedata
 from html.parser import HTMLParser
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browsers import opened
+from browsers import in_every_form, page_of, running
 from helpers import config, generate, make_llama, make_prompt
 from rich.console import Console
 
@@ -374,15 +373,19 @@ def test_hostile_text_is_inert_where_blame_is_shown(blamed, monkeypatch):
     assert "\x1b[31mred" not in text
 
 
+@pytest.fixture(scope="module")
+def browser():
+    with running() as found:
+        yield found
+
+
 @pytest.mark.browser
-def test_the_page_of_what_changed_an_answer_fits(blamed, tmp_path):
+def test_the_page_of_what_changed_an_answer_fits(browser, blamed, tmp_path):
     file = tmp_path / "why.html"
     hfblend.show(blamed, console=Console(file=io.StringIO())).save(file)
-    with opened(file.as_uri()) as page:
-        for width, scheme in itertools.product((1400, 390), ("light", "dark")):
-            page.emulate_media(color_scheme=scheme)
-            page.set_viewport_size({"width": width, "height": 900})
-            page.goto(file.as_uri())
+    with page_of(browser, file.as_uri()) as page:
+        page.goto(file.as_uri())
+        for width in in_every_form(page):
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             first, second = (box.bounding_box() for box in page.locator(".hfb .two > div").all())
             assert (first["y"] == second["y"]) == (width > 600)  # side by side where there is room
@@ -633,7 +636,7 @@ def test_every_figure_is_a_picture_in_a_notebook(trace):
 
 
 @pytest.mark.browser
-def test_a_notebooks_own_styles_leave_the_figures_in_line(tmp_path):
+def test_a_notebooks_own_styles_leave_the_figures_in_line(browser, tmp_path):
     """Under rules such as JupyterLab's for what a cell shows, a figure stands below its name."""
     host = (
         ".host dl{display:inline} .host dt{float:left;clear:left;width:20%} .host dd{margin-left:22%}"
@@ -644,7 +647,7 @@ def test_a_notebooks_own_styles_leave_the_figures_in_line(tmp_path):
     file.write_text(
         f"<!doctype html><meta charset=utf-8><style>{host}</style><div class=host>{Display(made())._repr_html_()}</div>"
     )
-    with opened(file.as_uri()) as page:
+    with page_of(browser, file.as_uri()) as page:
         page.goto(file.as_uri())
         for tile in page.locator(".figs > div").all():
             name, figure = (tile.locator(tag).bounding_box() for tag in ("span", "b"))
@@ -654,13 +657,13 @@ def test_a_notebooks_own_styles_leave_the_figures_in_line(tmp_path):
 
 
 @pytest.mark.browser
-def test_hostile_text_is_inert_in_a_browser(tmp_path):
+def test_hostile_text_is_inert_in_a_browser(browser, tmp_path):
     """As a page of its own, and set into another page, as a notebook does: nothing runs, nothing is asked for."""
     display, own, inside = Display(hostile()), tmp_path / "own.html", tmp_path / "inside.html"
     display.save(own)
     inside.write_text(f"<!doctype html><meta charset=utf-8><body>{display._repr_html_()}", errors="replace")
     for file in (own, inside):
-        with opened(file.as_uri()) as page:
+        with page_of(browser, file.as_uri()) as page:
             page.goto(file.as_uri())
             page.wait_for_timeout(300)
             page.locator("body").hover()
