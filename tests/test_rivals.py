@@ -80,6 +80,7 @@ def test_each_names_its_source_and_the_unfinished_ones_say_so():
 def test_the_documentation_has_a_row_for_each_with_its_source():
     page = (Path(__file__).parent.parent / "docs" / "quality.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", page.split("### Rivals")[1].split("###")[0], re.MULTILINE))
+    del rows["hfblend"]  # the default's row, to compare with
     assert {name: row.split(" | ")[1] for name, row in rows.items()} == {n: m.source for n, m in RIVALS.items()}
     assert {name for name, row in rows.items() if "not reproduced" in row} == {
         name for name, method in RIVALS.items() if not method.reproduced

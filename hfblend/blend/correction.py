@@ -71,9 +71,9 @@ def offset(errors: Errors) -> torch.Tensor:
 
 def _ridge(features: torch.Tensor, targets: torch.Tensor, strength: float) -> torch.Tensor:
     """(F, Hkv) weights of features (F, Hkv, S, D) for targets (Hkv, S, D); `strength` is a share of the mean square."""
-    gram = torch.stack([(features * one).sum((2, 3)).T for one in features], -1)  # (Hkv, F, F)
+    flat = features.flatten(2).transpose(0, 1)
+    gram, right = flat @ flat.mT, flat @ targets.flatten(1)[..., None]  # (Hkv, F, F), (Hkv, F, 1)
     gram.diagonal(dim1=1, dim2=2).add_(strength * gram.diagonal(dim1=1, dim2=2).mean(1, True) + 1e-38)
-    right = (features * targets).sum((2, 3)).T[..., None]
     return torch.linalg.solve_ex(gram, right).result[..., 0].T  # which does not wait for a GPU, as solve does
 
 

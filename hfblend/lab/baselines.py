@@ -154,8 +154,8 @@ class Method:
         takes_correction: rows that stay reused may be corrected; references stay what their papers say.
         no_context: the chunks are left out: the model answers from the question alone, the floor of every score.
         source: of a published method, its paper.
-        reproduced: whether it is the published method, but for what its docstring names; where `False`, a table should
-            say so.
+        reproduced: whether it is the published method, but for what its docstring names, and comes out as its source
+            says; where `False`, a table should say so.
     """
 
     name: str
@@ -304,9 +304,12 @@ METHODS: dict[str, Method] = {
             chunk_after=after_neighbours, takes="corpus", source="arXiv 2601.12904",
         ),
         Method("relaxkv", _rule("suffix_attention"), RelaxKV, source="arXiv 2609.33503", reproduced=False),
-        Method("cachetune", _rule(by_low_frequencies), CacheTune, source="arXiv 2605.24022"),
+        Method("cachetune", _rule(by_low_frequencies), CacheTune, source="arXiv 2605.24022", reproduced=False),
         Method("agentkvshift", _rule(by_divergence), AgentKVShift, source="arXiv 2607.21604"),
-        Method("link0", _full_reuse(), fixed_ratio=0.0, chunk_after=after_dummies, source="arXiv 2410.15332"),
+        Method(
+            "link0", _full_reuse(), fixed_ratio=0.0,
+            chunk_after=after_dummies, source="arXiv 2410.15332", reproduced=False,
+        ),
         Method(
             "psr", _deviation(deviation="key"),
             chunk_after=after_dummies, source="arXiv 2603.20218", reproduced=False,

@@ -145,6 +145,7 @@ class CacheTune(Blend):
     """The tokens that matter by the spectrum of their stored KV, without question or fresh KV: `by_low_frequencies`,
     the same share of every chunk.
 
+    Not reproduced: farther from a full prefill than CacheBlend's rule on all sets of docs/quality.md.
     Left out: the ratio that balances loading and computing, and the transfer. Scores are computed in the call; the
     paper computes them offline.
 

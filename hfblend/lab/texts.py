@@ -75,7 +75,8 @@ def after_dummies(chunk: Around) -> Ids:
     """Four BOS: Link0. The attention sink that a beginning becomes falls on tokens that are then dropped; nothing is
     recomputed. PSR, "prefix, scale, recompute", adds CacheBlend's rule by K, and scales attention as APE does.
 
-    Left out of PSR, which is not reproduced: the scaling; its numbers could not be read, and it changes decoding, too.
+    Not reproduced: on no set of docs/quality.md is either closer to a full prefill than CacheBlend's rule.
+    Left out of PSR: the scaling; its numbers could not be read, and it changes decoding, too.
 
     Source: LegoLink-0 of EPIC (arXiv 2410.15332), as summaries and reimplementations have it; PSR of arXiv 2603.20218,
     its abstract and summaries.
