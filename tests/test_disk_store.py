@@ -328,6 +328,7 @@ def test_killed_in_the_middle_of_a_write_nothing_half_is_seen_and_nothing_stored
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"] * len(store)
 
 
+@pytest.mark.thorough
 def test_eight_processes_share_200_chunks_of_a_folder_while_one_prunes(tmp_path):
     entries = {key: entry(seed=i) for i, key in enumerate(KEYS)}
     size = len(dump(KEYS[0], entries[KEYS[0]]))

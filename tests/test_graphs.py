@@ -90,10 +90,8 @@ def offsets_of(hf_model, reuse, observer=None):
     return OffsetCorrector(offsets._with(tables), tables, reuse, hf_model.device, observer or Observer())
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"ratio": 0.3}, pytest.param({"ratio": 0.2, "selection": "kv_deviation"}, marks=pytest.mark.thorough)],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("settings", [{"ratio": 0.3}, {"ratio": 0.2, "selection": "kv_deviation"}])
 @torch.no_grad()
 def test_a_corrected_pass_through_a_state(settings, one_split):
     """Layers with stale rows are corrected once, though the pass comes to the last one again where it is cut."""
@@ -123,6 +121,7 @@ def test_a_corrected_pass_through_a_state(settings, one_split):
             assert torch.allclose(ours[:, :, : len(PROMPT)], theirs[:, :, : len(PROMPT)], atol=1e-5)
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_a_pass_in_python_is_corrected_by_kernels(monkeypatch, one_split):
     """As where it has too many rows for a graph."""

@@ -185,6 +185,7 @@ def compile_for_hopper():
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
 
 
+@pytest.mark.thorough
 def test_the_kernel_for_hopper_compiles():
     """Gluon is experimental: the Triton at hand must still take the code. Its interpreter does not know Gluon."""
     pytest.importorskip("hfblend.kernels.hopper", reason="needs Gluon")

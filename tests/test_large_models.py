@@ -62,7 +62,7 @@ def on_meta(model):
 
 
 @pytest.mark.parametrize("offload", OFFLOADING)
-@pytest.mark.parametrize("make", [make_llama, make_mistral])
+@pytest.mark.parametrize("make", [make_llama, pytest.param(make_mistral, marks=pytest.mark.thorough)])
 def test_an_offloaded_model_blends_as_one_in_memory(offload, make, tmp_path):
     model = make()
     stock = generate(model, STOCK)
@@ -84,7 +84,7 @@ def test_an_offloaded_model_blends_as_one_in_memory(offload, make, tmp_path):
 
 
 @pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation", "mixed"])
-@pytest.mark.parametrize("layerwise", [True, False])
+@pytest.mark.parametrize("layerwise", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_chunks_on_disk_serve_an_offloaded_model(selection, layerwise, tmp_path):
     model = half_in_memory(make_llama(), tmp_path)
     settings = config(0.3, selection=selection, layerwise=layerwise)

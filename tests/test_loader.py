@@ -267,6 +267,7 @@ again()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of processes")
+@pytest.mark.thorough
 def test_where_no_thread_is_to_be_had_the_caller_reads(tmp_path):
     """A thread that outlives the main one cannot start others, nor can a process at its limit."""
     prepared = f"""

@@ -235,7 +235,7 @@ def entry_points() -> dict:
         found[f"steps({name})"] = (lambda v, m, b, n=name: hfblend.steps(m, **{"prompt": PROMPT, n: v}), meant)
     defaults = {
         "verify": {},
-        "blame": {"prompt": PROMPT},
+        "blame": {"prompt": make_prompt(sizes=(9, 12), prefix=4, suffix=5)},
         "calibrate": {"prompts": [PROMPT], "max_kl": 99.0},
         "precompute": {"chunks": [[1, 2]]},
     }

@@ -121,6 +121,7 @@ assert not {"matplotlib", "pandas", "IPython", "hfblend.display"} & ({*sys.modul
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.thorough
 def test_blend_is_the_function_whatever_is_imported_first_and_displays_are_loaded_when_asked_for():
     """In copies of a process that has imported what hfblend needs."""
     needed = (

@@ -188,6 +188,7 @@ ENDS = {"": 0, "raise SystemExit(3)": 3, "1 / 0": 1, "import atexit; atexit.regi
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.thorough
 def test_a_process_that_ends_writes_what_waits(tmp_path):
     prepared = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
