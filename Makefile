@@ -6,7 +6,10 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Three on two cores: tests of files, processes and browsers wait. Processes that tests start find compiled modules.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal
+# Python compiles the imported files, a small part of the installed ones, and keeps them, whatever the caller set.
+export PIP_NO_COMPILE := 1
+export PYTHONDONTWRITEBYTECODE :=
 # Which tests: CI runs the thorough ones, too.
 TESTS ?= not slow and not thorough
 # A second real model, for tests only: 250 MB.
@@ -64,6 +67,7 @@ clean:
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip # that of Python 3.11 takes a minute more to choose versions
 	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install "$(TORCH)"
 	touch $@
 

@@ -32,7 +32,7 @@ PROMPT = make_prompt()
 HOME = hfblend.__path__[0]
 STOCK = config(enabled=False)
 SAMPLES = {"line": 13, "opcode": 8}  # of each case
-BY_OPCODE = ("kv_deviation", "a miss", "steps")  # also in the middle of a line; the others are thorough
+BY_OPCODE = ("kv_deviation",)  # also in the middle of a line; the others are thorough
 ANSWER_S = 20  # in which another thread has to answer; it needs milliseconds
 
 

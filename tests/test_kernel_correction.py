@@ -259,7 +259,10 @@ def ramp(monkeypatch):
 
 
 def check_trust(model, spans, rows, layout=LAYOUT, dtype=torch.float32, padding=0, exact=0, noise=0.0, **asked):
-    """Both ways correct alike, and not as they do without queries."""
+    """Both ways correct alike, and keys not as without queries.
+
+    `test_a_head_whose_attention_knows_better_is_left_alone` compares values to the bit.
+    """
     length, rows = max(stop for _, stop in spans) + 3, torch.as_tensor(rows, device=DEVICE)
     reused, fresh = layer_of(layout, length, dtype)
     generator = torch.Generator().manual_seed(4)
@@ -268,10 +271,10 @@ def check_trust(model, spans, rows, layout=LAYOUT, dtype=torch.float32, padding=
     corrected_by_torch(model, spans, rows, fresh, one, layout, length, args, exact)
     corrected_by_kernels(model, spans, rows, fresh, other, layout, padding, args, exact)
     close(other, one, reused)
-    corrected_by_kernels(model, spans, rows, fresh, plain, layout)
-    keys, values = (plain.float() - other.float()).split((layout.value_offset, layout.width - layout.value_offset), 1)
-    assert keys.abs().max() > 1e-2
-    assert not values.any()
+    corrected_by_torch(model, spans, rows, fresh, plain, layout, length)  # the kernels would take 80 times as long
+    keys, values = (slice(0, layout.value_offset), slice(layout.value_offset, layout.width))
+    assert (plain[:, keys].float() - other[:, keys].float()).abs().max() > 1e-2
+    close(other[:, values], plain[:, values], reused[:, values])
 
 
 TRUSTS = {

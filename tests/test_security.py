@@ -322,7 +322,7 @@ def test_a_real_model_tells_another_requests_secret_in_context_and_nothing_when_
     ids = [tokenizer(name, add_special_tokens=False)["input_ids"][0] for name in names]
     for on_miss in ("in_context", "isolated"):
         settings, rows = config(0.15, on_miss=on_miss), []
-        for name in names:
+        for name in names if on_miss == "in_context" else names[:2]:  # each takes a second
             held = [f"The code name of the project is {name}. Only the team of {name} may know it.", chunk]
             ask, store = "What is the code name of the project?", MemoryStore()
             for texts in (held, [*passage, chunk]):
@@ -331,6 +331,6 @@ def test_a_real_model_tells_another_requests_secret_in_context_and_nothing_when_
             rows.append(result.logits)
         told = torch.cat(rows).log_softmax(-1)[:, ids]
         if on_miss == "isolated":
-            assert all(torch.equal(row, rows[0]) for row in rows)
+            assert torch.equal(*rows)
         else:
             assert (told - told.mean(0)).argmax(1).tolist() == [0, 1, 2, 3]

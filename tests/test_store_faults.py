@@ -618,7 +618,7 @@ assert (store.counts.stored, store.counts.failed) == (200, 0)
 
 
 @pytest.mark.parametrize("where", ["disk", "remote"])
-@pytest.mark.parametrize("stores", [1, 2, 8, 32])
+@pytest.mark.parametrize("stores", [1, 32, *(pytest.param(n, marks=pytest.mark.thorough) for n in (2, 8))])
 @pytest.mark.parametrize("begin", ["empty", "full"])
 def test_stores_that_write_in_turn_pass_a_budget_by_their_share_at_most(begin, stores, where, tmp_path):
     """By a 32nd of it or one entry for each store but the first, whatever each of them last saw of the folder."""
