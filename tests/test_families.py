@@ -35,10 +35,13 @@ SAMPLED = (
     "gemma4_text short", "gpt_neox", "gpt_oss", "llama4_text tuned", "mpt", "nanochat", "phi3 longrope",
     "phi3 partial", "phimoe", "qwen2_moe", "qwen2_vl", "smollm3",
 )  # fmt: skip
+# Of those: latent attention, ALiBi, shared KV, sinks, two RoPE regimes, three rows of positions. Others are thorough.
+QUICK = ("deepseek_v3", "falcon", "gemma3n_text", "gpt_neox", "gpt_oss", "mpt", "phi3 longrope", "qwen2_vl")
 
 
 def _cases(names):
-    return [pytest.param(name, marks=() if name in SAMPLED else pytest.mark.slow) for name in names]
+    marks = {name: () if name in QUICK else pytest.mark.thorough for name in SAMPLED}
+    return [pytest.param(name, marks=marks.get(name, pytest.mark.slow)) for name in names]
 
 
 def _here(*names):

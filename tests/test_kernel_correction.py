@@ -459,7 +459,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("forms", [["llama"], pytest.param(list(FORMS)[1:], marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("forms", [["llama"], list(FORMS)[1:]])
 def test_the_compiler_takes_what_the_interpreter_takes(forms):
     """And rows move 16 bytes at a time, though their address is read from memory."""
     code = f"""if True:

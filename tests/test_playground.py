@@ -443,6 +443,7 @@ def test_a_phone_shows_answers_before_the_controls(page):
 
 
 @pytest.mark.browser
+@pytest.mark.thorough
 def test_the_button_says_why_the_answer_changed(page):
     page.get_by_role("button", name="Why did the answer change?").click()
     page.wait_for_function("document.body.innerText.includes('Searching')", timeout=10_000)
@@ -459,6 +460,7 @@ def test_the_button_says_why_the_answer_changed(page):
 
 
 @pytest.mark.browser
+@pytest.mark.thorough
 def test_a_search_is_cancelled_and_the_page_goes_on(page):
     cancel = page.get_by_role("button", name="Cancel")
     for _ in in_every_form(page):

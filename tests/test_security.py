@@ -5,6 +5,7 @@ Request A holds a text before a chunk; request B holds the same chunk, and never
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from dataclasses import replace
@@ -105,14 +106,20 @@ def requests_before(text, text_2):
     }
 
 
+@functools.cache
+def after_none(make, ratio, chunk_prefix):
+    """The settings, and B's result and the chunk's KV on an empty store."""
+    settings = config(ratio, chunk_prefix=chunk_prefix, filler_ids=range(20, 60))
+    return settings, *after([], settings, shared(make))
+
+
 @pytest.mark.parametrize("name", requests_before(*TEXTS[:2]))
 @pytest.mark.parametrize("chunk_prefix", ["prompt", "filler", "bos", "none"])
 def test_isolated_kv_and_answers_are_equal_whatever_other_requests_held(chunk_prefix, name):
     pairs = itertools.pairwise(TEXTS)
-    for model, ratio in ((shared(), 0.0), (shared(), 1.0), (shared(), 0.15), (shared(make_mistral), 0.15)):
-        settings = config(ratio, chunk_prefix=chunk_prefix, filler_ids=range(20, 60))
-        alone, kv_alone = after([], settings, model)
-        result, kv = after(requests_before(*next(pairs))[name], settings, model)
+    for make, ratio in ((make_llama, 0.0), (make_llama, 1.0), (make_llama, 0.15), (make_mistral, 0.15)):
+        settings, alone, kv_alone = after_none(make, ratio, chunk_prefix)
+        result, kv = after(requests_before(*next(pairs))[name], settings, shared(make))
         assert torch.equal(result.logits, alone.logits)
         assert same(kv, kv_alone)
 
