@@ -65,7 +65,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     help="CacheBlend inside Hugging Face Transformers.",
     epilog=EXIT_CODES,
 )

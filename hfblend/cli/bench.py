@@ -10,7 +10,8 @@ from typer import Option
 
 from ..trace.progress import told
 from .common import Outputs, console, dtype_of, load, names, numbers, wake
-from .options import Correction, Device, DType, JsonFile, Markdown, Model
+from .completion import PLACES, SHAPES, values
+from .options import Correction, Device, DType, JsonFile, Markdown, Methods, Model
 
 if TYPE_CHECKING:
     from ..lab.report import Results
@@ -21,7 +22,10 @@ _NOT_SHOWN = frozenset({"tokens", "TFLOP", "roofline, ms", "reused, MB", "load, 
 
 def bench(
     model: Model = None,
-    shape: Annotated[str | None, Option(help="Random weights of this shape instead: llama-8b, tiny.")] = None,
+    shape: Annotated[
+        str | None,
+        Option(help="Random weights of this shape instead: llama-8b, tiny.", autocompletion=values(SHAPES)),
+    ] = None,
     tokens: Annotated[
         str | None,
         Option(help="Tokens of a prompt's chunks, separated by commas.", show_default="4096 … 65536; 2000 on a CPU"),
@@ -29,16 +33,19 @@ def bench(
     ratios: Annotated[str, Option(help="Recompute ratios, separated by commas; 0 is full reuse.")] = (
         "0,0.05,0.15,0.3"
     ),
-    methods: Annotated[
-        str, Option(help="Names, separated by commas, to compare with full prefill.")
-    ] = "prefix_reuse,suffix_attention,kv_deviation",
+    methods: Methods = "prefix_reuse,suffix_attention,kv_deviation",
     correction: Correction = None,
     repeats: Annotated[int, Option(help="Turns that count.", min=1)] = 7,
     chunk: Annotated[int, Option(help="Tokens of a chunk.", min=1)] = 512,
     prefix: Annotated[int, Option(help="Tokens of the prefix.", min=0)] = 32,
     suffix: Annotated[int, Option(help="Tokens of the suffix.", min=1)] = 32,
     chunks_in: Annotated[
-        str, Option(help="Where chunk KV is kept, with commas: gpu, ram, disk, disk_whole.", show_default="gpu if any")
+        str,
+        Option(
+            help="Where chunk KV is kept, with commas: gpu, ram, disk, disk_whole.",
+            show_default="gpu if any",
+            autocompletion=values(PLACES),
+        ),
     ] = "",
     decode: Annotated[int, Option(help="Tokens to decode, for their speed; 0 measures none.", min=0)] = 64,
     throughput: Annotated[int, Option(help="Prompts of a stream that shares chunks; 0 measures none.", min=0)] = 0,

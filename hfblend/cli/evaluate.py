@@ -9,22 +9,32 @@ from typer import Option
 
 from ..trace.progress import told
 from .common import Outputs, console, load, names, numbers, wake
-from .options import Correction, Device, DType, JsonFile, KVDType, Markdown, Model
+from .completion import METHODS, QUESTIONS, values
+from .options import Correction, Device, DType, JsonFile, KVDType, Markdown, Methods, Model
 
 
 def evaluate(
-    data: Annotated[str, Option(help="File of questions, or a name: musique, hotpotqa, variable_tracking, …")],
+    data: Annotated[
+        str,
+        Option(
+            help="File of questions, or a name: musique, hotpotqa, variable_tracking, …",
+            autocompletion=values(QUESTIONS),
+        ),
+    ],
     n: Annotated[int, Option(help="How many questions.", min=1)] = 40,
     skip: Annotated[int, Option(help="Leave out the first questions.", min=0)] = 0,
-    methods: Annotated[
-        str, Option(help="Names, separated by commas.")
-    ] = "full_prefill,full_reuse,kv_deviation,hfblend",
+    methods: Methods = "full_prefill,full_reuse,kv_deviation,hfblend",
     ratios: Annotated[str, Option(help="Recompute ratios, separated by commas.")] = "0.05,0.15,0.3",
     correction: Correction = None,
     max_context: Annotated[int, Option(help="Tokens of the longest prompt; of every generated one.", min=1)] = 6500,
     answer_tokens: Annotated[int, Option(help="Of greedy answers, for their scores; 0 measures none.", min=0)] = 32,
     baseline: Annotated[
-        str | None, Option(help="Method that KL is compared with.", show_default="kv_deviation if measured")
+        str | None,
+        Option(
+            help="Method that KL is compared with.",
+            show_default="kv_deviation if measured",
+            autocompletion=values(METHODS),
+        ),
     ] = None,
     seed: Annotated[int, Option(help="Of the bootstrap, of methods that draw and of generated questions.")] = 0,
     kv_dtype: KVDType = None,

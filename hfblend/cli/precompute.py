@@ -14,6 +14,7 @@ from typer import Option
 from ..arguments import require_text
 from ..config import BlendConfig
 from .common import console, given, load, print_json, stderr, store_at, wake
+from .completion import CHUNK_PREFIXES, values
 from .options import Device, DType, KVDType, Model, existing
 
 
@@ -25,7 +26,12 @@ def precompute(
     prefix_file: Annotated[Path | None, existing("The same, from a file.")] = None,
     field: Annotated[str, Option(help="Of an object, the text.")] = "text",
     chunk_prefix: Annotated[
-        str | None, Option(help="The text that chunks are computed after.", show_default="BlendConfig's")
+        str | None,
+        Option(
+            help="The text that chunks are computed after.",
+            show_default="BlendConfig's",
+            autocompletion=values(CHUNK_PREFIXES),
+        ),
     ] = None,
     namespace: Annotated[str, Option(help="As in BlendConfig.")] = "",
     max_bytes: Annotated[

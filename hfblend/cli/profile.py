@@ -11,6 +11,7 @@ from typer import Option
 
 from ..config import BlendConfig
 from .common import console, load, numbers, print_json, store_at, wake
+from .completion import RULES, values
 from .options import Device, DType, Model, PrintJson
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def profile(
     store: Annotated[str | None, Option(help="Folder or URL whose loading is measured too.")] = None,
     model: Model = None,
     tokens: Annotated[str, Option(help="Lengths to forecast, separated by commas.")] = "1024,4096,16384",
-    selection: Annotated[str, Option(help="The rule to forecast.")] = "kv_deviation",
+    selection: Annotated[str, Option(help="The rule to forecast.", autocompletion=values(RULES))] = "kv_deviation",
     least_ratio: Annotated[float, Option(help="The paper's r*.", min=0, max=1)] = 0.15,
     refresh: Annotated[bool, Option("--refresh", help="Measure again.")] = False,
     device: Device = None,
