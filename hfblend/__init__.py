@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .store import MemoryStore
     from .trace.trace import BlendTrace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Blame",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import runpy
 from pathlib import Path
 
@@ -81,11 +80,6 @@ def test_no_chain_of_imports_is_long():
 def test_the_core_is_read_in_one_sitting():
     core = ("algorithm", "selection", "rotation", "caches")
     assert sum(len((ROOT / "blend" / f"{name}.py").read_text().splitlines()) for name in core) <= 600
-
-
-def test_the_citation_names_the_version():
-    version = re.search(r"^version: (.+)$", (ROOT.parent / "CITATION.cff").read_text(), re.M).group(1)
-    assert version == hfblend.__version__
 
 
 def test_the_workflow_runs_what_a_developer_runs():
