@@ -85,7 +85,8 @@ def number_in(name: str, value: Any, least: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {expected}, got {described(value)}.")
     if not least <= float(value) <= most:
-        raise ValueError(f"{name} must be {expected}, got {value}.")
+        percent = f"; {value:g} % is {value / 100:g}" if (least, most) == (0, 1) and 1 < value <= 100 else ""
+        raise ValueError(f"{name} must be {expected}, got {value}{percent}.")
     return float(value)
 
 
@@ -122,7 +123,8 @@ def token_ids(name: str, ids: Any, vocab_size: int | None = None, expected: str 
     plain = ids.tolist() if hasattr(ids, "tolist") else ids
     is_list = isinstance(plain, Collection) and not isinstance(plain, str | bytes | Mapping | Set)
     if not is_list or any(isinstance(i, bool) or not isinstance(i, numbers.Integral) for i in plain):
-        raise TypeError(f"{name} must be {expected}, got {described(ids)}.")
+        how = ": of texts, Prompt.from_texts makes a prompt" if isinstance(plain, str) else ""
+        raise TypeError(f"{name} must be {expected}, got {described(ids)}{how}.")
     if plain and not 0 <= min(plain) <= max(plain) < (vocab_size or max(plain) + 1):
         known = f"the model's are 0 … {vocab_size} − 1" if vocab_size else "they must be 0 or more"
         raise ValueError(f"{name} has ids from {min(plain)} to {max(plain)}; {known}.")
@@ -158,7 +160,8 @@ def known_fields(aliases: Mapping[str, str]) -> Any:
 def field_meant(name: str, names: Collection[str], aliases: Mapping[str, str]) -> str:
     """Returns the field that an unknown name stands for, or advice instead; empty if none is close."""
     known = name.lower().removeprefix("lmcache_").removeprefix("hfblend_").removeprefix("blend_")
-    return aliases.get(known) or closest(known, names)
+    nearest = closest(known, [*names, *aliases])
+    return aliases.get(known) or aliases.get(nearest, nearest)
 
 
 # --- values in JSON files -----------------------------------------------------------------------------------------

@@ -288,7 +288,10 @@ def _text_or_none(text: str) -> str | None:
 
 
 def _ratios(text: str) -> Any:
-    return "auto" if text.strip().lower() == "auto" else _list_of(text, float)
+    try:
+        return "auto" if text.strip().lower() == "auto" else _list_of(text, float)
+    except ValueError as error:
+        raise ValueError("expected auto, or numbers in [0, 1] separated by commas, such as 0.15") from error
 
 
 def _list_of(text: str, kind: Callable[[str], Any] = int) -> tuple[Any, ...]:

@@ -63,18 +63,10 @@ def remembered_proofs(request):
 
 @pytest.fixture
 def word_tokenizer():
-    """A fast tokenizer of whole words w0 … w88, `##`, `#`, and two special tokens; no file, no network."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
+    """A tokenizer of whole words, see `helpers.make_word_tokenizer`."""
+    from helpers import make_word_tokenizer
 
-    words = ["<pad>", "<s>", "</s>", "[UNK]", "##", "#"] + [f"w{i}" for i in range(6, 97)]
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
-    )
+    return make_word_tokenizer()
 
 
 @pytest.fixture(scope="session")

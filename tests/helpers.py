@@ -9,7 +9,16 @@ import torch
 import xxhash
 from entries import entry as entry
 from entries import same as same
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import hfblend
 from hfblend.blend.caches import RecordingCache
@@ -107,6 +116,16 @@ def make_mistral(window: int | None = 24, dtype: torch.dtype = torch.float32, la
 def shared(make=make_llama, **settings):
     """A model for tests that leave it as it is: it is made, and tests itself, once."""
     return make(**settings)
+
+
+def make_word_tokenizer():
+    """A fast tokenizer of whole words w0 … w88, `##`, `#`, and two special tokens; no file, no network."""
+    words = ["<pad>", "<s>", "</s>", "[UNK]", "##", "#"] + [f"w{i}" for i in range(6, 97)]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
+    )
 
 
 MODELS = {

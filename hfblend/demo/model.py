@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import tqdm
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import tqdm, validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -53,16 +54,25 @@ def load(
         DemoModelMissing: the default model is unavailable (the message names both ways to get it).
         ImportError: the GGUF file is there, but not the package `gguf` that reads it.
         OSError: Transformers cannot load `model`.
-        ValueError: a device that this machine does not have.
+        ValueError: a device that this machine does not have; neither a folder that is there nor a hub id.
     """
     device = device_named(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    folder = default_folder() if model is None else model
+    folder = default_folder() if model is None else _folder_or_id(model)
     with told(f"Loading {model or HUB_NAME}"), _no_bars():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         loaded.to(device).eval()
     return loaded, tokenizer
+
+
+def _folder_or_id(model: str) -> str:
+    try:
+        if not Path(model).is_dir():
+            validate_repo_id(model)
+    except HFValidationError as error:
+        raise ValueError(f"There is no folder {model}, and it is no hub id such as org/name.") from error
+    return model
 
 
 def device_named(name: torch.device | str | None) -> torch.device:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
@@ -92,6 +93,7 @@ class Blending:
         self.prompt_length = prompt_length or self.length
         self.ids = ids_in((self.input_ids if ids is None else ids)[0])
         spans.check(self.length)
+        _require_known(self.ids, getattr(model.config, "vocab_size", None))
         self.trace = BlendTrace() if trace is None else trace
         self._algorithm, self._beside = algorithm, Beside(device)
         self._lost, self._prefilled = frozenset[str](), frozenset[str]()
@@ -174,6 +176,16 @@ class Blending:
         self._lost |= {lost.key}
         self._prefilled |= {chunk.key for chunk in self.trace.chunks if chunk.status == "miss"}
         self.trace.notes.append(f"{lost}; blended again without it.")
+
+
+def _require_known(ids: Any, vocab_size: int | None) -> None:
+    """Raises `ValueError` for ids outside the vocabulary: an index error of PyTorch's on a CPU, worse on a GPU."""
+    found = np.frombuffer(ids, np.int64)
+    if vocab_size and not 0 <= found.min() <= found.max() < vocab_size:
+        raise ValueError(
+            f"The prompt has token ids from {found.min()} to {found.max()}; the model's are 0 … {vocab_size} − 1. Is "
+            "the tokenizer another model's?"
+        )
 
 
 @dataclass

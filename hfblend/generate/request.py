@@ -274,6 +274,8 @@ def require_token_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         if takes_text and (ids.ndim != 2 or ids.is_floating_point()):
             how = ": write ids[None] for one prompt" if ids.ndim == 1 else ""
             raise ValueError(f"generate takes input_ids, integers (B, T), got {described(ids)}{how}.")
+        if ids.is_meta:
+            raise ValueError("generate takes input_ids with values, got ids on the device meta, which holds none.")
         return
     how = "make it with tokenizer(text, return_tensors='pt')"
     if isinstance(ids, Prompt):

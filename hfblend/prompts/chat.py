@@ -72,6 +72,15 @@ class Chat:
         return self.tokenizer.apply_chat_template(messages, **self.options, **options)
 
 
+def require_template(tokenizer: Any, template: str | None) -> None:
+    """Raises `ValueError` if neither the tokenizer nor the call has a chat template."""
+    if template is None and getattr(tokenizer, "chat_template", "") is None:
+        raise ValueError(
+            "from_chat needs a chat template, and this tokenizer has none: make the prompt of a base model with "
+            "Prompt.from_texts, or give chat_template=…."
+        )
+
+
 def ends_of(texts: Sequence[str], document_end: str) -> list[str]:
     """Returns what follows each document: `document_end`, or nothing after one that ends with white space."""
     return [document_end if text and not text[-1].isspace() else "" for text in texts]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..arguments import described, require, require_text, require_tokenizer, token_ids, whole
-from .chat import Chat, as_messages, cut, ends_of, parting, texts_within, woven
+from .chat import Chat, as_messages, cut, ends_of, parting, require_template, texts_within, woven
 from .separator import Separator, Span, require_a_token
 from .tokenize import Encoder, field_in, texts_in
 
@@ -316,6 +316,7 @@ class Prompt:
         texts = texts_in(listed, "documents")
         _check_template_arguments(placeholder, add_generation_prompt, template_kwargs)
         ends = ends_of(texts, "" if placeholder is None else require_text("document_end", document_end))
+        require_template(tokenizer, template_kwargs.get("chat_template"))
         encode = Encoder(require_tokenizer(tokenizer), marked=True, template=template_kwargs.get("chat_template"))
         options = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
         given = as_messages(messages)

@@ -12,6 +12,7 @@ from .tokenize import Encoder
 
 logger = logging.getLogger(__name__)
 
+_FUSES = "fuses it with its neighbours (such as a document's last space), and does not split there"
 Span = tuple[int, int]  # [start, stop) in token indices
 
 
@@ -44,7 +45,8 @@ class Separator:
         else:
             variants = {tuple(token_ids("separator", separator, expected="a text or a list of token ids"))} - {()}
         require_a_token(separator, variants)
-        self.variants = sorted(variants, key=len, reverse=True)
+        unknown = getattr(tokenizer, "unk_token_id", None) if self.text else None  # stands for many other texts, too
+        self.variants = sorted((ids for ids in variants if unknown not in ids), key=len, reverse=True)
         self._firsts = {ids[0] for ids in self.variants}
         self._warned = False
         if any(ids[:n] == ids[-n:] for ids in self.variants for n in range(1, len(ids))):
@@ -88,10 +90,9 @@ class Separator:
     def _warn(self, where: str, written: int, found: int) -> None:
         self._warned = True
         logger.warning(
-            "The text of %s holds the separator %r %d times, its token ids %s only %d times: this tokenizer fuses it "
-            "with its neighbours (such as a document's last space), and does not split there. Choose another "
-            "separator, strip the documents, or use Prompt.from_texts.",
-            where, self.text, written, self.variants, found,
+            "The text of %s holds the separator %r %d times, its token ids %s only %d times: this tokenizer %s. Choose "
+            "another separator, strip the documents, or use Prompt.from_texts.",
+            where, self.text, written, self.variants, found, _FUSES if self.variants else "does not know it",
         )  # fmt: skip
 
 

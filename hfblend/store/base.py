@@ -60,6 +60,6 @@ def require_folder(where: Any) -> Path:
             f"(RemoteStore, or patch(store=…)), or ./{name} for a folder of that name."
         )
     path = Path(name).expanduser()
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):  # False where it may not be looked at
         raise ValueError(f"{name} is a file; a store is a folder.")
     return path

@@ -46,7 +46,11 @@ class LocalFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self._is_tidy = path, False
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"{error.strerror}; a store's folder cannot be made there, name another place"
+            raise OSError(error.errno, reason, str(path)) from None
 
     def files(self) -> Iterator[File]:
         """All files; other processes may add and remove some meanwhile."""

@@ -35,7 +35,7 @@ from ..model.prefill import in_batches, prefill_together
 from ..model.structure import Structure, any_training, with_mode
 from ..model.weights import adapters
 from ..model.weights.fingerprint import Fingerprint
-from ..model.weights.offloading import device_of
+from ..model.weights.offloading import device_of, has_no_values
 from ..trace.observer import Observer
 from ..trace.progress import told
 from .rotations import find_rotations
@@ -325,6 +325,8 @@ def _make(model: nn.Module) -> TestedModel:
 
 
 def _proved(model: nn.Module) -> TestedModel:
+    if has_no_values(model):
+        raise UnsupportedModel("Its weights are on the device meta, without values; load it with from_pretrained(…).")
     return torch.autocast(device_of(model).type, enabled=False)(TestedModel)(model)
 
 

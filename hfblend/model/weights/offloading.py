@@ -27,6 +27,13 @@ def device_of(module: nn.Module) -> torch.device:
     return next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
 
 
+def has_no_values(module: nn.Module) -> bool:
+    """Whether the weights are on `meta`, and no hooks bring them from elsewhere."""
+    weights = [*module.parameters()]
+    hooked = any(hook for part in module.modules() for hook in _hooks(part))
+    return bool(weights) and all(one.is_meta for one in weights) and not hooked
+
+
 class OffloadedWeights:
     """A model's weights that are on `meta`, each read on request.
 
