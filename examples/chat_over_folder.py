@@ -25,11 +25,14 @@ class Chat:
 
     def __init__(self, blender: hfblend.Blender, passages: list[Passage]) -> None:
         self.blender, self.passages = blender, passages
+        self.questions: list[str] = []
         self.turns: list[dict[str, str]] = []
 
     def ask(self, question: str) -> str:
         model, tokenizer = self.blender.model, self.blender.tokenizer
-        chosen = [str(self.passages[i]) for i in sorted(nearest(self.passages, question, PASSAGES))]
+        self.questions.append(question)
+        asked = " ".join(self.questions[-2:])  # "And where was she born?" needs the question before
+        chosen = [str(self.passages[i]) for i in sorted(nearest(self.passages, asked, PASSAGES))]
         self.turns.append({"role": "user", "content": f"Question: {question}\nAnswer with a few words."})
         # Passages stand before the conversation: their KV is reused after the same prefix only.
         first, *others = self.turns[-2 * TURNS - 1 :]

@@ -59,5 +59,5 @@ def test_a_chat_about_the_notes(tmp_path):
     assert "red otter" in done.stdout
     assert "smoked eel" in done.stdout
     assert done.stdout.count("blended ") == 2
-    assert "(1 hits, 2 misses" in done.stdout
+    assert "(2 hits, 1 misses" in done.stdout
     assert (notes / ".hfblend").is_dir()

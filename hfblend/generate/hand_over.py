@@ -224,7 +224,9 @@ def is_foreign(cache: Any) -> bool:
     homes = (
         home for kind in kinds for home in (kind.__module__, getattr(getattr(kind, "update", None), "__module__", ""))
     )
-    return any("update" in getattr(one, "__dict__", ()) for one in parts) or not all(home.startswith(_KNOWN_HOMES) for home in homes)
+    return any("update" in getattr(one, "__dict__", ()) for one in parts) or not all(
+        home.startswith(_KNOWN_HOMES) for home in homes
+    )
 
 
 _KNOWN_HOMES = ("transformers.", "hfblend.")

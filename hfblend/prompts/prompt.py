@@ -316,10 +316,10 @@ class Prompt:
         texts = texts_in(listed, "documents")
         _check_template_arguments(placeholder, add_generation_prompt, template_kwargs)
         ends = ends_of(texts, "" if placeholder is None else require_text("document_end", document_end))
-        require_template(tokenizer, template_kwargs.get("chat_template"))
         encode = Encoder(require_tokenizer(tokenizer), marked=True, template=template_kwargs.get("chat_template"))
         options = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
         given = as_messages(messages)
+        require_template(tokenizer, template_kwargs.get("chat_template"))
         chat = Chat(encode, given, listed, placeholder, ends, **options)
         gaps, chunks = cut(chat.render, texts, encode.readable, _DOCUMENTS_OF_TEMPLATE if placeholder is None else "")
         _begin(encode, gaps[0], False)
