@@ -85,8 +85,9 @@ def number_in(name: str, value: Any, least: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {expected}, got {described(value)}.")
     if not least <= float(value) <= most:
-        percent = f"; {value:g} % is {value / 100:g}" if (least, most) == (0, 1) and 1 < value <= 100 else ""
-        raise ValueError(f"{name} must be {expected}, got {value}{percent}.")
+        is_percent = (least, most) == (0, 1) and 1 < float(value) <= 100
+        hint = f"; {value} % is {float(value) / 100:g}" if is_percent else ""
+        raise ValueError(f"{name} must be {expected}, got {value}{hint}.")
     return float(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import hfblend
 from hfblend.demo import model as demo_model
@@ -55,6 +57,17 @@ def test_the_version_and_its_date_are_the_same_everywhere():
     said = [re.search(rf"^{field}: (.+)$", citation, re.MULTILINE)[1] for field in ("version", "date-released")]
     newest = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert [hfblend.__version__, newest[2]] == said == [*newest.groups()]
+
+
+def test_the_forms_for_issues_are_whole_and_name_what_exists():
+    for file in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        text = file.read_text(encoding="utf-8")
+        assert {"name", "description", "body"} <= yaml.safe_load(text).keys()
+        for name in re.findall(r"(?<!\w)hfblend(?:\.\w+)+", text):
+            pkgutil.resolve_name(name)
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"].values()
+    assert {"run": ".ci/run"} in job["steps"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
 def test_the_sdist_is_what_git_tracks(built):
