@@ -86,7 +86,7 @@ def test_at_ratio_1_the_answers_are_full_prefills_of_the_arenas_prompts(methods)
     assert [one.recomputed_layer_tokens - one.dense_payload_layer_tokens for one in found] == [prefix_pairs] * 2
 
 
-@pytest.mark.parametrize("name", ["hfblend", "hfblend_offset", "hfblend_kv_deviation"])
+@pytest.mark.parametrize("name", ["hfblend", "hfblend_filler", "hfblend_kv_deviation"])
 def test_costs_are_measured(methods, name):
     layers, bytes_a_token = 4, 4 * 2 * 2 * 16 * 4  # of layers, K and V, heads, dimensions, fp32
     for one, row in zip(answers_of(methods, name, ratio=0.2), QUESTIONS):

@@ -27,10 +27,10 @@ import hfblend
 from hfblend.demo.model import load
 
 METHODS: dict[str, dict[str, Any]] = {  # name -> settings
-    "hfblend": {"selection": "suffix_attention", "chunk_prefix": "filler"},
-    "hfblend_offset": {"selection": "suffix_attention", "chunk_prefix": "filler", "correction": "offset"},
-    "hfblend_suffix_attention": {"selection": "suffix_attention"},
-    "hfblend_kv_deviation": {"selection": "kv_deviation"},
+    "hfblend": {},
+    "hfblend_filler": {"chunk_prefix": "filler", "correction": None},
+    "hfblend_suffix_attention": {"correction": None},
+    "hfblend_kv_deviation": {"selection": "kv_deviation", "correction": None},
 }
 PORTS = ("hfblend_kv_deviation",)  # CacheBlend's rule
 USER = "a0f31c55 the user's text 8d42"
