@@ -25,6 +25,8 @@ import hfblend
 from hfblend.attention.switch import AttentionNotReplaceable, window_of
 from hfblend.support.registry import model_of
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 LOGITS, KEYS, LEAK = 5e-4, 2e-5, 2e-6
 # beam scales queries by their position, so all that comes after a first layer depends on it a little, beside rotation.
 KEYS_OF = {"beam": 1e-3}

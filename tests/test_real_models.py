@@ -16,7 +16,7 @@ import hfblend
 from hfblend.measure.divergence import kl_divergence, teacher_forced_logits
 from hfblend.util import cache_folder
 
-pytestmark = pytest.mark.smollm
+pytestmark = [pytest.mark.smollm, pytest.mark.usefixtures("remembered_proofs")]
 
 PASSAGES = [
     "The lighthouse at Skerry Point was lit for the first time in 1871. Its keeper, Ada Brandt, kept a diary. ",

@@ -26,6 +26,8 @@ from hfblend.blend.caches import RecordingCache
 from hfblend.blend.rotation import pair_tables, rotate, rotation_between
 from hfblend.support.registry import model_of
 
+pytestmark = pytest.mark.usefixtures("remembered_proofs")
+
 PROMPT = make_prompt()
 
 
