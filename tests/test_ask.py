@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from browsers import in_every_form, opened
 from helpers import make_llama
+from processes import run_script
 from rich.console import Console
 from test_documents import pdf, written
 from typer.testing import CliRunner
@@ -263,7 +265,13 @@ def test_examples_of_help_and_quickstart_in_a_shell(tmp_path):
     def in_shell(words):
         return subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True, **options)
 
-    first, second, full = map(in_shell, (*examples, f"{line} --ratio 1 --no-compare"))
+    def in_copy(words):  # of a Python that has imported PyTorch and Transformers
+        code = f"from hfblend.cli import app; app({shlex.split(words)[1:]!r})"
+        done = run_script(code, environment=options["env"], folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    first, second, full = in_copy(line), in_shell(examples[1]), in_copy(f"{line} --ratio 1 --no-compare")
     assert first.stdout == answer == full.stdout
     assert "smoked eel" in second.stdout
     for result, counts in ((first, "0 of 6"), (second, "2 of 2"), (full, "6 of 6")):

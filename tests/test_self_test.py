@@ -91,7 +91,10 @@ def test_every_precision_finds_what_fp32_finds(name, precision):
 
 
 @pytest.mark.smollm
-@each_precision
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param(one, marks=() if one in ("fp32", "bf16") else pytest.mark.slow) for one in PRECISIONS],
+)
 def test_real_weights_pass_in_every_precision(precision):
     hf_model = self_tested(load_smollm()[0], precision)
     assert {(r.slot, r.pairing, r.sign) for r in hf_model.rotations} == {(0, "half", 1)}

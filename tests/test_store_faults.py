@@ -167,16 +167,14 @@ class Place:
 KINDS = ["disk", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("remote", "tiers"))]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture
 def place(request, tmp_path):
     MemoryFileSystem.store.clear()
     yield Place(request.param, tmp_path)
     MemoryFileSystem.store.clear()
 
 
-@SWEEP
-@given(which=st.integers(0, 3), damage=damages())
-def test_a_prompt_answers_alike_whatever_a_file_has_become(place, which, damage):
+def answers_alike(place, which, damage):
     key = place.keys[which]
     place.write(key, damaged(place.files[key], damage))
     tokens, trace = place.answer()
@@ -185,6 +183,21 @@ def test_a_prompt_answers_alike_whatever_a_file_has_become(place, which, damage)
     for other in place.keys:  # what was whole stays, and what was damaged is written again
         assert place.read(other) == place.files[other] or (other == key and parse_or_none(key, place.read(key)))
     place.write(key, place.files[key])
+
+
+@pytest.mark.parametrize("place", ["disk"], indirect=True)
+@SWEEP
+@given(which=st.integers(0, 3), damage=damages())
+def test_a_prompt_answers_alike_whatever_a_file_has_become(place, which, damage):
+    answers_alike(place, which, damage)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("place", ["remote", "tiers"], indirect=True)
+@settings(SWEEP, max_examples=20)  # what reads a file is that of a disk
+@given(which=st.integers(0, 3), damage=damages())
+def test_a_prompt_answers_alike_whatever_an_object_has_become(place, which, damage):
+    answers_alike(place, which, damage)
 
 
 def parse_or_none(key, file):
