@@ -53,8 +53,8 @@ T, L = len(prompt), model.config.num_hidden_layers
 ids, spans = prompt.input_ids, prompt.chunk_spans
 prefix_stop = spans[0][0]
 
-# CacheBlend's own rule, 15 % of the tokens, ranked at layer 1
-config = hfblend.BlendConfig(selection="kv_deviation", recompute_ratios=(0.15,), check_layers=(1,))
+# CacheBlend as published: its own rule, 15 % of the tokens, ranked at layer 1, and no correction of the others
+config = hfblend.BlendConfig(selection="kv_deviation", recompute_ratios=(0.15,), check_layers=(1,), correction=None)
 stops = {step.name: step for step in hfblend.steps(model, prompt, config=config, tokenizer=tokenizer)}
 print(*stops.values(), sep="\n")
 

@@ -88,7 +88,7 @@ def make_prompt(question):
 
 
 question = "What is the soup served at the Lantern Festival called?"
-again = "What is the main ingredient of the soup served at the festival?"
+again = "What is the main ingredient of pellow soup, served at the festival?"
 pd.DataFrame({question: find(question), again: find(again)})
 
 # %% [markdown]

@@ -31,6 +31,7 @@ if importlib.util.find_spec("hfblend") is None:  # on Colab, say
 # %%
 import os
 import warnings
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -55,6 +56,7 @@ ask = f"Passages:\n{{documents}}Question: {question}\nAnswer with a few words."
 messages = [{"role": "system", "content": data["system"]}, {"role": "user", "content": ask}]
 prompt = hfblend.Prompt.from_chat(tokenizer, messages, documents)
 store = hfblend.MemoryStore()
+plain = hfblend.BlendConfig(correction=None)  # what stays reused is not corrected: a bad answer is wanted
 
 
 def text(ids):
@@ -68,7 +70,7 @@ def text(ids):
 # where the answers part.
 
 # %%
-found = verify_prompt(model, prompt, store=store, num_tokens=18)
+found = verify_prompt(model, prompt, store=store, config=plain, num_tokens=18)
 part = found.first_difference
 both = {"full prefill": text(found.full_answer_ids), "blended": text(found.blended_answer_ids)}
 print("They part after:", repr(text(found.full_answer_ids[:part])))
@@ -82,7 +84,7 @@ pd.Series(both, name="answer").to_frame()
 # The trace says what was reused from where, and which tokens were recomputed. Is anything odd in it?
 
 # %%
-result = hfblend.blend(model, prompt, store=store, trace="tokens")
+result = hfblend.blend(model, prompt, store=store, config=plain, trace="tokens")
 hfblend.show(result.trace, tokenizer)
 
 # %% [markdown]
@@ -118,7 +120,7 @@ def drawn(margins, label):
 
 margins = {}
 for ratio in (0.15, 0.3, 1.0):
-    config = hfblend.BlendConfig(recompute_ratios=(ratio,))
+    config = replace(plain, recompute_ratios=(ratio,))
     margins[ratio] = margin(hfblend.blend(model, begun, store=store, config=config).logits)
 drawn({f"{ratio:.0%}": value for ratio, value in margins.items()}, "recomputed")
 
@@ -197,7 +199,7 @@ drawn({f"{text(ids[0, i])!r} at {i}": value for i, value in of_token.items()}, "
 # <details><summary>Solution</summary>
 #
 # ```python
-# by_deviation = hfblend.BlendConfig(selection="kv_deviation")
+# by_deviation = replace(plain, selection="kv_deviation")
 # other_rule = hfblend.blend(model, begun, store=store, config=by_deviation)
 # print(culprit in other_rule.trace.selected_idx.tolist(), margin(other_rule.logits))
 # ```
@@ -215,5 +217,7 @@ drawn({f"{text(ids[0, i])!r} at {i}": value for i, value in of_token.items()}, "
 # same passage, and says which tokens of it, recomputed, would have been enough.
 
 # %%
-why = blame_prompt(model, prompt, store=store, tokenizer=tokenizer, num_tokens=18, seconds=45 if SHORT else 120)
+why = blame_prompt(
+    model, prompt, store=store, config=plain, tokenizer=tokenizer, num_tokens=18, seconds=45 if SHORT else 120
+)
 why

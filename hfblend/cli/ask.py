@@ -49,7 +49,7 @@ def ask(
 ) -> None:
     """Answer a question about the files of a folder; a passage's KV is stored, and later questions reuse it.
 
-    Example: hfblend ask examples/notes "What does the flag of Sarrow Island show?"
+    Example: hfblend ask examples/notes "Who was the builder of Gannet Light?"
 
     Example: hfblend ask examples/notes/*.pdf "What is the main ingredient of pellow soup?" --html answer.html
     """

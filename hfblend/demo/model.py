@@ -53,8 +53,8 @@ def load(
     Raises:
         DemoModelMissing: the default model is unavailable (the message names both ways to get it).
         ImportError: the GGUF file is there, but not the package `gguf` that reads it.
-        OSError: Transformers cannot load `model`.
-        ValueError: a device that this machine does not have; neither a folder that is there nor a hub id.
+        OSError: `model` is neither a folder that is there nor a hub id, or Transformers cannot load it.
+        ValueError: a device that this machine does not have.
     """
     device = device_named(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -71,7 +71,7 @@ def _folder_or_id(model: str) -> str:
         if not Path(model).is_dir():
             validate_repo_id(model)
     except HFValidationError as error:
-        raise ValueError(f"There is no folder {model}, and it is no hub id such as org/name.") from error
+        raise OSError(f"There is no folder {model}, and it is no hub id such as org/name.") from error
     return model
 
 

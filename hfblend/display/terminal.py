@@ -80,11 +80,12 @@ def _chunks(trace: BlendTrace, parts: Sequence[Part]) -> Iterator[RenderableType
     rows = view.looked_up(trace, parts)
     if not rows:
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     added = ("added to K · V",) if view.added_to(trace) else ()
     for name in ("part", "origin", "tokens", "keys from → to", "recomputed", *added, "store key"):
         is_text = name in ("part", "origin", "store key")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+        is_last = name == "store key"  # gives way where the terminal is narrow
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_last, overflow="crop")
     for part, piece, recomputed, size in rows[:CHUNK_ROWS]:
         table.add_row(
             part.name,
