@@ -7,6 +7,7 @@ python examples/chat_over_folder.py examples/notes
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import TextStreamer
@@ -57,14 +58,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", help="hub id or folder; default SmolLM2-135M-Instruct")
     given = parser.parse_args()
-    passages = passages_in(given.folder)
+    if not given.folder.is_dir():
+        parser.error(f"there is no folder {given.folder}")
+    try:
+        passages = passages_in(given.folder)
+    except ValueError as error:  # it holds nothing that can be read
+        parser.error(str(error))
     model, tokenizer = load(given.model)
     config = hfblend.BlendConfig(min_reused_tokens=0)  # short passages, too
     with hfblend.patch(model, config, tokenizer, given.folder / ".hfblend") as blender:
         chat = Chat(blender, passages)
-        while question := input("> ").strip():
-            chat.ask(question)
-            print(f"  {blender.trace}")
+        with suppress(EOFError, KeyboardInterrupt):
+            while question := input("> ").strip():
+                chat.ask(question)
+                print(f"  {blender.trace}")
 
 
 if __name__ == "__main__":

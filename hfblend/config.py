@@ -166,6 +166,10 @@ class BlendConfig:
             one_of(
                 "selection", self.selection, get_args(Selection), ", or a function of hfblend.blend.selection.Evidence"
             )
+        if self.correction is False or (isinstance(self.correction, str) and self.correction in ("off", "none", "")):
+            raise ValueError(
+                f"correction is turned off by None, or by none in the environment, got {self.correction!r}."
+            )
         if self.correction is not None and not is_function(self.correction):
             names = get_args(Correction)
             one_of("correction", self.correction, names, ", None, or a function of hfblend.blend.correction.Errors")
@@ -302,7 +306,8 @@ _READ: dict[str, Callable[[str], Any]] = {  # the other fields are text
     **dict.fromkeys(("enabled", "layerwise", "cuda_graphs"), _flag),
     **dict.fromkeys(("check_layers", "score_layers", "filler_ids"), _list_of),
     **dict.fromkeys(("min_reused_tokens", "force_chunk_start"), int),
-    **dict.fromkeys(("separator", "correction"), _text_or_none),
+    "separator": _text_or_none,
+    "correction": lambda text: _text_or_none(text.strip()),
     "recompute_ratios": _ratios,
     "least_ratio": float,
 }

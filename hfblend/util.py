@@ -41,8 +41,10 @@ def require(module: str, package: str, extra: str, feature: str) -> Any:
 
 
 def require_folders_of(*files: Path | None) -> None:
-    """Raises `ValueError` for a file whose folder does not exist, or that is a folder itself; `None` is no file."""
-    for file in files:
+    """Raises `ValueError` for a file without a folder, a folder in its place, or one that is named twice."""
+    for i, file in enumerate(files):
+        if file is not None and file in files[:i]:
+            raise ValueError(f"{file} is named for two outputs; give each its own file.")
         if file is not None and file.is_dir():
             raise ValueError(f"{file} is a folder; name a file in it.")
         if file is not None and not file.absolute().parent.is_dir():

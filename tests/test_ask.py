@@ -73,6 +73,27 @@ def test_an_answer_from_three_files_and_a_second_question(ask, notes):
     assert found["full_prefill_ttft_ms"] > 0
 
 
+def test_a_page_replaces_no_document_and_is_none(ask, notes):
+    before = (notes / "two.html").read_text()
+    refused = ask(notes, "w31 w50", "--html", notes / "two.html")
+    assert (refused.exit_code, (notes / "two.html").read_text()) == (2, before)
+    assert "is one of the documents" in said(refused)
+    for _ in range(2):  # the second finds the page of the first
+        found = ask(notes, "w31 w50", "--html", notes / "answer.html")
+        assert "3 passages; given to the model: 3" in said(found)
+        assert "of other kinds: answer.html, photo.jpg" in said(found) or _ == 0
+    twice = ask(notes, "w31 w50", "--html", "same.x", "--json", "same.x")
+    assert (twice.exit_code, "named for two outputs" in said(twice)) == (2, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
+def test_a_file_counts_once_whatever_its_name(ask, notes):
+    Path(os.fsdecode(os.fsencode(notes) + b"/b\xff.txt")).write_text("w40 w41 " * 9)
+    found = ask(notes, notes / "one.md", notes, "w41")
+    assert found.exit_code == 0, found.output
+    assert "4 passages; given to the model: 4, of b\N{REPLACEMENT CHARACTER}.txt (1), one.md (1)" in said(found)
+
+
 @pytest.mark.browser
 def test_the_page_of_an_answer_fits(ask, notes, tmp_path):
     """Wide and narrow, light and dark: only tables scroll sideways, and those shade the edge that hides more."""

@@ -56,7 +56,14 @@ SLIPS = {  # what a user does -> the script, and what the error, the output or t
     "ids without values": ("hfblend.patch(model); model.generate(prompt.input_ids.to('meta'))", "device meta"),
     "another model's ids": (
         "hfblend.patch(model).model.generate(**hfblend.Prompt.from_ids([1], [[500] * 300], [3]).inputs())",
-        r"ids from 1 to 500; the model's are 0 … 97 − 1\. Is the tokenizer another model's\?",
+        r"ids from 1 to 500; the model's are 0 … 97 − 1\. Is the tokenizer another model's, or was a token added",
+    ),
+    "more rows than the config says": (
+        "model.set_input_embeddings(torch.nn.Embedding(110, model.config.hidden_size))\n"
+        "blender = hfblend.patch(model)\n"
+        "model.generate(**hfblend.Prompt.from_ids([1], [[105] * 300, [106] * 300], [3]).inputs(), max_new_tokens=2)\n"
+        "print(blender.trace)",
+        "blended 602 tokens",
     ),
     "texts for ids": ("hfblend.Prompt.from_ids([1], texts, [3])", r"chunks\[0\] must be.*Prompt\.from_texts"),
     # chunks
@@ -94,6 +101,10 @@ SLIPS = {  # what a user does -> the script, and what the error, the output or t
     ),
     # separators
     "no tokenizer": (SEPARATED.format("tokenizer=None", " # # "), r"patch\(\) had no tokenizer to look for it"),
+    "the unknown token": (
+        SEPARATED.format("hfblend.BlendConfig(separator='[UNK]', min_reused_tokens=0), tokenizer", " [UNK] "),
+        "blended .*: 1 chunks",
+    ),
     "another separator": (SEPARATED.format("tokenizer=tokenizer", " ## "), "no_chunks.*The separator is ' # # '"),
     "an unknown separator": (
         SEPARATED.format("hfblend.BlendConfig(separator='@@'), tokenizer", "@@"),
@@ -121,6 +132,10 @@ SLIPS = {  # what a user does -> the script, and what the error, the output or t
     "a variable in percent": (
         "os.environ['HFBLEND_RECOMPUTE_RATIOS'] = '15%'; hfblend.BlendConfig.from_env()",
         r"HFBLEND_RECOMPUTE_RATIOS='15%' cannot be read: expected auto, or numbers in \[0, 1\].*such as 0\.15",
+    ),
+    "turned off": ("hfblend.BlendConfig(correction='off')", "turned off by None, or by none in the environment"),
+    "spaces around a name": (
+        "os.environ['HFBLEND_CORRECTION'] = ' offset '; print(hfblend.BlendConfig.from_env().correction)", "offset"
     ),
     # stores
     "a file": ("open('f', 'w').close(); hfblend.patch(model, store='f')", "f is a file; a store is a folder"),

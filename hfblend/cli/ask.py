@@ -55,13 +55,15 @@ def ask(
     """
     require_folders_of(html, json_file)
     asked, config = _question(question, sources), config_of(ratio, selection, correction)
+    if html is not None and html.resolve() in {file.resolve() for file in files_of(sources)[0].values()}:
+        raise ValueError(f"--html {html} is one of the documents, and would replace it; name another file.")
     found = _read_all(sources, encoding, skip_unreadable)
     ranked = nearest(found, asked, passages)
     kept_in = store_at(store or str(_folder_beside(sources)))
     loaded, tokenizer, _ = load(model, device, dtype)
     chosen, prompt = _fitting(loaded, tokenizer, found, ranked, asked, max_new_tokens)
     files = ", ".join(f"{name} ({count})" for name, count in Counter(one.name for one in chosen).items())
-    _note(f"{len(found)} passages; given to the model: {len(chosen)}, of {files}.")
+    _note(f"{len(found)} passage{'s' * (len(found) > 1)}; given to the model: {len(chosen)}, of {files}.")
 
     from ..display import Display
     from ..patching import patch

@@ -68,10 +68,10 @@ def load(
 
 def _folder_or_id(model: str) -> str:
     try:
-        if not Path(model).is_dir():
+        if not model or not Path(model).is_dir():
             validate_repo_id(model)
     except HFValidationError as error:
-        raise OSError(f"There is no folder {model}, and it is no hub id such as org/name.") from error
+        raise OSError(f"There is no folder {model or repr(model)}, and it is no hub id such as org/name.") from error
     return model
 
 

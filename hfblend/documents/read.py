@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ..util import require
 
+OWN_PAGE = '<meta name="generator" content="hfblend">'  # stands in every page that hfblend writes
+
 
 @dataclass(frozen=True)
 class Document:
@@ -38,18 +40,19 @@ class Unreadable(ValueError):
 def files_of(sources: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
     """Returns the files of folders and paths by name, and the names of files in the folders that are of other kinds.
 
-    Hidden files and folders are not looked at.
+    Hidden files and folders are not looked at, nor pages in folders that hfblend wrote. A file counts once.
 
     Raises:
         Unreadable: a path that does not exist, a file of another kind that was named, or nothing to read at all.
     """
     found: dict[str, Path] = {}
     others: list[str] = []
+    seen: set[Path] = set()
     for source in sources:
         if os.path.isdir(source):
             for name, file in _inside(source):
-                if file.suffix.lower() in _READERS:
-                    found[name if name not in found else str(file)] = file
+                if file.suffix.lower() in _READERS and not _is_own_page(file):
+                    _add(found, seen, name, file)
                 else:
                     others.append(name)
         elif not os.path.isfile(source):
@@ -57,11 +60,32 @@ def files_of(sources: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
         elif source.suffix.lower() not in _READERS:
             raise Unreadable(f"{source} is of an unknown kind; {_KNOWN}. Convert it to one of these.")
         else:
-            found[source.name if source.name not in found else str(source)] = source
+            _add(found, seen, source.name, source)
     if not found:
         where, holds = ", ".join(map(str, sources)), f"{len(others)} files of other kinds" if others else "no files"
         raise Unreadable(f"There is nothing to read in {where}: it holds {holds}; {_KNOWN}.")
     return found, others
+
+
+def _add(found: dict[str, Path], seen: set[Path], name: str, file: Path) -> None:
+    """Adds a file once, under a name that can be printed; its path, where another has its name."""
+    where = file.resolve()
+    if where not in seen:
+        seen.add(where)
+        found[_printable(name if name not in found else str(file))] = file
+
+
+def _printable(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _is_own_page(file: Path) -> bool:
+    """Whether hfblend wrote the page, such as an answer's: its text would be a source of the next answer."""
+    try:
+        with file.open("rb") as page:
+            return OWN_PAGE.encode() in page.read(2048)
+    except OSError:
+        return False
 
 
 def _inside(folder: Path) -> Iterable[tuple[str, Path]]:

@@ -93,7 +93,7 @@ class Blending:
         self.prompt_length = prompt_length or self.length
         self.ids = ids_in((self.input_ids if ids is None else ids)[0])
         spans.check(self.length)
-        _require_known(self.ids, getattr(model.config, "vocab_size", None))
+        _require_known(self.ids, model.num_ids)
         self.trace = BlendTrace() if trace is None else trace
         self._algorithm, self._beside = algorithm, Beside(device)
         self._lost, self._prefilled = frozenset[str](), frozenset[str]()
@@ -178,13 +178,13 @@ class Blending:
         self.trace.notes.append(f"{lost}; blended again without it.")
 
 
-def _require_known(ids: Any, vocab_size: int | None) -> None:
-    """Raises `ValueError` for ids outside the vocabulary: an index error of PyTorch's on a CPU, worse on a GPU."""
+def _require_known(ids: Any, num_ids: int | None) -> None:
+    """Raises `ValueError` for ids outside the embedding: an index error of PyTorch's on a CPU, worse on a GPU."""
     found = np.frombuffer(ids, np.int64)
-    if vocab_size and not 0 <= found.min() <= found.max() < vocab_size:
+    if num_ids and not 0 <= found.min() <= found.max() < num_ids:
         raise ValueError(
-            f"The prompt has token ids from {found.min()} to {found.max()}; the model's are 0 … {vocab_size} − 1. Is "
-            "the tokenizer another model's?"
+            f"The prompt has token ids from {found.min()} to {found.max()}; the model's are 0 … {num_ids} − 1. Is the "
+            "tokenizer another model's, or was a token added without resize_token_embeddings?"
         )
 
 

@@ -147,7 +147,7 @@ class _ToIds:
     """Turns chunks and prefix into token ids of the model."""
 
     def __init__(self, hf_model: TestedModel, tokenizer: Any) -> None:
-        self.vocab_size = getattr(hf_model.config, "vocab_size", None)
+        self.vocab_size = hf_model.num_ids
         self.tokenizer = tokenizer
         self.encode = None if tokenizer is None else Encoder(require_tokenizer(tokenizer))
 
@@ -310,8 +310,7 @@ def prefill_chunk(
         TypeError: text, or anything but a list of token ids.
     """
     tested = model_of(model)
-    vocab_size = getattr(tested.config, "vocab_size", None)
-    ids, behind_ids = token_ids("ids", ids, vocab_size), token_ids("behind_ids", behind_ids, vocab_size)
+    ids, behind_ids = (token_ids(name, own, tested.num_ids) for name, own in (("ids", ids), ("behind_ids", behind_ids)))
     if behind is not None and not hasattr(behind, "cached_positions"):
         raise TypeError(f"behind must be chunk KV, as prefill_chunk or a store gives it, got {described(behind)}.")
     tested.fingerprint.current(tested.model)  # the entry names it as its origin

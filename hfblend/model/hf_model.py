@@ -154,6 +154,13 @@ class HFModel:
         return device_of(self.layers[layer_idx])
 
     @property
+    def num_ids(self) -> int | None:
+        """Token ids that the model takes, as far as is known: some embeddings have more rows than the config says."""
+        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
+        known = getattr(embedding, "num_embeddings", None), getattr(self.config, "vocab_size", None)
+        return max((count for count in known if count), default=None)
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.decoder.parameters()).dtype
 

@@ -45,7 +45,8 @@ class Separator:
         else:
             variants = {tuple(token_ids("separator", separator, expected="a text or a list of token ids"))} - {()}
         require_a_token(separator, variants)
-        unknown = getattr(tokenizer, "unk_token_id", None) if self.text else None  # stands for many other texts, too
+        stands_for_itself = not self.text or self.text == getattr(tokenizer, "unk_token", None)
+        unknown = None if stands_for_itself else getattr(tokenizer, "unk_token_id", None)  # stands for other texts, too
         self.variants = sorted((ids for ids in variants if unknown not in ids), key=len, reverse=True)
         self._firsts = {ids[0] for ids in self.variants}
         self._warned = False
