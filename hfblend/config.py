@@ -166,7 +166,7 @@ class BlendConfig:
             one_of(
                 "selection", self.selection, get_args(Selection), ", or a function of hfblend.blend.selection.Evidence"
             )
-        if self.correction is False or (isinstance(self.correction, str) and self.correction in ("off", "none", "")):
+        if isinstance(self.correction, bool | str) and self.correction in (False, "off", "none", ""):
             raise ValueError(
                 f"correction is turned off by None, or by none in the environment, got {self.correction!r}."
             )

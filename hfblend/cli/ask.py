@@ -55,15 +55,16 @@ def ask(
     """
     require_folders_of(html, json_file)
     asked, config = _question(question, sources), config_of(ratio, selection, correction)
-    if html is not None and html.resolve() in {file.resolve() for file in files_of(sources)[0].values()}:
+    files, others = files_of(sources)
+    if html is not None and html.resolve() in {file.resolve() for file in files.values()}:
         raise ValueError(f"--html {html} is one of the documents, and would replace it; name another file.")
-    found = _read_all(sources, encoding, skip_unreadable)
+    found = _read_all(files, others, encoding, skip_unreadable)
     ranked = nearest(found, asked, passages)
     kept_in = store_at(store or str(_folder_beside(sources)))
     loaded, tokenizer, _ = load(model, device, dtype)
     chosen, prompt = _fitting(loaded, tokenizer, found, ranked, asked, max_new_tokens)
-    files = ", ".join(f"{name} ({count})" for name, count in Counter(one.name for one in chosen).items())
-    _note(f"{len(found)} passage{'s' * (len(found) > 1)}; given to the model: {len(chosen)}, of {files}.")
+    of_files = ", ".join(f"{name} ({count})" for name, count in Counter(one.name for one in chosen).items())
+    _note(f"{len(found)} passage{'s' * (len(found) > 1)}; given to the model: {len(chosen)}, of {of_files}.")
 
     from ..display import Display
     from ..patching import patch
@@ -96,13 +97,12 @@ def _question(text: str, sources: Sequence[Path]) -> str:
 # --- the documents ----------------------------------------------------------------------------------------------------
 
 
-def _read_all(sources: Sequence[Path], encoding: str, skip: bool) -> list[Passage]:
-    """Returns the passages of all files; says on stderr what was left out.
+def _read_all(files: dict[str, Path], others: Sequence[str], encoding: str, skip: bool) -> list[Passage]:
+    """Returns the passages of all files; says on stderr what was left out, which files of other kinds are, too.
 
     Raises:
         Unreadable: files that cannot be read, all in one message; with `skip`, if none can.
     """
-    files, others = files_of(sources)
     documents: list[Document] = []
     unreadable: list[str] = []
     with told("Reading files", total=len(files)) as line:
