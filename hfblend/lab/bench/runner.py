@@ -272,9 +272,7 @@ def batching(
 
 def _default_case(stores: Stores) -> Case:
     """hfblend's default settings, with chunks in the first place."""
-    config = BlendConfig()
-    method = METHODS[str(config.selection)].corrected(BlendConfig.correction)
-    return Case(method, config.fixed_ratios[0], next(iter(stores)))
+    return Case(METHODS["hfblend"], BlendConfig().fixed_ratios[0], next(iter(stores)))
 
 
 def _about(case: Case) -> dict[str, Any]:
