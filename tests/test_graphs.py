@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from hfblend.blend.caches import BlendingCache
 from hfblend.blend.model import Pass
 from hfblend.blend.reuse import Piece, Reuse
 from hfblend.generate.blending import Blending
-from hfblend.gpu.correction import OffsetCorrector, Offsets, in_graph
+from hfblend.gpu.correction import Offsets, in_graph
 from hfblend.gpu.graphs import PassGraphs, _rounded
 from hfblend.gpu.recording import GraphCache
 from hfblend.kernels.reference import mask_of
@@ -84,10 +83,8 @@ def test_a_recompute_pass_through_a_state(name):
 
 
 def offsets_of(hf_model, reuse, observer=None):
-    """The kernels' correction of the prompt; without its shared tables, which are a GPU's."""
-    offsets = Offsets(hf_model)
-    tables = [offsets._made(kind, len(PROMPT), 0) for kind in offsets._kinds]
-    return OffsetCorrector(offsets._with(tables), tables, reuse, hf_model.device, observer or Observer())
+    """The kernels' correction of the prompt."""
+    return Offsets(hf_model).of_prompt(reuse, len(PROMPT), observer or Observer())
 
 
 @pytest.mark.thorough
@@ -146,8 +143,6 @@ def test_a_pass_in_python_is_corrected_by_kernels(monkeypatch, one_split):
 
 def test_prompts_share_rotary_tables(monkeypatch):
     """Up to the length that the model was trained for; made in a call's inference mode, they serve other calls."""
-    monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     none = torch.empty(0, dtype=torch.long)
     reuse = Reuse([], [Piece((3, 50), None, False)], none, none, none, none)
     hf_model = model_of(shared())
@@ -158,12 +153,11 @@ def test_prompts_share_rotary_tables(monkeypatch):
     assert [len(cos) for (cos, _) in (first[0], longer[0], longest[0])] == [128, 2048, 3000]
     assert first[0][0] is again[0][0]
     assert not first[0][0].is_inference()
-    assert len(offsets._tables) == 2
+    assert offsets._tables_of(offsets._kinds[0], 2000)[0] is offsets._tables_of(offsets._kinds[0], 100)[0]
     hf_model.fingerprint._forget()
     with torch.no_grad():
         hf_model.fingerprint.current(hf_model.model)  # as where weights were written
-    offsets.of_prompt(reuse, 100, Observer())
-    assert len(offsets._tables) == 1
+    assert len(offsets.of_prompt(reuse, 100, Observer())._plan.tables[0][0]) == 128  # made anew
 
 
 def test_a_correction_in_python_is_never_recorded(monkeypatch):

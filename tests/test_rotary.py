@@ -1,4 +1,4 @@
-"""The rotary embedding in one kernel: equal to the model's own, only in our passes, and gone afterwards."""
+"""Rotary embedding, and gates, in one kernel: equal to the model's own, only in our passes, and gone afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 
 pytest.importorskip("triton")
 from hfblend.gpu import fused
-from hfblend.gpu.fused import NAME, find_rotary, run_fused
+from hfblend.gpu.fused import NAME, find_gates, find_rotary, run_fused
 from hfblend.kernels.small import rotary
 from hfblend.locks import ForwardLock
 
@@ -152,3 +152,32 @@ def test_a_pass_that_fails_leaves_the_modules(decoder):
     with pytest.raises(ZeroDivisionError):
         in_a_pass(decoder, lambda: 1 / 0)
     assert not any("forward" in vars(module) for module in decoder.modules())
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gate_in_one_kernel_equals_the_formula(dtype):
+    gate, up = (torch.randn(3, 700, generator=torch.Generator().manual_seed(i)).to(DEVICE, dtype) for i in (0, 1))
+    exact = torch.nn.functional.silu(gate.double()) * up.double()
+    tolerance = {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    assert (fused.kernels.gated(gate, up).double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_gated_mlps_run_one_kernel_in_a_pass_unless_their_activation_is_watched(decoder, monkeypatch):
+    shapes, own = [], fused.kernels.gated
+    found = find_gates(decoder)
+    assert list(found) == [layer.mlp for layer in decoder.layers]
+    monkeypatch.setattr(fused.kernels, "gated", lambda gate, up: shapes.append(gate.shape) or own(gate, up))
+    mlp = decoder.layers[0].mlp
+    x = torch.randn(2, 5, mlp.gate_proj.in_features, device=DEVICE, dtype=torch.bfloat16)
+    inside = found[mlp](mlp.forward, x)
+    assert (inside - mlp(x)).float().norm() <= 4e-3 * mlp(x).float().norm()
+    assert shapes == [(2, 5, mlp.gate_proj.out_features)]
+    seen = []
+    mlp.act_fn.register_forward_hook(lambda *given: seen.append(1))
+    found[mlp](mlp.forward, x)
+    assert (len(shapes), seen) == (1, [1])

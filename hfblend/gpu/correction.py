@@ -18,6 +18,7 @@ from ..kernels.device import HAS_TRITON
 from ..kernels.reference import AttentionArgs
 from ..kv.rows import KV, rows_behind, sent
 from ..model.hf_model import HFModel
+from ..model.rotary_tables import KeptTables
 from ..trace.observer import Observer
 
 if HAS_TRITON:
@@ -33,16 +34,12 @@ class Offsets:
 
     def __init__(self, hf_model: HFModel) -> None:
         self.hf_model = hf_model
-        self._tables: dict[tuple[Kind, int], Tables] = {}  # of so many positions
-        self._weights: int | None = None
+        trained = getattr(hf_model.config, "max_position_embeddings", None) or 0
+        self._tables = KeptTables(lambda kind, positions: self._made(kind, positions, 0), trained)
         self._kernels: OffsetKernels | None = None
 
     def of_prompt(self, reuse: Reuse, length: int, observer: Observer) -> OffsetCorrector:
         """The correction of a prompt of T tokens, on the current stream."""
-        weights = self.hf_model.fingerprint.generation
-        if weights != self._weights:  # rotary modules have some, too
-            self._tables.clear()
-            self._weights = weights
         tables = [self._tables_of(kind, length) for kind in self._kinds]
         self._kernels = self._kernels or self._with(tables)
         return OffsetCorrector(self._kernels, tables, reuse, self.hf_model.device, observer)
@@ -64,22 +61,14 @@ class Offsets:
         return OffsetKernels(self.hf_model.layouts, turns, BLOCK, Asking(NUM_QUERIES, DOUBTED, TRUSTED))
 
     def _tables_of(self, kind: Kind, length: int) -> Tables:
-        """cos and sin (at least T, R) without scaling, for prompts of any length where that makes no difference."""
-        trained = getattr(self.hf_model.config, "max_position_embeddings", 0) or 0
-        if self.hf_model.length_dependent or length > trained:
-            return self._made(kind, length, self.hf_model.regime(length))
-        positions = min(1 << (length - 1).bit_length(), trained)
-        if (kind, positions) not in self._tables:
-            with torch.inference_mode(False), torch.no_grad():  # they outlive the mode of this call
-                self._tables[kind, positions] = self._made(kind, positions, 0)
-            torch.cuda.current_stream(self.hf_model.device).synchronize()  # other streams may be next to read them
-        for table in self._tables[kind, positions]:
-            table.record_stream(torch.cuda.current_stream(self.hf_model.device))
-        return self._tables[kind, positions]
+        """cos and sin (at least T, R) without scaling."""
+        hf_model = self.hf_model
+        kept = None if hf_model.length_dependent else self._tables.of(kind, length, hf_model.fingerprint.generation)
+        return kept or self._made(kind, torch.arange(length), hf_model.regime(length))
 
-    def _made(self, kind: Kind, positions: int, regime: int) -> Tables:
+    def _made(self, kind: Kind, positions: torch.Tensor, regime: int) -> Tables:
         source, layout, sign = kind
-        tables = self.hf_model.rotary_tables_of_pieces(source, [(torch.arange(positions), regime)])
+        tables = self.hf_model.rotary_tables(source, positions, regime)
         cos, sin = (table.to(self.hf_model.device) for table in pair_tables(tables, layout))
         scaling = torch.hypot(cos, sin)  # which keys keep when they are turned to position 0
         return (cos / scaling).contiguous(), (sign * sin / scaling).contiguous()
@@ -99,10 +88,8 @@ class OffsetCorrector:
     def __init__(
         self, kernels: OffsetKernels, tables: list[Tables], reuse: Reuse, device: torch.device, observer: Observer
     ) -> None:
-        self.kernels, self._device, self._observer = kernels, device, observer
-        spans = [piece.span for piece in reuse.moved]
-        self._plan = Plan(spans, kernels.block, kernels.layouts, tables, device, reuse.exact_from_start)
-        self._done = set[int]()
+        self.kernels, self._tables, self._reuse, self._device = kernels, tables, reuse, device
+        self._observer, self._done = observer, set[int]()
         self._rows: torch.Tensor | None = None
         self._numbers = torch.empty(0)
 
@@ -120,6 +107,12 @@ class OffsetCorrector:
                 self._rows, self._numbers = rows, sent(torch.tensor(self.numbers_for(rows)), rows.device)
             self.kernels.correct(layer_idx, fresh, rows, buffer, self._numbers, args)
             self._tell([layer_idx], self._numbers)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        """Made in the first pass that corrects: a pass that selects is on its way by then."""
+        spans, kernels = [piece.span for piece in self._reuse.moved], self.kernels
+        return Plan(spans, kernels.block, kernels.layouts, self._tables, self._device, self._reuse.exact_from_start)
 
     def numbers_for(self, rows: torch.Tensor) -> list[int]:
         """The numbers by which the kernels find this prompt, in a pass over rows (S,), rising."""

@@ -1,4 +1,4 @@
-"""A model's RMS normalisations and rotary embedding, in one kernel each while a pass runs on a GPU.
+"""A model's RMS normalisations, rotary embedding and gates, in one kernel each while a pass runs on a GPU.
 
 Eager code takes six kernels for a normalisation and a dozen for a rotary embedding; over few rows that is a good part
 of a pass. Nothing outside a module instance is changed.
@@ -15,6 +15,10 @@ gives, for random input, the usual form,
     x · cos + rotate_half(x) · sin
 
 the module's own forward runs in a pass with one global name replaced: the function's, which then means the kernel.
+
+A gated MLP is found by the names in its forward, and by what it gives for random input:
+
+    down(silu(gate(x)) · up(x))              the projections stay modules of the model
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
 
 from ..attention.by_position import HALF
 from ..kernels.device import HAS_TRITON
@@ -39,6 +44,7 @@ if HAS_TRITON:
 
 NAME = "apply_rotary_pos_emb"
 _DEPRECATION = "transformers.utils.deprecation"  # its wrappers give arguments their new names
+_GATED = {"down_proj", "act_fn", "gate_proj", "up_proj"}
 _FORMS = tuple((offset, late) for offset in (0.0, 1.0) for late in (True, False))
 _TOLERANCE = 4e-3  # of a row's norm: bfloat16 rounds by half of it, and another form or ε is further away
 
@@ -184,3 +190,40 @@ def _fits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
         and dim % 2 == 0
         and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
     )
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def find_gates(decoder: nn.Module) -> Fused:
+    """Finds the gated MLPs."""
+    found: Fused = {}
+    for module in decoder.modules():
+        weight = _weight_of_gate(module)
+        if weight is None:
+            continue
+        generator = torch.Generator(weight.device).manual_seed(0)
+        x = torch.randn(4, weight.shape[1], device=weight.device, dtype=weight.dtype, generator=generator)
+        around, expected = functools.partial(_gated, module, module.act_fn), module(x).float()
+        if bool((around(module.forward, x).float() - expected).norm() <= _TOLERANCE * expected.norm()):
+            found[module] = around
+    return found
+
+
+def _weight_of_gate(module: nn.Module) -> torch.Tensor | None:
+    """The weight (…, C) of its gate, in half precision on a GPU, if its forward names what a gated MLP has, no more."""
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    if {*names} != _GATED or "forward" in vars(module) or type(module.act_fn) not in (nn.SiLU, SiLUActivation):
+        return None
+    weight: Any = getattr(module.gate_proj, "weight", None)
+    return weight if torch.is_tensor(weight) and weight.is_cuda and weight.dtype in HALF else None
+
+
+def _gated(module: nn.Module, act_fn: nn.Module, own: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+    is_watched = act_fn._forward_hooks or act_fn._forward_pre_hooks
+    if module.act_fn is not act_fn or is_watched:
+        return own(x)
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    fits = gate.shape == up.shape and gate.dtype == up.dtype and gate.is_contiguous() and up.is_contiguous()
+    return module.down_proj(kernels.gated(gate, up) if fits else act_fn(gate) * up)

@@ -1,4 +1,4 @@
-"""Small kernels that each replace many of eager code: RMS normalisation, rotary embedding, samples of the weights."""
+"""Small kernels that each replace several of eager code: norms, rotary embedding, gates, samples of the weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 _TOKENS = 16  # a program turns that many rows of one head
-_BLOCK = 1024  # elements that a program samples at a time
+_BLOCK = 1024  # elements that a program gates, or samples at a time
 
 
 @triton.jit
@@ -89,6 +89,22 @@ def rotary(
         HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2), TOKENS=_TOKENS,
     )  # fmt: skip
     return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
+
+
+@triton.jit
+def _gated_kernel(GATE: tl.tensor, UP: tl.tensor, OUT: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
+    """One program: some elements."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(GATE + i, mask=i < size).to(tl.float32)
+    product = gate / (1 + tl.exp(-gate)) * tl.load(UP + i, mask=i < size).to(tl.float32)
+    tl.store(OUT + i, product.to(OUT.dtype.element_ty), mask=i < size)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up, element by element, in fp32, rounded once. Both are contiguous, of one shape."""
+    out = torch.empty_like(gate)
+    _gated_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, out, gate.numel(), BLOCK=_BLOCK)
+    return out
 
 
 @triton.jit

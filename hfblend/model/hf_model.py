@@ -21,10 +21,10 @@ from ..blend.caches import RecordingCache
 from ..blend.rotation import KeyRotation, Tables
 from ..kernels.device import has_kernels
 from ..kv.origin import Origin, digest_of
-from ..kv.rows import KV, RowLayout
+from ..kv.rows import KV, RowLayout, sent
 from ..locks import lock_of
 from .compiled import run_as_written
-from .rotary_tables import find_rotary_sources, state_of
+from .rotary_tables import KeptTables, find_rotary_sources, state_of
 from .tensor_parallel import Ranks
 from .weights.fingerprint import Fingerprint
 from .weights.offloading import device_of
@@ -251,7 +251,7 @@ class HFModel:
         return False
 
     def small_steps_in_one_kernel(self) -> None:
-        """Lets norms and rotary embedding run as one kernel each in exclusive work; here they do not."""
+        """Lets norms, rotary embedding and gates run as one kernel each in exclusive work; here they do not."""
 
     # --- rotary tables --------------------------------------------------------------------------------------------
 
@@ -289,10 +289,21 @@ class HFModel:
 
     def rotary_tables_of_pieces(self, source: int, pieces: list[tuple[torch.Tensor, int]]) -> Tables:
         """`rotary_tables` of several (positions, regime), one after the other."""
+        if not self.length_dependent:
+            positions = torch.cat([positions for positions, _ in pieces])
+            kept = self._kept_tables.of(source, int(positions.max()) + 1, self.fingerprint.generation)
+            if kept is not None:
+                rows = sent(positions, kept[0].device)
+                return kept[0][rows], kept[1][rows]
         by_regime = groupby(pieces, operator.itemgetter(1) if self.length_dependent else lambda piece: 0)
         joined = [(torch.cat([positions for positions, _ in run]), regime) for regime, run in by_regime]
         cos, sin = zip(*(self.rotary_tables(source, *one) for one in joined))
         return torch.cat(cos), torch.cat(sin)
+
+    @functools.cached_property
+    def _kept_tables(self) -> KeptTables:
+        trained = getattr(self.config, "max_position_embeddings", None) or 0
+        return KeptTables(lambda source, positions: self.rotary_tables(source, positions, 0), trained)
 
     @functools.cached_property
     def length_dependent(self) -> bool:

@@ -14,6 +14,8 @@ from torch import nn
 
 from ..kv.rows import sent
 
+Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
+
 
 @dataclass(frozen=True)
 class RotarySource:
@@ -83,6 +85,43 @@ class RotarySource:
     def _ask(self, module: nn.Module, positions: torch.Tensor) -> Any:
         extra = () if self.layer_type is None else (self.layer_type,)
         return module(torch.zeros((), dtype=torch.float32, device=positions.device), positions, *extra)
+
+
+class KeptTables:
+    """Rotary tables of positions 0, 1, … that never change, of which prompts take rows.
+
+    A rotary module takes Python half a millisecond, which the first token of each prompt would wait for.
+
+    Args:
+        make: returns the tables of a name at positions (N,).
+        limit: more positions are not kept.
+    """
+
+    def __init__(self, make: Callable[[Any, torch.Tensor], Tables], limit: int) -> None:
+        self._make, self._limit, self._generation = make, limit, -1
+        self._tables: dict[Any, Tables] = {}
+
+    def of(self, name: Any, length: int, generation: int) -> Tables | None:
+        """The tables of `length` positions or more, on the current stream; `None` beyond the limit.
+
+        Args:
+            generation: of the model's weights, of which rotary modules have some, too.
+        """
+        if length > self._limit:
+            return None
+        if generation != self._generation:
+            self._tables, self._generation = {}, generation
+        key = name, torch.backends.cuda.matmul.fp32_precision  # they are made by a product
+        if key not in self._tables or len(self._tables[key][0]) < length:
+            positions = torch.arange(min(1 << (length - 1).bit_length(), self._limit))
+            with torch.inference_mode(False), torch.no_grad():  # they outlive the mode of this call
+                self._tables[key] = self._make(name, positions)
+            if self._tables[key][0].is_cuda:  # other streams may be next to read them
+                torch.cuda.current_stream(self._tables[key][0].device).synchronize()
+        for table in self._tables[key]:
+            if table.is_cuda:
+                table.record_stream(torch.cuda.current_stream(table.device))
+        return self._tables[key]
 
 
 def find_rotary_sources(decoder: nn.Module) -> list[RotarySource]:

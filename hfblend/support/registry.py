@@ -21,7 +21,7 @@ from ..blend.reuse import Reuse, ReusedKV
 from ..config import BlendConfig
 from ..gpu.correction import Offsets
 from ..gpu.decoding import Decoding
-from ..gpu.fused import Fused, find_norms, find_rotary, run_fused
+from ..gpu.fused import Fused, find_gates, find_norms, find_rotary, run_fused
 from ..gpu.graphs import PassGraphs
 from ..gpu.loader import loaders_of
 from ..kv.chunk import ChunkKV, ChunkLost, Reader, in_memory
@@ -174,11 +174,12 @@ class TestedModel(HFModel):
         return reused
 
     def small_steps_in_one_kernel(self) -> None:
-        """Lets norms and rotary embedding run as one kernel each in exclusive work, in half precision on a GPU."""
+        """Lets norms, rotary embedding and gates run as one kernel each in a pass, in half precision on a GPU."""
         if not self.takes_kernels or self.dtype not in HALF or not self.layers_run_as_written:
             return
         if self._small_steps is None:
-            self._small_steps = find_norms(self.decoder) | find_rotary(self.decoder)
+            decoder = self.decoder
+            self._small_steps = find_norms(decoder) | find_rotary(decoder) | find_gates(decoder)
         run_fused(self.lock, self._small_steps)
 
     # --- chunks ---------------------------------------------------------------------------------------------------

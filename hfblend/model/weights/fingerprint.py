@@ -67,13 +67,15 @@ class Fingerprint:
     def current(self, model: nn.Module) -> str:
         """Returns the fingerprint as a hex digest. Looks at every weight, and reads only those that have changed."""
         with self._lock:
+            if self._taken.samples.has_lost_memory():
+                self._forget()
+            samples = self._taken.samples
+            now = samples.take()  # first: a GPU is at it while Python looks at the rest
             if not self._inside.is_as_it_was():
                 self._taken = replace(self._taken, state=None)
                 self._inside = _Inside(model)
-            if self._taken.samples.has_lost_memory():
-                self._forget()
             state = self._inside.state()
-            if state != self._taken.state or not self._taken.samples.are_as_they_were():
+            if state != self._taken.state or not samples.are_as_they_were(now):
                 self._taken = self._take(state, model.config)
             return self.digest
 

@@ -49,17 +49,21 @@ class Samples:
                 groups.setdefault((tensor.device, _bits(tensor).dtype), []).append(i)
         self._numbers = list(groups.values())
         self._groups = [_Group([tensors[i] for i in numbers]) for numbers in self._numbers]  # type: ignore[misc]
-        self._then = [group.take() for group in self._groups]
+        self._then = self.take()
+        self._memory = [memory.cdata for group in self._groups for memory in group.memory]
         self._count = len(tensors)
 
-    def are_as_they_were(self) -> bool:
-        """Whether all these elements still have the same bits. Each tensor must still have its memory."""
-        now = [group.take() for group in self._groups]  # all GPUs begin before the first one is waited for
-        return all(map(torch.equal, now, self._then))
+    def take(self) -> list[torch.Tensor]:
+        """These elements as they are now. Each tensor must still have its memory; no GPU is waited for."""
+        return [group.take() for group in self._groups]
+
+    def are_as_they_were(self, now: list[torch.Tensor] | None = None) -> bool:
+        """Whether all these elements have the same bits, `now` or in what `take` gave."""
+        return all(map(torch.equal, self.take() if now is None else now, self._then))
 
     def has_lost_memory(self) -> bool:
         """Whether a tensor was given other memory, `weight.data = …`: the next one may be given the old address."""
-        return any(memory.expired() for group in self._groups for memory in group.memory)
+        return any(map(torch.UntypedStorage._expired, self._memory))
 
     def of_each(self) -> list[bytes]:
         """Each tensor's elements, as they were."""
