@@ -13,7 +13,6 @@ import hfblend
 from hfblend.attention.record import AttentionRecord
 from hfblend.blend.caches import BlendingCache
 from hfblend.blend.model import Pass
-from hfblend.blend.reuse import Piece, Reuse
 from hfblend.generate.blending import Blending
 from hfblend.gpu.correction import Offsets, in_graph
 from hfblend.gpu.graphs import PassGraphs, _rounded
@@ -141,23 +140,20 @@ def test_a_pass_in_python_is_corrected_by_kernels(monkeypatch, one_split):
     assert in_graph(reused.correcting(above=-1)) == (None, [])  # a graph would correct them again
 
 
-def test_prompts_share_rotary_tables(monkeypatch):
+def test_prompts_share_rotary_tables():
     """Up to the length that the model was trained for; made in a call's inference mode, they serve other calls."""
-    none = torch.empty(0, dtype=torch.long)
-    reuse = Reuse([], [Piece((3, 50), None, False)], none, none, none, none)
-    hf_model = model_of(shared())
-    offsets = Offsets(hf_model)
+    hf_model, kind = model_of(shared()), (0, "duplicated", 1)
     with torch.inference_mode():
-        first = offsets.of_prompt(reuse, 100, Observer())._plan.tables
-    again, longer, longest = (offsets.of_prompt(reuse, n, Observer())._plan.tables for n in (120, 2000, 3000))
-    assert [len(cos) for (cos, _) in (first[0], longer[0], longest[0])] == [128, 2048, 3000]
-    assert first[0][0] is again[0][0]
-    assert not first[0][0].is_inference()
-    assert offsets._tables_of(offsets._kinds[0], 2000)[0] is offsets._tables_of(offsets._kinds[0], 100)[0]
+        first = hf_model.unit_tables(kind, 100)
+    again, longer, longest = (hf_model.unit_tables(kind, length) for length in (120, 2000, 3000))
+    assert [len(cos) for (cos, _) in (first, longer, longest)] == [128, 2048, 3000]
+    assert first[0] is again[0]
+    assert not first[0].is_inference()
+    assert hf_model.unit_tables(kind, 100)[0] is longer[0]
     hf_model.fingerprint._forget()
     with torch.no_grad():
         hf_model.fingerprint.current(hf_model.model)  # as where weights were written
-    assert len(offsets.of_prompt(reuse, 100, Observer())._plan.tables[0][0]) == 128  # made anew
+    assert len(hf_model.unit_tables(kind, 100)[0]) == 128  # made anew
 
 
 def test_a_correction_in_python_is_never_recorded(monkeypatch):

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from hfblend.attention.by_position import QueryRows, sdpa_attention
-from hfblend.blend.rotation import rotate
+from hfblend.blend.rotation import rotate, rotation_between
 from hfblend.kernels.reference import AttentionArgs, attention_weights, reference_attention, visible
 from hfblend.kv.rows import RowLayout, empty_kv, rows_behind
 
 pytest.importorskip("triton")
 from hfblend.kernels.by_position import attend, received
-from hfblend.kernels.rows import load_rows, tiles_of, write_rows
+from hfblend.kernels.rows import load_rows, pieces_of, write_rows
 from hfblend.kernels.state import State
 
 ON_GPU = torch.cuda.is_available()
@@ -240,10 +240,13 @@ def addresses(*tensors):
 
 
 def test_tiles_cover_every_piece():
-    pieces = [(70, 5, -1), (32, 80, 0), (1, 112, 32)]  # tokens, row in the buffer, row in the tables
-    assert tiles_of(pieces).tolist() == [
-        [0, 0, 5, 32, -1], [0, 32, 37, 32, -1], [0, 64, 69, 6, -1], [1, 0, 80, 32, 0], [2, 0, 112, 1, 32],
-    ]  # fmt: skip
+    pieces = [(70, 5, -1), (32, 80, 0), (1, 112, 32)]  # tokens, row in the buffer, turn
+    assert pieces_of(pieces) == ([0, 70, 5, -1, 3, 32, 80, 0, 4, 1, 112, 32], 5)
+
+
+def pieces_there(pieces):
+    numbers, tiles = pieces_of(pieces)
+    return torch.tensor(numbers, device=DEVICE).view(-1, 4), tiles
 
 
 def test_several_layers_are_loaded_at_once():
@@ -251,9 +254,9 @@ def test_several_layers_are_loaded_at_once():
     torch.manual_seed(0)
     pieces = [[torch.randn(n, layout.width, device=DEVICE, dtype=DTYPES[0]) for n in (3, 40)] for _ in range(3)]
     rows = [torch.zeros(50, layout.width, device=DEVICE, dtype=DTYPES[0]) for _ in range(3)]
-    tiles = tiles_of([(3, 0, -1), (40, 5, -1)]).to(DEVICE)
+    given = pieces_there([(3, 0, -1), (40, 5, -1)])
     sources = torch.stack([addresses(*layer) for layer in pieces])
-    load_rows(addresses(*rows), sources, tiles, layout, DTYPES[0], None)
+    load_rows(addresses(*rows), sources, *given, layout, DTYPES[0], None)
     for layer, (one, other) in zip(rows, pieces):
         assert torch.equal(layer[:3], one)
         assert torch.equal(layer[5:45], other)
@@ -270,9 +273,9 @@ def test_load_rows_gathers_and_turns(rotates, half, pairs):
     places, turns = (40, 3, 50), (-1, 0, 33)  # the first is copied as it is
     cos, sin = (torch.randn(103, pairs, device=DEVICE) for _ in range(2))
     rows = torch.full((130, layout.width), 7.0, device=DEVICE, dtype=dtype)
-    tiles = tiles_of([(len(p), to, turn) for p, to, turn in zip(pieces, places, turns)]).to(DEVICE)
+    given = pieces_there([(len(p), to, turn) for p, to, turn in zip(pieces, places, turns)])
     sources = addresses(*pieces)[None]
-    load_rows(addresses(rows), sources, tiles, layout, dtype, (cos, sin), rotates, half)
+    load_rows(addresses(rows), sources, *given, layout, dtype, (cos, sin), rotates, half)
 
     expected = torch.full_like(rows, 7.0)
     for piece, to, turn in zip(pieces, places, turns):
@@ -289,17 +292,36 @@ def test_load_rows_gathers_and_turns(rotates, half, pairs):
     assert torch.equal(rows[40:45], pieces[0])
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rows_turn_from_position_to_position(sign):
+    """By tables of positions, as by tables of what lies between."""
+    layout, cached, places = RowLayout(2, 16, 2, 16), (7, 90), (40, 3)
+    torch.manual_seed(0)
+    pieces = [torch.randn(n, layout.width, device=DEVICE, dtype=DTYPES[0]) for n in (5, 33)]
+    angles = torch.arange(130, device=DEVICE)[:, None] * 0.7 ** torch.arange(8, device=DEVICE)
+    tables = angles.cos(), sign * angles.sin()
+    rows = torch.zeros(60, layout.width, device=DEVICE, dtype=DTYPES[0])
+    given = pieces_there([(len(p), to, turn) for p, to, turn in zip(pieces, places, cached)])
+    load_rows(addresses(rows), addresses(*pieces)[None], *given, layout, DTYPES[0], tables, 0, between=True)
+    for piece, to, start in zip(pieces, places, cached):
+        old, new = ([table[at : at + len(piece)] for table in tables] for at in (start, to))
+        keys, values = layout.views(piece[None])
+        turned = rotate(keys, *rotation_between(tuple(old), tuple(new)), "half")
+        close(layout.views(rows[None, to : to + len(piece)])[0], turned, DTYPES[0])
+        assert torch.equal(layout.views(rows[None, to : to + len(piece)])[1], values)
+
+
 def test_rows_are_turned_where_they_lie():
     """As those are that were copied to their places before: one piece of them, another from elsewhere."""
     layout = RowLayout(2, 16, 2, 16)
     torch.manual_seed(0)
     pieces = [torch.randn(n, layout.width, device=DEVICE, dtype=DTYPES[0]) for n in (5, 90)]
     cos, sin = (torch.randn(95, 8, device=DEVICE) for _ in range(2))
-    tiles = tiles_of([(5, 0, 0), (90, 10, 5)]).to(DEVICE)
+    given = pieces_there([(5, 0, 0), (90, 10, 5)])
     rows = torch.zeros(2, 120, layout.width, device=DEVICE, dtype=DTYPES[0])
     rows[1, 10:100] = pieces[1]
     sources = addresses(*pieces, pieces[0], rows[1, 10:]).view(2, 2)
-    load_rows(addresses(*rows), sources, tiles, layout, DTYPES[0], (cos, sin), 0)
+    load_rows(addresses(*rows), sources, *given, layout, DTYPES[0], (cos, sin), 0)
     assert rows[0, 10:100].any(1).all()
     assert not torch.equal(rows[0, 10:100], pieces[1])
     assert torch.equal(rows[0], rows[1])
@@ -312,8 +334,8 @@ def test_unequal_keys_and_values():
     piece = torch.randn(21, layout.width, device=DEVICE, dtype=DTYPES[0])
     rows = torch.zeros(30, layout.width, device=DEVICE, dtype=DTYPES[0])
     cos, sin = (torch.randn(21, 8, device=DEVICE) for _ in range(2))
-    tiles = tiles_of([(21, 4, 0)]).to(DEVICE)
-    load_rows(addresses(rows), addresses(piece)[None], tiles, layout, DTYPES[0], (cos, sin), 1, False)
+    given = pieces_there([(21, 4, 0)])
+    load_rows(addresses(rows), addresses(piece)[None], *given, layout, DTYPES[0], (cos, sin), 1, False)
     keys, values = layout.views(rows[None, 4:25])
     stored_keys, stored_values = layout.views(piece[None])
     assert torch.equal(keys, stored_keys)

@@ -127,15 +127,22 @@ class ReusedKV:
     ) -> None:
         self.model, self.reuse, self.length, self.observer = model, reuse, length, observer or Observer()
         self.corrector = corrector
-        spans = [piece.span for piece in reuse.moved]
-        self._moved_tokens = torch.from_numpy(tokens_of(spans))
-        positions = self._moved_tokens.split([stop - start for start, stop in spans])
-        moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(reuse.moved, positions)]
-        self.realigner = Realigner(model.rotary_tables_of_pieces, model.rotations, moves, model.regime(length))
         self.loaders: Mapping[int, Loader] = {}
         self.takes_graphs = False
         self._to_read = [piece.entry for piece in reuse.pieces if not isinstance(piece.entry, ChunkKV)]
         self._loaded: dict[int, KV] = {}
+
+    @cached_property
+    def realigner(self) -> Realigner:
+        """What moves cached state, in layers that no loader moves."""
+        model, moved = self.model, self.reuse.moved
+        positions = self._moved_tokens.split([stop - start for start, stop in (piece.span for piece in moved)])
+        moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(moved, positions)]
+        return Realigner(model.rotary_tables_of_pieces, model.rotations, moves, model.regime(self.length))
+
+    @cached_property
+    def _moved_tokens(self) -> torch.Tensor:
+        return torch.from_numpy(tokens_of(piece.span for piece in self.reuse.moved))
 
     @property
     def is_near(self) -> bool:

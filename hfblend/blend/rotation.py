@@ -83,7 +83,7 @@ def pairs_of(states: torch.Tensor, pairing: Pairing) -> tuple[torch.Tensor, torc
 
 
 class Realigner:
-    """Moves cached K/V of any layer from cached to new positions; tables are made once per layer kind.
+    """Moves cached K/V of any layer from cached to new positions; tables are made once per layer kind, when first used.
 
     Args:
         tables_of: returns cos and sin, each (N, 2R or R) in fp32, of a rotary source for several (positions, regime).
@@ -100,15 +100,8 @@ class Realigner:
         moves: list[tuple[torch.Tensor, torch.Tensor, int]],
         regime: int,
     ) -> None:
-        self.rotations = rotations
+        self.rotations, self._tables_of, self._moves, self._regime = rotations, tables_of, moves, regime
         self._tables: dict[tuple[int, Layout], Tables] = {}
-        for kind in {(r.source, r.layout) for r in rotations if r is not None and moves}:
-            source, layout = kind
-            old = [(cached, then) for cached, _, then in moves]
-            new = [(positions, regime) for _, positions, _ in moves]
-            both = pair_tables(tables_of(source, old + new), layout)
-            (cos_old, cos_new), (sin_old, sin_new) = (table.chunk(2) for table in both)
-            self._tables[kind] = rotation_between((cos_old, sin_old), (cos_new, sin_new))
 
     def move(self, layer_idx: int, pieces: Sequence[tuple[KV, KV]]) -> None:
         """Writes the K/V (B, Hkv, n, D) of each piece to their places, turned; together they are the N tokens."""
@@ -126,7 +119,17 @@ class Realigner:
     def tables(self, layer_idx: int, device: torch.device) -> Tables | None:
         """cos and sin (N, R) that turn a layer's cached state; `None` where nothing depends on position or moves."""
         rotation = self.rotations[layer_idx]
-        if rotation is None or (rotation.source, rotation.layout) not in self._tables:
+        if rotation is None or not self._moves:
             return None
-        cos, sin = (t.to(device).contiguous() for t in self._tables[rotation.source, rotation.layout])
+        kind = rotation.source, rotation.layout
+        if kind not in self._tables:
+            self._tables[kind] = self._made(*kind)
+        cos, sin = (t.to(device).contiguous() for t in self._tables[kind])
         return cos, sin if rotation.sign == 1 else -sin
+
+    def _made(self, source: int, layout: Layout) -> Tables:
+        old = [(cached, then) for cached, _, then in self._moves]
+        new = [(positions, self._regime) for _, positions, _ in self._moves]
+        both = pair_tables(self._tables_of(source, old + new), layout)
+        (cos_old, cos_new), (sin_old, sin_new) = (table.chunk(2) for table in both)
+        return rotation_between((cos_old, sin_old), (cos_new, sin_new))

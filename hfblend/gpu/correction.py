@@ -12,13 +12,13 @@ import torch
 
 from ..blend.correction import BLOCK
 from ..blend.reuse import Reuse
-from ..blend.rotation import Layout, Tables, pair_tables
+from ..blend.rotation import Tables
 from ..blend.trust import DOUBTED, NUM_QUERIES, TRUSTED
 from ..kernels.device import HAS_TRITON
 from ..kernels.reference import AttentionArgs
 from ..kv.rows import KV, rows_behind, sent
 from ..model.hf_model import HFModel
-from ..model.rotary_tables import KeptTables
+from ..model.rotary_tables import TableKind
 from ..trace.observer import Observer
 
 if HAS_TRITON:
@@ -26,26 +26,22 @@ if HAS_TRITON:
     from ..kernels.plan import Plan
     from ..kernels.trust import Asking
 
-Kind = tuple[int, Layout, int]  # of rotary tables: source, layout, sign
-
 
 class Offsets:
     """The offset correction of one model's prompts, on its GPU."""
 
     def __init__(self, hf_model: HFModel) -> None:
         self.hf_model = hf_model
-        trained = getattr(hf_model.config, "max_position_embeddings", None) or 0
-        self._tables = KeptTables(lambda kind, positions: self._made(kind, positions, 0), trained)
         self._kernels: OffsetKernels | None = None
 
     def of_prompt(self, reuse: Reuse, length: int, observer: Observer) -> OffsetCorrector:
         """The correction of a prompt of T tokens, on the current stream."""
-        tables = [self._tables_of(kind, length) for kind in self._kinds]
+        tables = [self.hf_model.unit_tables(kind, length) for kind in self._kinds]
         self._kernels = self._kernels or self._with(tables)
         return OffsetCorrector(self._kernels, tables, reuse, self.hf_model.device, observer)
 
     @cached_property
-    def _kinds(self) -> list[Kind]:
+    def _kinds(self) -> list[TableKind]:
         found = ((r.source, r.layout, r.sign) for r in self.hf_model.rotations if r is not None)
         return list(dict.fromkeys(found))
 
@@ -59,19 +55,6 @@ class Offsets:
             nth = self._kinds.index((rotation.source, rotation.layout, rotation.sign))
             turns[layer] = Turn(rotation.slot, tables[nth][0].shape[1], rotation.pairing == "half", nth)
         return OffsetKernels(self.hf_model.layouts, turns, BLOCK, Asking(NUM_QUERIES, DOUBTED, TRUSTED))
-
-    def _tables_of(self, kind: Kind, length: int) -> Tables:
-        """cos and sin (at least T, R) without scaling."""
-        hf_model = self.hf_model
-        kept = None if hf_model.length_dependent else self._tables.of(kind, length, hf_model.fingerprint.generation)
-        return kept or self._made(kind, torch.arange(length), hf_model.regime(length))
-
-    def _made(self, kind: Kind, positions: torch.Tensor, regime: int) -> Tables:
-        source, layout, sign = kind
-        tables = self.hf_model.rotary_tables(source, positions, regime)
-        cos, sin = (table.to(self.hf_model.device) for table in pair_tables(tables, layout))
-        scaling = torch.hypot(cos, sin)  # which keys keep when they are turned to position 0
-        return (cos / scaling).contiguous(), (sign * sin / scaling).contiguous()
 
 
 class OffsetCorrector:

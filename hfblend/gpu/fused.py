@@ -44,6 +44,7 @@ if HAS_TRITON:
 
 NAME = "apply_rotary_pos_emb"
 _DEPRECATION = "transformers.utils.deprecation"  # its wrappers give arguments their new names
+_SILU = (nn.SiLU, SiLUActivation)
 _GATED = {"down_proj", "act_fn", "gate_proj", "up_proj"}
 _FORMS = tuple((offset, late) for offset in (0.0, 1.0) for late in (True, False))
 _TOLERANCE = 4e-3  # of a row's norm: bfloat16 rounds by half of it, and another form or ε is further away
@@ -205,7 +206,7 @@ def find_gates(decoder: nn.Module) -> Fused:
             continue
         generator = torch.Generator(weight.device).manual_seed(0)
         x = torch.randn(4, weight.shape[1], device=weight.device, dtype=weight.dtype, generator=generator)
-        around, expected = functools.partial(_gated, module, module.act_fn), module(x).float()
+        around, expected = functools.partial(_gated, module), module(x).float()
         if bool((around(module.forward, x).float() - expected).norm() <= _TOLERANCE * expected.norm()):
             found[module] = around
     return found
@@ -214,15 +215,15 @@ def find_gates(decoder: nn.Module) -> Fused:
 def _weight_of_gate(module: nn.Module) -> torch.Tensor | None:
     """The weight (…, C) of its gate, in half precision on a GPU, if its forward names what a gated MLP has, no more."""
     names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
-    if {*names} != _GATED or "forward" in vars(module) or type(module.act_fn) not in (nn.SiLU, SiLUActivation):
+    if {*names} != _GATED or "forward" in vars(module) or type(module.act_fn) not in _SILU:
         return None
     weight: Any = getattr(module.gate_proj, "weight", None)
     return weight if torch.is_tensor(weight) and weight.is_cuda and weight.dtype in HALF else None
 
 
-def _gated(module: nn.Module, act_fn: nn.Module, own: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
-    is_watched = act_fn._forward_hooks or act_fn._forward_pre_hooks
-    if module.act_fn is not act_fn or is_watched:
+def _gated(module: Any, own: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+    act_fn = module.act_fn
+    if type(act_fn) not in _SILU or act_fn._forward_hooks or act_fn._forward_pre_hooks:
         return own(x)
     gate, up = module.gate_proj(x), module.up_proj(x)
     fits = gate.shape == up.shape and gate.dtype == up.dtype and gate.is_contiguous() and up.is_contiguous()

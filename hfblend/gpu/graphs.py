@@ -239,7 +239,8 @@ class PassGraphs:
             return torch.cat([states, last.expand(*(missing if i == dim else -1 for i in range(states.ndim)))], dim)
 
         entered = None if one.resume_with is None else fill(one.resume_with, 1)
-        rows, seen_from = fill(one.rows, 0), fill(one.seen_from, 0)
+        rows = fill(one.rows, 0)
+        seen_from = rows if one.seen_from is one.rows else fill(one.seen_from, 0)
         return replace(one, ids=fill(one.ids, 1), rows=rows, seen_from=seen_from, resume_with=entered)
 
 

@@ -20,24 +20,25 @@ import numpy as np
 import torch
 
 from ..attention.by_position import HALF
-from ..blend.rotation import Realigner
+from ..blend.rotation import KeyRotation, Tables
 from ..kernels.device import HAS_TRITON, has_kernels
-from ..kv.chunk import ChunkKV, Reader
+from ..kv.chunk import ChunkKV, Reader, first_position
 from ..kv.rows import KV, ROOM, RowLayout, packed, rows_behind, sent
 from ..kv.streams import bus_stream, on_stream
 from ..model.hf_model import HFModel
+from ..model.rotary_tables import TableKind
 from ..prompts.separator import Span
 
 if HAS_TRITON:
-    from ..kernels.rows import load_rows, tiles_of
+    from ..kernels.rows import load_rows, pieces_of
 if TYPE_CHECKING:
-    from ..blend.reuse import Reuse
+    from ..blend.reuse import ReusedKV
 
 
-def loaders_of(hf_model: HFModel, reuse: Reuse, realigner: Realigner, length: int) -> dict[int, GPULoader]:
+def loaders_of(hf_model: HFModel, reused: ReusedKV) -> dict[int, GPULoader]:
     """Layer -> what gathers its rows, one loader for each GPU that has layers; layers that no kernel may load are left
-    out. Arguments as in `GPULoader`."""
-    if not torch.cuda.is_available() or not (reuse.exact or reuse.moved):
+    out."""
+    if not torch.cuda.is_available() or not reused.reuse.pieces:
         return {}
     if hf_model.ranks.are_several or hf_model.dtype not in (torch.float32, *HALF):
         return {}
@@ -50,7 +51,7 @@ def loaders_of(hf_model: HFModel, reuse: Reuse, realigner: Realigner, length: in
     found: dict[int, GPULoader] = {}
     for device, layers in layers_on.items():
         if has_kernels(device):
-            found |= dict.fromkeys(layers, GPULoader(hf_model, reuse, realigner, length, device, layers))
+            found |= dict.fromkeys(layers, GPULoader(hf_model, reused, device, layers))
     return found
 
 
@@ -58,8 +59,7 @@ class GPULoader:
     """Gathers reused rows of the layers on one GPU: a kernel for a layer, or for many, that reads them where they lie.
 
     Args:
-        hf_model, reuse, length: as in `ReusedKV`.
-        realigner: holds the rotations of the pieces that moved.
+        reused: the KV that it gathers.
         device: the GPU.
         layers: that are there, rising.
 
@@ -68,35 +68,37 @@ class GPULoader:
         is_near: whether all rows lie in this GPU's memory.
     """
 
-    def __init__(
-        self,
-        hf_model: HFModel,
-        reuse: Reuse,
-        realigner: Realigner,
-        length: int,
-        device: torch.device,
-        layers: Sequence[int],
-    ) -> None:
-        self.hf_model, self.realigner, self.device = hf_model, realigner, device
+    def __init__(self, hf_model: HFModel, reused: ReusedKV, device: torch.device, layers: Sequence[int]) -> None:
+        self.hf_model, self.device, self._reused = hf_model, device, reused
         self._place_of = {layer: i for i, layer in enumerate(layers)}
+        reuse = reused.reuse
         pieces = [*reuse.exact, *reuse.moved]
         near = [p.entry.addresses_in(device, layers) if isinstance(p.entry, ChunkKV) else None for p in pieces]
         far = [(p.span, p.entry) for p, addresses in zip(pieces, near) if addresses is None]
-        self.buffers, rows = self._allocate(length + ROOM, bus_stream(self.device) if far else None)
+        self.buffers, rows = self._allocate(reused.length + ROOM, bus_stream(self.device) if far else None)
         self.is_near, self._bus = not far, OverTheBus(far, rows, self.device)
 
         targets = np.array([own.data_ptr() for own in rows.values()])
-        row_bytes = np.array([own.stride(0) * own.element_size() for own in rows.values()])
+        row_bytes = np.array([hf_model.layouts[layer].width for layer in layers]) * hf_model.dtype.itemsize
         starts, sizes = [p.span[0] for p in pieces], [p.span[1] - p.span[0] for p in pieces]
         sources = [  # (pieces, L); what is copied there lies in its place
             targets + start * row_bytes if there is None else there for start, there in zip(starts, near)
         ]
-        turns = [-1] * len(reuse.exact) + [0, *accumulate(sizes[len(reuse.exact) :])][:-1]
-        tiles = tiles_of(list(zip(sizes, starts, turns)))
-        numbers = [targets, np.stack(sources, 1).ravel(), tiles.numpy().ravel()]
+        cached = [self._first_position(p.entry) for p in reuse.moved]
+        turns = [at for at in cached if at is not None]
+        self._cached_up_to = max((at + len(p.entry) for at, p in zip(turns, reuse.moved)), default=0)
+        self._turns_by_position = (
+            len(turns) == len(cached) and device == hf_model.device and not hf_model.length_dependent
+        )
+        if not self._turns_by_position:  # by the realigner's tables of the moved tokens
+            turns = [0, *accumulate(sizes[len(reuse.exact) :])][:-1]
+        turns = [-1] * len(reuse.exact) + turns
+        table, self._num_tiles = pieces_of(list(zip(sizes, starts, turns)))
+        numbers = [targets, np.stack(sources, 1).ravel(), np.array(table)]
         on_device = sent(torch.from_numpy(np.concatenate(numbers)), device).split(list(map(len, numbers)))
         self._targets, self._sources = on_device[0], on_device[1].view(-1, len(pieces))
-        self._tiles = on_device[2].view(-1, 5)
+        self._pieces = on_device[2].view(-1, 4)
+        self._tables_of_kind: dict[TableKind, Tables] = {}
 
     def has(self, layer_idx: int) -> bool:
         """Whether the layer's buffers are still here; they are given away once."""
@@ -106,7 +108,7 @@ class GPULoader:
         """Layer -> buffers, every reused row in place. Layers of one kind, next to each other, take one kernel."""
         for i in layers:
             self._bus.arrive(i)
-        runs = _runs(layers, lambda i: (self.hf_model.layouts[i], self.realigner.rotations[i]))
+        runs = _runs(layers, lambda i: (self.hf_model.layouts[i], self.hf_model.rotations[i]))
         if torch.cuda.current_device() == self.device.index:
             self._gather_all(runs)
         else:  # Triton asks for the current device
@@ -126,19 +128,37 @@ class GPULoader:
 
     def _gather(self, layers: Sequence[int]) -> None:
         """One kernel for layers of one kind, next to each other."""
-        first, rotation = layers[0], self.realigner.rotations[layers[0]]
+        first, rotation = layers[0], self.hf_model.rotations[layers[0]]
         run = slice(self._place_of[first], self._place_of[layers[-1]] + 1)
-        tables = self.realigner.tables(first, self.device)
+        tables = self._tables(first, rotation)
         load_rows(
             self._targets[run],
             self._sources[run],
-            self._tiles,
+            self._pieces,
+            self._num_tiles,
             self.hf_model.layouts[first],
             self.hf_model.dtype,
             tables,
             rotates=-1 if rotation is None or tables is None else rotation.slot,
             half=rotation is None or rotation.pairing == "half",
+            between=self._turns_by_position,
         )
+
+    def _tables(self, layer_idx: int, rotation: KeyRotation | None) -> Tables | None:
+        """The rotary tables of a layer: those of positions, or else of the tokens that moved; `None` if none turn."""
+        if not self._turns_by_position:
+            return self._reused.realigner.tables(layer_idx, self.device)
+        if rotation is None or not self._reused.reuse.moved:
+            return None
+        kind = rotation.source, rotation.layout, rotation.sign
+        if kind not in self._tables_of_kind:
+            length = max(self._reused.length, self._cached_up_to)
+            self._tables_of_kind[kind] = self.hf_model.unit_tables(kind, length)
+        return self._tables_of_kind[kind]
+
+    @staticmethod
+    def _first_position(entry: Reader) -> int | None:
+        return entry.first_position if isinstance(entry, ChunkKV) else first_position(entry.cached_positions)
 
     def _allocate(self, length: int, stream: torch.cuda.Stream | None) -> tuple[dict[int, KV], dict[int, torch.Tensor]]:
         """Layer -> K/V (1, Hkv, length, D), and layer -> their rows (length, W); layers that are alike share one piece.

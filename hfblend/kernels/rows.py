@@ -6,7 +6,8 @@ layers.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -57,46 +58,47 @@ def write_rows(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, sta
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def _load_rows_kernel(
-    TARGETS: tl.tensor, SOURCES: tl.tensor, TILES: tl.tensor, COS: tl.tensor, SIN: tl.tensor, pieces: tl.tensor,
+    TARGETS: tl.tensor, SOURCES: tl.tensor, PIECES: tl.tensor, COS: tl.tensor, SIN: tl.tensor, pieces: tl.tensor,
     width: tl.tensor, pairs: tl.tensor, dtype: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     VALUE_HEADS: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr, ROTATES: tl.constexpr,
-    HALF: tl.constexpr, ALIGNED: tl.constexpr,
+    HALF: tl.constexpr, BETWEEN: tl.constexpr, ALIGNED: tl.constexpr, P_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: up to TOKENS tokens of one piece, the keys or the values of one layer."""
-    tile, slot, layer = TILES + tl.program_id(0) * 5, tl.program_id(1), tl.program_id(2)
-    piece, from_row, to_row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    count, turn = tl.load(tile + 3), tl.load(tile + 4).to(tl.int32)
-    token = tl.arange(0, TOKENS)
-    live = (token < count)[:, None]
-    source = tl.load(SOURCES + layer * pieces + piece).to(tl.pointer_type(dtype))
-    target = tl.load(TARGETS + layer).to(tl.pointer_type(dtype))
-    source += (from_row + token).to(tl.int64)[:, None] * width
-    target += (to_row + token).to(tl.int64)[:, None] * width
+    tile, slot, layer, nth = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.arange(0, P_BLOCK)
+    piece = tl.sum((tl.load(PIECES + nth * 4, mask=nth < pieces, other=1 << 40) <= tile).to(tl.int32), 0) - 1
+    first_tile, size = tl.load(PIECES + piece * 4).to(tl.int32), tl.load(PIECES + piece * 4 + 1).to(tl.int32)
+    to_row, turn = tl.load(PIECES + piece * 4 + 2).to(tl.int32), tl.load(PIECES + piece * 4 + 3).to(tl.int32)
+    token = (tile - first_tile) * TOKENS + tl.arange(0, TOKENS)
+    live = (token < size)[:, None]
+    source = tl.load(SOURCES + layer * pieces + piece).to(tl.pointer_type(dtype)) + token.to(tl.int64)[:, None] * width
+    target = tl.load(TARGETS + layer).to(tl.pointer_type(dtype)) + (to_row + token).to(tl.int64)[:, None] * width
     if slot == 0:
         turns = ROTATES == 0 and turn >= 0
         _move_heads(
-            source, target, COS, SIN, turn + token, live, turns, pairs, HEADS, D, PAIRS, HALF, ROTATES == 0, ALIGNED,
+            source, target, COS, SIN, turn + token, to_row + token, live, turns, pairs, HEADS, D, PAIRS, HALF, BETWEEN,
+            ROTATES == 0, ALIGNED,
         )  # fmt: skip
     else:
         turns = ROTATES == 1 and turn >= 0
         source += HEADS * D
         target += HEADS * D
         _move_heads(
-            source, target, COS, SIN, turn + token, live, turns, pairs, VALUE_HEADS, DV, PAIRS, HALF, ROTATES == 1,
-            ALIGNED,
+            source, target, COS, SIN, turn + token, to_row + token, live, turns, pairs, VALUE_HEADS, DV, PAIRS, HALF,
+            BETWEEN, ROTATES == 1, ALIGNED,
         )  # fmt: skip
 
 
 @triton.jit
 def _move_heads(
-    source: tl.tensor, target: tl.tensor, COS: tl.tensor, SIN: tl.tensor, row: tl.tensor, live: tl.tensor,
-    turns: tl.tensor, pairs: tl.tensor, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
-    MAY_TURN: tl.constexpr, ALIGNED: tl.constexpr,
+    source: tl.tensor, target: tl.tensor, COS: tl.tensor, SIN: tl.tensor, row: tl.tensor, to_row: tl.tensor,
+    live: tl.tensor, turns: tl.tensor, pairs: tl.tensor, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
+    HALF: tl.constexpr, BETWEEN: tl.constexpr, MAY_TURN: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """All heads of some tokens; the rotary tables are read once for all of them.
 
+    BETWEEN: the tables' rows are positions, and tokens turn from `row` to `to_row`; else they turn by `row`.
     ALIGNED: heads start at multiples of 16 bytes, which an address read from memory does not tell the compiler.
     """
     d = tl.arange(0, triton.next_power_of_2(D))[None, :]
@@ -109,6 +111,10 @@ def _move_heads(
             one, other = (pair, pair + pairs) if HALF else (2 * pair, 2 * pair + 1)
             cos = tl.load(COS + row[:, None] * pairs + pair, mask=mask)
             sin = tl.load(SIN + row[:, None] * pairs + pair, mask=mask)
+            if BETWEEN:
+                to_cos = tl.load(COS + to_row[:, None] * pairs + pair, mask=mask)
+                to_sin = tl.load(SIN + to_row[:, None] * pairs + pair, mask=mask)
+                cos, sin = to_cos * cos + to_sin * sin, to_sin * cos - to_cos * sin
             for head in range(HEADS):
                 from_one, from_other = source + head * D + one, source + head * D + other
                 to_one, to_other = target + head * D + one, target + head * D + other
@@ -128,49 +134,53 @@ def _move_heads(
             tl.store(to_all, tl.load(from_all, mask=mask), mask=mask)
 
 
-def tiles_of(pieces: list[tuple[int, int, int]]) -> torch.Tensor:
-    """The tiles of `load_rows`, (tiles, 5) int64: piece, its row, the buffer's row, tokens, row of the tables.
+def pieces_of(pieces: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """The pieces of `load_rows` as numbers, four each (its first tile, tokens, row in the buffer, turn), and the number
+    of all their tiles.
 
     Args:
-        pieces: of each, in the order of the sources: tokens, first row in the buffer, and first row in the rotary
-            tables or −1 for a piece that is copied unchanged.
+        pieces: of each, in the order of the sources: tokens, first row in the buffer, and what it turns by.
     """
-    tokens, to_row, turn = np.array(pieces).T  # PyTorch begins threads to repeat a few numbers, and waits for them
-    counts = -(-tokens // _TOKENS)
-    piece = np.repeat(np.arange(len(pieces)), counts)
-    start = (np.arange(len(piece)) - (counts.cumsum() - counts)[piece]) * _TOKENS
-    tokens, to_row, turn = tokens[piece], to_row[piece], turn[piece]
-    last = np.where(turn < 0, -1, turn + start)
-    return torch.from_numpy(np.stack([piece, start, to_row + start, (tokens - start).clip(max=_TOKENS), last], 1))
+    numbers, tiles = list[int](), 0
+    for tokens, to_row, turn in pieces:
+        numbers += (tiles, tokens, to_row, turn)
+        tiles += -(-tokens // _TOKENS)
+    return numbers, tiles
 
 
 def load_rows(
     targets: torch.Tensor,
     sources: torch.Tensor,
-    tiles: torch.Tensor,
+    pieces: torch.Tensor,
+    tiles: int,
     layout: RowLayout,
     dtype: torch.dtype,
     tables: tuple[torch.Tensor, torch.Tensor] | None,
     rotates: int = -1,
     half: bool = True,
+    between: bool = False,
 ) -> None:
     """Copies stored rows into the buffers of some layers and turns the rotated slot on the way, in fp32, rounded once.
 
     Args:
         targets: (n,) int64, address of each layer's buffer (T + room, W).
-        sources: (n, pieces) int64, address of each piece's first row: elsewhere, or its own place in the buffer.
-        tiles: from `tiles_of`, on the GPU.
+        sources: (n, P) int64, address of each piece's first row: elsewhere, or its own place in the buffer.
+        pieces: (P, 4) int64 on the GPU, and `tiles`: from `pieces_of`.
         dtype: of the rows.
-        tables: cos and sin (N, R) in fp32, as for `rotation.rotate`.
+        tables: cos and sin in fp32. (N, R), as for `rotation.rotate`: a piece turns by the row of its turn, the next
+            ones; −1 does not turn.
         rotates: 0 if keys turn, 1 if values do, −1 if nothing.
         half: dimension i turns with i + R, else 2i with 2i + 1.
+        between: the tables (positions, R) are those of positions, without scaling: a turn is the position of the
+            piece's first token when it was cached, and its row in the buffer the new one.
     """
-    cos, sin = (tiles, tiles) if tables is None else tables
+    cos, sin = (pieces, pieces) if tables is None else tables
     triton_type = getattr(tl, str(dtype).removeprefix("torch."))
-    pairs = 8 if tables is None else cos.shape[1]
-    _load_rows_kernel[(len(tiles), 2, len(targets))](
-        targets, sources, tiles, cos, sin, sources.shape[1], layout.width, pairs, triton_type,
+    pairs, count = 8 if tables is None else cos.shape[1], sources.shape[1]
+    p_block = max(64, triton.next_power_of_2(count))  # few kernels for prompts of many forms
+    _load_rows_kernel[(tiles, 2, len(targets))](
+        targets, sources, pieces, cos, sin, count, layout.width, pairs, triton_type,
         HEADS=layout.key_heads, D=layout.key_dim, VALUE_HEADS=layout.value_heads, DV=layout.value_dim,
-        PAIRS=triton.next_power_of_2(pairs), TOKENS=_TOKENS, ROTATES=rotates, HALF=half,
-        ALIGNED=layout.key_dim % 8 == layout.value_dim % 8 == pairs % 8 == 0,
+        PAIRS=triton.next_power_of_2(pairs), TOKENS=_TOKENS, ROTATES=rotates, HALF=half, BETWEEN=between,
+        ALIGNED=layout.key_dim % 8 == layout.value_dim % 8 == pairs % 8 == 0, P_BLOCK=p_block,
     )  # fmt: skip

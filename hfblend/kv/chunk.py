@@ -77,6 +77,11 @@ class ChunkKV:
         return len(self.cache.layers)
 
     @cached_property
+    def first_position(self) -> int | None:
+        """As the function of that name."""
+        return first_position(self.cached_positions)
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.layer(0)[0].dtype
 
@@ -141,6 +146,12 @@ class ChunkKV:
             return self
         cache = full_length_cache(packed(self.layer(i), device) for i in range(self.num_layers))
         return replace(self, cache=cache)
+
+
+def first_position(positions: torch.Tensor) -> int | None:
+    """The first of positions (n,) on the CPU, if the others follow it one by one; else `None`."""
+    found = positions.numpy()
+    return int(found[0]) if (np.diff(found) == 1).all() else None
 
 
 class ChunkLost(Exception):

@@ -18,13 +18,13 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from ..blend.caches import RecordingCache
-from ..blend.rotation import KeyRotation, Tables
+from ..blend.rotation import KeyRotation, Tables, pair_tables
 from ..kernels.device import has_kernels
 from ..kv.origin import Origin, digest_of
-from ..kv.rows import KV, RowLayout, sent
+from ..kv.rows import KV, RowLayout
 from ..locks import lock_of
 from .compiled import run_as_written
-from .rotary_tables import KeptTables, find_rotary_sources, state_of
+from .rotary_tables import KeptTables, TableKind, find_rotary_sources, state_of
 from .tensor_parallel import Ranks
 from .weights.fingerprint import Fingerprint
 from .weights.offloading import device_of
@@ -289,21 +289,27 @@ class HFModel:
 
     def rotary_tables_of_pieces(self, source: int, pieces: list[tuple[torch.Tensor, int]]) -> Tables:
         """`rotary_tables` of several (positions, regime), one after the other."""
-        if not self.length_dependent:
-            positions = torch.cat([positions for positions, _ in pieces])
-            kept = self._kept_tables.of(source, int(positions.max()) + 1, self.fingerprint.generation)
-            if kept is not None:
-                rows = sent(positions, kept[0].device)
-                return kept[0][rows], kept[1][rows]
         by_regime = groupby(pieces, operator.itemgetter(1) if self.length_dependent else lambda piece: 0)
         joined = [(torch.cat([positions for positions, _ in run]), regime) for regime, run in by_regime]
         cos, sin = zip(*(self.rotary_tables(source, *one) for one in joined))
         return torch.cat(cos), torch.cat(sin)
 
+    def unit_tables(self, kind: TableKind, length: int) -> Tables:
+        """cos and sin (at least `length`, R) of positions 0, 1, …, without scaling, on the model's device."""
+        kept = None if self.length_dependent else self._unit_tables.of(kind, length, self.fingerprint.generation)
+        return kept or self._unit_tables_at(kind, torch.arange(length), self.regime(length))
+
     @functools.cached_property
-    def _kept_tables(self) -> KeptTables:
+    def _unit_tables(self) -> KeptTables:
         trained = getattr(self.config, "max_position_embeddings", None) or 0
-        return KeptTables(lambda source, positions: self.rotary_tables(source, positions, 0), trained)
+        return KeptTables(lambda kind, positions: self._unit_tables_at(kind, positions, 0), trained)
+
+    def _unit_tables_at(self, kind: TableKind, positions: torch.Tensor, regime: int) -> Tables:
+        source, layout, sign = kind
+        tables = pair_tables(self.rotary_tables(source, positions, regime), layout)
+        cos, sin = (table.to(self.device) for table in tables)
+        scaling = torch.hypot(cos, sin)  # which keys keep when they are turned to position 0
+        return (cos / scaling).contiguous(), (sign * sin / scaling).contiguous()
 
     @functools.cached_property
     def length_dependent(self) -> bool:

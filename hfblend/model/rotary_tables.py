@@ -15,6 +15,7 @@ from torch import nn
 from ..kv.rows import sent
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
+TableKind = tuple[int, Any, int]  # source; layout and sign of a `KeyRotation`
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,15 @@ class KeptTables:
     A rotary module takes Python half a millisecond, which the first token of each prompt would wait for.
 
     Args:
-        make: returns the tables of a name at positions (N,).
+        make: returns the tables of a kind at positions (N,).
         limit: more positions are not kept.
     """
 
-    def __init__(self, make: Callable[[Any, torch.Tensor], Tables], limit: int) -> None:
+    def __init__(self, make: Callable[[TableKind, torch.Tensor], Tables], limit: int) -> None:
         self._make, self._limit, self._generation = make, limit, -1
         self._tables: dict[Any, Tables] = {}
 
-    def of(self, name: Any, length: int, generation: int) -> Tables | None:
+    def of(self, kind: TableKind, length: int, generation: int) -> Tables | None:
         """The tables of `length` positions or more, on the current stream; `None` beyond the limit.
 
         Args:
@@ -111,11 +112,11 @@ class KeptTables:
             return None
         if generation != self._generation:
             self._tables, self._generation = {}, generation
-        key = name, torch.backends.cuda.matmul.fp32_precision  # they are made by a product
+        key = kind, torch.backends.cuda.matmul.fp32_precision  # they are made by a product
         if key not in self._tables or len(self._tables[key][0]) < length:
             positions = torch.arange(min(1 << (length - 1).bit_length(), self._limit))
             with torch.inference_mode(False), torch.no_grad():  # they outlive the mode of this call
-                self._tables[key] = self._make(name, positions)
+                self._tables[key] = self._make(kind, positions)
             if self._tables[key][0].is_cuda:  # other streams may be next to read them
                 torch.cuda.current_stream(self._tables[key][0].device).synchronize()
         for table in self._tables[key]:
