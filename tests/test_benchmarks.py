@@ -16,14 +16,15 @@ from typer.testing import CliRunner
 import hfblend
 from hfblend.cli import app
 from hfblend.lab import report
-from hfblend.lab.baselines import METHODS
-from hfblend.lab.bench import pair, run, runner, ttft
+from hfblend.lab.baselines import METHODS, Case
+from hfblend.lab.bench import answers, pair, run, runner, start_up, throughput, ttft
 from hfblend.lab.bench.flops import Shape, causal_keys, flops, full_prefill_flops, kv_bytes, least_bytes
 from hfblend.lab.bench.pair import Arrivals, Pair, empty_stores
+from hfblend.lab.bench.runner import paired
 from hfblend.lab.clock import Peaks, Turn, if_memory_lasts
 from hfblend.lab.plots import plot_ttft
 from hfblend.lab.report import markdown
-from hfblend.lab.settings import GPU_LENGTHS, BenchSettings, Case
+from hfblend.lab.settings import GPU_LENGTHS, BenchSettings
 from hfblend.lab.synthetic import SHAPES, Layout, PromptMaker, random_model, twin_of
 
 PEAKS = Peaks(flops_per_s=1e12, bytes_per_s=1e11, load_bytes_per_s=1e10)
@@ -149,7 +150,7 @@ def test_the_twin_shares_every_weight_and_is_never_patched():
     twin = twin_of(model)
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters()))
     assert twin.config is not model.config
-    with Pair(model) as both:
+    with paired(model) as both:
         assert "generate" in vars(both.model)
         assert "generate" not in vars(both.stock)
         assert "forward" not in vars(both.stock.model)
@@ -160,7 +161,7 @@ def test_a_call_that_is_not_blended_is_no_measurement():
     case = Case(METHODS["full_reuse"], 0.0, "ram")
     prompt = hfblend.Prompt.from_ids([1, 2], [], [3, 4])
     refused = pytest.raises(RuntimeError, match="full_reuse was not blended")
-    with Pair(make_llama()) as both, empty_stores(("ram",)) as stores, refused:
+    with paired(make_llama()) as both, empty_stores(("ram",)) as stores, refused:
         both.run(case, prompt, stores)
 
 
@@ -180,6 +181,43 @@ def test_prompts_of_a_stream_share_a_pool_in_orders_of_their_own():
     assert all({tuple(ids) for ids in prompt.chunk_ids} < chunks for prompt in prompts)
     assert len({tuple(prompt.prefix_ids) for prompt in (*pool, *prompts)}) == 1
     assert len({tuple(prompt.suffix_ids) for prompt in prompts}) == 4
+
+
+def test_another_attention_has_run_before_anything_is_measured(monkeypatch):
+    """Some say only then that this device cannot do it."""
+    model = make_llama()
+    with paired(model, attention="eager") as both:
+        stocks = [both._stocks[name].config._attn_implementation for name in (None, "eager")]
+    assert stocks == ["sdpa", "eager"]
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no such GPU")
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.eager_attention_forward", refuse)
+    refused = pytest.raises(ValueError, match="Attention 'eager' cannot be measured here: no such GPU")
+    with refused, paired(model, attention="eager"):
+        pass
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no compiler found\nin 7 places"), torch.OutOfMemoryError("full")])
+def test_where_a_static_cache_fails_the_row_says_why_and_the_rest_goes_on(monkeypatch, error):
+    own = Pair.run
+
+    def fail_if_static(self, *args, **options):
+        if options:
+            self.stock._compiled_call = print
+            raise error
+        return own(self, *args, **options)
+
+    monkeypatch.setattr(Pair, "run", fail_if_static)
+    prompt = PromptMaker(500, LAYOUT).prompt(200)
+    with paired(random_model("tiny", "cpu")) as both, empty_stores(("ram",)) as stores:
+        row = answers.decoding(both, prompt, stores, 3, 1, lambda what: None, static=True)
+        assert not hasattr(both.stock, "_compiled_call")
+    assert row["static_failed"] in ("RuntimeError: no compiler found", "OutOfMemoryError: full")
+    assert row["answer_speed_up_over_stock"] == pytest.approx(row["stock_answer_ms"] / row["blended_answer_ms"])
+    assert not [name for name in row if name.startswith("static") and name != "static_failed"]
 
 
 # --- turns and rows -------------------------------------------------------------------------------------------------
@@ -211,6 +249,11 @@ def test_a_method_without_the_chunks_is_not_timed():
         BenchSettings(methods=("full_reuse", "no_context"))
 
 
+def test_another_attention_is_one_more_full_prefill():
+    cases = BenchSettings(ratios=(0.1,), methods=("chunk_start",), attention="eager").cases()
+    assert [str(case) for case in cases] == ["full_prefill 1", "full_prefill eager 1", "chunk_start 0.1 from gpu"]
+
+
 def turn(ms, gib=None, reused=None):
     trace = None if reused is None else hfblend.BlendTrace(bytes_reused=reused, num_tokens=10, num_layers=4)
     return Turn(ms, gib, trace)
@@ -240,7 +283,7 @@ def test_methods_are_counted_where_they_are_hfblends_own(name):
     model = random_model("tiny", "cpu")
     shape, prompt = Shape.of(model), PromptMaker(500, LAYOUT).prompt(400)
     settings = BenchSettings(ratios=(0.1,), methods=(name,), chunks_in=("ram",))
-    with Pair(model) as both, empty_stores(("ram",)) as stores:
+    with paired(model) as both, empty_stores(("ram",)) as stores:
         turns = runner.ttft_turns(both, prompt, stores, settings.cases(), 1, lambda what: None)
     full, row = ttft.rows_of(turns, prompt, shape, 4, PEAKS, [])
     assert full["speed_up_limit"] == 1.0
@@ -309,7 +352,9 @@ SETTINGS = BenchSettings(
     ratios=(0, 0.1),
     repeats=2,
     layout=LAYOUT,
+    attention="eager",
     decoded_tokens=3,
+    static_cache=True,
     throughput_prompts=2,
     batch_prompts=2,
 )
@@ -334,7 +379,9 @@ def test_results_say_what_they_are_of(results):
     assert [(row["tokens"], row["method"]) for row in results["rows"]] == [
         (tokens, method)
         for tokens in (316, 616)
-        for method in ("full_prefill", "prefix_reuse", "full_reuse", "suffix_attention", "kv_deviation")
+        for method in (
+            *("full_prefill", "full_prefill eager", "prefix_reuse", "full_reuse", "suffix_attention", "kv_deviation"),
+        )
     ]
 
 
@@ -344,19 +391,29 @@ def test_figures_of_the_results(results):
         assert low <= row["speed_up"] <= high
         assert row["share_of_limit"] == pytest.approx(row["speed_up"] / row["speed_up_limit"])
         assert row["chunks_in"] == (None if row["ratio"] == 1 else "ram")
-    blended = results["rows"][3]
+    blended = results["rows"][4]
     assert {"look_up", "select", "recompute"} <= set(blended["phase_ms"])
     assert blended["bytes_reused"] == kv_bytes(308, shape=Shape(**results["shape"]), element_bytes=4)
     for found in results["decoding"]:
-        low, high = found["blended_over_stock_range"]
-        assert low <= found["blended_over_stock"] <= high
+        for name in ("blended_over", "answer_speed_up_over"):
+            for other in ("stock", "static"):
+                low, high = found[f"{name}_{other}_range"]
+                assert low <= found[f"{name}_{other}"] <= high
         assert found["decoded_tokens"] == 3
+        assert found["static_cache"] == "not compiled"  # on a CPU
+        assert found["static_first_answer_ms"] > 0
     assert [found["chunks_in_pool"] for found in results["throughput"]] == [6, 12]
     assert all(found["blended_prompts_per_s"] > 0 for found in results["throughput"])
     for found in results["batching"]:
         assert found["prompts"] == 2
         assert min(value for name, value in found.items() if name.endswith("_ms")) > 0
         assert found["single_over_batch_range"][0] <= found["single_over_batch"] <= found["single_over_batch_range"][1]
+        assert found["speed_up_range"][0] <= found["speed_up"] <= found["speed_up_range"][1]
+    (started,) = results["start_up"]
+    assert started["tokens"] == 316
+    early = sum(started[f"{name}_ms"] for name in ("patch", "first_call", "second_call", "third_call"))
+    later = started["new_chunks_call_ms"] + 2 * started["warm_call_ms"]
+    assert started["start_up_ms"] == pytest.approx(early - later)
 
 
 def test_markdown_names_the_machine_and_leaves_empty_columns_out(results):
@@ -365,8 +422,24 @@ def test_markdown_names_the_machine_and_leaves_empty_columns_out(results):
     assert "| tokens | method | ratio |" in text
     assert not {"peak, GiB", "÷ first place"} & set(text.split(" | "))
     assert text.count("| 616 | kv_deviation | 0.1 |") == 1
+    assert "Start-up, 4 tokens after 316 by hfblend" in text
     assert "Decoding 3 tokens after 616: stock" in text
+    assert "Answers of 3 tokens after 616: stock" in text
+    assert text.count("The same by stock with a static cache, not compiled") == 2
+    assert "batch over batch" in text
     assert "Throughput, 2 prompts of 616 tokens, 6 chunks each of a pool of 12" in text
+
+
+def test_results_of_an_earlier_version_are_shown(results):
+    """It measured neither start-up nor whole answers."""
+    known = ("tokens", "decoded_tokens", "method", "ratio", "stock_tokens_per_s", "blended_tokens_per_s")
+    known += ("blended_over_stock", "blended_over_stock_range")
+    decoding = [{name: row[name] for name in known} for row in results["decoding"]]
+    earlier = {name: part for name, part in results.items() if name != "start_up"} | {"decoding": decoding}
+    text = markdown(earlier)
+    assert text.count("Decoding 3 tokens") == 2
+    assert not [line for line in text.splitlines() if line.startswith(("Start-up", "Answers", "The same"))]
+    assert len(plot_ttft(earlier).axes) == 2
 
 
 @pytest.mark.parametrize("lengths", [(316,), (316, 616)])
@@ -377,6 +450,7 @@ def test_picture(tmp_path, results, lengths, places):
         rows += [{**row, "chunks_in": "gpu"} for row in rows if row["chunks_in"]]
     figure = plot_ttft({**results, "rows": rows})
     assert figure.dpi == 150
+    assert len(figure.axes[2].patches) == 6  # three ways to answer, at two lengths
     figure.savefig(tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
@@ -396,6 +470,7 @@ def test_the_command_writes_its_files(tmp_path):
     written = json.loads(files["json"].read_text())
     assert [row["method"] for row in written["rows"]] == ["full_prefill", "full_reuse", "chunk_start"]
     assert written["decoding"] == written["throughput"] == written["batching"] == []
+    assert len(written["start_up"]) == 1
     assert files["md"].read_text() == markdown(written)
     assert files["png"].read_bytes().startswith(b"\x89PNG")
     assert "tiny shape, random weights, float32, sdpa" in outcome.output
@@ -444,6 +519,9 @@ def test_the_command_takes_a_correction(tmp_path):
         ),
         (("--shape", "tiny", "--json", "/missing/out.json"), "does not exist"),
         (("--shape", "tiny", "--dtype", "int8"), "got 'int8'"),
+        (("--shape", "tiny", "--decode", "1"), "decoded_tokens must be 0, or 2 or more"),
+        (("--shape", "tiny", "--device", "cpu", "--attention", "magic"), "Attention 'magic' cannot be measured here"),
+        (("--shape", "tiny", "--device", "cpu", "--attention", "sdpa"), "runs with 'sdpa'"),
     ],
 )
 def test_bad_input_is_said_without_a_stack_trace(arguments, message):
@@ -469,5 +547,5 @@ def test_settings_refuse_what_is_out_of_bounds():
 
 
 def test_the_runner_needs_neither_typer_nor_rich():
-    for module in (runner, ttft, pair, report):
+    for module in (answers, pair, report, runner, start_up, throughput, ttft):
         assert not {"typer", "rich", "Console"} & set(vars(module))

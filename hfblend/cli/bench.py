@@ -47,10 +47,18 @@ def bench(
             autocompletion=values(PLACES),
         ),
     ] = "",
-    decode: Annotated[int, Option(help="Tokens to decode, for their speed; 0 measures none.", min=0)] = 64,
+    attention: Annotated[
+        str | None, Option(help="One more full prefill, with this attention of Transformers, say flash_attention_4.")
+    ] = None,
+    decode: Annotated[
+        int, Option(help="Tokens of whole answers, for their time and the speed of decoding; 0 measures none.", min=0)
+    ] = 64,
+    static: Annotated[
+        bool, Option("--static", help="Measure stock's answers with a static, compiled cache, too.")
+    ] = False,
     throughput: Annotated[int, Option(help="Prompts of a stream that shares chunks; 0 measures none.", min=0)] = 0,
     batch: Annotated[
-        int, Option(help="Prompts in one batch, against the same one by one; 0 measures none.", min=0)
+        int, Option(help="Prompts in one batch, against a batch of full prefill; 0 measures none.", min=0)
     ] = 0,
     seed: Annotated[int, Option(help="Of the prompts.")] = 0,
     device: Device = None,
@@ -79,7 +87,9 @@ def bench(
         repeats=repeats,
         layout=Layout(prefix, chunk, suffix),
         chunks_in=tuple(names(chunks_in)),
+        attention=attention,
         decoded_tokens=decode,
+        static_cache=static,
         throughput_prompts=throughput,
         batch_prompts=batch,
         seed=seed,

@@ -44,6 +44,8 @@ from .rivals import (
 )
 from .texts import Around, ChunkAfter, Ids, after_another_request, after_dummies, after_neighbours
 
+STORE_BYTES = 2**50  # no chunk ever leaves a measurement's store
+
 # --- what the references do otherwise -------------------------------------------------------------------------------
 
 
@@ -239,6 +241,34 @@ class Method:
             )
             if store.open(key) is None:
                 store.put(key, replace(prefill(hf_model, chunk.ids, after(chunk), None), provenance="in_context"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A line of a table: a method at a ratio, with its chunk KV in a place of `hfblend.lab.settings.PLACES`
+    (`None`: in no particular).
+
+    Attributes:
+        attention: of a stock model, if not the measured model's own.
+    """
+
+    method: Method
+    ratio: float
+    chunks_in: str | None = None
+    attention: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The method's name, and an attention that is not the model's own."""
+        return self.method.name if self.attention is None else f"{self.method.name} {self.attention}"
+
+    @property
+    def through_generate(self) -> bool:
+        """Whether `generate` of a patched model can do it; other methods go through `hfblend.blend`."""
+        return self.method.algorithm is Blend and self.method.chunk_after is None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.ratio:g}" + (f" from {self.chunks_in}" if self.chunks_in else "")
 
 
 def _rule(selection: Any, times: Sequence[float] = (1.0,), **settings: Any) -> Callable[[float], BlendConfig]:

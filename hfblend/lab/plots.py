@@ -96,6 +96,8 @@ def _draw_quality(axes: Any, method: str, rows: Sequence[Row], name: str, i: int
 def plot_ttft(results: Mapping[str, Any]) -> Figure:
     """Time to first token, and speed-up with its limit: against tokens, or bars where there is one length.
 
+    With decoding measured, a third picture: the time of whole answers.
+
     Args:
         results: of `hfblend bench --json`, or of `hfblend.lab.bench.run`.
     """
@@ -108,11 +110,15 @@ def plot_ttft(results: Mapping[str, Any]) -> Figure:
     looks = _looks(list(by_case))
     lines = [(looks[case], sorted(rows, key=lambda row: row["tokens"])) for case, rows in by_case.items()]
     lengths = sorted({row["tokens"] for row in results["rows"]})
-    figure, axes = new_figure(12, 5.4, 2, dpi=150, sharey=len(lengths) == 1)
+    answers = [row for row in results.get("decoding", ()) if "stock_answer_ms" in row]
+    figure, axes = new_figure(17 if answers else 12, 5.4, 3 if answers else 2, dpi=150)
     draw = _draw_bars if len(lengths) == 1 else _draw_lines
     draw(axes[0], axes[1], lines, lengths)
+    if answers:
+        _draw_answers(axes[2], answers)
     limit = "strokes" if len(lengths) == 1 else "dashed"
-    for one, note in zip(axes, ("low is better", f"high is better; {limit}: the limit that the FLOPs set")):
+    better = "low is better", f"high is better; {limit}: the limit that the FLOPs set", "low is better"
+    for one, note in zip(axes, better):
         one.set_title(note, loc="left", fontsize=9, color="0.35")
     figure.suptitle(title_of(dict(results)), x=0.01, ha="left", fontsize=10)
     return figure
@@ -126,11 +132,27 @@ def _draw_bars(times: Any, speed_ups: Any, lines: Sequence[Line], lengths: Seque
         speed_ups.barh(name, (row["speed_up"] or 1) - 1, left=1, color=colour)
         if row["speed_up_limit"] is not None:
             speed_ups.plot(row["speed_up_limit"], name, "|", color=colour, markersize=18, markeredgewidth=2)
+    speed_ups.sharey(times)
+    speed_ups.tick_params(labelleft=False)
     times.invert_yaxis()
     times.set_xlabel(f"time to first token, ms, {lengths[0]:,} tokens")
     speed_ups.set_xlabel(f"speed-up over full prefill, {lengths[0]:,} tokens")
     speed_ups.set_xscale("log")
     _plain_numbers(speed_ups.xaxis)
+
+
+def _draw_answers(axes: Any, rows: Sequence[Row]) -> None:
+    """A bar per length and way to answer, the tokens per second at its end."""
+    looks = {"stock": ("full prefill", palette.BLACK), "static": ("static cache", palette.GREY)}
+    for row in rows:
+        blended = {"blended": (f"{row['method']} {row['ratio']:g}", _COLOURS[0])}
+        for name, (label, colour) in (looks | blended).items():
+            if f"{name}_answer_ms" in row:
+                bar = axes.barh(f"{row['tokens']:,}, {label}", row[f"{name}_answer_ms"], color=colour)
+                axes.bar_label(bar, [f" {row[f'{name}_tokens_per_s']:.0f}/s"], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel(f"an answer of {rows[0]['decoded_tokens']} tokens, ms; next to it: tokens per second")
 
 
 def _draw_lines(times: Any, speed_ups: Any, lines: Sequence[Line], lengths: Sequence[int]) -> None:
@@ -168,7 +190,8 @@ def _looks(cases: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], Look]:
     looks = {}
     for method, ratio, place in cases:
         label, i = method, 0
-        colour: Any = _BASELINES.get(method)
+        is_stock = method.startswith("full_prefill ")  # with another attention
+        colour: Any = (palette.BLACK, 0.5) if is_stock else _BASELINES.get(method)
         if colour is None:
             ratios = sorted({other for name, other, _ in cases if name == method})
             label, i = f"{method} {ratio:g}", ratios.index(ratio)

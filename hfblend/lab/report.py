@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import starmap
 from statistics import median
 from string import Formatter
 from typing import Any
@@ -53,12 +54,27 @@ _EVAL_COLUMNS = {
     "computed": "{recomputed_pairs_share:.1%}",
 }
 
-# part of a benchmark -> a line for each of its measurements, and one for a measurement that memory did not last for
+_RANGE = "{{{0}:.2f}} ({{{0}_range[0]:.2f}} … {{{0}_range[1]:.2f}})"
+
+# part of a benchmark -> the lines of each of its measurements; one whose figures were not measured is left out
 _NOTES = {
+    "start_up": (
+        "Start-up, {new_tokens} tokens after {tokens:,} by {method} {ratio:g}: patch() {patch_ms:,.0f} ms, first call "
+        "{first_call_ms:,.0f} ms (later, with new chunks, {new_chunks_call_ms:,.0f} ms), second {second_call_ms:,.0f} "
+        "ms, third {third_call_ms:,.0f} ms, later ones {warm_call_ms:,.0f} ms: in all {start_up_ms:,.0f} ms over later "
+        "calls. Stock's first call {stock_first_call_ms:,.0f} ms.",
+        "Start-up with chunks of {tokens:,} tokens: {failed}.",
+    ),
     "decoding": (
         "Decoding {decoded_tokens} tokens after {tokens:,}: stock {stock_tokens_per_s:.1f} tokens/s, after {method} "
-        "{ratio:g} {blended_tokens_per_s:.1f} tokens/s; ratio {blended_over_stock:.2f} "
-        "({blended_over_stock_range[0]:.2f} … {blended_over_stock_range[1]:.2f}).",
+        "{ratio:g} {blended_tokens_per_s:.1f} tokens/s; ratio " + _RANGE.format("blended_over_stock") + ".",
+        "Answers of {decoded_tokens} tokens after {tokens:,}: stock {stock_answer_ms:,.0f} ms, {method} {ratio:g} "
+        "{blended_answer_ms:,.0f} ms; speed-up " + _RANGE.format("answer_speed_up_over_stock") + ".",
+        "The same by stock with a static cache, {static_cache}: {static_tokens_per_s:.1f} tokens/s, an answer "
+        "{static_answer_ms:,.0f} ms, the first {static_first_answer_ms:,.0f} ms; {method} {ratio:g} over it: "
+        + _RANGE.format("answer_speed_up_over_static")
+        + ".",
+        "The same by stock with a static cache: {static_failed}.",
         "Decoding after {tokens:,} tokens: {failed}.",
     ),
     "throughput": (
@@ -70,8 +86,8 @@ _NOTES = {
     "batching": (
         "First tokens of {prompts} prompts of {tokens:,} tokens: full prefill {stock_single_ms:.1f} ms one by one, "
         "{stock_batch_ms:.1f} ms in one batch; {method} {ratio:g} {blended_single_ms:.1f} ms one by one, "
-        "{blended_batch_ms:.1f} ms in one batch; ratio {single_over_batch:.2f} "
-        "({single_over_batch_range[0]:.2f} … {single_over_batch_range[1]:.2f}).",
+        "{blended_batch_ms:.1f} ms in one batch; batch over batch " + _RANGE.format("speed_up") + ", one by one over "
+        "its batch " + _RANGE.format("single_over_batch") + ".",
         "A batch of prompts of {tokens:,} tokens: {failed}.",
     ),
 }
@@ -129,20 +145,21 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def _filled(form: str, row: Row) -> str:
+    """The form with the row's figures; empty where one was not measured."""
     fields = {name.partition("[")[0] for _, name, _, _ in Formatter().parse(form) if name}
-    return "" if any(row[field] is None for field in fields) else form.format_map(row)
+    return "" if any(row.get(field) is None for field in fields) else form.format_map(row)
 
 
 def notes(results: Results) -> list[str]:
-    """Of a benchmark: loading, decoding, throughput, batches and the machine's peaks, a line each."""
+    """Of a benchmark: loading, start-up, decoding, throughput, batches and the machine's peaks, a line each."""
     if "peaks" not in results:
         return []
     loads = [_loading_note(found) for found in results["loading"]]
-    others = [forms["failed" in found].format_map(found) for part, forms in _NOTES.items() for found in results[part]]
+    measured = ((form, row) for part, forms in _NOTES.items() for row in results.get(part, ()) for form in forms)
     peaks, load = results["peaks"], results["peaks"]["load_bytes_per_s"]
     from_ram = "" if load is None else f", {load / 1e9:.3g} GB/s from pinned RAM"
     rates = f"{peaks['flops_per_s'] / 1e12:.3g} TFLOP/s, {peaks['bytes_per_s'] / 1e9:.4g} GB/s{from_ram}"
-    return [*loads, *others, f"Measured peaks: {rates}."]
+    return [*loads, *filter(None, starmap(_filled, measured)), f"Measured peaks: {rates}."]
 
 
 def _loading_note(found: Row) -> str:

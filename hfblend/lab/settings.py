@@ -1,4 +1,4 @@
-"""The settings of benchmark and evaluation, and the lines of their tables."""
+"""The settings of benchmark and evaluation, and the cases that they ask for."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any, get_args
 import torch
 
 from ..arguments import one_of, whole
-from ..blend.algorithm import Blend
 from ..config import Correction
 from ..store.quantise import require_kv_dtype
-from .baselines import METHODS, Method
+from .baselines import METHODS, Case, Method
 from .synthetic import Layout
 
-STORE_BYTES = 2**50  # no chunk ever leaves its store
 GPU_LENGTHS = (4096, 8192, 16384, 32768, 65536)
 CPU_LENGTHS = (2000,)
 PLACES = {
@@ -29,23 +27,6 @@ DEFAULT_BASELINE = "kv_deviation"
 def _require_least(values: Any, **least: int) -> None:
     for name, bound in least.items():
         whole(name, getattr(values, name), bound)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A line of a table: a method at a ratio, with its chunk KV in a place of `PLACES` (`None`: in no particular)."""
-
-    method: Method
-    ratio: float
-    chunks_in: str | None = None
-
-    @property
-    def through_generate(self) -> bool:
-        """Whether `generate` of a patched model can do it; other methods go through `hfblend.blend`."""
-        return self.method.algorithm is Blend and self.method.chunk_after is None
-
-    def __str__(self) -> str:
-        return f"{self.method.name} {self.ratio:g}" + (f" from {self.chunks_in}" if self.chunks_in else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +83,9 @@ class BenchSettings(Settings):
         repeats: turns that count.
         chunks_in: names of `PLACES`: every method that reuses chunks is measured with its chunk KV in each; `()`:
             `"gpu"` if there is one, else `"ram"`.
-        decoded_tokens: per answer, to measure the speed of decoding; 0 measures none.
+        attention: by Transformers' name, of one more full prefill; `None`: only the model's own.
+        decoded_tokens: per answer, 2 or more, to measure whole answers and the speed of decoding; 0 measures none.
+        static_cache: whether stock answers with a static cache, which Transformers compiles on a GPU, are measured too.
         throughput_prompts: of a stream of prompts that share chunks; 0 measures none.
         batch_prompts: of one batch, compared with the same prompts one by one; 0 measures none.
     """
@@ -113,7 +96,9 @@ class BenchSettings(Settings):
     repeats: int = 7
     layout: Layout = field(default_factory=Layout)
     chunks_in: tuple[str, ...] = ()
+    attention: str | None = None
     decoded_tokens: int = 64
+    static_cache: bool = False
     throughput_prompts: int = 0
     batch_prompts: int = 0
 
@@ -122,6 +107,8 @@ class BenchSettings(Settings):
         if any(METHODS[name].no_context for name in self.methods):
             raise ValueError("no_context leaves the chunks out, so there is no time to compare; hfblend eval takes it.")
         _require_least(self, repeats=1, decoded_tokens=0, throughput_prompts=0, batch_prompts=0)
+        if self.decoded_tokens == 1:
+            raise ValueError("decoded_tokens must be 0, or 2 or more, got 1: there is no time between tokens of one.")
         if nowhere := [place for place in self.chunks_in if place not in PLACES]:
             raise ValueError(f"Chunks are in some of {', '.join(PLACES)}, got {', '.join(nowhere)}.")
         for length in self.lengths:
@@ -145,7 +132,9 @@ class BenchSettings(Settings):
         cases = Settings(methods=names, ratios=self.ratios, correction=self.correction).cases()
         wanted = [case for case in cases if case.ratio > 0 or not case.method.takes_ratio]
         wanted.sort(key=lambda case: case.method.takes_ratio)
-        return [one for case in wanted for one in self._in_places(case)]
+        stock, *others = (one for case in wanted for one in self._in_places(case))
+        more = [] if self.attention is None else [replace(stock, attention=self.attention)]
+        return [stock, *more, *others]
 
     def _in_places(self, case: Case) -> list[Case]:
         if case.ratio == case.method.fixed_ratio == 1:

@@ -1,10 +1,10 @@
-"""One set of weights under two instances, one stock and one patched, and the calls that a benchmark times."""
+"""One set of weights under a stock instance and a patched one, and the calls that a benchmark times."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from tempfile import TemporaryDirectory
@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from ...patching import patch
+from ...config import BlendConfig
 from ...prompts.prompt import Prompt
 from ...store import DiskStore, MemoryStore, Store
 from ...trace.trace import BlendTrace
-from ..settings import STORE_BYTES, Case
-from ..synthetic import PromptMaker, twin_of
+from ..baselines import METHODS, STORE_BYTES, Case
+from ..synthetic import PromptMaker
 
+STOCK = Case(METHODS["full_prefill"], 1.0)
 _ELSEWHERE_TOKENS = 128  # of another request's passage, for methods that take chunk KV from one
 
 Stores = Mapping[str, Store]  # place -> store
@@ -52,30 +53,34 @@ class Arrivals:
         return [1000 * (after - before) for before, after in pairwise(self._times[1:])]
 
 
-class Pair(AbstractContextManager["Pair"]):
-    """A stock model and, over the same weights, a patched one; `with` ends the patch.
+class Pair:
+    """A patched model and, over the same weights, stock ones.
 
     Args:
-        model: a causal LM in eval mode, not patched; it is the one that gets patched.
-        tokenizer: for methods that need a filler.
-
-    Raises:
-        UnsupportedModel: the model cannot be blended.
+        blender: of the patched model; its tokenizer is for methods that need a filler.
+        stocks: attention by Transformers' name -> the model; `None`: the patched model's own.
+        patch_ms: that `patch` took.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None) -> None:
-        self.stock, self.model, self.device = twin_of(model), model, model.device
-        self._tokenizer = tokenizer
-        self._blender = patch(model, tokenizer=tokenizer)
-        self._elsewhere = PromptMaker(model.config.vocab_size, seed=1).ids(_ELSEWHERE_TOKENS)
-
-    def __exit__(self, *error: object) -> None:
-        self._blender.remove()
+    def __init__(self, blender: Any, stocks: Mapping[str | None, Any], patch_ms: float) -> None:
+        self._blender, self._stocks, self.patch_ms = blender, stocks, patch_ms
+        self.model, self.stock = blender.model, stocks[None]
+        self.device = self.model.device
+        self._elsewhere = PromptMaker(self.model.config.vocab_size, seed=1).ids(_ELSEWHERE_TOKENS)
 
     def run(
-        self, case: Case, prompt: Prompt, stores: Stores, num_tokens: int = 1, streamer: Arrivals | None = None
+        self,
+        case: Case,
+        prompt: Prompt,
+        stores: Stores,
+        num_tokens: int = 1,
+        streamer: Arrivals | None = None,
+        **options: Any,
     ) -> BlendTrace | None:
         """Generates exactly `num_tokens` tokens greedily, or the first one where `generate` cannot.
+
+        Args:
+            options: of `generate`, if it can.
 
         Returns:
             The trace; `None` of a stock call.
@@ -84,23 +89,23 @@ class Pair(AbstractContextManager["Pair"]):
             RuntimeError: the call was not blended.
         """
         if case.through_generate:
-            return self._generate(case, prompt.inputs(self.device), stores, num_tokens, streamer)
-        about = {"tokenizer": self._tokenizer, "elsewhere": self._elsewhere}
+            return self._generate(case, prompt.inputs(self.device), stores, num_tokens, streamer=streamer, **options)
+        about = {"tokenizer": self._blender.tokenizer, "elsewhere": self._elsewhere}
         result = case.method.blend(self.model, prompt, case.ratio, _store_of(case, stores), **about)
         result.logits.argmax(-1).item()
         return result.trace
 
     def run_batch(self, case: Case, prompts: Sequence[Prompt], stores: Stores) -> None:
         """Generates one token for each of several prompts, in one call."""
-        self._generate(case, Prompt.batch(prompts, pad_token_id=0, device=self.device), stores, 1, None)
+        self._generate(case, Prompt.batch(prompts, pad_token_id=0, device=self.device), stores, 1)
 
     def _generate(
-        self, case: Case, inputs: dict[str, Any], stores: Stores, num_tokens: int, streamer: Arrivals | None
+        self, case: Case, inputs: dict[str, Any], stores: Stores, num_tokens: int, **options: Any
     ) -> BlendTrace | None:
-        options = {"do_sample": False, "min_new_tokens": num_tokens, "max_new_tokens": num_tokens, "streamer": streamer}
+        options |= {"do_sample": False, "min_new_tokens": num_tokens, "max_new_tokens": num_tokens}
         if case.method.whole:
             del inputs["chunk_spans"]
-            self.stock.generate(**inputs, **options)
+            self._stocks[case.attention].generate(**inputs, **options)
             return None
         config = replace(case.method.config(case.ratio), layerwise=case.chunks_in != "disk_whole")
         self._blender.store = _store_of(case, stores)
@@ -109,6 +114,16 @@ class Pair(AbstractContextManager["Pair"]):
         if not trace.blended:
             raise RuntimeError(f"{case.method.name} was {trace}.")
         return trace
+
+
+def default_case(stores: Stores) -> Case:
+    """hfblend's default settings, with chunks in the first place."""
+    return Case(METHODS["hfblend"], BlendConfig().fixed_ratios[0], next(iter(stores)))
+
+
+def about(case: Case) -> dict[str, Any]:
+    """What a row says of its case."""
+    return {"method": case.name, "ratio": case.ratio}
 
 
 def _store_of(case: Case, stores: Stores) -> Store:

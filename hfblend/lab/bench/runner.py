@@ -1,4 +1,4 @@
-"""A whole benchmark: every length, and for each of them the table, loading, decoding, throughput and batches.
+"""A whole benchmark: start-up costs, then for every length the table, loading, decoding, throughput and batches.
 
 In the last three, stock full prefill and hfblend's default settings take turns.
 """
@@ -6,35 +6,32 @@ In the last three, stock full prefill and hfblend's default settings take turns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
-from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from ... import __version__
-from ...blend.algorithm import Blend
-from ...config import BlendConfig
-from ...generate.blending import Blending
+from ...patching import patch
 from ...prompts.prompt import Prompt
-from ...store import DiskStore, Store
-from ...store.keys import file_name_of
-from ...support.registry import model_of
-from ..baselines import METHODS
-from ..clock import Peaks, Say, Turn, free_memory, if_memory_lasts, take_turns
-from ..report import Results, Row, header_of, with_range
-from ..settings import BenchSettings, Case
-from ..synthetic import PromptMaker
+from ..baselines import Case
+from ..clock import Peaks, Say, Turn, free_memory, if_memory_lasts, take_turns, timed
+from ..report import Results, Row, header_of
+from ..settings import BenchSettings
+from ..synthetic import PromptMaker, twin_of
+from .answers import decoding
 from .flops import Shape
-from .pair import Arrivals, Pair, Stores, empty_stores
+from .loading import loading
+from .pair import Pair, Stores, empty_stores
+from .start_up import start_up
+from .throughput import batching, throughput
 from .ttft import OUT_OF_MEMORY, rows_of
 
-PARTS = ("rows", "loading", "decoding", "throughput", "batching")
+PARTS = ("start_up", "rows", "loading", "decoding", "throughput", "batching")
 WARM_UP_TURNS = 2  # the first stores the chunks, the second is the first that finds them
-_STOCK = Case(METHODS["full_prefill"], 1.0)
-_BUFFER_BYTES = 4 * 2**20  # of a plain read
 
 
 def run(
@@ -59,7 +56,8 @@ def run(
 
     Raises:
         hfblend.UnsupportedModel: the model cannot be blended.
-        ValueError: a method that needs a tokenizer, without one; chunks on a GPU, without one.
+        ValueError: a method that needs a tokenizer, without one; chunks on a GPU, without one; an attention that is not
+            installed.
     """
     settings = (settings or BenchSettings()).on(model.device)
     say("the machine's peak rates")
@@ -73,7 +71,8 @@ def run(
         "peaks": asdict(peaks),
         **{part: [] for part in PARTS},
     }
-    with Pair(model, tokenizer) as pair:
+    with paired(model, tokenizer, settings.attention) as pair:
+        results["start_up"].append(_measure_start_up(pair, settings, say))
         for length in settings.lengths:
             found = _measure_length(pair, length, settings, peaks, shape, say)
             for part, more in found.items():
@@ -83,12 +82,58 @@ def run(
     return results
 
 
+@contextmanager
+def paired(model: Any, tokenizer: Any = None, attention: str | None = None) -> Iterator[Pair]:
+    """A model, patched meanwhile, and its stock twins. Errors as those of `run`.
+
+    Args:
+        attention: of a second twin, by Transformers' name.
+    """
+    stocks: dict[str | None, Any] = {None: twin_of(model)}
+    if attention is not None:
+        stocks[attention] = _with_attention(twin_of(model), attention)
+    _generate_a_little(stocks[None])  # loads the libraries that any model needs
+    patch_ms, _, blender = timed(lambda: patch(model, tokenizer=tokenizer), model.device)
+    with blender:
+        yield Pair(blender, stocks, patch_ms)
+
+
+def _with_attention(model: Any, name: str) -> Any:
+    """The model with another attention of Transformers, which has run once."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(name)
+        _generate_a_little(model)
+    except Exception as error:  # each has its own, for what is not installed and for what this device cannot do
+        raise ValueError(f"Attention {name!r} cannot be measured here: {error}") from error
+    if model.config._attn_implementation == before:
+        raise ValueError(f"{type(model).__name__} runs with {before!r}, and {name!r} is no other attention for it.")
+    return model
+
+
+def _generate_a_little(model: Any) -> None:
+    model.generate(torch.tensor([[1, 2, 3]], device=model.device), max_new_tokens=2, do_sample=False)
+
+
+def _measure_start_up(pair: Pair, settings: BenchSettings, say: Say) -> Row:
+    """The costs of the first calls, at the first length; nothing else may have run before."""
+    length, maker = settings.lengths[0], _maker(pair, settings)
+    with empty_stores(settings.chunks_in[:1]) as stores:
+        row = if_memory_lasts(lambda: start_up(pair, maker, length, stores, lambda what: say(f"start-up: {what}")))
+    return row or {"tokens": length, "failed": OUT_OF_MEMORY}
+
+
+def _maker(pair: Pair, settings: BenchSettings) -> PromptMaker:
+    return PromptMaker(pair.model.config.vocab_size, settings.layout, settings.seed)
+
+
 def _measure_length(
     pair: Pair, length: int, settings: BenchSettings, peaks: Peaks, shape: Shape | None, say: Say
 ) -> dict[str, list[Row]]:
     """All parts of one length, with its own stores."""
-    maker, repeats = PromptMaker(pair.model.config.vocab_size, settings.layout, settings.seed), settings.repeats
+    maker, repeats = _maker(pair, settings), settings.repeats
     prompt = maker.prompt(length)
+    answers = partial(decoding, pair, prompt, static=settings.static_cache)
 
     def saying(part: str) -> Say:
         return lambda what: say(f"{len(prompt)} tokens, {part}: {what}")
@@ -102,7 +147,7 @@ def _measure_length(
         loads = if_memory_lasts(lambda: list(loading(pair, prompt, stores, repeats, saying("loading")))) or []
         found = {"rows": rows_of(turns, prompt, shape, pair.model.dtype.itemsize, peaks, loads), "loading": loads}
         extras: dict[str, tuple[int, Callable[[int, Say], Row]]] = {
-            "decoding": (settings.decoded_tokens, lambda n, say: decoding(pair, prompt, stores, n, repeats, say)),
+            "decoding": (settings.decoded_tokens, lambda n, say: answers(stores, n, repeats, say)),
             "throughput": (settings.throughput_prompts, partial(of_stream, throughput)),
             "batching": (settings.batch_prompts, partial(of_stream, batching)),
         }
@@ -113,174 +158,9 @@ def _measure_length(
     return found
 
 
-# --- the first token of one prompt ------------------------------------------------------------------------------------
-
-
 def ttft_turns(
     pair: Pair, prompt: Prompt, stores: Stores, cases: Sequence[Case], repeats: int, say: Say
 ) -> dict[Case, list[Turn]]:
     """The turns of every case, whose results are traces; none of a case that memory did not last for."""
     calls = {case: partial(pair.run, case, prompt, stores) for case in cases}
     return take_turns(calls, repeats, pair.device, say, warm_up=WARM_UP_TURNS, drop_failed=True)
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-def loading(pair: Pair, prompt: Prompt, stores: Stores, repeats: int, say: Say) -> Iterator[Row]:
-    """A row per place but the GPU: bytes, and the medians of `Loading.measures` in ms.
-
-    Files were read just before, so that the system has them in RAM.
-    """
-    for place, store in stores.items():
-        if place != "gpu":
-            say(place)
-            loads = Loading(pair, prompt, place, store)
-            turns = take_turns(loads.measures, repeats, pair.device)
-            ms = {name: median(turn.ms for turn in own) for name, own in turns.items()}
-            yield {"tokens": len(prompt), "place": place, "bytes": loads.num_bytes, **ms}
-
-
-class Loading:
-    """The loads of one prompt from one place, whose chunks are all stored there."""
-
-    def __init__(self, pair: Pair, prompt: Prompt, place: str, store: Store) -> None:
-        self._model, self._ids, self._spans = model_of(pair.model), prompt.input_ids.to(pair.device), prompt.chunk_spans
-        self._store, self._config = store, BlendConfig(layerwise=place != "disk_whole")
-        look_up = self._at("looked_up").look_up
-        self._keys = [chunk.key for chunk in look_up.all_traces]
-        self.num_bytes = look_up.num_bytes
-        self.measures: dict[str, Callable[[], None]] = {"load_ms": self.load}
-        if place.startswith("disk"):
-            folder = cast(DiskStore, store).path
-            self._files = [folder / file_name_of(key) for key in self._keys]
-            self.measures |= {"read_ms": self.read, "plain_read_ms": self.read_plainly}
-
-    @torch.no_grad()
-    def load(self) -> None:
-        """The look-up, and every layer at its new positions on the model's device."""
-        reused = self._at("realigned").reused
-        for i in range(self._model.num_layers):
-            reused.layers([i])
-
-    def read(self) -> None:
-        """Every layer through the store: in RAM, checked."""
-        entries = [entry for entry in map(self._store.open, self._keys) if entry is not None]
-        for i in range(self._model.num_layers):
-            for entry in entries:
-                entry.prefetch(i)
-            for entry in entries:
-                entry.layer(i)
-
-    def read_plainly(self) -> None:
-        """The same files from start to end, one after the other in one thread, as `dd` does, unchecked."""
-        buffer = bytearray(_BUFFER_BYTES)
-        for file in self._files:
-            with open(file, "rb", buffering=0) as stream:
-                while stream.readinto(buffer):
-                    pass
-
-    def _at(self, stop: str) -> Blend:
-        state = Blending(self._model, self._ids, self._spans, self._store, self._config)
-        return state.stopped_at(stop, self._model.last_logits)
-
-
-# --- stock and blended ------------------------------------------------------------------------------------------------
-
-
-def decoding(pair: Pair, prompt: Prompt, stores: Stores, num_tokens: int, repeats: int, say: Say) -> Row:
-    """Tokens per second after a stock full prefill and after a blend.
-
-    A turn's figure is the median over its tokens of the time from one to the next.
-    """
-
-    def token_ms(case: Case) -> float:
-        arrivals = Arrivals()
-        pair.run(case, prompt, stores, 1 + num_tokens, arrivals)
-        return median(arrivals.token_ms)
-
-    ours = _default_case(stores)
-    turns = take_turns({case: partial(token_ms, case) for case in (_STOCK, ours)}, repeats, pair.device, say)
-    stock, blended = ([turn.result for turn in own] for own in turns.values())
-    return {
-        "tokens": len(prompt),
-        "decoded_tokens": num_tokens,
-        **_about(ours),
-        "stock_tokens_per_s": 1000 / median(stock),
-        "blended_tokens_per_s": 1000 / median(blended),
-        **with_range("blended_over_stock", [one / other for one, other in zip(stock, blended)]),
-    }
-
-
-def throughput(
-    pair: Pair, pool: Sequence[Prompt], prompts: Sequence[Prompt], stores: Stores, repeats: int, say: Say
-) -> Row:
-    """Prompts per second, one token each, prompt by prompt in turns, over a warm store.
-
-    Args:
-        pool, prompts: of `PromptMaker.stream`.
-    """
-    ours, count = _default_case(stores), len(prompts)
-    _store_all(pair, pool, stores, (ours, _STOCK))
-
-    def answer_next(case: Case, left: Iterator[Prompt]) -> None:
-        pair.run(case, next(left), stores)
-
-    calls = {case: partial(answer_next, case, iter(prompts)) for case in (_STOCK, ours)}
-    turns = take_turns(calls, count, pair.device, say, warm_up=0)
-    stock_ms, blended_ms = (sum(turn.ms for turn in own) for own in turns.values())
-    return {
-        "tokens": len(pool[0]),
-        "prompts": count,
-        "chunks_per_prompt": len(pool[0].chunk_spans),
-        "chunks_in_pool": sum(len(prompt.chunk_spans) for prompt in pool),
-        **_about(ours),
-        "stock_prompts_per_s": 1000 * count / stock_ms,
-        "blended_prompts_per_s": 1000 * count / blended_ms,
-        "blended_over_stock": stock_ms / blended_ms,
-    }
-
-
-def batching(
-    pair: Pair, pool: Sequence[Prompt], prompts: Sequence[Prompt], stores: Stores, repeats: int, say: Say
-) -> Row:
-    """Milliseconds to the first tokens of several prompts, one by one and in one batch; arguments as `throughput`."""
-
-    def one_by_one(case: Case) -> None:
-        for prompt in prompts:
-            pair.run(case, prompt, stores)
-
-    def in_a_batch(case: Case) -> None:
-        pair.run_batch(case, prompts, stores)
-
-    ours = _default_case(stores)
-    _store_all(pair, [*pool, prompts[0]], stores, (ours,))
-    calls = {
-        f"{name}_{way}_ms": partial(run, case)
-        for name, case in (("stock", _STOCK), ("blended", ours))
-        for way, run in (("single", one_by_one), ("batch", in_a_batch))
-    }
-    ms = {name: [turn.ms for turn in own] for name, own in take_turns(calls, repeats, pair.device, say).items()}
-    return {
-        "tokens": len(pool[0]),
-        "prompts": len(prompts),
-        **_about(ours),
-        **{name: median(own) for name, own in ms.items()},
-        **with_range("single_over_batch", [a / b for a, b in zip(ms["blended_single_ms"], ms["blended_batch_ms"])]),
-    }
-
-
-def _default_case(stores: Stores) -> Case:
-    """hfblend's default settings, with chunks in the first place."""
-    return Case(METHODS["hfblend"], BlendConfig().fixed_ratios[0], next(iter(stores)))
-
-
-def _about(case: Case) -> dict[str, Any]:
-    return {"method": case.method.name, "ratio": case.ratio}
-
-
-def _store_all(pair: Pair, prompts: Sequence[Prompt], stores: Stores, cases: Sequence[Case]) -> None:
-    """Stores the chunks of the prompts, and runs the last one again, which finds them."""
-    for prompt in (*prompts, prompts[-1]):
-        for case in cases:
-            pair.run(case, prompt, stores)

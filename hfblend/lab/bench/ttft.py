@@ -10,10 +10,9 @@ from typing import Any
 from ...blend.algorithm import Blend
 from ...prompts.prompt import Prompt
 from ...trace.trace import BlendTrace
-from ..baselines import PrefixReuse
+from ..baselines import Case, PrefixReuse
 from ..clock import Peaks, Turn
 from ..report import Row, middle, with_range
-from ..settings import Case
 from .flops import Shape, flops, full_prefill_flops, least_bytes
 
 OUT_OF_MEMORY = "out of memory"
@@ -38,7 +37,7 @@ def rows_of(
         rows.append(
             {
                 "tokens": len(prompt),
-                "method": case.method.name,
+                "method": case.name,
                 "ratio": case.ratio,
                 "chunks_in": case.chunks_in,
                 "failed": None if own else OUT_OF_MEMORY,

@@ -22,9 +22,10 @@ from ...prompts.prompt import Prompt
 from ...prompts.tokenize import Encoder
 from ...store import MemoryStore
 from ...store.format import dump, parse
+from ..baselines import STORE_BYTES, Case
 from ..clock import timed
 from ..report import Results, header_of
-from ..settings import STORE_BYTES, Case, EvalSettings
+from ..settings import EvalSettings
 from .data import NEEDLES, NEWS, QA, SUMMARIES, Example, digest, passage_text, to_prompt
 from .metrics import best, f1_ids, f1_words, first_line, rouge_l, share_found, string_match
 from .records import Record, RecordFile
