@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import make_llama, make_mistral
+from transformers.generation import CompileConfig
 from typer.testing import CliRunner
 
 import hfblend
@@ -218,6 +219,19 @@ def test_where_a_static_cache_fails_the_row_says_why_and_the_rest_goes_on(monkey
     assert row["static_failed"] in ("RuntimeError: no compiler found", "OutOfMemoryError: full")
     assert row["answer_speed_up_over_stock"] == pytest.approx(row["stock_answer_ms"] / row["blended_answer_ms"])
     assert not [name for name in row if name.startswith("static") and name != "static_failed"]
+
+
+@pytest.mark.thorough
+def test_a_compiled_stock_model_is_given_up_after_its_length():
+    model = random_model("tiny", "cpu")
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    prompt = PromptMaker(500, LAYOUT).prompt(200)
+    with paired(model) as both, empty_stores(("ram",)) as stores:
+        both.stock.generation_config.compile_config = config
+        row = answers.decoding(both, prompt, stores, 4, 1, lambda what: None, static=True)
+        assert not hasattr(both.stock, "_compiled_call")
+    assert row["static_cache"] == "compiled"
 
 
 # --- turns and rows -------------------------------------------------------------------------------------------------

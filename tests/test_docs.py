@@ -46,6 +46,7 @@ FOREIGN_NAMES = {  # of Python, pytest, tests, Transformers, peft, RAG framework
     *("generate_batch", "init_continuous_batching", "inv_freq", "load_adapter", "modules_to_save"),
     *("output_scores", "pixel_values", "set_adapter", "set_stance", "token_type_ids"),
     "model_type",
+    "flash_attention_4",
     *("HuggingFacePipeline", "from_model_id", "function_mappings", "llm", "page_content", "pipeline"),
     "blend_thresholds",
     *("beam", "codegen", "doge", "gptj", "llama4", "longcat_flash", "mllama", "prophetnet"),
