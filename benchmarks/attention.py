@@ -15,6 +15,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,10 @@ def kernels(
                 F.scaled_dot_product_attention, query, key, value, is_causal=True, scale=scaling, enable_gqa=True
             ),
         )
-        yield "flash-attn, causal", lambda: _flash(query, key, value, scaling)
+        yield "flash-attn 2, causal", lambda: _flash(query, key, value, scaling)
+        yield "flash-attn 4, causal", lambda: _flash_4(query, key, value, scaling, {"causal": True})
+    else:
+        yield "flash-attn 4, mask_mod", lambda: _flash_4(query, key, value, scaling, _flash_4_mask(positions, key))
     args = AttentionArgs(query, key, value, scaling)
     yield "hfblend.attend", lambda: functools.partial(attend, args, QueryRows(positions[None], key.shape[2]))
     yield "sdpa, mask", lambda: functools.partial(sdpa_attention, args, _additive_mask(positions, key))
@@ -60,11 +64,36 @@ def _additive_mask(positions: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> Kernel:
-    """Of a whole prompt only: flash-attn has no mask for rows at given positions."""
+    """Of a whole prompt only: before its fourth version, flash-attn has no mask for rows at given positions."""
     from flash_attn import flash_attn_func
 
     q, k, v = (t.transpose(1, 2).contiguous() for t in (query, key, value))  # (1, S, H, D)
     return lambda: flash_attn_func(q, k, v, softmax_scale=scaling, causal=True).transpose(1, 2)
+
+
+def _flash_4(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: dict[str, Any]
+) -> Kernel:
+    from flash_attn.cute import flash_attn_func
+
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (query, key, value))  # (1, S, H, D)
+    return lambda: flash_attn_func(q, k, v, softmax_scale=scaling, **mask)[0].transpose(1, 2)
+
+
+def _flash_4_mask(positions: torch.Tensor, key: torch.Tensor) -> dict[str, Any]:
+    """Its mask for rising positions: a predicate, for the blocks of keys that some rows see in part."""
+    import cutlass
+    from cutlass import cute
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.utils import scalar_to_ssa
+
+    @cute.jit  # type: ignore[misc]
+    def sees(batch, head, row, key, seqlen_info, tensors):  # type: ignore[no-untyped-def]
+        return key <= scalar_to_ssa(tensors[0][row[0]], cutlass.Int32)
+
+    blocks = BlockSparseTensorsTorch(*_row_blocks(positions, key.shape[2]), block_size=(SPARSE_BLOCK, SPARSE_BLOCK))
+    rows = [_whole_blocks(positions).int()]
+    return {"mask_mod": sees, "aux_tensors": rows, "block_sparse_tensors": blocks, "pack_gqa": False}
 
 
 def _flex(
@@ -81,14 +110,42 @@ def _flex(
 
 
 def _block_mask(positions: torch.Tensor, length: int) -> object:
-    """flex_attention's mask for rising positions, from its blocks' first and last rows: no (S, T) mask is made.
+    """flex_attention's mask for rising positions; no (S, T) mask is made."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    partial, partial_blocks, full, full_blocks = _row_blocks(positions, length)
+    padded = _whole_blocks(positions)
+
+    def sees(batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return key <= padded[row]
+
+    return BlockMask.from_kv_blocks(
+        partial,
+        partial_blocks,
+        full,
+        full_blocks,
+        BLOCK_SIZE=SPARSE_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(len(positions), length),
+    )
+
+
+def _whole_blocks(positions: torch.Tensor) -> torch.Tensor:
+    """Positions with the last one again for rows of the last block that are not there."""
+    return torch.cat([positions, positions[-1:].expand(-len(positions) % SPARSE_BLOCK)])
+
+
+def _row_blocks(positions: torch.Tensor, length: int) -> list[torch.Tensor]:
+    """Blocks of keys for each block of rows at rising positions, from its first and last row.
 
     blocks of keys      0   1   2   3
     rows  5 … 130       ◪   ◪   ⬚   ⬚      ◪ some rows see some keys: computed with the mask
     rows 260 … 400      ■   ■   ◪   ◪      ■ every row sees every key: computed without
-    """
-    from torch.nn.attention.flex_attention import BlockMask
 
+    Returns:
+        How many are seen in part, (1, 1, blocks of rows), and which, (1, 1, blocks of rows, blocks of keys), of which
+        that many count; the same of those seen in full.
+    """
     num_blocks = -(-length // SPARSE_BLOCK)
     starts = positions[::SPARSE_BLOCK]
     stops = torch.cat([positions[SPARSE_BLOCK - 1 :: SPARSE_BLOCK], positions[-1:]])[: len(starts)]
@@ -99,21 +156,7 @@ def _block_mask(positions: torch.Tensor, length: int) -> object:
     seen = stops // SPARSE_BLOCK + 1  # (blocks of rows,) that hold a visible key
     order = torch.arange(num_blocks, device=positions.device).expand(len(starts), -1)
     partial = (order + full[:, None]).clamp_max(num_blocks - 1)
-    padded = F.pad(positions, (0, len(starts) * SPARSE_BLOCK - len(positions)), value=int(positions[-1]))
-
-    def sees(batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return key <= padded[row]
-
-    counts, blocks = ((seen - full).int(), full.int()), (partial.int(), order.int())
-    return BlockMask.from_kv_blocks(
-        counts[0][None, None],
-        blocks[0][None, None],
-        counts[1][None, None],
-        blocks[1][None, None].contiguous(),
-        BLOCK_SIZE=SPARSE_BLOCK,
-        mask_mod=sees,
-        seq_lengths=(len(positions), length),
-    )
+    return [blocks.int().contiguous()[None, None] for blocks in (seen - full, partial, full, order)]
 
 
 def milliseconds(kernel: Kernel, device: torch.device) -> float:
@@ -159,8 +202,8 @@ def measure(length: int, ratio: float, args: argparse.Namespace, device: torch.d
             error = relative_error(kernel(), query, key, value, positions)
             ms = milliseconds(kernel, device)
             print(f"{where}| {ms:.3f} | {flops / ms / 1e9:.3g} | {error:.1e} |", flush=True)
-        except (ImportError, RuntimeError) as why_not:  # not installed, does not compile here, out of memory
-            print(f"{where}| – | – | {str(why_not).splitlines()[0][:60]} |", flush=True)
+        except Exception as why_not:  # not installed, does not compile here, out of memory
+            print(f"{where}| – | – | {f'{why_not} '.splitlines()[0][:60]} |", flush=True)
 
 
 def main() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -62,3 +65,19 @@ def test_the_mask_of_a_pass_is_made_once():
     one = rows.additive_mask(None, torch.float32, torch.device("cpu"))
     assert rows.additive_mask(None, torch.float32, torch.device("cpu")) is one
     assert rows.additive_mask(2, torch.float32, torch.device("cpu")) is not one
+
+
+@pytest.mark.parametrize(("rows", "length"), [(300, 1000), (256, 1024), (37, 512), (640, 640)])
+def test_the_benchmarks_blocks_hold_every_visible_key_and_no_hidden_one_in_full(rows, length):
+    benchmark = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "attention.py"))
+    positions = torch.randperm(length, generator=torch.Generator().manual_seed(0))[:rows].sort().values
+    partial, which, full, which_full = (found[0, 0].tolist() for found in benchmark["_row_blocks"](positions, length))
+    drawn, sees = torch.zeros(rows, length, dtype=torch.bool), torch.arange(length) <= positions[:, None]
+    for i in range(len(partial)):
+        block_of_rows = slice(128 * i, 128 * (i + 1))
+        for block in which[i][: partial[i]]:
+            keys = slice(128 * block, 128 * (block + 1))
+            drawn[block_of_rows, keys] = sees[block_of_rows, keys]
+        for block in which_full[i][: full[i]]:
+            drawn[block_of_rows, 128 * block : 128 * (block + 1)] = True
+    assert torch.equal(drawn, sees)
