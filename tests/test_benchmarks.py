@@ -476,14 +476,15 @@ def invoke(*arguments):
 def test_the_command_writes_its_files(tmp_path):
     files = {name: tmp_path / f"bench.{name}" for name in ("json", "md", "png")}
     outcome = invoke(
-        *("--shape", "tiny", "--device", "cpu", "--tokens", "300", "--ratios", "0,0.2", "--methods", "chunk_start"),
-        *("--repeats", "1", "--chunk", "100", "--decode", "0"),
+        *("--shape", "tiny", "--device", "cpu", "--tokens", "300,100", "--ratios", "0,0.2", "--methods", "chunk_start"),
+        *("--repeats", "1", "--chunk", "100", "--decode", "0", "--batch", "2", "--batch-at", "100"),
         *("--json", str(files["json"]), "--markdown", str(files["md"]), "--plot", str(files["png"])),
     )
     assert outcome.exit_code == 0, outcome.output
     written = json.loads(files["json"].read_text())
-    assert [row["method"] for row in written["rows"]] == ["full_prefill", "full_reuse", "chunk_start"]
-    assert written["decoding"] == written["throughput"] == written["batching"] == []
+    assert [row["method"] for row in written["rows"]] == ["full_prefill", "full_reuse", "chunk_start"] * 2
+    assert written["decoding"] == written["throughput"] == []
+    assert [row["tokens"] for row in written["batching"]] == [164]
     assert len(written["start_up"]) == 1
     assert files["md"].read_text() == markdown(written)
     assert files["png"].read_bytes().startswith(b"\x89PNG")
@@ -533,6 +534,7 @@ def test_the_command_takes_a_correction(tmp_path):
         ),
         (("--shape", "tiny", "--json", "/missing/out.json"), "does not exist"),
         (("--shape", "tiny", "--dtype", "int8"), "got 'int8'"),
+        (("--shape", "tiny", "--device", "cpu", "--decode-at", "300"), "some of the lengths (2000,), got [300]"),
         (("--shape", "tiny", "--decode", "1"), "decoded_tokens must be 0, or 2 or more"),
         (("--shape", "tiny", "--device", "cpu", "--attention", "magic"), "Attention 'magic' cannot be measured here"),
         (("--shape", "tiny", "--device", "cpu", "--attention", "sdpa"), "runs with 'sdpa'"),

@@ -16,6 +16,8 @@ from .options import Correction, Device, DType, JsonFile, Markdown, Methods, Mod
 if TYPE_CHECKING:
     from ..lab.report import Results
 
+Lengths = Annotated[str, Option(help="Of --tokens, those at which that is measured.", show_default="all")]
+
 # columns of the Markdown table that a terminal has no room for
 _NOT_SHOWN = frozenset({"tokens", "TFLOP", "roofline, ms", "reused, MB", "load, ms", "phases, ms"})
 
@@ -50,16 +52,12 @@ def bench(
     attention: Annotated[
         str | None, Option(help="One more full prefill, with this attention of Transformers, say flash_attention_4.")
     ] = None,
-    decode: Annotated[
-        int, Option(help="Tokens of whole answers, for their time and the speed of decoding; 0 measures none.", min=0)
-    ] = 64,
-    static: Annotated[
-        bool, Option("--static", help="Measure stock's answers with a static, compiled cache, too.")
-    ] = False,
+    decode: Annotated[int, Option(help="Tokens of whole answers; 0 measures none.", min=0)] = 64,
+    decode_at: Lengths = "",
+    static: Annotated[bool, Option("--static", help="Measure answers by stock with a static cache, too.")] = False,
     throughput: Annotated[int, Option(help="Prompts of a stream that shares chunks; 0 measures none.", min=0)] = 0,
-    batch: Annotated[
-        int, Option(help="Prompts in one batch, against a batch of full prefill; 0 measures none.", min=0)
-    ] = 0,
+    batch: Annotated[int, Option(help="Prompts in one batch; 0 measures none.", min=0)] = 0,
+    batch_at: Lengths = "",
     seed: Annotated[int, Option(help="Of the prompts.")] = 0,
     device: Device = None,
     dtype: DType = None,
@@ -89,9 +87,11 @@ def bench(
         chunks_in=tuple(names(chunks_in)),
         attention=attention,
         decoded_tokens=decode,
+        decode_at=tuple(numbers(decode_at, int, "--decode-at")),
         static_cache=static,
         throughput_prompts=throughput,
         batch_prompts=batch,
+        batch_at=tuple(numbers(batch_at, int, "--batch-at")),
         seed=seed,
     )
     loaded, tokenizer, name = _load(model, shape, device, dtype)

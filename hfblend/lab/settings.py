@@ -85,6 +85,7 @@ class BenchSettings(Settings):
             `"gpu"` if there is one, else `"ram"`.
         attention: by Transformers' name, of one more full prefill; `None`: only the model's own.
         decoded_tokens: per answer, 2 or more, to measure whole answers and the speed of decoding; 0 measures none.
+        decode_at, batch_at: the lengths at which answers and batches are measured; `()`: all.
         static_cache: whether stock answers with a static cache, which Transformers compiles on a GPU, are measured too.
         throughput_prompts: of a stream of prompts that share chunks; 0 measures none.
         batch_prompts: of one batch, compared with the same prompts one by one; 0 measures none.
@@ -98,9 +99,11 @@ class BenchSettings(Settings):
     chunks_in: tuple[str, ...] = ()
     attention: str | None = None
     decoded_tokens: int = 64
+    decode_at: tuple[int, ...] = ()
     static_cache: bool = False
     throughput_prompts: int = 0
     batch_prompts: int = 0
+    batch_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,12 +121,14 @@ class BenchSettings(Settings):
         """These settings with lengths and places filled in for a device.
 
         Raises:
-            ValueError: chunks on a GPU that the model is not on.
+            ValueError: chunks on a GPU that the model is not on; answers or batches at a length that is not measured.
         """
         on_gpu = device.type == "cuda"
         if "gpu" in self.chunks_in and not on_gpu:
             raise ValueError(f'Chunks in "gpu" need a model on a GPU, this one is on "{device}".')
         lengths = self.lengths or (GPU_LENGTHS if on_gpu else CPU_LENGTHS)
+        if more := [length for length in (*self.decode_at, *self.batch_at) if length not in lengths]:
+            raise ValueError(f"Answers and batches are measured at some of the lengths {lengths}, got {more}.")
         return replace(self, lengths=lengths, chunks_in=self.chunks_in or ("gpu" if on_gpu else "ram",))
 
     def cases(self) -> list[Case]:

@@ -146,15 +146,17 @@ def _measure_length(
         turns = ttft_turns(pair, prompt, stores, settings.cases(), repeats, saying("first token"))
         loads = if_memory_lasts(lambda: list(loading(pair, prompt, stores, repeats, saying("loading")))) or []
         found = {"rows": rows_of(turns, prompt, shape, pair.model.dtype.itemsize, peaks, loads), "loading": loads}
-        extras: dict[str, tuple[int, Callable[[int, Say], Row]]] = {
-            "decoding": (settings.decoded_tokens, lambda n, say: answers(stores, n, repeats, say)),
-            "throughput": (settings.throughput_prompts, partial(of_stream, throughput)),
-            "batching": (settings.batch_prompts, partial(of_stream, batching)),
-        }
-        for part, (count, measure) in extras.items():
+        extras: dict[str, tuple[int, tuple[int, ...], Callable[[int, Say], Row]]] = {
+            "decoding": (
+                settings.decoded_tokens, settings.decode_at, lambda n, say: answers(stores, n, repeats, say)
+            ),
+            "throughput": (settings.throughput_prompts, (), partial(of_stream, throughput)),
+            "batching": (settings.batch_prompts, settings.batch_at, partial(of_stream, batching)),
+        }  # fmt: skip
+        for part, (count, lengths, measure) in extras.items():
             failed = {"tokens": len(prompt), "failed": OUT_OF_MEMORY}
             once = partial(measure, count, saying(part))
-            found[part] = [if_memory_lasts(once) or failed] if count else []
+            found[part] = [if_memory_lasts(once) or failed] if count and length in (lengths or (length,)) else []
     return found
 
 
