@@ -121,15 +121,12 @@ class Realigner:
         rotation = self.rotations[layer_idx]
         if rotation is None or not self._moves:
             return None
-        kind = rotation.source, rotation.layout
-        if kind not in self._tables:
-            self._tables[kind] = self._made(*kind)
-        cos, sin = (t.to(device).contiguous() for t in self._tables[kind])
+        cos, sin = (t.to(device).contiguous() for t in self._between(rotation.source, rotation.layout))
         return cos, sin if rotation.sign == 1 else -sin
 
-    def _made(self, source: int, layout: Layout) -> Tables:
-        old = [(cached, then) for cached, _, then in self._moves]
-        new = [(positions, self._regime) for _, positions, _ in self._moves]
-        both = pair_tables(self._tables_of(source, old + new), layout)
-        (cos_old, cos_new), (sin_old, sin_new) = (table.chunk(2) for table in both)
-        return rotation_between((cos_old, sin_old), (cos_new, sin_new))
+    def _between(self, source: int, layout: Layout) -> Tables:
+        if (source, layout) not in self._tables:
+            places = [move[::2] for move in self._moves] + [(move[1], self._regime) for move in self._moves]
+            (cos, to_cos), (sin, to_sin) = (t.chunk(2) for t in pair_tables(self._tables_of(source, places), layout))
+            self._tables[source, layout] = rotation_between((cos, sin), (to_cos, to_sin))
+        return self._tables[source, layout]

@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import SiLUActivation
 
 from ..attention.by_position import HALF
 from ..kernels.device import HAS_TRITON
@@ -44,7 +43,7 @@ if HAS_TRITON:
 
 NAME = "apply_rotary_pos_emb"
 _DEPRECATION = "transformers.utils.deprecation"  # its wrappers give arguments their new names
-_SILU = (nn.SiLU, SiLUActivation)
+_SILU = ("SiLU", "SiLUActivation")  # PyTorch's, and Transformers' module of the same
 _GATED = {"down_proj", "act_fn", "gate_proj", "up_proj"}
 _FORMS = tuple((offset, late) for offset in (0.0, 1.0) for late in (True, False))
 _TOLERANCE = 4e-3  # of a row's norm: bfloat16 rounds by half of it, and another form or ε is further away
@@ -215,7 +214,7 @@ def find_gates(decoder: nn.Module) -> Fused:
 def _weight_of_gate(module: nn.Module) -> torch.Tensor | None:
     """The weight (…, C) of its gate, in half precision on a GPU, if its forward names what a gated MLP has, no more."""
     names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
-    if {*names} != _GATED or "forward" in vars(module) or type(module.act_fn) not in _SILU:
+    if {*names} != _GATED or "forward" in vars(module) or type(module.act_fn).__name__ not in _SILU:
         return None
     weight: Any = getattr(module.gate_proj, "weight", None)
     return weight if torch.is_tensor(weight) and weight.is_cuda and weight.dtype in HALF else None
@@ -223,7 +222,7 @@ def _weight_of_gate(module: nn.Module) -> torch.Tensor | None:
 
 def _gated(module: Any, own: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
     act_fn = module.act_fn
-    if type(act_fn) not in _SILU or act_fn._forward_hooks or act_fn._forward_pre_hooks:
+    if type(act_fn).__name__ not in _SILU or act_fn._forward_hooks or act_fn._forward_pre_hooks:
         return own(x)
     gate, up = module.gate_proj(x), module.up_proj(x)
     fits = gate.shape == up.shape and gate.dtype == up.dtype and gate.is_contiguous() and up.is_contiguous()
