@@ -6,12 +6,15 @@ import pickle
 import weakref
 
 import pytest
+import torch
 from helpers import config, generate, make_llama, make_prompt
 
 import hfblend
 from hfblend.blend.algorithm import Blend
 from hfblend.blend.caches import PassCache
+from hfblend.blend.reuse import ReusedKV
 from hfblend.generate.blending import Blending
+from hfblend.gpu.loader import GPULoader
 from hfblend.support.registry import model_of
 
 PROMPT = make_prompt((20, 31, 13))
@@ -21,7 +24,7 @@ PROMPT = make_prompt((20, 31, 13))
 def alive(monkeypatch):
     """Returns a function that names what is still there of the blends that were made."""
     made = []
-    for kind in (Blend, Blending, PassCache):
+    for kind in (Blend, Blending, PassCache, ReusedKV, GPULoader):
 
         def init(self, *args, own=kind.__init__, **kwargs):
             own(self, *args, **kwargs)
@@ -50,12 +53,13 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("level", ["summary", "full"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_generate_leaves_no_blend(settings, level, alive):
-    model = make_llama()
+def test_generate_leaves_no_blend(settings, level, device, alive):
+    model = make_llama(dtype=torch.float32 if device == "cpu" else torch.bfloat16).to(device)
     with hfblend.patch(model, config=config(0.2, **settings), trace=level):
-        for _ in range(2):
+        for _ in range(4 if device == "cuda" else 2):
             generate(model, PROMPT.inputs())
             assert alive() == []
 

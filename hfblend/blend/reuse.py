@@ -135,14 +135,7 @@ class ReusedKV:
     @cached_property
     def realigner(self) -> Realigner:
         """What moves cached state, in layers that no loader moves."""
-        model, moved = self.model, self.reuse.moved
-        positions = self._moved_tokens.split([stop - start for start, stop in (piece.span for piece in moved)])
-        moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(moved, positions)]
-        return Realigner(model.rotary_tables_of_pieces, model.rotations, moves, model.regime(self.length))
-
-    @cached_property
-    def _moved_tokens(self) -> torch.Tensor:
-        return torch.from_numpy(tokens_of(piece.span for piece in self.reuse.moved))
+        return realigner_of(self.model, self.reuse, self.length)
 
     @property
     def is_near(self) -> bool:
@@ -182,7 +175,7 @@ class ReusedKV:
     @cached_property
     def _moved_rows(self) -> torch.Tensor:
         """(N,) the rows of the pieces that moved; a piece that ends with the prompt has one that is no candidate."""
-        return sent(self._moved_tokens, self.model.device)
+        return sent(torch.from_numpy(tokens_of(piece.span for piece in self.reuse.moved)), self.model.device)
 
     def layers(self, layers: Sequence[int], like: KV | None = None) -> dict[int, KV]:
         """Layer -> buffers of several layers; a loader gathers them together."""
@@ -223,6 +216,14 @@ class ReusedKV:
         """K/V without rows, of the kind of an entry's, where the layer's own will be: the entry may be elsewhere."""
         device = self.model.device_of_layer(layer_idx)
         return kv[0][:, :, :0].to(device), kv[1][:, :, :0].to(device)
+
+
+def realigner_of(model: ReusingModel, reuse: Reuse, length: int) -> Realigner:
+    """What moves the cached state of a prompt's pieces; T is its length."""
+    moved = reuse.moved
+    positions = torch.from_numpy(tokens_of(piece.span for piece in moved)).split([len(p.entry) for p in moved])
+    moves = [(p.entry.cached_positions, now, p.entry.regime) for p, now in zip(moved, positions)]
+    return Realigner(model.rotary_tables_of_pieces, model.rotations, moves, model.regime(length))
 
 
 def _places(buffers: KV, span: Span) -> KV:

@@ -13,14 +13,16 @@ Shapes: Hkv KV heads, T all tokens, D head_dim, W width of a row, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import accumulate, groupby, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..attention.by_position import HALF
-from ..blend.rotation import KeyRotation, Tables
+from ..blend.reuse import Reuse, realigner_of
+from ..blend.rotation import KeyRotation, Realigner, Tables
 from ..kernels.device import HAS_TRITON, has_kernels
 from ..kv.chunk import ChunkKV, Reader, first_position
 from ..kv.rows import KV, ROOM, RowLayout, packed, rows_behind, sent
@@ -31,14 +33,12 @@ from ..prompts.separator import Span
 
 if HAS_TRITON:
     from ..kernels.rows import load_rows, pieces_of
-if TYPE_CHECKING:
-    from ..blend.reuse import ReusedKV
 
 
-def loaders_of(hf_model: HFModel, reused: ReusedKV) -> dict[int, GPULoader]:
+def loaders_of(hf_model: HFModel, reuse: Reuse, length: int) -> dict[int, GPULoader]:
     """Layer -> what gathers its rows, one loader for each GPU that has layers; layers that no kernel may load are left
-    out."""
-    if not torch.cuda.is_available() or not reused.reuse.pieces:
+    out. Arguments as in `GPULoader`."""
+    if not torch.cuda.is_available() or not reuse.pieces:
         return {}
     if hf_model.ranks.are_several or hf_model.dtype not in (torch.float32, *HALF):
         return {}
@@ -51,7 +51,7 @@ def loaders_of(hf_model: HFModel, reused: ReusedKV) -> dict[int, GPULoader]:
     found: dict[int, GPULoader] = {}
     for device, layers in layers_on.items():
         if has_kernels(device):
-            found |= dict.fromkeys(layers, GPULoader(hf_model, reused, device, layers))
+            found |= dict.fromkeys(layers, GPULoader(hf_model, reuse, length, device, layers))
     return found
 
 
@@ -59,7 +59,7 @@ class GPULoader:
     """Gathers reused rows of the layers on one GPU: a kernel for a layer, or for many, that reads them where they lie.
 
     Args:
-        reused: the KV that it gathers.
+        hf_model, reuse, length: as in `ReusedKV`.
         device: the GPU.
         layers: that are there, rising.
 
@@ -68,14 +68,15 @@ class GPULoader:
         is_near: whether all rows lie in this GPU's memory.
     """
 
-    def __init__(self, hf_model: HFModel, reused: ReusedKV, device: torch.device, layers: Sequence[int]) -> None:
-        self.hf_model, self.device, self._reused = hf_model, device, reused
+    def __init__(
+        self, hf_model: HFModel, reuse: Reuse, length: int, device: torch.device, layers: Sequence[int]
+    ) -> None:
+        self.hf_model, self.device, self._reuse, self._length = hf_model, device, reuse, length
         self._place_of = {layer: i for i, layer in enumerate(layers)}
-        reuse = reused.reuse
         pieces = [*reuse.exact, *reuse.moved]
         near = [p.entry.addresses_in(device, layers) if isinstance(p.entry, ChunkKV) else None for p in pieces]
         far = [(p.span, p.entry) for p, addresses in zip(pieces, near) if addresses is None]
-        self.buffers, rows = self._allocate(reused.length + ROOM, bus_stream(self.device) if far else None)
+        self.buffers, rows = self._allocate(length + ROOM, bus_stream(self.device) if far else None)
         self.is_near, self._bus = not far, OverTheBus(far, rows, self.device)
 
         targets = np.array([own.data_ptr() for own in rows.values()])
@@ -147,14 +148,18 @@ class GPULoader:
     def _tables(self, layer_idx: int, rotation: KeyRotation | None) -> Tables | None:
         """The rotary tables of a layer: those of positions, or else of the tokens that moved; `None` if none turn."""
         if not self._turns_by_position:
-            return self._reused.realigner.tables(layer_idx, self.device)
-        if rotation is None or not self._reused.reuse.moved:
+            return self._realigner.tables(layer_idx, self.device)
+        if rotation is None or not self._reuse.moved:
             return None
         kind = rotation.source, rotation.layout, rotation.sign
         if kind not in self._tables_of_kind:
-            length = max(self._reused.length, self._cached_up_to)
+            length = max(self._length, self._cached_up_to)
             self._tables_of_kind[kind] = self.hf_model.unit_tables(kind, length)
         return self._tables_of_kind[kind]
+
+    @cached_property
+    def _realigner(self) -> Realigner:
+        return realigner_of(self.hf_model, self._reuse, self._length)
 
     @staticmethod
     def _first_position(entry: Reader) -> int | None:

@@ -167,7 +167,7 @@ class TestedModel(HFModel):
         if by_kernels:
             corrector = self._offsets.of_prompt(reuse, length, observer)
         reused = ReusedKV(self, reuse, length, observer, corrector)
-        reused.loaders = loaders_of(self, reused)
+        reused.loaders = loaders_of(self, reuse, length)
         reused.takes_graphs = config.cuda_graphs and bool(reused.loaders) and self.takes_kernels
         if not config.layerwise:
             reused.preload()
