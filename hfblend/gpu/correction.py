@@ -113,8 +113,9 @@ class OffsetCorrector:
             self._tell(layers, numbers)
 
     def _tell(self, layers: list[int], numbers: torch.Tensor) -> None:
-        first, stop = layers[0], layers[-1] + 1
-        sizes = cache(lambda: self.kernels.sizes(range(first, stop), numbers, self._plan.pieces))
+        first, stop, kernels, plan = layers[0], layers[-1] + 1, self.kernels, self._plan
+        # A trace keeps this: the plan's memory, to which the numbers lead, but not the prompt's chunks.
+        sizes = cache(lambda: kernels.sizes(range(first, stop), numbers, plan.pieces))
         for layer in layers:
             self._observer.corrected(layer, partial(lambda nth: sizes()[nth], layer - first))
 
