@@ -469,7 +469,7 @@ class Blender:
         else:
             output = self._run(call, stock_generate, args, kwargs)
         call.end(output)
-        if self._verifier is not None and call.is_blended:
+        if self._verifier is not None and call.is_blended and planned.given is None:
             for prompt, trace in zip(planned.prompts, call.traces_of_prompts):
                 ratio = None if trace.decision is None else trace.decision.share
                 self._verifier.after(self.model, prompt, self.store, config.settled(ratio), trace)

@@ -176,13 +176,13 @@ class Blend:
     def recompute(self) -> Any:
         """One forward over the selected tokens, the gaps and the suffix; every other row of a layer is reused.
 
-        At ratio 1 every token of the prompt is a row, the prefix too. Layers that a pass over all tokens went through
+        At ratio 1 every token of the prompt is a row, the prefix too unless the caller has its KV. Layers that a pass over all tokens went through
         are not computed again: the rows go on from what entered the check layer.
         """
         if self.is_nearly_all():
             return self.full_pass(None)
         if self.config.recomputes_all:
-            return self.rows_pass("recompute", torch.arange(self.length, device=self.ids.device))
+            return self.rows_pass("recompute", self._all_rows())
         return self.rows_pass("recompute", merged(self.selected_idx, self.reuse.fresh_idx))
 
     def is_nearly_all(self) -> bool:
@@ -192,7 +192,11 @@ class Blend:
     # --- the two kinds of forward ---------------------------------------------------------------------------------
 
     def full_pass(self, stop_at: int | None) -> Any:
-        """All tokens, up to the K/V of layer `stop_at`; their K/V are fresh, and stay."""
+        """All tokens whose KV is not given, up to the K/V of layer `stop_at`; their K/V are fresh, and stay."""
+        if self.look_up.num_given:
+            output = self.rows_pass("all tokens", self._all_rows(), stop_at)
+            self.fresh_up_to = self.model.num_layers if stop_at is None else stop_at
+            return output
         cache = RecordingCache(self.model.num_layers, stop_at, room=ROOM)
         with self.observer.of_pass("all tokens", cache):
             output, self.entered = self.model.full_pass(self.forward, self.ids, cache)
@@ -200,6 +204,9 @@ class Blend:
         self.fresh_up_to = self.model.num_layers if stop_at is None else stop_at
         self.observer.computed(self.length * self.fresh_up_to)
         return output
+
+    def _all_rows(self) -> torch.Tensor:
+        return torch.arange(self.look_up.num_given, self.length, device=self.ids.device)
 
     def rows_pass(
         self,

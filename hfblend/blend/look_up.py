@@ -176,6 +176,7 @@ class LookUp:
         prompt_length: tokens of the prompt itself.
         lost: keys of entries that turned out unreadable; they count as missing.
         prefilled: keys of chunks that this prompt prefilled before such an entry was met.
+        given: KV of the first tokens, which the caller has: it is the prefix, and chunks in it are none of this prompt.
     """
 
     model: BlendableModel
@@ -187,6 +188,7 @@ class LookUp:
     prompt_length: int
     lost: frozenset[str] = frozenset()
     prefilled: frozenset[str] = frozenset()
+    given: Reader | None = None
     prefix: ChunkTrace | None = field(default=None, init=False)
     chunks: list[ChunkTrace] = field(default_factory=list, init=False)
 
@@ -194,6 +196,14 @@ class LookUp:
         self._prefix_stop = self.spans[0][0] if self.spans else 0
         prefix_ids = self.ids[: self._prefix_stop]
         self._chunks_of = ChunksOf(self.model, self.store, self.config, prefix_ids, self.observer, self.lost)
+        if self.given is not None:
+            self._prefix_stop = len(self.given)
+            self.spans = self.spans.from_token(self._prefix_stop)
+
+    @property
+    def num_given(self) -> int:
+        """The first tokens, whose KV the caller has: no pass computes them."""
+        return 0 if self.given is None else len(self.given)
 
     @property
     def all_traces(self) -> list[ChunkTrace]:
@@ -222,12 +232,13 @@ class LookUp:
         """The prefix, if there is one, and the chunks, each computed alone after what chunks are computed after."""
         after_ids, stop = self._chunks_of.after_ids, self._prefix_stop
         spans, texts = list(self.spans), [(self.ids[slice(*span)], after_ids) for span in self.spans]
-        if stop:
+        if stop and self.given is None:
             spans, texts = [(0, stop), *spans], [(self.ids[:stop], ()), *texts]
         keys = self._chunks_of.keys(texts)
         if isinstance(self.store, ReadsAhead):  # its entries take long to come
             self.store.read_ahead(keys)
-        return self._find(spans, keys, texts)
+        found = self._find(spans, keys, texts)
+        return found if self.given is None else [self._piece((0, stop), self.given, "", "hit"), *found]
 
     def _find_in_context(self, found: list[Found]) -> None:
         """Looks for the chunks that were not found alone: some prompt may have left its own KV of them."""
@@ -251,7 +262,7 @@ class LookUp:
         if piece is None:
             entry = self._chunks_of.prefill(trace.key, self.ids[: self._prefix_stop], ())
             piece, trace = found[0] = self._piece(trace.span, entry, trace.key, "miss")
-        if self.config.chunk_prefix == "prompt":
+        if self.config.chunk_prefix == "prompt" and len(piece.entry) <= len(self._chunks_of.after_ids):
             self._chunks_of.kv = piece.entry
 
     def _prefill_missing(self, found: list[Found]) -> None:
@@ -303,6 +314,8 @@ class LookUp:
 
     def keep_fresh(self, buffers: Mapping[int, KV]) -> None:
         """Stores what was computed inside this prompt, as long as nothing before it was reused from elsewhere."""
+        if self.given is not None:  # which may be blended itself
+            return
         for chunk in self.all_traces:
             if chunk.status in ("hit", "miss") and not chunk.exact:
                 return

@@ -31,6 +31,7 @@ class Asked:
     Args:
         hf_model: the model.
         num_tokens: T.
+        num_given: of them, those in the cache; the forward has the others.
         lengths: (B,) tokens of each row's prompt, without its padding.
         ids: (B · k, T or more), with the draft tokens that follow the prompts.
         decoder: the other arguments of the decoder's forward.
@@ -40,6 +41,7 @@ class Asked:
 
     hf_model: TestedModel
     num_tokens: int
+    num_given: int
     lengths: list[int]
     ids: torch.Tensor
     decoder: dict[str, Any]
@@ -64,7 +66,7 @@ class Asked:
         if not self._masks_padding_only(self.decoder.get("attention_mask")):
             return Fallback.PADDING
         others = (value for name, value in self.decoder.items() if name not in _READ_HERE)
-        if any(is_token_input(value, self.ids) for value in others):
+        if any(is_token_input(value, self.ids[:, self.num_given :]) for value in others):
             return Fallback.EXTRA_INPUTS
         return None if self._counts_from_0(self.decoder.get("position_ids")) else Fallback.POSITIONS
 
@@ -127,7 +129,7 @@ class Asked:
         starts = self._starts()
         if positions is None:
             return not bool(starts.any())
-        expected = torch.arange(self.ids.shape[1]) - starts
+        expected = torch.arange(self.num_given, self.ids.shape[1]) - starts
         return bool(((positions.cpu() == expected) | (expected < 0)).all())
 
 

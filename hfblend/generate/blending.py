@@ -25,7 +25,7 @@ from ..blend.model import Forward
 from ..blend.reuse import Reuse
 from ..config import BlendConfig, as_config
 from ..controller import BlendShape, Controller, loads_of
-from ..kv.chunk import ChunkLost
+from ..kv.chunk import ChunkKV, ChunkLost
 from ..kv.ids import ids_in
 from ..kv.rows import KV
 from ..kv.streams import Beside
@@ -52,6 +52,7 @@ class Blending:
         controller: settles `recompute_ratios="auto"`.
         ids: `input_ids` on the CPU, if known: reading them from a GPU waits for all its work.
         algorithm: `Blend`, or a subclass.
+        given: KV of the first tokens, which the caller has.
         weights_are_known: whether this call has already checked the weights for changes, which waits for a GPU, too.
 
     Attributes:
@@ -73,6 +74,7 @@ class Blending:
         controller: Controller | None = None,
         ids: torch.Tensor | None = None,
         algorithm: type[Blend] = Blend,
+        given: ChunkKV | None = None,
         weights_are_known: bool = False,
     ) -> None:
         config.require_layers(model.num_kv_layers)
@@ -95,13 +97,15 @@ class Blending:
         spans.check(self.length)
         _require_known(self.ids, model.num_ids)
         self.trace = BlendTrace() if trace is None else trace
-        self._algorithm, self._beside = algorithm, Beside(device)
+        self._algorithm, self._beside, self._given = algorithm, Beside(device), given
         self._lost, self._prefilled = frozenset[str](), frozenset[str]()
         self.trace.num_tokens, self.trace.num_layers = self.length, model.num_layers
         if self.trace.level != "summary":
             self.trace.input_ids = torch.tensor(self.ids)
         if spans.note:
             self.trace.notes.append(spans.note)
+        if given is not None:
+            self.trace.notes.append(f"Continues a cache of {len(given)} tokens, which no pass computes.")
         self.observer = (Recorder if self.trace.level == "full" else Tracer)(self.trace, device)
 
     @property
@@ -148,7 +152,7 @@ class Blending:
         config = self.config.settled()
         look_up = LookUp(
             self.model, self.ids, self.spans, self.store, config, self.observer, self.prompt_length, self._lost,
-            self._prefilled,
+            self._prefilled, self._given,
         )  # fmt: skip
         num_read = self.length - self.prompt_length + 1
         self.blend = blend = self._algorithm(
@@ -157,7 +161,7 @@ class Blending:
         if self.config.is_auto:
             blend.settle = Settle(self.config, self.controller, look_up, self.trace, self.input_ids.device)
         surely = self.config.selection == "kv_deviation" and self.config.check_layers and self.spans
-        if self.input_ids.is_cuda and surely and not self.config.recomputes_all:
+        if self.input_ids.is_cuda and surely and not (self.config.recomputes_all or self._given):
             blend.full_pass(config.check_layers[0])
             self.observer.phase_done("select")
         return blend

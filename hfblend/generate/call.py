@@ -74,7 +74,8 @@ class Call(Running):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.is_waiting, self.is_prefilling, self._tokens_seen = self.plan.fallback is None, False, 0
+        self.is_waiting, self.is_prefilling = self.plan.fallback is None, False
+        self._tokens_seen = self.plan.num_given
         self.asked: dict[str, Any] | None = None
         self._ahead: tuple[Blending, Any] | None = None  # a blend begun before its forward was reached, and its output
         lengths = [self.plan.num_tokens] if self.plan.fallback else self.plan.lengths
@@ -128,26 +129,31 @@ class Call(Running):
     # --- the prefill ----------------------------------------------------------------------------------------------
 
     def is_whole_batch(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether a forward prefills the call's prompts (perhaps with draft tokens after them) into an empty cache.
+        """Whether a forward prefills the call's prompts (perhaps with draft tokens after them) into an empty cache, or
+        after the given one.
 
         Args:
-            ids: (B · k, T or more).
+            ids: (B · k, T or more), without the tokens that are given.
             kwargs: the forward's other arguments.
         """
-        if not self.is_waiting or torch.is_grad_enabled() or ids.shape[1] < self.plan.num_tokens:
+        num_given = self.plan.num_given
+        if not self.is_waiting or torch.is_grad_enabled() or ids.shape[1] < self.plan.num_tokens - num_given:
             return False
         if kwargs.get("inputs_embeds") is not None:
             return False
         copies, rest = divmod(ids.shape[0], len(self.plan.prompt_of_row))
         cache = cache_given(kwargs)
-        if rest or (cache is not None and int(cache.get_seq_length()) > 0):
+        if rest or (0 if cache is None else int(cache.get_seq_length())) != num_given:
+            return False
+        if self.plan.given is not None and cache.layers[0].keys is not self.plan.given.layer(0)[0]:
             return False
         assert self.plan.input_ids is not None
-        expected = self.plan.input_ids.repeat_interleave(copies, 0)
-        if not bool((ids[:, : self.plan.num_tokens] == expected).all()):
+        expected = self.plan.input_ids[:, num_given:].repeat_interleave(copies, 0)
+        if not bool((ids[:, : expected.shape[1]] == expected).all()):
             return False
+        ids = self._whole(ids)
         lengths = [self.plan.lengths[place] for place in self.plan.prompt_of_row]
-        asked = Asked(self.hf_model, self.plan.num_tokens, lengths, ids, kwargs, self.asked, self.by_stock)
+        asked = Asked(self.hf_model, self.plan.num_tokens, num_given, lengths, ids, kwargs, self.asked, self.by_stock)
         if reason := asked.reason_against():
             self._fall_back(reason, "It changed inside this call." if reason is Fallback.MODEL_CHANGED else "")
             self.give_up_ahead()
@@ -156,7 +162,7 @@ class Call(Running):
     @torch.compiler.disable
     def blended_forward(self, kwargs: dict[str, Any]) -> Any:
         """Returns the decoder's output for all prompts, with the rows of the last pass only, and fills the cache."""
-        ids, cache = kwargs.pop("input_ids"), cache_given(kwargs)
+        ids, cache = self._whole(kwargs.pop("input_ids")), cache_given(kwargs)
         cache = DynamicCache(config=self.hf_model.config) if cache is None else cache
         # Masks and positions follow from the padding in the plan.
         for name in ("attention_mask", "position_ids", "use_cache", *CACHE_NAMES):
@@ -177,6 +183,13 @@ class Call(Running):
         state.observer.phase_done("hand_over")
         output[CACHE] = cache
         return output
+
+    def _whole(self, ids: torch.Tensor) -> torch.Tensor:
+        """The ids (B · k, T or more) of a forward, and before them those that are given."""
+        if not self.plan.num_given:
+            return ids
+        assert self.plan.input_ids is not None
+        return torch.cat([self.plan.input_ids[:1, : self.plan.num_given].expand(len(ids), -1).to(ids.device), ids], 1)
 
     def _one_prompt(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[Any, Blending]:
         if self._ahead is None:
@@ -212,7 +225,8 @@ class Call(Running):
         known_ids = prompt.input_ids if ids.shape[1] == length else None
         state = Blending(
             self.hf_model, ids, spans, self.store, self.config, trace,
-            prompt_length=length, controller=self.controller, ids=known_ids, weights_are_known=place > 0,
+            prompt_length=length, controller=self.controller, ids=known_ids, given=self.plan.given,
+            weights_are_known=place > 0,
         )  # fmt: skip
         if reason:
             found = f" {found_chunks([prompt.chunk_spans], self.config, None)}" if prompt.chunk_spans else ""

@@ -45,7 +45,8 @@ class Fallback(enum.Enum):
         logging.INFO,
     )
     FILLED_CACHE = (
-        "past_key_values is not empty: a second turn continues it; leave it out for a new prompt.",
+        "past_key_values is not empty, and stock continues it: after it, chunks of one prompt are blended that begin "
+        "in the new ids, if it is a plain DynamicCache of the model's KV; leave it out for a new prompt.",
         logging.INFO,
     )
     FOREIGN_CACHE = (

@@ -6,13 +6,14 @@ Shapes: B batch, Hkv KV heads, T all tokens, D head_dim.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..kv.rows import KV, ROOM, empty_kv, rows_behind
+from ..kv.chunk import ChunkKV
+from ..kv.rows import KV, ROOM, RowLayout, empty_kv, full_length_cache, rows_behind
 
 
 class _SpareRows:
@@ -189,7 +190,8 @@ class SideBySide:
 
 
 def hand_over(buffers: dict[int, KV], length: int, batch_size: int, cache: Cache) -> None:
-    """Puts blended K/V into the user's empty cache, as a stock prefill would have left it.
+    """Puts blended K/V into the user's cache, as a stock prefill would have left it. The cache is empty, or the K/V
+    begin with a copy of what it holds.
 
     Plain dynamic layers adopt the buffers and keep their spare rows; other kinds (sliding, static, quantised,
     offloaded) take the rows through their `update`. Rows are repeated for a batch of identical prompts.
@@ -199,10 +201,26 @@ def hand_over(buffers: dict[int, KV], length: int, batch_size: int, cache: Cache
         keys, values = (t.repeat(batch_size, 1, 1, 1) if batch_size > 1 else t for t in kv)
         if adopts and cache.layer_class_to_replicate is DynamicLayer and len(cache.layers) == i:
             cache.layers.append(DynamicLayer())
-        if adopts and i < len(cache.layers) and type(cache.layers[i]) is DynamicLayer:
+        if adopts and i < len(cache.layers) and type(cache.layers[i]) in _PLAIN:
             cache.layers[i] = GrowingLayer.adopt((keys, values), length)
         else:
             cache.update(keys[:, :, :length], values[:, :, :length], i)
+
+
+_PLAIN = (DynamicLayer, GrowingLayer)
+
+
+def held_by(cache: Cache, layouts: Mapping[int, RowLayout], dtype: torch.dtype) -> ChunkKV | None:
+    """The KV that a plain dynamic cache of one prompt holds, in place; `None` for other caches."""
+    if type(cache) is not DynamicCache or cache.offloading or {*map(type, cache.layers)} - {*_PLAIN}:
+        return None
+    layers: list[Any] = cache.layers
+    kv = [(one.keys, one.values) for one in layers if one.is_initialized]
+    if [RowLayout.of(one) for one in kv] != list(layouts.values()) or {t.dtype for one in kv for t in one} != {dtype}:
+        return None
+    sizes = {(t.shape[0], t.shape[2]) for one in kv for t in one}
+    length = cache.get_seq_length()
+    return ChunkKV(full_length_cache(kv), torch.arange(length), (), "in_context") if sizes == {(1, length)} else None
 
 
 def growing_layers(cache: Any) -> list[GrowingLayer]:

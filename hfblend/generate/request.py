@@ -16,13 +16,14 @@ from transformers.cache_utils import Cache
 
 from ..arguments import described
 from ..config import BlendConfig
+from ..kv.chunk import ChunkKV
 from ..model.hf_model import cache_given, is_token_input
 from ..model.weights import adapters
 from ..prompts.prompt import ChunkSpans, Prompt, spans_by_row
 from ..prompts.separator import Separator
 from ..support.registry import TestedModel
 from .fallbacks import Fallback
-from .hand_over import is_foreign
+from .hand_over import held_by, is_foreign
 
 _ALL_ROWS = ("output_hidden_states", "output_attentions")
 _TOKEN_INPUTS = ("input_ids", "inputs", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask")
@@ -39,6 +40,8 @@ class Plan:
         lengths: the number of tokens of each.
         prompt_of_row: (B,) the index of each row's prompt.
         prefilled: index -> reason of the prompts that are prefilled in full while others are blended.
+        num_given: tokens that the user's cache holds.
+        given: their KV, which a blended prompt continues; `None` if there are none.
         fallback: why the call is stock; `None` if it is blended.
         found: a sentence with the figures of this call that gave the reason; may be empty.
     """
@@ -49,6 +52,8 @@ class Plan:
     lengths: list[int] = field(default_factory=list)
     prompt_of_row: list[int] = field(default_factory=list)
     prefilled: dict[int, Fallback] = field(default_factory=dict)
+    num_given: int = 0
+    given: ChunkKV | None = None
     fallback: Fallback | None = None
     found: str = ""
 
@@ -110,6 +115,11 @@ class Request:
         is_ids = torch.is_tensor(ids) and ids.ndim == 2 and not ids.is_floating_point() and ids.numel() > 0
         return ids if is_ids else None
 
+    @cached_property
+    def _num_given(self) -> int:
+        cache = cache_given(self.kwargs)
+        return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+
     def _planned(self) -> Plan:
         ids, spans = self.ids, None
         if ids is None:
@@ -123,13 +133,13 @@ class Request:
         padding = self._left_padding(ids)
         if padding is None:
             return Plan(ids.shape[1], fallback=Fallback.PADDING)
-        rows, planned = ids.cpu(), Plan(ids.shape[1], ids)  # the only wait for the ids
+        rows, planned = ids.cpu(), Plan(ids.shape[1], ids, num_given=self._num_given)  # the only wait for the ids
         for i, start in enumerate(padding):
             row = rows[i : i + 1, start:]
             planned.add_row(row, self._split(row[0].tolist()) if spans is None else spans[i].moved(-start))
         reasons = [self._nothing_reused(prompt.chunk_spans) for prompt in planned.prompts]
         planned.prefilled = {place: reason for place, reason in enumerate(reasons) if reason}
-        planned.fallback = reasons[0] if all(reasons) else self._after_splitting(ids, planned.lengths)
+        planned.fallback = reasons[0] if all(reasons) else self._after_splitting(ids, planned)
         return planned
 
     def _before_splitting(self) -> Fallback | None:
@@ -154,13 +164,18 @@ class Request:
         """Returns why nothing of a prompt is reused."""
         if not spans:
             return Fallback.NO_CHUNKS
-        too_few = sum(stop - start for start, stop in spans) < self.config.min_reused_tokens
+        new = spans.from_token(self._num_given)
+        if not new:
+            return Fallback.FILLED_CACHE
+        too_few = sum(stop - start for start, stop in new) < self.config.min_reused_tokens
         return Fallback.TOO_FEW_TOKENS if too_few else None
 
-    def _after_splitting(self, ids: torch.Tensor, lengths: list[int]) -> Fallback | None:
-        cache = cache_given(self.kwargs)
-        if isinstance(cache, Cache) and int(cache.get_seq_length()) > 0:
-            return Fallback.FILLED_CACHE
+    def _after_splitting(self, ids: torch.Tensor, planned: Plan) -> Fallback | None:
+        cache, lengths = cache_given(self.kwargs), planned.lengths
+        if self._num_given:
+            planned.given = self._given(cache) if planned.is_one_prompt and len(ids) == 1 else None
+            if planned.given is None:
+                return Fallback.FILLED_CACHE
         if is_foreign(cache):
             return Fallback.FOREIGN_CACHE
         if self.option("use_cache") is False:
@@ -171,6 +186,12 @@ class Request:
             return Fallback.EXTRA_INPUTS
         same_regime = all(self.hf_model.same_regime(length, max(lengths)) for length in set(lengths))
         return None if same_regime else Fallback.ROPE_REGIMES
+
+    def _given(self, cache: Cache) -> ChunkKV | None:
+        """Returns the KV in the user's cache; `None` where chunks cannot be blended after it."""
+        hf_model, (length, count) = self.hf_model, (self.ids.shape[1] if self.ids is not None else 0, self._num_given)
+        in_regime = hf_model.same_regime(hf_model.regime(count), hf_model.regime(length))
+        return held_by(cache, hf_model.layouts, hf_model.dtype) if count < length and in_regime else None
 
     def _extra_inputs(self, ids: torch.Tensor) -> list[str]:
         return [name for name, value in self.kwargs.items() if name not in _TOKEN_INPUTS and is_token_input(value, ids)]
@@ -229,7 +250,8 @@ class Request:
             case Fallback.NO_CHUNKS | Fallback.TOO_FEW_TOKENS:
                 return found_chunks([prompt.chunk_spans for prompt in planned.prompts], self.config, self.separator)
             case Fallback.FILLED_CACHE:
-                return f"Got a cache of {int(cache_given(self.kwargs).get_seq_length())} tokens."
+                kind = type(cache_given(self.kwargs)).__name__
+                return f"Got a {kind} of {self._num_given} tokens and {described(ids)}."
             case Fallback.EXTRA_INPUTS if ids is not None:
                 return f"Got {', '.join(self._extra_inputs(ids))}."
             case Fallback.ADAPTERS:

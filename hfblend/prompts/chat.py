@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from typing import Any
 
 from ..arguments import described, require_text
@@ -35,8 +35,8 @@ def as_messages(messages: Any) -> Messages:
 
 class Chat:
     """Messages with documents, as a tokenizer's chat template writes them. The documents replace the `placeholder`,
-    each with its end of `ends` after it, or are the template's own `documents` (`None`); `options` are other arguments
-    of `apply_chat_template`."""
+    each with its end of `ends` after it, `sizes` of them where it stands first, second, …; or they are the template's
+    own `documents` (`None`). `options` are other arguments of `apply_chat_template`."""
 
     def __init__(
         self,
@@ -45,13 +45,14 @@ class Chat:
         documents: Sequence[Any],
         placeholder: str | None,
         ends: Sequence[str],
+        sizes: Sequence[int],
         **options: Any,
     ) -> None:
         self.encode, self.tokenizer = encode, encode.tokenizer
         self.documents, self.placeholder, self.ends, self.options = documents, placeholder, ends, options
-        self.messages = messages
+        self.messages, self._groups = messages, [slice(*ends) for ends in pairwise(accumulate([0, *sizes]))]
         if placeholder is not None:
-            self.messages = with_placeholder(messages, placeholder, "" if any(ends[-1:]) else "\n")
+            self.messages = with_placeholder(messages, placeholder, "" if any(ends[-1:]) else "\n", len(sizes))
 
     def render(self, texts: Sequence[str]) -> str:
         """Returns the prompt's text with these texts as documents."""
@@ -67,8 +68,8 @@ class Chat:
         if self.placeholder is None:
             documents = [_with_text(document, text) for document, text in zip(self.documents, texts)]
             return self.tokenizer.apply_chat_template(self.messages, documents=documents, **self.options, **options)
-        old, new = self.placeholder, woven(texts, self.ends)
-        messages = _with_each_text(self.messages, lambda text: text.replace(old, new))
+        placeholder, groups = re.escape(self.placeholder), (woven(texts[one], self.ends[one]) for one in self._groups)
+        messages = _with_each_text(self.messages, lambda text: re.sub(placeholder, lambda _: next(groups), text))
         return self.tokenizer.apply_chat_template(messages, **self.options, **options)
 
 
@@ -86,11 +87,21 @@ def ends_of(texts: Sequence[str], document_end: str) -> list[str]:
     return [document_end if text and not text[-1].isspace() else "" for text in texts]
 
 
-def with_placeholder(messages: Messages, placeholder: str, end: str) -> Messages:
-    """Returns messages that hold the placeholder once; if none did, it opens the last user message, `end` after it."""
-    if count := sum(text.count(placeholder) for text in texts_within(messages)):
-        if count > 1:
-            raise ValueError(f"The placeholder {placeholder!r} must stand in the messages once, at most.")
+def with_placeholder(messages: Messages, placeholder: str, end: str, times: int = 1) -> Messages:
+    """Returns messages that hold the placeholder so many times; where it is to be one and none is there, it opens the
+    last user message, `end` after it."""
+    count = sum(text.count(placeholder) for text in texts_within(messages))
+    if times != 1 and count != times:
+        raise ValueError(
+            f"The placeholder {placeholder!r} must stand in the messages once for each list of documents, got {count} "
+            f"for {times} lists."
+        )
+    if count > times:
+        raise ValueError(
+            f"The placeholder {placeholder!r} must stand in the messages once, at most; for documents in several "
+            "messages, pass a list of documents for each."
+        )
+    if count:
         return messages
     last = max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=None)
     content = None if last is None else messages[last].get("content")

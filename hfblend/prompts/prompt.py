@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import numbers
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,10 @@ class ChunkSpans(tuple[Span, ...]):
             if start < stop_before:
                 raise ValueError(f"Chunk spans must ascend and not overlap, got {tuple(self)}.")
             stop_before = stop
+
+    def from_token(self, start: int) -> ChunkSpans:
+        """Returns the spans that begin at a token or after it."""
+        return ChunkSpans((span for span in self if span[0] >= start), self.differs_from_joined_text, self.note)
 
     def moved(self, by: int) -> ChunkSpans:
         """Returns the spans `by` tokens later; raises `ValueError` if one would begin before the prompt does."""
@@ -118,11 +122,13 @@ class Prompt:
 
     Attributes:
         note: what `from_chat` did with the documents.
+        num_earlier: the chunks that stand in earlier turns of a conversation.
     """
 
     input_ids: torch.Tensor  # (1, T), int64
     chunk_spans: ChunkSpans
     note: str = ""
+    num_earlier: int = 0
 
     def __post_init__(self) -> None:
         _require_prompt_ids(self.input_ids)
@@ -165,6 +171,32 @@ class Prompt:
         """
         ids = self.input_ids.to(device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "chunk_spans": self.chunk_spans}
+
+    def crop(self, cache: Any, held_ids: torch.Tensor) -> int:
+        """Cuts the cache of a conversation where this prompt stops to begin with what it holds, so that `generate` may
+        continue it: an answer's text may tokenise to other ids than were generated.
+
+        >>> prompt.crop(output.past_key_values, output.sequences)  # doctest: +SKIP
+
+        Args:
+            cache: of Transformers, without sliding layers.
+            held_ids: (1, n) the ids in it, or more: the sequence that was generated with it.
+
+        Returns:
+            The tokens that are left in it.
+
+        Raises:
+            ValueError: fewer ids than the cache holds.
+        """
+        _require_prompt_ids(held_ids)
+        held, given = int(cache.get_seq_length()), held_ids[0].tolist()
+        if len(given) < held:
+            raise ValueError(f"held_ids must be the {held} ids that the cache holds, or more, got {len(given)}.")
+        pairs = zip(self.ids[:-1], given[:held])  # the last token is always computed
+        same = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(self) - 1, held))
+        if same < held:
+            cache.crop(same - held)
+        return same
 
     @staticmethod
     def batch(
@@ -291,7 +323,8 @@ class Prompt:
     ) -> Prompt:
         """Renders a chat template with `documents` as chunks.
 
-        The documents replace `{documents}` in the messages; without it, they open the last user message. The prompt's
+        The documents replace `{documents}` in the messages; without it, they open the last user message. In a
+        conversation, each message that says `{documents}` has a list of them. The prompt's
         text is the template's for messages with the joined documents: if it trims or escapes them, the chunks are
         trimmed or escaped. The prompt's `note` says what was done.
 
@@ -302,7 +335,8 @@ class Prompt:
         Args:
             messages: as for `apply_chat_template`; one text is one user message.
             documents: texts, or dicts and objects (LangChain's, LlamaIndex's, Haystack's) with one as `page_content`,
-                `text`, `content` or `get_content()`; other fields, such as a title, are not read.
+                `text`, `content` or `get_content()`; other fields, such as a title, are not read. Lists of documents:
+                one for each placeholder, in order.
             placeholder: the text that the documents replace; `None` hands them to the template's own `documents`.
             document_end: comes after each document that does not end with white space, as part of the gap, not of the
                 chunk; not in the template's own `documents`.
@@ -310,9 +344,10 @@ class Prompt:
 
         Raises:
             TypeError: messages or documents of another form, or an argument that `from_chat` itself sets.
-            ValueError: no user message, several placeholders, or a template that drops, repeats or moves documents.
+            ValueError: no user message, other placeholders than lists, or a template that drops, repeats or moves documents.
         """
         listed = list(documents) if isinstance(documents, Iterator) else documents
+        listed, sizes = _flat(listed)
         texts = texts_in(listed, "documents")
         _check_template_arguments(placeholder, add_generation_prompt, template_kwargs)
         ends = ends_of(texts, "" if placeholder is None else require_text("document_end", document_end))
@@ -320,13 +355,14 @@ class Prompt:
         options = {"add_generation_prompt": add_generation_prompt, **template_kwargs}
         given = as_messages(messages)
         require_template(tokenizer, template_kwargs.get("chat_template"))
-        chat = Chat(encode, given, listed, placeholder, ends, **options)
+        chat = Chat(encode, given, listed, placeholder, ends, sizes, **options)
         gaps, chunks = cut(chat.render, texts, encode.readable, _DOCUMENTS_OF_TEMPLATE if placeholder is None else "")
         _begin(encode, gaps[0], False)
         gap_ids = [encode(gaps[0]), *map(encode.after, gaps[1:])]
         encode.count_as_control([i for ids in gap_ids for i in ids], "\n".join(texts_within(chat.messages)))
         prompt = cls._of_texts(encode, gap_ids, chunks, woven(gaps, chunks), chat.ids(texts))
-        return replace(prompt, note=_what_was_done(listed, chat, is_placed=chat.messages is given))
+        note = _what_was_done(listed, chat, is_placed=chat.messages is given)
+        return replace(prompt, note=note, num_earlier=sum(sizes[:-1]))
 
     @classmethod
     def _of_texts(
@@ -381,6 +417,13 @@ def _check_template_arguments(placeholder: Any, add_generation_prompt: Any, more
         raise ValueError("placeholder must be a text of a letter or more, or None, got ''.")
     if ours := sorted(_OURS & more.keys()):
         raise TypeError(f"from_chat sets tokenize, truncation and the like itself, got {ours[0]}=; leave it out.")
+
+
+def _flat(documents: Any) -> tuple[Any, list[int]]:
+    """Returns documents as one list, and the sizes of the lists that they were given in."""
+    if isinstance(documents, list | tuple) and documents and all(isinstance(one, list | tuple) for one in documents):
+        return [document for one in documents for document in one], [*map(len, documents)]
+    return documents, [len(documents) if isinstance(documents, Sized) else 0]
 
 
 def _what_was_done(documents: Iterable[Any], chat: Chat, is_placed: bool) -> str:
