@@ -28,6 +28,7 @@ from .generate.asked import has_inner_hooks
 from .generate.blending import require_prompts
 from .generate.call import Call
 from .generate.fallbacks import Fallback
+from .generate.order import Order, reordered
 from .generate.precompute import Precomputed, precompute
 from .generate.request import Request, generate_option, require_token_ids
 from .kv.streams import switch_back
@@ -340,6 +341,25 @@ class Blender:
         """
         options = {"store": self.store, "config": self.config, "tokenizer": self.tokenizer, **options}
         return precompute(self.model, chunks, prefix=prefix, **options)
+
+    def reordered(self, prompt: Prompt, order: Order) -> Prompt:
+        """Returns a prompt with its documents in another order; in a conversation, those of the last turn.
+
+        >>> prompt = blender.reordered(prompt, "prefix")  # doctest: +SKIP
+        >>> prompt.note  # doctest: +SKIP
+        "… Documents ordered by prefix (3, 1, 2 of those given): 301 of their tokens are an exact prefix in the store."
+
+        Args:
+            order: `"prefix"` puts first what this blender's store holds as computed right there: with the default
+                settings one document, with `on_miss="in_context"` all that an earlier prompt had in a row.
+                `"relevance"` puts the document last that shares most rare tokens with the question (BM25).
+
+        Raises:
+            TypeError: no prompt.
+            ValueError: another order, or documents with different texts between them.
+            ImportError: the package `bm25s` is missing, for `"relevance"`.
+        """
+        return reordered(self.model, prompt, order, self.store, self.config)
 
     # --- in and out -----------------------------------------------------------------------------------------------
 

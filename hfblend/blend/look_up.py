@@ -167,6 +167,21 @@ class ChunksOf:
         return got == expected
 
 
+def is_exact(model: BlendableModel, entry: Reader, ids: array[int], span: Span, length: int) -> bool:
+    """Whether an entry stands where it was computed, after the same ids, in the RoPE regime of a prompt of `length`.
+
+    Quantised KV is not exact: an exact piece is never recomputed, and ratio 1 would keep its error.
+    """
+    start, stop = span
+    return (
+        entry.quantised is None
+        and entry.num_behind == start
+        and plain_ids(entry.behind_ids) == ids[:start]
+        and entry.cached_positions.tolist() == list(range(start, stop))
+        and model.same_regime(entry.regime, model.regime(length))
+    )
+
+
 @dataclass
 class LookUp:
     """One prompt's look-up.
@@ -278,18 +293,7 @@ class LookUp:
                 seen.add(chunk.key)
 
     def _piece(self, span: Span, entry: Reader, key: str, status: Status) -> tuple[Piece, ChunkTrace]:
-        """Exact is what stands where it was computed, after the same ids, in the same RoPE regime, unchanged.
-
-        Quantised KV is not: an exact piece is never recomputed, and ratio 1 would keep its error.
-        """
-        start, stop = span
-        exact = (
-            entry.quantised is None
-            and entry.num_behind == start
-            and plain_ids(entry.behind_ids) == self.ids[:start]
-            and entry.cached_positions.tolist() == list(range(start, stop))
-            and self.model.same_regime(entry.regime, self.model.regime(len(self.ids)))
-        )
+        exact = is_exact(self.model, entry, self.ids, span, len(self.ids))
         cached_start = int(entry.cached_positions[0])
         return Piece(span, entry, exact), ChunkTrace(span, key, status, exact, cached_start, entry.quantised)
 

@@ -101,6 +101,7 @@ class Request:
             ValueError: chunk spans that do not fit the prompt, or the batch.
         """
         planned = self._planned()
+        planned.num_given = self._num_given
         if planned.fallback is not None:
             planned.found = self._found(planned)
         return planned
@@ -117,8 +118,10 @@ class Request:
 
     @cached_property
     def _num_given(self) -> int:
-        cache = cache_given(self.kwargs)
-        return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        """The tokens of the ids that the user's cache holds. With a mask that is longer, the ids are new ones only."""
+        cache, mask = cache_given(self.kwargs), self.kwargs.get("attention_mask")
+        is_whole = mask is None or self.ids is None or mask.shape == self.ids.shape
+        return int(cache.get_seq_length()) if isinstance(cache, Cache) and is_whole else 0
 
     def _planned(self) -> Plan:
         ids, spans = self.ids, None
@@ -133,7 +136,7 @@ class Request:
         padding = self._left_padding(ids)
         if padding is None:
             return Plan(ids.shape[1], fallback=Fallback.PADDING)
-        rows, planned = ids.cpu(), Plan(ids.shape[1], ids, num_given=self._num_given)  # the only wait for the ids
+        rows, planned = ids.cpu(), Plan(ids.shape[1], ids)  # the only wait for the ids
         for i, start in enumerate(padding):
             row = rows[i : i + 1, start:]
             planned.add_row(row, self._split(row[0].tolist()) if spans is None else spans[i].moved(-start))

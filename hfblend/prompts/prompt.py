@@ -30,7 +30,8 @@ class ChunkSpans(tuple[Span, ...]):
     Attributes:
         differs_from_joined_text: whether the joined text would tokenise to other ids (`None`: not known). It nearly
             always would, as tokens merge across the chunks' borders; that is harmless.
-        note: the place where the prompt reads differently from the joined text; empty if it does not.
+        note: for the trace: the place where the prompt reads differently from the joined text, if it does, and the
+            order that its documents were brought into, if they were.
     """
 
     differs_from_joined_text: bool | None
@@ -159,6 +160,12 @@ class Prompt:
         return [self.ids[start:stop] for start, stop in self.chunk_spans]
 
     @property
+    def gap_ids(self) -> list[list[int]]:
+        """Ids of the prefix, of each gap between chunks, which may be none, and of the suffix."""
+        edges = [0, *(edge for span in self.chunk_spans for edge in span), len(self)]
+        return [self.ids[start:stop] for start, stop in zip(edges[::2], edges[1::2])]
+
+    @property
     def suffix_ids(self) -> list[int]:
         """Ids after the last chunk."""
         return self.ids[self.chunk_spans[-1][1] :] if self.chunk_spans else []
@@ -258,10 +265,11 @@ class Prompt:
             raise TypeError(f"chunks must be a list of lists of token ids, got {described(chunks)}.")
         listed = [token_ids(f"chunks[{i}]", chunk) for i, chunk in enumerate(chunks)]
         prefix, suffix = token_ids("prefix_ids", prefix_ids), token_ids("suffix_ids", suffix_ids)
-        return cls._of_ids(_gaps(prefix, len(listed), suffix, token_ids("separator_ids", separator_ids)), listed)
+        return cls.of_pieces(_gaps(prefix, len(listed), suffix, token_ids("separator_ids", separator_ids)), listed)
 
     @classmethod
-    def _of_ids(cls, gaps: list[list[int]], chunks: list[list[int]]) -> Prompt:
+    def of_pieces(cls, gaps: list[list[int]], chunks: list[list[int]]) -> Prompt:
+        """Joins prefix, chunks, gaps between them and suffix: `gaps[0] chunks[0] gaps[1] … gaps[-1]`."""
         ids, spans = _joined(gaps, chunks)
         return cls(torch.tensor([ids], dtype=torch.long), ChunkSpans(spans))
 
@@ -305,7 +313,7 @@ class Prompt:
         begin = _begin(encode, prefix, add_special_tokens)
         gaps = _gaps(begin + encode(prefix), len(texts), encode.after(suffix), separator_ids)
         if not isinstance(between, str):
-            return cls._of_ids(gaps, [encode.plain(text) for text in texts])
+            return cls.of_pieces(gaps, [encode.plain(text) for text in texts])
         joined = between.join([prefix, *texts, suffix]) if texts else prefix + suffix
         return cls._of_texts(encode, gaps, texts, joined, begin + encode(joined))
 
