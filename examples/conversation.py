@@ -76,11 +76,12 @@ def main() -> None:
     model, tokenizer = load()
     config = hfblend.BlendConfig(recompute_ratios=(given.ratio,), min_reused_tokens=0)
     with hfblend.patch(model, config, tokenizer) as blender:
-        system = demo_data()["system"]
-        prefix = hfblend.Prompt.from_chat(tokenizer, [{"role": "system", "content": system}, USER], ["a"]).prefix_ids
-        print(blender.precompute([text for texts in corpus() for text in texts], prefix=prefix))
+        system, turns = demo_data()["system"], turns_of(given.documents)
+        opening = [{"role": "system", "content": system}, {"role": "user", "content": "{documents}"}]
+        prefix = hfblend.Prompt.from_chat(tokenizer, opening, turns[0][1]).prefix_ids
+        print(blender.precompute({text for _, documents in turns for text in documents}, prefix=prefix))
         ours, stock = Conversation(blender, system), Conversation(blender, system, STOCK)
-        for number, (question, documents) in enumerate(turns_of(given.documents), 1):
+        for number, (question, documents) in enumerate(turns, 1):
             print(f"\n{number}. {question}")
             answer = ours.ask(question, documents)
             trace = blender.trace
@@ -88,8 +89,6 @@ def main() -> None:
             answer, ms = stock.ask(question, documents), blender.trace.ttft_ms
             print(f"   stock: {answer}\n   first token after {ms:.0f} ms: {ms / trace.ttft_ms:.1f} times as long")
 
-
-USER = {"role": "user", "content": "{documents}"}
 
 if __name__ == "__main__":
     main()

@@ -75,6 +75,10 @@ def claims_5(names: Names) -> None:
     assert "smoked eel" in names["answers"][1]
     assert "pellow soup" in names["full_answer"]
     assert not names["full_trace"].blended
+    trace, held = names["second_trace"], names["held"]
+    assert (trace.prefix.span, trace.prefix.exact) == ((0, held), True)
+    assert (trace.hits, len(trace.chunks), trace.num_tokens) == (4, 4, len(names["prompt"]))
+    assert trace.computed_pairs < 0.5 * (trace.num_tokens - held) * trace.num_layers
 
 
 def claims_6(names: Names) -> None:

@@ -34,6 +34,21 @@ def test_quickstart():
     assert "12 chunks (12 hits, 0 misses, 1 exact)" in output
 
 
+@pytest.mark.smollm
+@pytest.mark.slow
+@needs_packaged_model
+def test_a_conversation():
+    """At ratio 1 every turn answers as stock does, after the cache that both have, and none computes a document."""
+    output = run("examples/conversation.py", "--documents", "2", "--ratio", "1")
+    assert "10 chunks: 10 computed and stored" in output
+    turns = output.split("\n\n")[1:]
+    assert len(turns) == 5
+    for turn in turns:
+        _, answer, trace, stock, _ = (line.strip() for line in turn.strip().splitlines())
+        assert stock == f"stock: {answer}"
+        assert "2 chunks (2 hits, 0 misses" in trace
+
+
 FIGURES = re.compile(r"hits (\d), misses (\d), exact (\d), selected (\d+) of (\d+) tokens, ttft \d+ ms")
 
 

@@ -124,7 +124,7 @@ def test_options_of_generate(options):
             with hfblend.patch(model, config(1.0)) as blender:
                 outputs.append(generate(model, prompt.inputs(), **given, **options))
                 assert blender.trace.blended
-        else:  # stock cannot expand a filled cache for beams, and 5.17 not cut a prompt after one: there, it begins anew
+        else:  # stock cannot expand a filled cache for beams, nor 5.17 cut a prompt after one: it begins anew there
             given = given if "do_sample" in options else {}
             outputs.append(generate(model, {"input_ids": prompt.input_ids}, **given, **options))
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)

@@ -79,12 +79,19 @@ def find(question, count=4):
     return index.get_top_n(words(question), list(documents), n=count)
 
 
+SYSTEM = {"role": "system", "content": "You answer questions using only the passages given. Keep the answer short."}
+
+
+def turn(question):
+    return {"role": "user", "content": f"Passages:\n{{documents}}Question: {question}\nAnswer with a few words."}
+
+
+def texts(question):
+    return [f"{name}: {documents[name]}\n\n" for name in find(question)]
+
+
 def make_prompt(question):
-    messages = [
-        {"role": "system", "content": "You answer questions using only the passages given. Keep the answer short."},
-        {"role": "user", "content": f"Passages:\n{{documents}}Question: {question}\nAnswer with a few words."},
-    ]
-    return hfblend.Prompt.from_chat(tokenizer, messages, [f"{name}: {documents[name]}\n\n" for name in find(question)])
+    return hfblend.Prompt.from_chat(tokenizer, [SYSTEM, turn(question)], texts(question))
 
 
 question = "What is the soup served at the Lantern Festival called?"
@@ -158,6 +165,33 @@ axes.barh(names, times, color=["#E69F00", "#0072B2", "#0072B2", "0.6"])
 axes.invert_yaxis()
 axes.set(xlabel="time to the first token, ms")
 figure
+
+# %% [markdown]
+# ## A second turn
+#
+# A conversation goes on as with stock `generate`: the cache of a turn comes back with the ids of all turns. Documents of
+# the new turn are blended after it. The messages say `{documents}` twice, so there is a list of documents for each.
+#
+# **Predict**: of how many tokens and chunks will the second turn's trace speak?
+
+# %%
+prompt = make_prompt(question)
+options = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True}
+first = model.generate(**prompt.inputs(model.device), **options)
+answer = tokenizer.decode(first.sequences[0, len(prompt) :], skip_special_tokens=True)
+
+messages = [SYSTEM, turn(question), {"role": "assistant", "content": answer}, turn(again)]
+prompt = hfblend.Prompt.from_chat(tokenizer, messages, [texts(question), texts(again)])
+cache = first.past_key_values
+held = prompt.crop(cache, first.sequences)  # all of it, unless the answer's text has other tokens than were generated
+second = model.generate(**prompt.inputs(model.device), past_key_values=cache, **options)
+second_trace = blender.trace
+print(f"{held} of {len(prompt)} tokens were in the cache.", *second_trace.notes)
+print(second_trace)
+
+# %% [markdown]
+# Of all tokens, and of the four chunks that are new: the first turn, its documents among them, is the prefix. These four
+# were found in the store, though they were computed for a first turn.
 
 # %% [markdown]
 # ## Exercise

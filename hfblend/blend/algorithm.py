@@ -69,8 +69,7 @@ class Blend:
 
     def run(self) -> Any:
         """Phases 1 to 4. Returns the output of the last pass, whose last row belongs to the last token."""
-        for _ in self.phases():
-            pass
+        list(self.phases())
         return self.output
 
     def phases(self) -> Iterator[str]:
@@ -176,14 +175,13 @@ class Blend:
     def recompute(self) -> Any:
         """One forward over the selected tokens, the gaps and the suffix; every other row of a layer is reused.
 
-        At ratio 1 every token of the prompt is a row, the prefix too unless the caller has its KV. Layers that a pass over all tokens went through
-        are not computed again: the rows go on from what entered the check layer.
+        At ratio 1 every token is a row, the prefix too unless its KV is given. Layers that a pass over all tokens went
+        through are not computed again: the rows go on from what entered the check layer.
         """
         if self.is_nearly_all():
             return self.full_pass(None)
-        if self.config.recomputes_all:
-            return self.rows_pass("recompute", self._all_rows())
-        return self.rows_pass("recompute", merged(self.selected_idx, self.reuse.fresh_idx))
+        rows = merged(self.selected_idx, self.reuse.fresh_idx)
+        return self.rows_pass("recompute", self.look_up.new_rows if self.config.recomputes_all else rows)
 
     def is_nearly_all(self) -> bool:
         """Whether what is exact is so little that a forward over all tokens, which needs no positions, is quicker."""
@@ -193,20 +191,15 @@ class Blend:
 
     def full_pass(self, stop_at: int | None) -> Any:
         """All tokens whose KV is not given, up to the K/V of layer `stop_at`; their K/V are fresh, and stay."""
-        if self.look_up.num_given:
-            output = self.rows_pass("all tokens", self._all_rows(), stop_at)
-            self.fresh_up_to = self.model.num_layers if stop_at is None else stop_at
-            return output
+        self.fresh_up_to = self.model.num_layers if stop_at is None else stop_at
+        if self.look_up.given is not None:
+            return self.rows_pass("all tokens", self.look_up.new_rows, stop_at)
         cache = RecordingCache(self.model.num_layers, stop_at, room=ROOM)
         with self.observer.of_pass("all tokens", cache):
             output, self.entered = self.model.full_pass(self.forward, self.ids, cache)
         self.buffers.update(cache.recorded)
-        self.fresh_up_to = self.model.num_layers if stop_at is None else stop_at
         self.observer.computed(self.length * self.fresh_up_to)
         return output
-
-    def _all_rows(self) -> torch.Tensor:
-        return torch.arange(self.look_up.num_given, self.length, device=self.ids.device)
 
     def rows_pass(
         self,

@@ -216,9 +216,10 @@ class LookUp:
             self.spans = self.spans.from_token(self._prefix_stop)
 
     @property
-    def num_given(self) -> int:
-        """The first tokens, whose KV the caller has: no pass computes them."""
-        return 0 if self.given is None else len(self.given)
+    def new_rows(self) -> torch.Tensor:
+        """All tokens but those whose KV the caller has: no pass computes these."""
+        start = 0 if self.given is None else len(self.given)
+        return torch.arange(start, len(self.ids), device=self.model.device)
 
     @property
     def all_traces(self) -> list[ChunkTrace]:

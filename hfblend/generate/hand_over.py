@@ -212,7 +212,7 @@ _PLAIN = (DynamicLayer, GrowingLayer)
 
 def held_by(cache: Cache, layouts: Mapping[int, RowLayout], dtype: torch.dtype) -> ChunkKV | None:
     """The KV that a plain dynamic cache of one prompt holds, in place; `None` for other caches."""
-    if type(cache) is not DynamicCache or cache.offloading or {*map(type, cache.layers)} - {*_PLAIN}:
+    if type(cache) is not DynamicCache or cache.offloading or not all(type(one) in _PLAIN for one in cache.layers):
         return None
     layers: list[Any] = cache.layers
     kv = [(one.keys, one.values) for one in layers if one.is_initialized]

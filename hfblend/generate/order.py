@@ -1,7 +1,7 @@
 """A prompt's documents in another order: for a longer exact prefix in the store, or with the most relevant one last.
 
-    prefix | doc A | doc B | doc C | question        the store's entry of C was computed right after prefix and B
-    prefix | doc B | doc C | doc A | question        B and C are exact: nothing of them is recomputed
+prefix | doc A | doc B | doc C | question        the store's entry of C was computed right after prefix and B
+prefix | doc B | doc C | doc A | question        B and C are exact: nothing of them is recomputed
 """
 
 from __future__ import annotations

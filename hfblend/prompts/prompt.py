@@ -352,7 +352,8 @@ class Prompt:
 
         Raises:
             TypeError: messages or documents of another form, or an argument that `from_chat` itself sets.
-            ValueError: no user message, other placeholders than lists, or a template that drops, repeats or moves documents.
+            ValueError: no user message, other placeholders than lists, or a template that drops, repeats or moves
+                documents.
         """
         listed = list(documents) if isinstance(documents, Iterator) else documents
         listed, sizes = _flat(listed)
