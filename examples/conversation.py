@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import random
 from importlib import resources
-from typing import Any
+
+import torch
+from transformers import DynamicCache
 
 import hfblend
 from hfblend.demo.demo import demo_data
@@ -23,27 +25,23 @@ STOCK = hfblend.BlendConfig(enabled=False)
 
 
 class Conversation:
-    """The messages of a conversation, the documents of each turn, and the cache that holds both."""
+    """The messages of a conversation, the documents of each turn, and the cache that holds both with its ids."""
 
     def __init__(self, blender: hfblend.Blender, system: str, config: hfblend.BlendConfig | None = None) -> None:
         self.blender, self.config = blender, config
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}]
         self.documents: list[list[str]] = []
-        self.output: Any = None  # of the last turn: its cache, and the ids in it
+        self.cache, self.ids = DynamicCache(config=blender.model.config), torch.empty(1, 0, dtype=torch.long)
 
     def ask(self, question: str, documents: list[str], max_new_tokens: int = 24) -> str:
         model, tokenizer = self.blender.model, self.blender.tokenizer
         self.messages.append({"role": "user", "content": f"{{documents}}{question} Answer with a few words."})
         self.documents.append(documents)
         prompt = hfblend.Prompt.from_chat(tokenizer, self.messages, self.documents)  # the whole conversation
-        inputs = prompt.inputs(model.device)
-        if self.output is not None:
-            cache = self.output.past_key_values
-            prompt.crop(cache, self.output.sequences)  # should the answer's text have other tokens than were generated
-            inputs["past_key_values"] = cache
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
-        self.output = model.generate(**inputs, **options, blend_config=self.config)
-        answer = tokenizer.decode(self.output.sequences[0, len(prompt) :], skip_special_tokens=True).strip()
+        prompt.crop(self.cache, self.ids)  # should an answer's text have other tokens than were generated
+        options = {"past_key_values": self.cache, "max_new_tokens": max_new_tokens, "do_sample": False}
+        self.ids = model.generate(**prompt.inputs(model.device), **options, blend_config=self.config)
+        answer = tokenizer.decode(self.ids[0, len(prompt) :], skip_special_tokens=True).strip()
         self.messages.append({"role": "assistant", "content": answer})
         return answer
 

@@ -31,10 +31,12 @@ if importlib.util.find_spec("hfblend") is None:  # on Colab, say
 
 # %%
 import tempfile
+import warnings
 from pathlib import Path
 
 import pandas as pd
 from rank_bm25 import BM25Okapi
+from transformers import DynamicCache
 
 import hfblend
 from hfblend.demo.model import load
@@ -42,6 +44,7 @@ from hfblend.demo.passages import demo_data
 from hfblend.display.plots import new_figure
 from hfblend.store import DiskStore
 
+warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # `cache`, from 5.24 on
 pd.set_option("display.max_colwidth", None)
 model, tokenizer = load(device="cpu")
 
@@ -176,15 +179,15 @@ figure
 
 # %%
 prompt = make_prompt(question)
-options = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True}
-first = model.generate(**prompt.inputs(model.device), **options)
-answer = tokenizer.decode(first.sequences[0, len(prompt) :], skip_special_tokens=True)
+cache = DynamicCache(config=model.config)
+options = {"past_key_values": cache, "max_new_tokens": 24, "do_sample": False}
+ids = model.generate(**prompt.inputs(model.device), **options)
+answer = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
 
 messages = [SYSTEM, turn(question), {"role": "assistant", "content": answer}, turn(again)]
 prompt = hfblend.Prompt.from_chat(tokenizer, messages, [texts(question), texts(again)])
-cache = first.past_key_values
-held = prompt.crop(cache, first.sequences)  # all of it, unless the answer's text has other tokens than were generated
-second = model.generate(**prompt.inputs(model.device), past_key_values=cache, **options)
+held = prompt.crop(cache, ids)  # all of it, unless the answer's text has other tokens than were generated
+model.generate(**prompt.inputs(model.device), **options)
 second_trace = blender.trace
 print(f"{held} of {len(prompt)} tokens were in the cache.", *second_trace.notes)
 print(second_trace)

@@ -87,7 +87,8 @@ class Verify:
     >>> hfblend.patch(model, verify=hfblend.Verify(every=50, max_kl=0.1))  # doctest: +SKIP
 
     Args:
-        every: the k-th, 2k-th, … blended prompt is verified when its call is done; a batch has several prompts.
+        every: the k-th, 2k-th, … blended prompt is verified when its call is done; a batch has several prompts. Turns
+            that continue a cache are not counted.
         max_kl: in nats; a mean KL above it is logged as a warning.
         num_tokens: answer tokens that are compared. Verifying costs a full prefill, a blended one, and these.
 

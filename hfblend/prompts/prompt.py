@@ -183,7 +183,8 @@ class Prompt:
         """Cuts the cache of a conversation where this prompt stops to begin with what it holds, so that `generate` may
         continue it: an answer's text may tokenise to other ids than were generated.
 
-        >>> prompt.crop(output.past_key_values, output.sequences)  # doctest: +SKIP
+        >>> ids = model.generate(**prompt.inputs(), past_key_values=cache)  # doctest: +SKIP
+        >>> next_prompt.crop(cache, ids)  # doctest: +SKIP
 
         Args:
             cache: of Transformers, without sliding layers.

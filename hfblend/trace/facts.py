@@ -21,7 +21,7 @@ class ChunkTrace:
 
     Attributes:
         span: [start, stop) in the prompt.
-        key: the store's key (a hex digest).
+        key: the store's key (a hex digest); empty for what the user's cache held.
         status: `"hit"` (found), `"miss"` (prefilled alone, stored, then used like a hit), `"fresh"` (computed inside
             this prompt) or `"unused"` (found, and yet computed inside this prompt, which was quicker).
         exact: reused at its old position, after the same tokens, so that none of it needs recomputing.
