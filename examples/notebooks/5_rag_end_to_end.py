@@ -172,8 +172,8 @@ figure
 # %% [markdown]
 # ## A second turn
 #
-# A conversation goes on as with stock `generate`: the cache of a turn comes back with the ids of all turns. Documents of
-# the new turn are blended after it. The messages say `{documents}` twice, so there is a list of documents for each.
+# A conversation goes on as with stock `generate`: the cache of a turn comes back with the ids of all turns. Documents
+# of the new turn are blended after it. The messages say `{documents}` twice, so there is a list of documents for each.
 #
 # **Predict**: of how many tokens and chunks will the second turn's trace speak?
 
@@ -193,8 +193,8 @@ print(f"{held} of {len(prompt)} tokens were in the cache.", *second_trace.notes)
 print(second_trace)
 
 # %% [markdown]
-# Of all tokens, and of the four chunks that are new: the first turn, its documents among them, is the prefix. These four
-# were found in the store, though they were computed for a first turn.
+# Of all tokens, and of the four chunks that are new: the first turn, its documents among them, is the prefix. These
+# four were found in the store, though they were computed for a first turn.
 
 # %% [markdown]
 # ## Exercise
