@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import config, entry, make_llama, make_prompt
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import hfblend
@@ -115,6 +115,8 @@ OF_BLENDER = {
     ("calibrate", "ratios"): "",
     ("calibrate", "layers"): "None [[1]]",
     ("calibrate", "num_tokens"): "3",
+    ("reordered", "prompt"): "prompt",
+    ("reordered", "order"): "",
     ("precompute", "chunks"): "[] [[1]] ids",
     ("precompute", "prefix"): "[] array tensor",
     ("precompute", "batch_size"): "None 3",
@@ -237,6 +239,7 @@ def entry_points() -> dict:
         "verify": {},
         "blame": {"prompt": make_prompt(sizes=(9, 12), prefix=4, suffix=5)},
         "calibrate": {"prompts": [PROMPT], "max_kl": 99.0},
+        "reordered": {"prompt": PROMPT, "order": "prefix"},
         "precompute": {"chunks": [[1, 2]]},
     }
     for (method, name), meant in OF_BLENDER.items():
@@ -263,6 +266,8 @@ def entry_points() -> dict:
             lambda v, m, b: b.model.generate(**PROMPT.inputs(), blend_config=v, max_new_tokens=1),
             "None config",
         ),
+        "Prompt.crop(cache)": (lambda v, m, b: PROMPT.crop(v, PROMPT.input_ids), ""),
+        "Prompt.crop(held_ids)": (lambda v, m, b: PROMPT.crop(DynamicCache(), v), "ids"),
         "filler_ids": (lambda v, m, b: hfblend.filler_ids(v), "tokenizer"),
         "prefill_chunk(model)": (lambda v, m, b: hfblend.prefill_chunk(v, [1]), ""),
         "prefill_chunk(ids)": (lambda v, m, b: hfblend.prefill_chunk(m, v), "array tensor"),
@@ -345,7 +350,7 @@ def test_the_sweep_knows_every_public_name():
     results = {"Blame", "BlendResult", "BlendTrace", "Calibration", "UnsupportedModel", "Verification"}
     assert set(hfblend.__all__) <= swept | results
     methods = {name for name, _ in inspect.getmembers(hfblend.Blender, inspect.isfunction) if name[0] != "_"}
-    assert methods == {"verify", "blame", "calibrate", "precompute"} | {
+    assert methods == {"verify", "blame", "calibrate", "precompute", "reordered"} | {
         "remove",
         "profile",
         "refresh",

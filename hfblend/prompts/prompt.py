@@ -194,8 +194,11 @@ class Prompt:
             The tokens that are left in it.
 
         Raises:
+            TypeError: no cache, or no tensor of ids.
             ValueError: fewer ids than the cache holds.
         """
+        if not (hasattr(cache, "crop") and hasattr(cache, "get_seq_length")):
+            raise TypeError(f"cache must be a Cache of transformers, got {described(cache)}.")
         _require_prompt_ids(held_ids)
         held, given = int(cache.get_seq_length()), held_ids[0].tolist()
         if len(given) < held:
