@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from helpers import (
 )
 from test_real_models import load_smollm
 from test_self_test import PECULIAR, SOUND, WRONG_ROTATIONS, made_up
+from test_turns import check, conversation
 
 import hfblend
 from hfblend.attention.by_position import QueryRows, attend
@@ -508,6 +510,24 @@ def test_prompts_from_ram_in_a_row_are_each_what_they_are_from_the_gpu():
     for _ in range(3):
         results = [hfblend.blend(model, prompt, config=settings, store=in_ram).logits for prompt in prompts]
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, expected))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("selection", ["suffix_attention", "kv_deviation"])
+def test_later_turns_are_blended_after_their_cache(selection, graphs):
+    """At ratio 1, and with true KV from elsewhere; twice, so that graphs are recorded and replayed."""
+    model = on_gpu("llama-gqa", torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    stock = conversation(model)
+    for ratio, correction in ((1.0, "offset"), (0.2, None)):
+        store, settings = (
+            hfblend.MemoryStore(),
+            {"selection": selection, "cuda_graphs": graphs, "correction": correction},
+        )
+        with hfblend.patch(model, config(ratio, **settings), store=store) as blender:
+            for _ in range(2):
+                true_kv = partial(store_of_true_kv, model, store=store) if ratio < 1 else None
+                check(model, stock, conversation(model, blender, store_for=true_kv), 1e-3)
 
 
 def test_moving_a_model_keeps_its_entries():
