@@ -214,7 +214,8 @@ def test_new_documents_below_the_least_fall_back():
     prompt = prompt_of(1, hfblend.Prompt(first.sequences, prompt_of(0).chunk_spans))
     with hfblend.patch(model, config(0.2, min_reused_tokens=60)) as blender:
         generate(model, prompt.inputs(), **{CACHE: first.past_key_values})
-        assert blender.trace.fallback == "too_few_tokens"  # 45 new ones; all turns together have 86
+        assert blender.trace.fallback == "too_few_tokens"  # all turns together have 86
+        assert "45 reusable tokens in 2 chunks" in blender.trace.fallback_reason
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------

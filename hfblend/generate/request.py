@@ -120,7 +120,7 @@ class Request:
     def _num_given(self) -> int:
         """The tokens of the ids that the user's cache holds. With a mask that is longer, the ids are new ones only."""
         cache, mask = cache_given(self.kwargs), self.kwargs.get("attention_mask")
-        is_whole = mask is None or self.ids is None or mask.shape == self.ids.shape
+        is_whole = not torch.is_tensor(mask) or self.ids is None or mask.shape == self.ids.shape
         return int(cache.get_seq_length()) if isinstance(cache, Cache) and is_whole else 0
 
     def _planned(self) -> Plan:
@@ -176,8 +176,8 @@ class Request:
     def _after_splitting(self, ids: torch.Tensor, planned: Plan) -> Fallback | None:
         cache, lengths = cache_given(self.kwargs), planned.lengths
         if self._num_given:
-            planned.given = self._given(cache) if planned.is_one_prompt and len(ids) == 1 else None
-            if planned.given is None:
+            planned.given = self._given(cache, ids.shape[1])
+            if planned.given is None or len(ids) > 1 or not planned.is_one_prompt:
                 return Fallback.FILLED_CACHE
         if is_foreign(cache):
             return Fallback.FOREIGN_CACHE
@@ -190,9 +190,9 @@ class Request:
         same_regime = all(self.hf_model.same_regime(length, max(lengths)) for length in set(lengths))
         return None if same_regime else Fallback.ROPE_REGIMES
 
-    def _given(self, cache: Cache) -> ChunkKV | None:
+    def _given(self, cache: Cache, length: int) -> ChunkKV | None:
         """Returns the KV in the user's cache; `None` where chunks cannot be blended after it."""
-        hf_model, (length, count) = self.hf_model, (self.ids.shape[1] if self.ids is not None else 0, self._num_given)
+        hf_model, count = self.hf_model, self._num_given
         in_regime = hf_model.same_regime(hf_model.regime(count), hf_model.regime(length))
         return held_by(cache, hf_model.layouts, hf_model.dtype) if count < length and in_regime else None
 
@@ -251,7 +251,8 @@ class Request:
             case Fallback.NO_CHUNKS if self.chunk_spans is not None:
                 return "Got chunk_spans without a span."
             case Fallback.NO_CHUNKS | Fallback.TOO_FEW_TOKENS:
-                return found_chunks([prompt.chunk_spans for prompt in planned.prompts], self.config, self.separator)
+                new = [prompt.chunk_spans.from_token(self._num_given) for prompt in planned.prompts]
+                return found_chunks(new, self.config, self.separator)
             case Fallback.FILLED_CACHE:
                 kind = type(cache_given(self.kwargs)).__name__
                 return f"Got a {kind} of {self._num_given} tokens and {described(ids)}."
