@@ -79,10 +79,10 @@ def attention_weights(args: AttentionArgs, seen: torch.Tensor) -> torch.Tensor:
     batch, heads, rows, head_dim = args.query.shape
     kv_heads = args.key.shape[1]
     grouped = args.query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
-    scores = (grouped @ args.key.transpose(-1, -2)).float().view(batch, heads, rows, args.length) * args.scaling
+    scores = (grouped @ args.key.transpose(-1, -2)).float().view(batch, heads, rows, args.length).mul_(args.scaling)
     if args.softcap is not None:
         scores = args.softcap * torch.tanh(scores / args.softcap)
-    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    scores.masked_fill_(~seen[:, None], -torch.inf)
     if args.sinks is not None:  # one more logit per head that takes weight and gives nothing
         scores = torch.cat([scores, args.sinks.float().view(1, heads, 1, 1).expand(batch, -1, rows, 1)], -1)
     return scores.softmax(-1)[..., : args.length]
@@ -97,5 +97,11 @@ def reference_attention(
         (B, H, S, Dv)
     """
     weights = attention_weights(args.float(), visible(positions, args.length, args.sliding_window, hidden))
-    out = weights.view(weights.shape[0], args.key.shape[1], -1, args.length) @ args.value.float()
-    return out.reshape(*args.query.shape[:3], args.value.shape[-1]).to(args.query.dtype)
+    return weighted(args.value, weights).to(args.query.dtype)
+
+
+def weighted(value: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sums of values (B, Hkv, T, Dv) by weights (B, H, S, T): (B, H, S, Dv) in fp32."""
+    batch, kv_heads, length, value_dim = value.shape
+    out = weights.view(batch, kv_heads, -1, length) @ value.float()
+    return out.view(*weights.shape[:3], value_dim)
