@@ -68,8 +68,8 @@ def rotate(
     turned_dims = 2 * cos.shape[-1]
     (x, y), (to_x, to_y) = (pairs_of(t[..., :turned_dims], pairing) for t in (states, out))
     x, y = x.float(), y.float()
-    to_x.copy_(x * cos - y * sin)
-    to_y.copy_(x * sin + y * cos)
+    to_x.copy_((x * cos).addcmul_(y, sin, value=-1))
+    to_y.copy_((x * sin).addcmul_(y, cos))
     out[..., turned_dims:] = states[..., turned_dims:]
     return out
 

@@ -63,8 +63,9 @@ def asked(
     hidden = positions > at
     if args.sliding_window is not None:
         hidden |= positions <= at - args.sliding_window
+    mask = torch.zeros_like(hidden, dtype=states.dtype).masked_fill_(hidden, -torch.inf)
     logits = states @ keys.float().mT
-    logits.unflatten(1, (-1, NUM_QUERIES)).masked_fill_(hidden, -torch.inf)
+    logits.unflatten(1, (-1, NUM_QUERIES)).add_(mask)  # much quicker on a CPU than `masked_fill_`
     return states, logits.softmax(-1)
 
 
@@ -82,6 +83,6 @@ def trust(queries: Queries, known: torch.Tensor, foretold: torch.Tensor) -> torc
     """
     true, told = queries.shifts(known), queries.shifts(foretold)
     weighted = queries.attention * told
-    square = (weighted * told).sum((1, 2)).clamp_min(torch.finfo(told.dtype).tiny)
-    share = (weighted * true).sum((1, 2)) / (square * (1 + 10 / known.shape[1]))
+    along, square = (shifts.mul_(weighted).sum((1, 2)) for shifts in (true, told))
+    share = along / (square.clamp_min(torch.finfo(told.dtype).tiny) * (1 + 10 / known.shape[1]))
     return ((share - DOUBTED) / (TRUSTED - DOUBTED)).clamp(0, 1)

@@ -73,9 +73,12 @@ def empty_kv(like: KV, length: int) -> KV:
 
 
 def rows_at(kv: KV, idx: torch.Tensor) -> KV:
-    """K/V (B, Hkv, S, D) of some tokens, wherever a layer lies."""
-    keys, values = (states.index_select(2, idx.to(states.device)) for states in kv)
-    return keys, values
+    """K/V (B, Hkv, S, D) of some tokens, wherever a layer lies. Rows are copied as they are packed, if they are:
+    `index_select` on a CPU copies all of other states first."""
+    rows, idx = rows_behind(kv), idx.to(kv[0].device)
+    if rows is not None:
+        return RowLayout.of(kv).views(rows.index_select(0, idx)[None])
+    return kv[0].index_select(2, idx), kv[1].index_select(2, idx)
 
 
 def first_rows(kv: KV, length: int) -> KV:
