@@ -75,7 +75,12 @@ def test_tiles_in_half_precision(monkeypatch, dtype):
 
 def test_rising_rows_leave_out_what_none_of_them_sees():
     found = tiles.tiles_of(torch.arange(0, 4000, 4)[None], 4000, None, None, torch.float32)
-    assert [(tile.keys.stop, tile.mask.shape[-1]) for tile in found] == [(997, 997), (1997, 997), (2997, 997), (3997, 997)]
+    assert [(tile.keys.stop, tile.mask.shape[-1]) for tile in found] == [
+        (997, 997),
+        (1997, 997),
+        (2997, 997),
+        (3997, 997),
+    ]
     windowed = tiles.tiles_of(torch.arange(0, 4000, 4)[None], 4000, 100, None, torch.float32)
     assert [tile.keys.start for tile in windowed] == [0, 901, 1901, 2901]
 
