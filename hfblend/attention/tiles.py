@@ -10,7 +10,7 @@ Shapes: B batch, H query heads, Hkv KV heads, S query rows, n rows of a tile, T 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,8 @@ from ..kernels.reference import AttentionArgs, visible
 
 LARGEST = 320  # rows: more see more keys in vain, fewer occupy the cores less well
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # -> output, logarithm of the weights' sum
+# -> output, logarithm of the weights' sum; PyTorch gives the latter by no public name
+_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 class Tile(NamedTuple):
@@ -52,8 +53,9 @@ def tiles_of(
 def run_in_tiles(args: AttentionArgs) -> bool:
     """Whether PyTorch's flash attention for CPUs takes these states."""
     states = args.query, args.key, args.value
+    alike = all(one.stride(-1) == 1 and one.dtype == args.query.dtype for one in states)
     on_cpu = args.query.device.type == "cpu" and args.query.shape[-1] == args.value.shape[-1]
-    return on_cpu and all(one.stride(-1) == 1 and one.dtype == args.query.dtype for one in states)
+    return _flash is not None and on_cpu and alike
 
 
 def attend_in_tiles(args: AttentionArgs, tiles: list[Tile]) -> torch.Tensor:
