@@ -19,6 +19,7 @@ ChunkPrefix = Literal["prompt", "filler", "bos", "none"]
 Selection = Literal["suffix_attention", "kv_deviation", "chunk_start", "mixed", "random", "last"]
 Correction = Literal["offset"]
 OnMiss = Literal["isolated", "in_context"]
+Find = Literal["stored"]
 
 # Other names for the fields (the paper's, LMCache's, earlier ones), and arguments of `patch`.
 _OF_PATCH = "It is an argument of hfblend.patch."
@@ -78,6 +79,7 @@ class BlendConfig:
         layerwise: assemble each layer's reused KV when the pass reaches it; `False` assembles all layers first.
         cuda_graphs: on a GPU, run passes and decoding as CUDA graphs, without Python, if the model allows it.
         namespace: keeps one tenant's entries apart from another's in a shared store.
+        find: `"stored"` looks for the store's texts in plain `input_ids` that hold no separator.
 
     Raises:
         ValueError, TypeError: a value outside these bounds; the message says what was got and what is expected.
@@ -102,6 +104,7 @@ class BlendConfig:
     layerwise: bool = True
     cuda_graphs: bool = True
     namespace: str = ""
+    find: Find | None = None
 
     def __post_init__(self) -> None:
         for name in ("enabled", "layerwise", "cuda_graphs"):
@@ -111,6 +114,8 @@ class BlendConfig:
             self._set(name, whole(name, getattr(self, name)))
         for name, kind in (("deviation", Deviation), ("chunk_prefix", ChunkPrefix), ("on_miss", OnMiss)):
             one_of(name, getattr(self, name), get_args(kind))
+        if self.find is not None:
+            one_of("find", self.find, get_args(Find), ", or None")
         self._set("filler_ids", _numbers("filler_ids", self.filler_ids, whole))
         self._set("least_ratio", number_in("least_ratio", self.least_ratio, 0, 1))
         self._check_separator()
@@ -308,6 +313,7 @@ _READ: dict[str, Callable[[str], Any]] = {  # the other fields are text
     **dict.fromkeys(("min_reused_tokens", "force_chunk_start"), int),
     "separator": _text_or_none,
     "correction": lambda text: _text_or_none(text.strip()),
+    "find": lambda text: _text_or_none(text.strip()),
     "recompute_ratios": _ratios,
     "least_ratio": float,
 }

@@ -22,12 +22,13 @@ import torch
 from torch import nn
 
 from .arguments import described, is_tokenizer, require_tokenizer
-from .config import BlendConfig, as_config
+from .config import BlendConfig, Find, as_config
 from .controller import Controller, Profile
 from .generate.asked import has_inner_hooks
 from .generate.blending import require_prompts
 from .generate.call import Call
 from .generate.fallbacks import Fallback
+from .generate.find import Finder
 from .generate.order import Order, reordered
 from .generate.precompute import Precomputed, precompute
 from .generate.request import Request, generate_option, require_token_ids
@@ -68,6 +69,7 @@ def patch(
     store: Store | str | os.PathLike[str] | None = None,
     verify: Verify | int | None = None,
     trace: Level = "summary",
+    find: Find | None = None,
 ) -> Blender:
     """Lets `model.generate` reuse and blend chunk KV. Only this instance changes, until `remove()`.
 
@@ -86,6 +88,8 @@ def patch(
             `trace.verification`) above a bound: `hfblend.Verify(every=50, max_kl=0.1)`, or k alone.
         trace: level of detail of `blender.trace`: `"summary"`, which costs nothing, `"tokens"`, or `"full"`, which
             costs time and memory (`hfblend.BlendTrace`). Results are the same.
+        find: `"stored"` finds the store's texts in plain `input_ids`, without marks: `BlendConfig(find=…)` for all calls;
+            `model.generate(..., find=…)` for one.
 
     Returns:
         The handle: `trace`, `store`, `config`, `remove()`; also a context manager.
@@ -98,7 +102,11 @@ def patch(
     if is_tokenizer(config) or isinstance(config, str | os.PathLike) or hasattr(config, "put"):
         place = "tokenizer" if is_tokenizer(config) else "store"
         raise TypeError(f"config must be a hfblend.BlendConfig, got {described(config)}: write {place}=….")
-    return Blender(model, as_config(config), tokenizer, store, verify, trace)
+    return Blender(model, _with(as_config(config), find), tokenizer, store, verify, trace)
+
+
+def _with(config: BlendConfig, find: Find | None) -> BlendConfig:
+    return config if find is None else replace(config, find=find)
 
 
 class Blender:
@@ -207,6 +215,12 @@ class Blender:
         if config.separator is None or (isinstance(config.separator, str) and self.tokenizer is None):
             return None
         return Separator(config.separator, self.tokenizer)
+
+    def _finder_of(self, config: BlendConfig) -> Finder | None:
+        if config.find is None:
+            return None
+        self.hf_model.ranks.require_one("find", "Mark the chunks.")
+        return Finder(self.hf_model, self.store, config)
 
     # --- against full prefill -------------------------------------------------------------------------------------
 
@@ -457,27 +471,33 @@ class Blender:
         *args: Any,
         chunk_spans: Iterable[Any] | None = None,
         blend_config: BlendConfig | None = None,
+        find: Find | None = None,
         **kwargs: Any,
     ) -> Any:
         """Decides whether this call is blended, and runs stock `generate` in that scope."""
         stock_generate = self._stock(module, "generate")
         if self._is_inactive(module):  # or inside a wrapper that was put around this one
-            given = {"chunk_spans": chunk_spans, "blend_config": blend_config}
+            given = {"chunk_spans": chunk_spans, "blend_config": blend_config, "find": find}
             return stock_generate(*args, **kwargs, **{k: v for k, v in given.items() if v is not None})
         self._tidy()
         require_token_ids(self.model, args, kwargs)
         args, kwargs = self.hf_model.named_behind_the_ids(args, kwargs)
         config = self.config if blend_config is None else self._settled(blend_config, "blend_config")
+        config = _with(config, find)
         controller = self._controller_of(config)
         started = time.perf_counter()
         separator = self._separator if config.separator == self.config.separator else self._separator_of(config)
         if chunk_spans is not None:
             args, kwargs = self._on_device(args, kwargs)
         is_inside = self._running_call() is not None or self.hf_model.lock.is_mine
-        planned = Request(self.hf_model, self.model, args, kwargs, chunk_spans, config, separator, is_inside).plan()
+        finder = self._finder_of(config)
+        planned = Request(
+            self.hf_model, self.model, args, kwargs, chunk_spans, config, separator, is_inside, finder
+        ).plan()
+        store = self.store if finder is None else finder.found_in
         by_stock = kwargs.get("custom_generate") is None and self._runs_stock_loops()
         call = Call(
-            self.hf_model, planned, by_stock, config, self.store, controller, started, self._level, self.tokenizer
+            self.hf_model, planned, by_stock, config, store, controller, started, self._level, self.tokenizer
         )
         nested = planned.fallback is Fallback.NESTED
         if not nested:  # the traces are those of the user's call
@@ -492,7 +512,7 @@ class Blender:
         if self._verifier is not None and call.is_blended and planned.given is None:
             for prompt, trace in zip(planned.prompts, call.traces_of_prompts):
                 ratio = None if trace.decision is None else trace.decision.share
-                self._verifier.after(self.model, prompt, self.store, config.settled(ratio), trace)
+                self._verifier.after(self.model, prompt, store, config.settled(ratio), trace)
         return output
 
     @keeps_alive("call")

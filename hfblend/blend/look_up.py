@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ..prompts.filler import require_filler
 from ..prompts.prompt import ChunkSpans
 from ..prompts.separator import Span
 from ..store.base import ReadsAhead, Store
-from ..store.keys import chunk_keys
+from ..store.keys import chunk_keys, scope_of
 from ..trace.facts import ChunkTrace, Status
 from ..trace.observer import Observer
 from .model import BlendableModel
@@ -66,6 +66,11 @@ class ChunksOf:
         # Asked for every chunk of a prompt, which waits for it.
         self._digest, self._dtype, self._layouts = model.digest, model.dtype, tuple(model.layouts.values())
         self._token_bytes = sum(layout.width for layout in self._layouts) * self._dtype.itemsize
+
+    @property
+    def scope(self) -> str:
+        """The scope in which these chunks are found in plain prompts."""
+        return scope_of(self._digest, self._dtype, self.config.namespace)
 
     def keys(self, texts: Iterable[Text]) -> list[str]:
         """The keys of texts."""
@@ -114,6 +119,7 @@ class ChunksOf:
     ) -> list[ChunkKV]:
         self.observer.phase_done("look_up")
         chunk_kvs = self.model.prefill(chunks, after_ids, after)
+        chunk_kvs = [replace(kv, ids=ids, scope=self.scope) for kv, ids in zip(chunk_kvs, chunks)]
         self.observer.phase_done("prefill_chunks")
         self.observer.prefilled(sum(map(len, chunks)) * self.model.num_layers)
         return chunk_kvs
@@ -208,7 +214,7 @@ class LookUp:
     chunks: list[ChunkTrace] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._prefix_stop = self.spans[0][0] if self.spans else 0
+        self._prefix_stop = self.spans.prefix_stop
         prefix_ids = self.ids[: self._prefix_stop]
         self._chunks_of = ChunksOf(self.model, self.store, self.config, prefix_ids, self.observer, self.lost)
         if self.given is not None:

@@ -33,6 +33,8 @@ class ChunkKV:
         regime: prompt length that set length-dependent RoPE frequencies then; default, last position + 1.
         quantised: `"int8"` or `"fp8"`, where a store kept it in that; it is then near what was computed, never exact.
         origin: which model computed it of what, for people and tools; `None` where that is not known.
+        ids: its own token ids, 8 bytes each, by which it is found in plain prompts; none where they are not known.
+        scope: of those prompts (`hfblend.store.keys.scope_of`).
     """
 
     cache: DynamicCache
@@ -42,6 +44,8 @@ class ChunkKV:
     regime: int = 0
     quantised: str | None = None
     origin: Origin | None = None
+    ids: Sequence[int] = ()
+    scope: str = ""
 
     def __post_init__(self) -> None:
         layers: list[Any] = require("cache", self.cache, DynamicCache, "a transformers.DynamicCache").layers
@@ -55,6 +59,7 @@ class ChunkKV:
                 f"{sorted(lengths)}. Sliding-window layers must be kept at full length."
             )
         object.__setattr__(self, "behind_ids", Ids(self.behind_ids))
+        object.__setattr__(self, "ids", Ids(self.ids))
         object.__setattr__(self, "regime", max(self.regime, int(self.cached_positions.max()) + 1))
 
     def __len__(self) -> int:
@@ -135,7 +140,8 @@ class ChunkKV:
         storages = [t.untyped_storage() for t in tensors]
         num_bytes = {(one.device, one.data_ptr()): one.nbytes() for one in storages}
         said = 0 if self.origin is None else sum(map(len, vars(self.origin).values()))
-        return sum(num_bytes.values()) + 8 * self.num_behind + said + _OBJECTS_BYTES * (1 + self.num_layers)
+        num_ids = self.num_behind + len(self.ids)
+        return sum(num_bytes.values()) + 8 * num_ids + said + _OBJECTS_BYTES * (1 + self.num_layers)
 
     def to(self, device: torch.device | str) -> ChunkKV:
         """The same chunk with its tensors on another device; this one, if they are there already.
@@ -159,7 +165,7 @@ class ChunkLost(Exception):
 
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(f"Chunk KV {key[:12]}… cannot be read: {reason}")
-        self.key = key
+        self.key, self.reason = key, reason
 
 
 class Reader(Protocol):
@@ -191,6 +197,12 @@ class Reader(Protocol):
 
     @property
     def origin(self) -> Origin | None: ...
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    @property
+    def scope(self) -> str: ...
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -240,4 +252,4 @@ def in_memory(entry: Reader) -> ChunkKV:
         return entry
     cache = full_length_cache(entry.layer(i) for i in range(entry.num_layers))
     said = (entry.cached_positions, entry.behind_ids, entry.provenance, entry.regime, entry.quantised, entry.origin)
-    return ChunkKV(cache, *said)
+    return ChunkKV(cache, *said, entry.ids, entry.scope)

@@ -27,14 +27,14 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.are_several = self.size > 1
 
-    def require_one(self) -> None:
+    def require_one(self, setting: str = 'recompute_ratios="auto"', instead: str = "Give a ratio.") -> None:
         """Raises:
-        ValueError: several ranks, of which each would measure its own time and settle "auto" in its own way.
+        ValueError: several ranks, of which each would settle by itself what is recomputed or reused.
         """
         if self.are_several:
             raise ValueError(
-                f'recompute_ratios="auto" rests on what one process measures; this model is tensor-parallel over '
-                f"{self.size} ranks, which must recompute the same tokens. Give a ratio."
+                f"{setting} rests on what one process measures or has; this model is tensor-parallel over {self.size} "
+                f"ranks, which must recompute the same tokens. {instead}"
             )
 
     def all_agree(self, here: list[bool]) -> list[bool]:

@@ -32,14 +32,23 @@ class ChunkSpans(tuple[Span, ...]):
             always would, as tokens merge across the chunks' borders; that is harmless.
         note: for the trace: the place where the prompt reads differently from the joined text, if it does, and the
             order that its documents were brought into, if they were.
+        prefix_stop: the end of the ids that chunks are computed after; default, the first chunk's start.
     """
 
     differs_from_joined_text: bool | None
     note: str
+    prefix_stop: int
 
-    def __new__(cls, spans: Iterable[Any], differs_from_joined_text: bool | None = None, note: str = "") -> ChunkSpans:
+    def __new__(
+        cls,
+        spans: Iterable[Any],
+        differs_from_joined_text: bool | None = None,
+        note: str = "",
+        prefix_stop: int | None = None,
+    ) -> ChunkSpans:
         self = super().__new__(cls, [_as_span(span, spans) for span in _listed(spans)])
         self.differs_from_joined_text, self.note = differs_from_joined_text, note
+        self.prefix_stop = prefix_stop if prefix_stop is not None else self[0][0] if self else 0
         return self
 
     def check(self, length: int) -> None:
@@ -56,13 +65,15 @@ class ChunkSpans(tuple[Span, ...]):
 
     def from_token(self, start: int) -> ChunkSpans:
         """Returns the spans that begin at a token or after it."""
-        return ChunkSpans((span for span in self if span[0] >= start), self.differs_from_joined_text, self.note)
+        later = (span for span in self if span[0] >= start)
+        return ChunkSpans(later, self.differs_from_joined_text, self.note, self.prefix_stop)
 
     def moved(self, by: int) -> ChunkSpans:
         """Returns the spans `by` tokens later; raises `ValueError` if one would begin before the prompt does."""
         if self and self[0][0] + by < 0:
             raise ValueError(f"Chunk span {self[0]} begins in the padding, the first {-by} tokens of its row.")
-        return ChunkSpans(((start + by, stop + by) for start, stop in self), self.differs_from_joined_text, self.note)
+        moved = [(start + by, stop + by) for start, stop in self]
+        return ChunkSpans(moved, self.differs_from_joined_text, self.note, self.prefix_stop + by if self else None)
 
 
 def spans_by_row(chunk_spans: Iterable[Any], rows: torch.Tensor) -> list[ChunkSpans]:

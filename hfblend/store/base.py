@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from ..arguments import described, require
 from ..kv.chunk import ChunkKV, Reader, in_memory
+from .index import Index
 
 
 class Store(Protocol):
@@ -30,6 +31,15 @@ class ReadsAhead(Protocol):
 
     def read_ahead(self, keys: Sequence[str]) -> None:
         """Begins to read these entries, which will be opened soon, in that order."""
+        ...
+
+
+@runtime_checkable
+class Findable(Protocol):
+    """A store that knows the texts of its entries, so that they are found in prompts without marks."""
+
+    def index(self, scope: str) -> Index:
+        """Returns the texts of the entries of a scope (`hfblend.store.keys.scope_of`), up to date."""
         ...
 
 

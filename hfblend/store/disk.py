@@ -8,11 +8,13 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .base import require_folder
 from .files import FileStore
 from .folders import LocalFolder, is_abandoned
 from .format import Contents
+from .journal import INDEX, Journal, LocalTexts
 from .keys import file_name_of
 from .loader import Source
 from .sources import FileSource
@@ -59,6 +61,13 @@ class DiskStore(FileStore):
                     folder.rmdir()  # fails if something else is there
         with tempfile.TemporaryDirectory(prefix=f"hfblend-profile.{os.getpid()}.", dir=self.path) as made:
             yield DiskStore(made, 2**60, kv_dtype=self.kv_dtype)
+
+    def clear(self) -> None:
+        super().clear()
+        self._remove(file.name for file in self._folder.files() if file.name.endswith(INDEX))
+
+    def _texts_of(self, scope: str, *how: Any) -> LocalTexts:
+        return LocalTexts(Journal(self._folder, scope + INDEX), *how)
 
     def _opened(self, key: str) -> tuple[Source, Contents]:
         return self._reading.ask("read from", lambda: FileSource.opened(self._folder, key, self._reading))

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from ..kv.chunk import ChunkKV, ChunkLost
+from ..locks import Mutex
 from .base import require_chunk_kv
 from .folders import LocalFolder, RemoteFolder
 from .format import HEAD_BYTES, Contents, CorruptEntry, OtherVersion, contents_of, dump, header_bytes
+from .index import Index, stands_for
+from .journal import Text, Texts
 from .keys import file_name_of
 from .loader import LayerwiseChunk, Places, Source
 from .quantise import require_kv_dtype, takes
@@ -37,6 +43,8 @@ class FileStore(Upkeep):
         self.kv_dtype = require_kv_dtype(kv_dtype)
         self._reading = Requests(where, self.counts, (FileNotFoundError, CorruptEntry, OtherVersion), **limits)
         self._writing = Requests(where, self.counts, **limits)
+        self._texts: dict[str, Texts] = {}  # by scope
+        self._texts_lock = Mutex()
         self._reading.siblings = self._writing.siblings = (self._reading, self._writing)
 
     def __repr__(self) -> str:
@@ -63,6 +71,8 @@ class FileStore(Upkeep):
                     return
             self._writing.ask("written to", lambda: self._folder.write(name, file))
             self._note_written(key)
+            if chunk_kv.scope and chunk_kv.provenance == "isolated":
+                self._texts_in(chunk_kv.scope).note(Text.of(key, chunk_kv))
             self.counts.add(stored=1, bytes_written=len(file))
 
     def _settle_if_given(self, num_bytes: int, made_room: Future[bool]) -> None:
@@ -89,6 +99,44 @@ class FileStore(Upkeep):
             self._lost(key, None, error)
         self.counts.add(**{"misses" if chunk is None else "hits": 1})
         return chunk
+
+    def index(self, scope: str) -> Index:
+        """Returns the texts of the entries of one scope, up to date."""
+        texts = self._texts_in(scope)
+        texts.refresh()
+        return texts.index
+
+    def _texts_in(self, scope: str) -> Texts:
+        with self._texts_lock:
+            if scope not in self._texts:
+                self._texts[scope] = self._texts_of(scope, self.keys, partial(self._read_texts, scope))
+            return self._texts[scope]
+
+    def _texts_of(self, scope: str, *how: Any) -> Texts:
+        raise NotImplementedError
+
+    def _read_texts(self, scope: str, keys: Iterable[str]) -> Iterator[Text]:
+        found = self._folder.each(partial(self._text, scope), keys)
+        return (text for text in found if text is not None)
+
+    def _text(self, scope: str, key: str) -> Text | None:
+        """Returns an entry's text, by its header; `None` if it cannot be read now."""
+        name = file_name_of(key)
+        try:
+            head = self._folder.read(name, 0, HEAD_BYTES)
+            if len(head) < header_bytes(head[:8]):
+                head += self._folder.read(name, len(head), header_bytes(head[:8]))
+            contents = contents_of(key, head, None)
+            if not contents.ids or contents.scope != scope or contents.provenance != "isolated":
+                return Text(key)
+            place = contents.places["behind_ids"]
+            data = head if place.stop <= len(head) else self._folder.read(name, 0, place.stop)
+            behind = np.frombuffer(data[place.start : place.stop], np.int64)
+            return Text(key, np.frombuffer(contents.ids, "<u4"), len(behind), stands_for(behind))
+        except (CorruptEntry, OtherVersion, ValueError):
+            return Text(key)
+        except OSError:
+            return None
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a file of that key; whether it can be trusted is seen when it is read."""

@@ -12,20 +12,23 @@ Shapes: n tokens of the chunk, W width of a row, L layers.
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import math
 import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 
 from ..kv.chunk import ChunkKV
-from ..kv.ids import Ids
+from ..kv.ids import Ids, plain_ids
 from ..kv.origin import Origin
 from ..kv.rows import KV, RowLayout, full_length_cache, packed, rows_behind
 from .quantise import KV_DTYPES, QuantisedRows, can_be_quantised, dequantise, quantise, takes
@@ -36,6 +39,7 @@ HEAD_BYTES = 64 * 2**10  # of a file, read first: the header, positions and ids 
 _BLANK = "0" * 32  # stands in the header for its own digest while that is taken
 MOST_UNASKED = 2**20  # bytes of a file that are read before its claims were compared with what was asked for
 _LONGEST_HEADER = MOST_UNASKED  # 500 bytes a layer
+_MOST_FINDABLE = 2**16  # ids of a chunk that its header holds
 _MOST = 2**31  # tokens, or elements of a row
 _KV = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _DTYPES = {**_KV, "I64": torch.int64, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
@@ -85,6 +89,9 @@ def dump(key: str, chunk_kv: ChunkKV, kv_dtype: str | None = None) -> bytes:
         "checksums": json.dumps({name: _checksum(t.dtype, t.shape, memory_of(t)) for name, t in tensors.items()}),
         "header": _BLANK,
     }
+    if 0 < len(chunk_kv.ids) <= _MOST_FINDABLE:
+        own = np.frombuffer(plain_ids(chunk_kv.ids), np.int64).astype("<u4")
+        metadata |= {"ids": base64.b64encode(own).decode(), "scope": chunk_kv.scope}
     if chunk_kv.origin is not None:
         metadata["origin"] = json.dumps(asdict(chunk_kv.origin))
     return b"".join([_header(metadata, tensors), *map(memory_of, tensors.values())])
@@ -199,6 +206,8 @@ class Contents:
         origin: who computed it, of which ids; `None` in files of earlier versions.
         quantised: `"int8"` or `"fp8"`, if KV is in 8 bits.
         dtype: of such KV, when it was computed.
+        ids: of the chunk, 4 bytes each; empty in files of earlier versions.
+        scope: of the prompts that it may be found in.
     """
 
     key: str
@@ -209,6 +218,13 @@ class Contents:
     origin: Origin | None = None
     quantised: str | None = None
     dtype: torch.dtype | None = None
+    ids: bytes = b""
+    scope: str = ""
+
+    @property
+    def own_ids(self) -> array[int]:
+        """The chunk's ids, 8 bytes each; none in files of earlier versions."""
+        return array("q", np.frombuffer(self.ids, "<u4").astype(np.int64).tobytes())
 
     @property
     def first_stop(self) -> int:
@@ -273,6 +289,7 @@ def _contents_of(key: str, start: bytes, num_bytes: int | None) -> Contents:
         in_8_bits = (metadata["kv_dtype"], _KV[metadata["dtype"]]) if form == QUANTISED_FORMAT else (None, None)
         places = _places_of(header, layouts, in_8_bits[0], json.loads(metadata["checksums"]), len(start))
         regime, provenance, origin = int(metadata["regime"]), metadata["provenance"], origin_of(metadata)
+        ids = base64.b64decode(metadata.get("ids", ""), validate=True)
     except CorruptEntry:
         raise
     except Exception as error:  # a header that was made to do harm can make anything go wrong
@@ -282,7 +299,9 @@ def _contents_of(key: str, start: bytes, num_bytes: int | None) -> Contents:
         raise CorruptEntry(f"its tensors end at byte {stop}, the file at {num_bytes}")
     if provenance not in ("isolated", "in_context") or not 0 < regime <= _MOST:
         raise CorruptEntry(f"its provenance is {provenance!r}, its regime {regime}")
-    contents = Contents(key, provenance, regime, layouts, places, origin, *in_8_bits)
+    if len(ids) not in (0, 4 * places["cached_positions"].shape[0]):
+        raise CorruptEntry(f"it has {len(ids)} bytes of ids")
+    contents = Contents(key, provenance, regime, layouts, places, origin, *in_8_bits, ids, str(metadata.get("scope", "")))
     if len({place.dtype for place in contents.layers}) > 1:
         raise OtherVersion("its layers are of several dtypes, no model's here")
     return contents
@@ -306,7 +325,8 @@ def parse(key: str, file: bytes) -> ChunkKV:
     behind_ids = Ids.from_bytes(memory_of(read(contents.places["behind_ids"])))
     kv = (layout.views(read(place)[None]) for layout, place in zip(contents.layouts, contents.layers))
     said = (contents.provenance, contents.regime, contents.quantised, contents.origin)
-    return ChunkKV(full_length_cache(packed(one) for one in kv), positions, behind_ids, *said)
+    own = contents.own_ids, contents.scope
+    return ChunkKV(full_length_cache(packed(one) for one in kv), positions, behind_ids, *said, *own)
 
 
 def _places_of(

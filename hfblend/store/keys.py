@@ -36,6 +36,12 @@ def chunk_key(
     return digest.hexdigest()
 
 
+@functools.lru_cache(maxsize=64)
+def scope_of(fingerprint: str, dtype: torch.dtype, namespace: str = "") -> str:
+    """Returns the SHA-256 over model, dtype and namespace: entries of one scope may be found in its prompts."""
+    return hashlib.sha256(json.dumps(["hfblend-scope-1", fingerprint, str(dtype), namespace]).encode()).hexdigest()
+
+
 @functools.lru_cache(maxsize=256)
 def _hash_of_header(
     fingerprint: str, dtype: torch.dtype, namespace: str, provenance: str, lengths: tuple[int, int]

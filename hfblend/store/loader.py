@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import cached_property
@@ -76,7 +77,7 @@ class LayerwiseChunk:
         self.regime, self.quantised = contents.regime, contents.quantised
         self.num_behind = contents.places["behind_ids"].shape[0]
         self.origin, self.layouts, self.num_layers = contents.origin, contents.layouts, len(contents.layouts)
-        self.dtype, self.num_bytes = contents.layers[0].dtype, contents.num_bytes
+        self.dtype, self.num_bytes, self.scope = contents.layers[0].dtype, contents.num_bytes, contents.scope
         if contents.first_stop <= MOST_UNASKED:
             _ = self.cached_positions, self.behind_ids
 
@@ -92,6 +93,11 @@ class LayerwiseChunk:
     def behind_ids(self) -> Ids:
         """The ids before them. Raises `ChunkLost` as `layer` does."""
         return self._small("behind_ids", lambda ids: Ids.from_bytes(memory_of(ids)))
+
+    @property
+    def ids(self) -> array[int]:
+        """Its own ids; none in files of earlier versions."""
+        return self._contents.own_ids
 
     def tier_beside(self, device: torch.device) -> str:
         """Returns where its last layer is read from: a file is rarely in part in the system's RAM."""

@@ -14,6 +14,7 @@ from ..kv.chunk import ChunkKV
 from ..locks import Mutex
 from .base import require_chunk_kv
 from .counts import StoreCounts
+from .index import Index, stands_for
 from .sizes import num_bytes_of
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class MemoryStore:
         self.counts = StoreCounts()
         self._entries: OrderedDict[str, ChunkKV] = OrderedDict()
         self._pinned: set[str] = set()
+        self._indexes: dict[str, Index] = {}  # scope -> its texts, once they were asked for
         self._lock = Mutex()
 
     def __repr__(self) -> str:
@@ -57,6 +59,7 @@ class MemoryStore:
         with self._lock:
             self._remove(key)
             self._entries[key] = chunk_kv
+            self._index(key, chunk_kv)
             self.num_bytes += chunk_kv.held_bytes
             self.counts.add(stored=1)
             self._make_room(key)
@@ -71,6 +74,16 @@ class MemoryStore:
         else:
             self.counts.hits += 1
         return found
+
+    def index(self, scope: str) -> Index:
+        """Returns the texts of the entries of one scope; from then on it is kept up to date."""
+        with self._lock:
+            if scope not in self._indexes:
+                self._indexes[scope] = Index()
+                for key, entry in self._entries.items():
+                    if entry.scope == scope:
+                        self._index(key, entry)
+            return self._indexes[scope]
 
     def pin(self, key: str) -> None:
         """Keeps an entry when others must go, until `unpin`; raises `KeyError` if there is none of that key."""
@@ -88,6 +101,7 @@ class MemoryStore:
         """Drops every entry, pinned ones too."""
         with self._lock:
             self._entries.clear()
+            self._indexes.clear()
             self._pinned.clear()
             self.num_bytes = 0
 
@@ -116,6 +130,12 @@ class MemoryStore:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.num_bytes -= entry.held_bytes
+            if entry.scope in self._indexes:
+                self._indexes[entry.scope].discard(key)
+
+    def _index(self, key: str, entry: ChunkKV) -> None:
+        if entry.scope in self._indexes and entry.provenance == "isolated":
+            self._indexes[entry.scope].add(key, entry.ids, entry.num_behind, stands_for(entry.behind_ids))
 
 
 def _device(device: Any) -> torch.device:

@@ -16,6 +16,7 @@ from ..locks import Mutex
 from .files import FileStore
 from .folders import RemoteFolder
 from .format import Contents
+from .journal import RemoteTexts
 from .keys import file_name_of
 from .loader import Source
 from .sources import ObjectSource
@@ -104,6 +105,9 @@ class RemoteStore(FileStore):
     def remove(self, key: str) -> None:
         self._taken(key)
         super().remove(key)
+
+    def _texts_of(self, scope: str, *how: Any) -> RemoteTexts:
+        return RemoteTexts(self.timeout_s, *how)
 
     def _opened(self, key: str) -> tuple[Source, Contents]:
         begun = self._taken(key)

@@ -1,0 +1,162 @@
+"""Chunks of a plain prompt, found without marks: stored texts stand somewhere in its ids (`find="stored"`).
+
+    prompt    prefix | · a stored text · · · another, from its second token on · · question
+    spans              [              ]      [                               ]
+
+They become spans, as a separator's would. The look-up then finds each by its key, the hash of its ids and of those it
+was computed after: nothing that only looks alike is ever used. A part of an entry is opened under the part's own key.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..blend.look_up import ChunksOf
+from ..config import BlendConfig
+from ..kv.chunk import ChunkKV, Reader
+from ..kv.ids import plain_ids
+from ..kv.part import part_of
+from ..prompts.prompt import ChunkSpans
+from ..store import Store, tiers_of
+from ..store.base import Findable, ReadsAhead
+from ..store.index import Hashed, Index, Match, Numbers, longest_first
+from ..support.registry import TestedModel
+
+_LATEST = 8  # beginnings that are looked at to say why nothing was found
+NO_SPANS = ChunkSpans(())
+
+
+class Place(NamedTuple):
+    """A part of an entry; `key` is the whole entry's."""
+
+    key: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Finder:
+    """Finds stored texts in the prompts of a call.
+
+    Attributes:
+        places: key of a found chunk -> where its KV is.
+    """
+
+    model: TestedModel
+    store: Store
+    config: BlendConfig
+    places: dict[str, Place] = field(default_factory=dict)
+
+    def spans(self, ids: Sequence[int]) -> ChunkSpans:
+        """Returns the spans of stored texts in a prompt, with a note of what was found."""
+        ids, prompt = plain_ids(ids), Hashed(ids)
+        by_start = self._found(prompt, self._place(prompt))
+        chosen = {start: longest_first(found, start, len(ids)) for start, found in by_start.items()}
+        if not any(chosen.values()):
+            return ChunkSpans((), note=self._elsewhere(prompt))
+        start = max(chosen, key=lambda start: start * bool(chosen[start]) + _tokens(chosen[start]))
+        matches = self._sure(ids, start, chosen[start])
+        return ChunkSpans([(one.start, one.stop) for one in matches], note=_note(matches), prefix_stop=start)
+
+    @property
+    def found_in(self) -> Store:
+        """The store, in which parts of entries are found under the keys of the parts."""
+        return _WithParts(self.store, self.places, self._indexes) if self.places else self.store
+
+    @property
+    def _indexes(self) -> list[Index]:
+        scope = self._chunks_after(()).scope
+        return [tier.index(scope) for tier in tiers_of(self.store) if isinstance(tier, Findable)]
+
+    def _found(self, prompt: Hashed, place: Callable[[Numbers, Numbers], Numbers]) -> dict[int, list[Match]]:
+        """Tokens of a prefix -> the matches of texts that were computed after it."""
+        found: dict[int, list[Match]] = {}
+        for index in self._indexes:
+            for start, matches in index.find(prompt, place):
+                found.setdefault(start, []).extend(matches)
+        return found
+
+    def _place(self, prompt: Hashed) -> Callable[[Numbers, Numbers], Numbers]:
+        """Returns what says, of texts computed after so many ids that sum up so, how many tokens of the prompt make the
+        prefix; −1 where the prompt does not begin with these ids."""
+        tail = Hashed(self._chunks_after(()).after_ids)
+        num_after = len(tail.ids)
+        if self.config.chunk_prefix in ("bos", "none"):
+            return lambda numbers, sums: np.where((numbers == num_after) & (sums == tail.sums[-1]), 0, -1)
+        begins = prompt.followed_by(tail)
+
+        def prefix(numbers: Numbers, sums: Numbers) -> Numbers:
+            lengths = numbers - num_after
+            is_inside = (lengths >= 0) & (lengths < len(begins))
+            return np.where(is_inside & (begins[np.where(is_inside, lengths, 0)] == sums), lengths, -1)
+
+        return prefix
+
+    def _sure(self, ids: Sequence[int], start: int, matches: Iterable[Match]) -> list[Match]:
+        """Returns the matches whose entries' keys are those of their ids, and notes where the KV is."""
+        chunks_of, sure = self._chunks_after(ids[:start]), []
+        for one in matches:
+            size = one.stop - one.start
+            whole, after_ids = array("q", one.ids.astype(np.int64).tobytes()), chunks_of.after_ids
+            key, part = chunks_of.keys([(whole, after_ids), (ids[one.start : one.stop], after_ids)])
+            if key == one.key:
+                self.places[part] = Place(key, one.offset, one.offset + size)
+                sure.append(one)
+        return sure
+
+    def _chunks_after(self, prefix_ids: Sequence[int]) -> ChunksOf:
+        return ChunksOf(self.model, self.store, self.config, prefix_ids)
+
+    def _elsewhere(self, prompt: Hashed) -> str:
+        """Says which texts would have been found after another beginning, of the latest, if nothing was found."""
+        found = self._found(prompt, lambda numbers, sums: np.where(np.arange(len(sums))[::-1] < _LATEST, numbers, -1))
+        if not (best := max(found.values(), key=_tokens, default=[])):
+            return "No text of the store was found in the prompt."
+        matches = longest_first(best, 0, len(prompt.ids))
+        return (
+            f"{len(matches)} texts of the store, {_tokens(matches)} tokens, are in the prompt, but their KV was computed "
+            "after another beginning (prefix, chunk_prefix) than the prompt's."
+        )
+
+
+def _tokens(matches: Iterable[Match]) -> int:
+    return sum(one.stop - one.start for one in matches)
+
+
+def _note(matches: Sequence[Match]) -> str:
+    parts = sum(one.stop - one.start < len(one.ids) for one in matches)
+    return f"Found {len(matches)} texts of the store ({parts} in part), {_tokens(matches)} tokens."
+
+
+class _WithParts:
+    """A store in which found chunks are entries, or parts of them."""
+
+    def __init__(self, store: Store, places: Mapping[str, Place], indexes: Sequence[Index]) -> None:
+        self._store, self._places, self._indexes = store, places, indexes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def put(self, key: str, chunk_kv: ChunkKV) -> None:
+        self._store.put(key, chunk_kv)
+
+    def open(self, key: str) -> Reader | None:
+        place = self._places.get(key)
+        if place is None:
+            return self._store.open(key)
+        entry = self._store.open(place.key)
+        if entry is None:  # it has gone since: not to be found again
+            for index in self._indexes:
+                index.discard(place.key)
+        if entry is None or len(entry) < place.stop:
+            return self._store.open(key) if key != place.key else None
+        return part_of(entry, key, place.start, place.stop)
+
+    def read_ahead(self, keys: Sequence[str]) -> None:
+        if isinstance(self._store, ReadsAhead):
+            self._store.read_ahead([self._places[key].key if key in self._places else key for key in keys])
