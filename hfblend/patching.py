@@ -88,8 +88,8 @@ def patch(
             `trace.verification`) above a bound: `hfblend.Verify(every=50, max_kl=0.1)`, or k alone.
         trace: level of detail of `blender.trace`: `"summary"`, which costs nothing, `"tokens"`, or `"full"`, which
             costs time and memory (`hfblend.BlendTrace`). Results are the same.
-        find: `"stored"` finds the store's texts in plain `input_ids`, without marks: `BlendConfig(find=…)` for all calls;
-            `model.generate(..., find=…)` for one.
+        find: `"stored"` finds the store's texts in plain `input_ids`, without marks; as `BlendConfig(find=…)`, and
+            `model.generate(..., find=…)` for one call.
 
     Returns:
         The handle: `trace`, `store`, `config`, `remove()`; also a context manager.
@@ -496,9 +496,7 @@ class Blender:
         ).plan()
         store = self.store if finder is None else finder.found_in
         by_stock = kwargs.get("custom_generate") is None and self._runs_stock_loops()
-        call = Call(
-            self.hf_model, planned, by_stock, config, store, controller, started, self._level, self.tokenizer
-        )
+        call = Call(self.hf_model, planned, by_stock, config, store, controller, started, self._level, self.tokenizer)
         nested = planned.fallback is Fallback.NESTED
         if not nested:  # the traces are those of the user's call
             self._traces.last = call.traces

@@ -47,9 +47,11 @@ def test_texts_are_found_as_if_they_were_marked(kind, tmp_path):
         found = answer(model, prompt.input_ids)
         trace = blender.trace
         assert [chunk.span for chunk in trace.chunks] == list(prompt.chunk_spans)
-        assert {chunk.status for chunk in trace.chunks} == {"hit"} and trace.prefix.exact
+        assert {chunk.status for chunk in trace.chunks} == {"hit"}
+        assert trace.prefix.exact
         marked = answer(model, **{"input_ids": prompt.input_ids, "chunk_spans": prompt.chunk_spans})
-        assert blender.trace.blended and torch.equal(found, marked)
+        assert blender.trace.blended
+        assert torch.equal(found, marked)
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "tiers"])
@@ -68,3 +70,170 @@ def test_unequal_edges_become_gaps(kind, cut, tmp_path):
         assert trace.chunks[0].exact == (left == 0)
         assert "(2 in part)" in trace.notes[0]
         assert torch.equal(found, answer(model, input_ids, blend_config=hfblend.BlendConfig(enabled=False)))
+
+
+def stock(model, input_ids, **kwargs):
+    return answer(model, input_ids, blend_config=hfblend.BlendConfig(enabled=False), **kwargs)
+
+
+def test_ratio_1_with_other_neighbours_is_stock():
+    model = shared(make_llama)
+    with hfblend.patch(model, config(recompute_ratios=(1.0,))) as blender:
+        blender.precompute(TEXTS, prefix=PREFIX)
+        for order in ([3, 1, 0], [2, 2, 1]):
+            input_ids = plain(PREFIX, *(TEXTS[i][1:] for i in order), SUFFIX)
+            assert torch.equal(answer(model, input_ids), stock(model, input_ids))
+            assert blender.traces[0].fallback == "disabled"
+            answer(model, input_ids)
+            assert (blender.trace.hits, blender.trace.misses) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "said"),
+    [
+        (plain(PREFIX, ids(150, 99), SUFFIX), "No text of the store was found"),
+        (plain(PREFIX, TEXTS[0][:31], ids(100, 98)), "No text of the store was found"),  # too short
+        (plain(ids(9, 77), TEXTS[0], TEXTS[1]), "2 texts of the store, 130 tokens, are in the prompt, but"),
+    ],
+)
+def test_where_nothing_is_found_stock_runs_and_says_why(input_ids, said):
+    model = shared(make_llama)
+    with hfblend.patch(model, config()) as blender:
+        blender.precompute(TEXTS, prefix=PREFIX)
+        found = answer(model, input_ids)
+        assert blender.trace.fallback == "no_chunks"
+        assert said in blender.trace.fallback_reason
+        assert torch.equal(found, stock(model, input_ids))
+
+
+def test_texts_computed_after_nothing_are_found_in_every_prompt():
+    model = shared(make_llama)
+    with hfblend.patch(model, config()) as blender:
+        blender.precompute(TEXTS)
+        answer(model, plain(ids(20, 50), TEXTS[1], ids(2, 51), TEXTS[3], SUFFIX))
+        assert [chunk.span for chunk in blender.trace.chunks] == [(20, 90), (92, 182)]
+        assert blender.trace.hits == 2
+        assert blender.trace.prefix is None
+
+
+def test_of_several_beginnings_the_one_with_most_tokens_is_taken():
+    model = shared(make_llama)
+    with hfblend.patch(model, config()) as blender:
+        blender.precompute(TEXTS[:1])
+        blender.precompute(TEXTS[1:], prefix=PREFIX)
+        blender.precompute(TEXTS, prefix=PREFIX[:4])
+        answer(model, plain(PREFIX, TEXTS[0], TEXTS[1], TEXTS[2], SUFFIX))
+        assert blender.trace.hits == 3
+        assert blender.trace.prefix.span == (0, 4)
+
+
+@pytest.mark.parametrize("chunk_prefix", ["bos", "none", "filler"])
+def test_every_chunk_prefix(chunk_prefix):
+    model = shared(make_llama)
+    settings = {"filler_ids": tuple(ids(12, 4))} if chunk_prefix == "filler" else {}
+    with hfblend.patch(model, config(chunk_prefix=chunk_prefix, **settings)) as blender:
+        blender.precompute(TEXTS, prefix=PREFIX)
+        answer(model, plain(PREFIX, ids(2, 3), TEXTS[2], TEXTS[1][2:], SUFFIX))
+        assert [chunk.status for chunk in blender.trace.chunks] == ["hit", "hit"]
+        assert blender.trace.misses == 0
+
+
+def test_namespaces_and_dtypes_find_nothing_of_each_other(tmp_path):
+    model, input_ids = shared(make_llama), plain(PREFIX, TEXTS[0], TEXTS[1], SUFFIX)
+    for store in (MemoryStore(), DiskStore(tmp_path)):
+        with hfblend.patch(model, config(namespace="a"), store=store) as blender:
+            blender.precompute(TEXTS, prefix=PREFIX)
+            for namespace, fallback in (("b", "no_chunks"), ("", "no_chunks"), ("a", None)):
+                answer(model, input_ids, blend_config=config(namespace=namespace))
+                assert blender.trace.fallback == fallback
+                assert "No text of the store" in (blender.trace.fallback_reason or "") or fallback is None
+        with hfblend.patch(shared(make_llama, dtype=torch.bfloat16), config(namespace="a"), store=store) as blender:
+            answer(blender.model, input_ids)
+            assert blender.trace.fallback == "no_chunks"
+
+
+def test_what_is_gone_is_a_miss_once_and_then_found_again(tmp_path):
+    model, input_ids = shared(make_llama), plain(PREFIX, ids(1, 6), TEXTS[0][1:], SUFFIX)
+    store = DiskStore(tmp_path)
+    with hfblend.patch(model, config(), store=store) as blender:
+        blender.precompute(TEXTS[:1], prefix=PREFIX)
+        answer(model, input_ids)
+        assert blender.trace.hits == 1
+        for key in store.keys():  # noqa: SIM118
+            DiskStore(tmp_path).remove(key)  # as another process would
+        answer(model, input_ids)
+        assert blender.trace.misses == 1
+        first = answer(model, input_ids)
+        assert blender.trace.hits == 1
+        assert "(0 in part)" in blender.trace.notes[0]
+        assert torch.equal(first, answer(model, input_ids))
+
+
+def test_a_damaged_entry_is_given_up_and_its_text_prefilled(tmp_path):
+    model, input_ids = shared(make_llama), plain(PREFIX, ids(1, 6), TEXTS[0][1:], SUFFIX)
+    with hfblend.patch(model, config(recompute_ratios=(1.0,)), store=DiskStore(tmp_path)) as blender:
+        blender.precompute(TEXTS[:1], prefix=PREFIX)
+        for path in tmp_path.glob("*.safetensors"):
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 255
+            path.write_bytes(data)
+        found = answer(model, input_ids)
+        assert blender.trace.misses == 1
+        assert "blended again without it" in " ".join(blender.trace.notes)
+        assert torch.equal(found, stock(model, input_ids))
+
+
+def test_a_batch_with_padding_and_a_separator_that_is_there():
+    model = shared(make_llama)
+    rows = [[*PREFIX, *TEXTS[0], *SUFFIX], [*PREFIX, *TEXTS[3][2:], *TEXTS[1], *SUFFIX], [*PREFIX, *ids(30, 60)]]
+    longest = max(map(len, rows))
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    with hfblend.patch(model, config(recompute_ratios=(1.0,), separator=(5, 6))) as blender:
+        blender.precompute(TEXTS, prefix=PREFIX)
+        found = answer(model, input_ids, attention_mask=mask)
+        assert [trace.hits for trace in blender.traces] == [1, 2, 0]
+        assert torch.equal(found, stock(model, input_ids, attention_mask=mask))
+        answer(model, plain(PREFIX, (5, 6), TEXTS[0], (5, 6), SUFFIX))
+        assert blender.trace.chunks[0].status == "miss"
+        assert not blender.trace.notes
+
+
+def test_it_is_off_by_default_and_on_by_patch_call_or_environment():
+    model, input_ids = shared(make_llama), plain(PREFIX, TEXTS[0], SUFFIX)
+    assert hfblend.BlendConfig().find is None
+    assert hfblend.BlendConfig.from_env({"HFBLEND_FIND": "stored"}).find == "stored"
+    with pytest.raises(ValueError, match="find must be one of"):
+        hfblend.BlendConfig(find="all")
+    off = hfblend.BlendConfig(**LONG)
+    with hfblend.patch(model, off) as blender:
+        blender.precompute(TEXTS, prefix=PREFIX)
+        answer(model, input_ids)
+        assert blender.trace.fallback == "no_chunks"
+        answer(model, input_ids, find="stored")
+        assert blender.trace.hits == 1
+        store = blender.store
+    with hfblend.patch(model, off, store=store, find="stored") as blender:
+        answer(model, input_ids)
+        assert blender.trace.hits == 1
+    answer(model, input_ids)  # not patched: `find` would be an unknown argument
+
+
+def test_tiers_find_what_memory_has_lost(tmp_path):
+    model, input_ids = shared(make_llama), plain(PREFIX, TEXTS[3], TEXTS[0][1:], SUFFIX)
+    store = TieredStore([MemoryStore(max_bytes=300_000), DiskStore(tmp_path)])
+    with hfblend.patch(model, config(), store=store) as blender:
+        blender.precompute(TEXTS, prefix=PREFIX)
+        assert len(store.stores[0]) < len(store.stores[1])
+        answer(model, input_ids)
+        assert (blender.trace.hits, blender.trace.misses) == (2, 0)
+
+
+def test_auto_and_verify_go_with_it():
+    model, input_ids = shared(make_llama), plain(PREFIX, TEXTS[0][1:], TEXTS[1], SUFFIX)
+    with hfblend.patch(model, config(), verify=1) as blender:
+        blender.precompute(TEXTS, prefix=PREFIX)
+        answer(model, input_ids)
+        assert blender.trace.verification is not None
+        assert blender.trace.misses == 0
+        assert len(blender.store) == len(TEXTS) + 1

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..blend.look_up import ChunksOf
+from ..blend.model import BlendableModel
 from ..config import BlendConfig
 from ..kv.chunk import ChunkKV, Reader
 from ..kv.ids import plain_ids
@@ -25,7 +26,6 @@ from ..prompts.prompt import ChunkSpans
 from ..store import Store, tiers_of
 from ..store.base import Findable, ReadsAhead
 from ..store.index import Hashed, Index, Match, Numbers, longest_first
-from ..support.registry import TestedModel
 
 _LATEST = 8  # beginnings that are looked at to say why nothing was found
 NO_SPANS = ChunkSpans(())
@@ -47,7 +47,7 @@ class Finder:
         places: key of a found chunk -> where its KV is.
     """
 
-    model: TestedModel
+    model: BlendableModel
     store: Store
     config: BlendConfig
     places: dict[str, Place] = field(default_factory=dict)
@@ -119,8 +119,8 @@ class Finder:
             return "No text of the store was found in the prompt."
         matches = longest_first(best, 0, len(prompt.ids))
         return (
-            f"{len(matches)} texts of the store, {_tokens(matches)} tokens, are in the prompt, but their KV was computed "
-            "after another beginning (prefix, chunk_prefix) than the prompt's."
+            f"{len(matches)} texts of the store, {_tokens(matches)} tokens, are in the prompt, but their KV was "
+            "computed after another beginning (prefix, chunk_prefix) than the prompt's."
         )
 
 

@@ -91,7 +91,7 @@ def dump(key: str, chunk_kv: ChunkKV, kv_dtype: str | None = None) -> bytes:
     }
     if 0 < len(chunk_kv.ids) <= _MOST_FINDABLE:
         own = np.frombuffer(plain_ids(chunk_kv.ids), np.int64).astype("<u4")
-        metadata |= {"ids": base64.b64encode(own).decode(), "scope": chunk_kv.scope}
+        metadata |= {"ids": base64.b64encode(own.data).decode(), "scope": chunk_kv.scope}
     if chunk_kv.origin is not None:
         metadata["origin"] = json.dumps(asdict(chunk_kv.origin))
     return b"".join([_header(metadata, tensors), *map(memory_of, tensors.values())])
@@ -204,10 +204,10 @@ class Contents:
 
     Attributes:
         origin: who computed it, of which ids; `None` in files of earlier versions.
-        quantised: `"int8"` or `"fp8"`, if KV is in 8 bits.
-        dtype: of such KV, when it was computed.
         ids: of the chunk, 4 bytes each; empty in files of earlier versions.
         scope: of the prompts that it may be found in.
+        quantised: `"int8"` or `"fp8"`, if KV is in 8 bits.
+        dtype: of such KV, when it was computed.
     """
 
     key: str
@@ -216,10 +216,10 @@ class Contents:
     layouts: tuple[RowLayout, ...]
     places: dict[str, Place]
     origin: Origin | None = None
-    quantised: str | None = None
-    dtype: torch.dtype | None = None
     ids: bytes = b""
     scope: str = ""
+    quantised: str | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def own_ids(self) -> array[int]:
@@ -289,7 +289,7 @@ def _contents_of(key: str, start: bytes, num_bytes: int | None) -> Contents:
         in_8_bits = (metadata["kv_dtype"], _KV[metadata["dtype"]]) if form == QUANTISED_FORMAT else (None, None)
         places = _places_of(header, layouts, in_8_bits[0], json.loads(metadata["checksums"]), len(start))
         regime, provenance, origin = int(metadata["regime"]), metadata["provenance"], origin_of(metadata)
-        ids = base64.b64decode(metadata.get("ids", ""), validate=True)
+        ids, scope = base64.b64decode(metadata.get("ids", ""), validate=True), str(metadata.get("scope", ""))
     except CorruptEntry:
         raise
     except Exception as error:  # a header that was made to do harm can make anything go wrong
@@ -301,7 +301,7 @@ def _contents_of(key: str, start: bytes, num_bytes: int | None) -> Contents:
         raise CorruptEntry(f"its provenance is {provenance!r}, its regime {regime}")
     if len(ids) not in (0, 4 * places["cached_positions"].shape[0]):
         raise CorruptEntry(f"it has {len(ids)} bytes of ids")
-    contents = Contents(key, provenance, regime, layouts, places, origin, *in_8_bits, ids, str(metadata.get("scope", "")))
+    contents = Contents(key, provenance, regime, layouts, places, origin, ids, scope, *in_8_bits)
     if len({place.dtype for place in contents.layers}) > 1:
         raise OtherVersion("its layers are of several dtypes, no model's here")
     return contents

@@ -225,7 +225,7 @@ class _Table:
 
     def __init__(self, places: Numbers, hashes: Numbers) -> None:
         self._places, self._hashes = places, hashes
-        bits = max(1, int(len(hashes)).bit_length())
+        bits = max(1, len(hashes).bit_length())
         self._shift = np.uint64(64 - bits)
         self._first = np.zeros(2**bits + 1, np.int32)
         np.cumsum(np.bincount((hashes >> self._shift).astype(np.int64), minlength=2**bits), out=self._first[1:])
@@ -310,7 +310,7 @@ def longest_first(matches: Iterable[Match], start: int, length: int) -> list[Mat
 
 
 def _runs(are: Numbers, ends: Numbers) -> tuple[Numbers, Numbers]:
-    """Where runs of `LEAST` true values or more begin and end; none goes on over one of the `ends`, the last included."""
+    """Where runs of `LEAST` true values or more begin and end; none goes on over one of the `ends`."""
     before, after = np.zeros(len(are), bool), np.zeros(len(are), bool)
     before[1:], after[:-1] = are[:-1], are[1:]
     before[ends[:-1][ends[:-1] < len(are)]] = False

@@ -1,7 +1,7 @@
 """The texts of a store of files, by which their entries are found in prompts.
 
     <scope>.index    in a folder: a line for each entry that was put, which other processes read as it grows
-    headers          of the entries: the same texts; read where the folder has no such file, lines are missing, or at a URL
+    headers          of the entries, with the same texts: read where a folder lacks the file, or lines; and at URLs
 
 A line that is damaged, or was cut off by a crash, is passed over. Nothing here is trusted: an entry is used only under
 the key that its text has.
@@ -49,7 +49,7 @@ class Text(NamedTuple):
 
     @property
     def line(self) -> bytes:
-        said = f"{self.key} {self.num_behind} {self.behind:x} ".encode() + base64.b64encode(self.ids.astype("<u4"))
+        said = f"{self.key} {self.num_behind} {self.behind:x} ".encode() + base64.b64encode(self.ids.astype("<u4").data)
         return said + b" " + xxhash.xxh3_64_hexdigest(said).encode()
 
     @classmethod
@@ -181,7 +181,7 @@ class LocalTexts(Texts):
                     self._known.clear()
                     self.index.clear()
                 self._take(texts)
-                if is_new or len(self._known) > 2 * self._listed + _SLACK:
+                if is_new or self._journal.damaged or len(self._known) > 2 * self._listed + _SLACK:
                     self._repair()
             except OSError as error:
                 logger.warning("Texts are not looked for in %s: %s", self._journal.name, error)
