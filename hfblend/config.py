@@ -19,7 +19,7 @@ ChunkPrefix = Literal["prompt", "filler", "bos", "none"]
 Selection = Literal["suffix_attention", "kv_deviation", "chunk_start", "mixed", "random", "last"]
 Correction = Literal["offset"]
 OnMiss = Literal["isolated", "in_context"]
-Find = Literal["stored"]
+Find = Literal["stored", "learn"]
 
 # Other names for the fields (the paper's, LMCache's, earlier ones), and arguments of `patch`.
 _OF_PATCH = "It is an argument of hfblend.patch."
@@ -79,7 +79,8 @@ class BlendConfig:
         layerwise: assemble each layer's reused KV when the pass reaches it; `False` assembles all layers first.
         cuda_graphs: on a GPU, run passes and decoding as CUDA graphs, without Python, if the model allows it.
         namespace: keeps one tenant's entries apart from another's in a shared store.
-        find: `"stored"` looks for the store's texts in plain `input_ids` that hold no separator.
+        find: `"stored"` looks for the store's texts in plain `input_ids` that hold no separator; `"learn"` also stores
+            passages that come again in another prompt.
 
     Raises:
         ValueError, TypeError: a value outside these bounds; the message says what was got and what is expected.

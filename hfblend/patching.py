@@ -29,6 +29,7 @@ from .generate.blending import require_prompts
 from .generate.call import Call
 from .generate.fallbacks import Fallback
 from .generate.find import Finder
+from .generate.learn import Traffic
 from .generate.order import Order, reordered
 from .generate.precompute import Precomputed, precompute
 from .generate.request import Request, generate_option, require_token_ids
@@ -88,8 +89,8 @@ def patch(
             `trace.verification`) above a bound: `hfblend.Verify(every=50, max_kl=0.1)`, or k alone.
         trace: level of detail of `blender.trace`: `"summary"`, which costs nothing, `"tokens"`, or `"full"`, which
             costs time and memory (`hfblend.BlendTrace`). Results are the same.
-        find: `"stored"` finds the store's texts in plain `input_ids`, without marks; as `BlendConfig(find=…)`, and
-            `model.generate(..., find=…)` for one call.
+        find: `"stored"` finds the store's texts in plain `input_ids`, without marks; `"learn"` also stores passages
+            that come again. As `BlendConfig(find=…)`, and `model.generate(..., find=…)` for one call.
 
     Returns:
         The handle: `trace`, `store`, `config`, `remove()`; also a context manager.
@@ -138,6 +139,7 @@ class Blender:
         self.config = as_config(config)
         self._traces = threading.local()
         self._has_noted_batching = self._has_noted_hooks = False
+        self._heard: dict[str, Traffic] = {}  # by scope
         self._before: dict[tuple[nn.Module, str], Any] = {}  # of each attribute that is wrapped; `None`: the class's
         self._wrappers: dict[tuple[nn.Module, str], MethodType] = {}
         self._taken: list[nn.Module] = []
@@ -220,7 +222,10 @@ class Blender:
         if config.find is None:
             return None
         self.hf_model.ranks.require_one("find", "Mark the chunks.")
-        return Finder(self.hf_model, self.store, config)
+        finder = Finder(self.hf_model, self.store, config)
+        if config.find == "learn" and config.on_miss == "isolated":
+            finder.heard = self._heard.setdefault(finder.scope, Traffic())
+        return finder
 
     # --- against full prefill -------------------------------------------------------------------------------------
 
@@ -492,7 +497,15 @@ class Blender:
         is_inside = self._running_call() is not None or self.hf_model.lock.is_mine
         finder = self._finder_of(config)
         planned = Request(
-            self.hf_model, self.model, args, kwargs, chunk_spans, config, separator, is_inside, finder
+            self.hf_model,
+            self.model,
+            args,
+            kwargs,
+            chunk_spans,
+            config,
+            separator,
+            is_inside,
+            None if finder is None else finder.spans,
         ).plan()
         store = self.store if finder is None else finder.found_in
         by_stock = kwargs.get("custom_generate") is None and self._runs_stock_loops()

@@ -7,7 +7,9 @@ import torch
 from helpers import VOCABULARY, make_llama, shared
 
 import hfblend
+from hfblend.generate.learn import Traffic
 from hfblend.store import DiskStore, MemoryStore, TieredStore
+from hfblend.store.index import Hashed
 
 LONG = {"min_reused_tokens": 0, "separator": None}
 
@@ -237,3 +239,60 @@ def test_auto_and_verify_go_with_it():
         assert blender.trace.verification is not None
         assert blender.trace.misses == 0
         assert len(blender.store) == len(TEXTS) + 1
+
+
+# --- what it must not reuse -------------------------------------------------------------------------------------------
+
+
+def test_a_part_whose_rows_saw_other_text_is_not_used():
+    """What a text was stored after, inside of its own entry, must not reach a prompt that has it not."""
+    model = shared(make_llama)
+    with hfblend.patch(model, config()) as blender:
+        blender.precompute([[*ids(40, 70), *TEXTS[0]]], prefix=PREFIX)
+        answer(model, plain(PREFIX, TEXTS[0], SUFFIX))
+        assert blender.trace.fallback == "no_chunks"
+        answer(model, plain(PREFIX, ids(40, 70), ids(5, 71), TEXTS[0], SUFFIX))  # here it stands before it
+        assert [chunk.span for chunk in blender.trace.chunks] == [(9, 49), (54, 114)]
+        answer(model, plain(PREFIX, ids(40, 70), TEXTS[0][:35], SUFFIX))  # no row has seen what is cut off its end
+        assert [chunk.span for chunk in blender.trace.chunks] == [(9, 84)]
+
+
+# --- what came before -------------------------------------------------------------------------------------------------
+
+
+def test_a_passage_that_comes_again_is_learnt():
+    model = shared(make_llama)
+    with hfblend.patch(model, config(find="learn", recompute_ratios=(1.0,))) as blender:
+        prompts = [
+            plain(PREFIX, ids(30, 40 + i), TEXTS[3][i % 2 :], ids(12, 50 + i), TEXTS[1], SUFFIX) for i in range(4)
+        ]
+        counts = []
+        for input_ids in prompts:
+            found = answer(model, input_ids)
+            trace = blender.trace
+            counts.append((trace.fallback, trace.hits, trace.misses))
+            assert torch.equal(found, stock(model, input_ids))
+        assert counts == [("no_chunks", 0, 0), (None, 0, 2), (None, 2, 0), (None, 2, 0)]
+        assert trace.prefix.span == (0, 9)
+
+
+def test_the_same_prompt_again_is_no_passage():
+    model, input_ids = shared(make_llama), plain(PREFIX, TEXTS[0], SUFFIX)
+    with hfblend.patch(model, config(), find="learn") as blender:
+        for _ in range(2):
+            answer(model, input_ids)
+            assert blender.trace.fallback == "no_chunks"
+        assert len(blender.store) == 0
+
+
+def test_learning_keeps_to_its_namespace_and_budget():
+    model, (one, other) = shared(make_llama), (plain(ids(20, i), TEXTS[2], SUFFIX) for i in (80, 81))
+    with hfblend.patch(model, config(), find="learn") as blender:
+        answer(model, one, blend_config=config(namespace="a"), find="learn")
+        answer(model, other, blend_config=config(namespace="b"), find="learn")
+        assert blender.trace.fallback == "no_chunks"
+    traffic = Traffic(most=300)
+    for number in range(5):
+        traffic.add(Hashed(ids(100, number)))
+    assert traffic.num_ids == 300
+    assert [bool(traffic.repeated(Hashed(ids(100, n)[5:]), (), 0)[1]) for n in range(5)] == [0, 0, 1, 1, 1]

@@ -248,6 +248,17 @@ def test_text_generation_pipeline_blends_at_separators(word_tokenizer):
     assert blended == stock
 
 
+def test_text_generation_pipeline_finds_stored_texts(word_tokenizer):
+    model = make_llama()
+    document = " ".join(f"w{i}" for i in range(20, 60))
+    generator = pipeline("text-generation", model=model, tokenizer=word_tokenizer)
+    stock = generator(f"w9 w10 {document} w70 w71", max_new_tokens=5, do_sample=False)
+    with hfblend.patch(model, config=config(1.0), tokenizer=word_tokenizer, find="stored") as blender:
+        blender.precompute([document], prefix="w9 w10")
+        assert generator(f"w9 w10 {document} w70 w71", max_new_tokens=5, do_sample=False) == stock
+        assert (blender.trace.hits, blender.trace.misses) == (1, 0)
+
+
 # --- the calls that fall back: exactly these, each with one line, each stock
 
 

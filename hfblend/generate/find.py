@@ -25,10 +25,10 @@ from ..kv.part import part_of
 from ..prompts.prompt import ChunkSpans
 from ..store import Store, tiers_of
 from ..store.base import Findable, ReadsAhead
-from ..store.index import Hashed, Index, Match, Numbers, longest_first
+from ..store.index import Hashed, Index, Match, Numbers, longest_first, only_seen
+from .learn import Traffic
 
 _LATEST = 8  # beginnings that are looked at to say why nothing was found
-NO_SPANS = ChunkSpans(())
 
 
 class Place(NamedTuple):
@@ -43,6 +43,9 @@ class Place(NamedTuple):
 class Finder:
     """Finds stored texts in the prompts of a call.
 
+    Args:
+        heard: earlier prompts, of which passages are learnt; `None`: none are.
+
     Attributes:
         places: key of a found chunk -> where its KV is.
     """
@@ -50,18 +53,30 @@ class Finder:
     model: BlendableModel
     store: Store
     config: BlendConfig
+    heard: Traffic | None = None
     places: dict[str, Place] = field(default_factory=dict)
 
     def spans(self, ids: Sequence[int]) -> ChunkSpans:
         """Returns the spans of stored texts in a prompt, with a note of what was found."""
         ids, prompt = plain_ids(ids), Hashed(ids)
         by_start = self._found(prompt, self._place(prompt))
-        chosen = {start: longest_first(found, start, len(ids)) for start, found in by_start.items()}
-        if not any(chosen.values()):
+        chosen = {start: longest_first(only_seen(found), start, len(ids)) for start, found in by_start.items()}
+        start = max(chosen, key=lambda start: start * bool(chosen[start]) + _tokens(chosen[start]), default=0)
+        matches = self._sure(ids, start, chosen.get(start, ()))
+        start, learnt = self._learnt(prompt, matches, start if matches else None)
+        if not (matches or learnt):
             return ChunkSpans((), note=self._elsewhere(prompt))
-        start = max(chosen, key=lambda start: start * bool(chosen[start]) + _tokens(chosen[start]))
-        matches = self._sure(ids, start, chosen[start])
-        return ChunkSpans([(one.start, one.stop) for one in matches], note=_note(matches), prefix_stop=start)
+        spans = sorted((one.start, one.stop) for one in (*matches, *learnt))
+        return ChunkSpans(spans, note=_note(matches, learnt), prefix_stop=start)
+
+    def _learnt(self, prompt: Hashed, matches: Sequence[Match], start: int | None) -> tuple[int, list[Match]]:
+        """Returns the passages that an earlier prompt had too, and how many first tokens they are computed after."""
+        if self.heard is None:
+            return start or 0, []
+        anywhere = self.config.chunk_prefix in ("bos", "none")
+        start, learnt = self.heard.repeated(prompt, matches, 0 if anywhere else start)
+        self.heard.add(prompt)
+        return start, learnt
 
     @property
     def found_in(self) -> Store:
@@ -69,9 +84,13 @@ class Finder:
         return _WithParts(self.store, self.places, self._indexes) if self.places else self.store
 
     @property
+    def scope(self) -> str:
+        """The scope that is looked through."""
+        return self._chunks_after(()).scope
+
+    @property
     def _indexes(self) -> list[Index]:
-        scope = self._chunks_after(()).scope
-        return [tier.index(scope) for tier in tiers_of(self.store) if isinstance(tier, Findable)]
+        return [tier.index(self.scope) for tier in tiers_of(self.store) if isinstance(tier, Findable)]
 
     def _found(self, prompt: Hashed, place: Callable[[Numbers, Numbers], Numbers]) -> dict[int, list[Match]]:
         """Tokens of a prefix -> the matches of texts that were computed after it."""
@@ -128,9 +147,10 @@ def _tokens(matches: Iterable[Match]) -> int:
     return sum(one.stop - one.start for one in matches)
 
 
-def _note(matches: Sequence[Match]) -> str:
+def _note(matches: Sequence[Match], learnt: Sequence[Match]) -> str:
     parts = sum(one.stop - one.start < len(one.ids) for one in matches)
-    return f"Found {len(matches)} texts of the store ({parts} in part), {_tokens(matches)} tokens."
+    also = f" {len(learnt)} passages, {_tokens(learnt)} tokens, came in an earlier prompt: learnt." if learnt else ""
+    return f"Found {len(matches)} texts of the store ({parts} in part), {_tokens(matches)} tokens.{also}"
 
 
 class _WithParts:

@@ -5,7 +5,7 @@ Shapes: B rows of the batch, T columns, padding included.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,6 @@ from ..prompts.prompt import ChunkSpans, Prompt, spans_by_row
 from ..prompts.separator import Separator
 from ..support.registry import TestedModel
 from .fallbacks import Fallback
-from .find import NO_SPANS, Finder
 from .hand_over import held_by, is_foreign
 
 _ALL_ROWS = ("output_hidden_states", "output_attentions")
@@ -83,7 +82,7 @@ class Request:
         model: the module whose `generate` is called: the model, or the wrapper that peft puts around one.
         chunk_spans: of one prompt, or of each row; they count the padding, as the columns of `input_ids` do.
         separator: splits ids without spans; `None` does not.
-        finder: finds stored texts in ids that a separator does not split; `None` does not.
+        find: finds chunks in ids that a separator does not split; `None` does not.
         nested: whether the call runs inside another one of this model.
     """
 
@@ -95,7 +94,7 @@ class Request:
     config: BlendConfig
     separator: Separator | None
     nested: bool
-    finder: Finder | None = None
+    find: Callable[[Sequence[int]], ChunkSpans] | None = None
 
     def plan(self) -> Plan:
         """Decides whether the call is blended.
@@ -203,12 +202,12 @@ class Request:
         return [name for name, value in self.kwargs.items() if name not in _TOKEN_INPUTS and is_token_input(value, ids)]
 
     def _split(self, ids: list[int]) -> ChunkSpans:
-        spans = NO_SPANS
+        spans = ChunkSpans(())
         if self.separator is not None:
             if len(ids) >= self.config.min_reused_tokens:
                 self.separator.warn_if_hidden(ids)
             spans = ChunkSpans(self.separator.chunk_spans(ids))
-        return spans if spans or self.finder is None else self.finder.spans(ids)
+        return spans if spans or self.find is None else self.find(ids)
 
     def _left_padding(self, ids: torch.Tensor) -> Sequence[int] | None:
         """Returns the (B,) tokens that `generate` masks at each prompt's start; `None` if it masks others, or all.
@@ -256,7 +255,7 @@ class Request:
                 return "Got chunk_spans without a span."
             case Fallback.NO_CHUNKS | Fallback.TOO_FEW_TOKENS:
                 spans = [prompt.chunk_spans.from_token(self._num_given) for prompt in planned.prompts]
-                notes = dict.fromkeys(one.note for one in spans) if self.finder is not None else ()
+                notes = dict.fromkeys(one.note for one in spans) if self.find is not None else ()
                 return " ".join(filter(None, (found_chunks(spans, self.config, self.separator), *notes)))
             case Fallback.FILLED_CACHE:
                 kind = type(cache_given(self.kwargs)).__name__

@@ -22,6 +22,7 @@ from ..kv.ids import plain_ids
 from ..locks import Mutex
 
 WINDOW = STRIDE = 16  # so that WINDOW + STRIDE - 1 equal ids always hold a window that is chosen
+EDGE = 8  # ids of an entry that a prompt may have otherwise: tokens that merge with what stands next to the text
 LEAST = 32  # ids of a match: shorter ones would cost more than they spare
 
 _SAME = 8  # texts with one and the same window that are compared
@@ -288,13 +289,28 @@ def stands_for(ids: Sequence[int] | Numbers) -> int:
     return int(Hashed(ids).sums[-1])
 
 
-def longest_first(matches: Iterable[Match], start: int, length: int) -> list[Match]:
+def only_seen(matches: Iterable[Match]) -> list[Match]:
+    """Leaves out parts whose rows have seen more than `EDGE` ids, at one place, that the prompt has not before them."""
+    reached, kept = dict[str, int](), list[Match]()
+    for one in sorted(matches, key=lambda match: match.start):
+        if one.offset - reached.get(one.key, 0) <= EDGE:
+            reached[one.key] = max(reached.get(one.key, 0), one.offset + one.stop - one.start)
+            kept.append(one)
+    return kept
+
+
+def longest_first(matches: Iterable[Match], start: int, length: int, others: Iterable[Match] = ()) -> list[Match]:
     """Chooses matches in tokens [start, length), the longest first, none over another; returns them in order.
 
     What a longer one leaves of a match is taken, if it is long enough.
+
+    Args:
+        others: that none may lie over.
     """
     taken = np.zeros(length, bool)
     taken[:start] = True
+    for one in others:
+        taken[one.start : one.stop] = True
     chosen: list[Match] = []
     for match in sorted(matches, key=lambda one: (one.start - one.stop, one.start, one.key)):
         place = taken[match.start : match.stop]
