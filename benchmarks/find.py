@@ -13,20 +13,25 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import tracemalloc
+from array import array
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hfblend
 from hfblend import BlendConfig, MemoryStore
+from hfblend.blend.look_up import ChunksOf
 from hfblend.demo.model import load
 from hfblend.generate.find import Finder
-from hfblend.generate.precompute import precompute
+from hfblend.generate.precompute import precompute, prefill_chunk
 from hfblend.lab.eval.data import FORMS, QA, load_json, passage_text, to_prompt
 from hfblend.measure.divergence import FullAnswer, kl_divergence, teacher_forced_logits
-from hfblend.store.index import Hashed, Index, longest_first
 from hfblend.support.registry import model_of
 
 
@@ -66,24 +71,32 @@ def of_question(model: Any, tokenizer: Any, example: Any) -> dict[str, float]:
 
 
 def of_index(num_chunks: int, chunk: int = 170, length: int = 16384) -> None:
-    """Prints the time that a prompt of stored texts takes to look through, and the bytes of the index."""
-    random = np.random.default_rng(0)
-    texts = random.zipf(1.3, size=(num_chunks, chunk)).clip(max=49_000).astype(np.int64)
-    index = Index()
-    for number, text in enumerate(texts):
-        index.add(f"{number:064x}", text, 0, 0)
+    """Prints how long a prompt of stored texts is looked through, and the bytes that the index takes for a text."""
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    tiny = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, eos_token_id=None)).eval()
+    model, store, random = model_of(tiny), MemoryStore("1TB"), np.random.default_rng(0)
+    config = BlendConfig(find="stored")
+    texts = random.zipf(1.3, size=(num_chunks, chunk)).clip(max=49_000)
+    chunks_of = ChunksOf(model, store, config, ())
+    one = prefill_chunk(tiny, [1] * chunk)
+    tracemalloc.start()
+    for ids in map(np.ndarray.tolist, texts):
+        store.put(*chunks_of.keys([(ids, ())]), replace(one, ids=ids, scope=chunks_of.scope))
+    before = tracemalloc.get_traced_memory()[0]
+    Finder(model, store, config).spans(texts[0].tolist())
+    num_bytes = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
     ms = []
     for _ in range(50):
         parts = (part for _ in range(length) for part in (random.integers(0, 49_000, 4), random.choice(texts)[1:-1]))
-        ids = np.concatenate([part for part, _ in zip(parts, range(2 * length // chunk))])[:length]
-        began = time.perf_counter()
-        prompt = Hashed(ids)
-        matches = [match for _, found in index.find(prompt, lambda n, s: n.astype(np.int64)) for match in found]
-        chosen = longest_first(matches, 0, len(ids))
-        ms.append(1000 * (time.perf_counter() - began))
+        ids = np.concatenate(list(islice(parts, 2 * length // chunk)))[:length]
+        ids = array("q", ids.astype(np.int64).tobytes())
+        began = time.process_time()
+        spans = Finder(model, store, config).spans(ids)
+        ms.append(1000 * (time.process_time() - began))
     print(
-        f"{num_chunks:,} texts of {chunk} ids; {len(chosen)} found in {length:,}: "
-        f"{statistics.median(ms):.2f} ms, at least {min(ms):.2f}"
+        f"{num_chunks:,} texts of {chunk} ids, {num_bytes / num_chunks:,.0f} bytes each; {len(spans)} found in "
+        f"{length:,}: {statistics.median(ms):.2f} ms, at least {min(ms):.2f}"
     )
 
 

@@ -76,3 +76,19 @@ def test_haystack(loaded):
     pytest.importorskip("haystack_integrations.components.generators.transformers")
     module = example("rag_haystack")
     check(loaded, module, module.make_pipeline, module.answer)
+
+
+def test_langchain_without_marks(loaded):
+    """Passages joined by blank lines, and nothing that marks them: the chain's prompts reuse what was stored."""
+    pytest.importorskip("langchain_huggingface")
+    (model, tokenizer), module = loaded, example("rag_langchain")
+    module.SEPARATOR = "\n\n"
+    passages = [passage["text"] for passage in module.demo_data()["passages"]]
+    with hfblend.patch(model, tokenizer=tokenizer, find="stored") as blender:
+        blender.precompute(passages)
+        chain = module.make_chain(model, tokenizer)
+        for question in module.QUESTIONS:
+            chain.invoke(question)
+            assert (blender.trace.blended, blender.trace.hits, blender.trace.misses) == (True, 6, 0)
+            asked = sum(len(tokenizer(text).input_ids) for text in module.retrieve(question, passages))
+            assert sum(chunk.span[1] - chunk.span[0] for chunk in blender.trace.chunks) > 0.95 * asked

@@ -4,14 +4,17 @@
     spans              [              ]      [                               ]
 
 They become spans, as a separator's would. The look-up then finds each by its key, the hash of its ids and of those it
-was computed after: nothing that only looks alike is ever used. A part of an entry is opened under the part's own key.
+was computed after; a part of an entry is opened under the part's own key, once the entry's ids are those of the prompt.
+So nothing that only looks alike is ever used.
 """
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +22,7 @@ import numpy as np
 from ..blend.look_up import ChunksOf
 from ..blend.model import BlendableModel
 from ..config import BlendConfig
-from ..kv.chunk import ChunkKV, Reader
+from ..kv.chunk import ChunkKV, ChunkLost, Reader
 from ..kv.ids import plain_ids
 from ..kv.part import part_of
 from ..prompts.prompt import ChunkSpans
@@ -28,15 +31,28 @@ from ..store.base import Findable, ReadsAhead
 from ..store.index import Hashed, Index, Match, Numbers, longest_first, only_seen
 from .learn import Traffic
 
+logger = logging.getLogger(__name__)
+
 _LATEST = 8  # beginnings that are looked at to say why nothing was found
 
 
 class Place(NamedTuple):
-    """A part of an entry; `key` is the whole entry's."""
+    """Tokens [start, stop) of an entry with that key; they must be `ids`, computed after `after_ids`."""
 
     key: str
     start: int
     stop: int
+    ids: array[int]
+    after_ids: array[int]
+
+    def holds(self, entry: Reader, scope: str) -> bool:
+        """Whether that is so."""
+        try:
+            is_after = entry.scope == scope and plain_ids(entry.behind_ids) == self.after_ids
+            return is_after and array("q", entry.ids[self.start : self.stop]) == self.ids
+        except ChunkLost as error:
+            logger.warning("%s", error)
+            return False
 
 
 @dataclass
@@ -58,11 +74,12 @@ class Finder:
 
     def spans(self, ids: Sequence[int]) -> ChunkSpans:
         """Returns the spans of stored texts in a prompt, with a note of what was found."""
-        ids, prompt = plain_ids(ids), Hashed(ids)
+        ids = plain_ids(ids)
+        prompt = Hashed(ids)
         by_start = self._found(prompt, self._place(prompt))
         chosen = {start: longest_first(only_seen(found), start, len(ids)) for start, found in by_start.items()}
         start = max(chosen, key=lambda start: start * bool(chosen[start]) + _tokens(chosen[start]), default=0)
-        matches = self._sure(ids, start, chosen.get(start, ()))
+        matches = self._placed(ids, start, chosen.get(start, ()))
         start, learnt = self._learnt(prompt, matches, start if matches else None)
         if not (matches or learnt):
             return ChunkSpans((), note=self._elsewhere(prompt))
@@ -81,16 +98,20 @@ class Finder:
     @property
     def found_in(self) -> Store:
         """The store, in which parts of entries are found under the keys of the parts."""
-        return _WithParts(self.store, self.places, self._indexes) if self.places else self.store
+        return _WithParts(self.store, self.places, self.scope) if self.places else self.store
 
     @property
     def scope(self) -> str:
         """The scope that is looked through."""
-        return self._chunks_after(()).scope
+        return self._of_none.scope
+
+    @cached_property
+    def _of_none(self) -> ChunksOf:
+        return self._chunks_after(())
 
     @property
     def _indexes(self) -> list[Index]:
-        return [tier.index(self.scope) for tier in tiers_of(self.store) if isinstance(tier, Findable)]
+        return indexes_of(self.store, self.scope)
 
     def _found(self, prompt: Hashed, place: Callable[[Numbers, Numbers], Numbers]) -> dict[int, list[Match]]:
         """Tokens of a prefix -> the matches of texts that were computed after it."""
@@ -103,7 +124,7 @@ class Finder:
     def _place(self, prompt: Hashed) -> Callable[[Numbers, Numbers], Numbers]:
         """Returns what says, of texts computed after so many ids that sum up so, how many tokens of the prompt make the
         prefix; −1 where the prompt does not begin with these ids."""
-        tail = Hashed(self._chunks_after(()).after_ids)
+        tail = Hashed(self._of_none.after_ids)
         num_after = len(tail.ids)
         if self.config.chunk_prefix in ("bos", "none"):
             return lambda numbers, sums: np.where((numbers == num_after) & (sums == tail.sums[-1]), 0, -1)
@@ -116,17 +137,15 @@ class Finder:
 
         return prefix
 
-    def _sure(self, ids: Sequence[int], start: int, matches: Iterable[Match]) -> list[Match]:
-        """Returns the matches whose entries' keys are those of their ids, and notes where the KV is."""
-        chunks_of, sure = self._chunks_after(ids[:start]), []
-        for one in matches:
-            size = one.stop - one.start
-            whole, after_ids = array("q", one.ids.astype(np.int64).tobytes()), chunks_of.after_ids
-            key, part = chunks_of.keys([(whole, after_ids), (ids[one.start : one.stop], after_ids)])
-            if key == one.key:
-                self.places[part] = Place(key, one.offset, one.offset + size)
-                sure.append(one)
-        return sure
+    def _placed(self, ids: array[int], start: int, matches: Sequence[Match]) -> list[Match]:
+        """Returns the matches, without whole texts whose key is not their entry's, and notes where the KV is."""
+        chunks_of, placed = self._chunks_after(ids[:start]), []
+        after_ids, texts = plain_ids(chunks_of.after_ids), [ids[one.start : one.stop] for one in matches]
+        for one, text, key in zip(matches, texts, chunks_of.keys((text, after_ids) for text in texts)):
+            if key == one.key or len(text) < len(one.ids):
+                self.places[key] = Place(one.key, one.offset, one.offset + len(text), text, after_ids)
+                placed.append(one)
+        return placed
 
     def _chunks_after(self, prefix_ids: Sequence[int]) -> ChunksOf:
         return ChunksOf(self.model, self.store, self.config, prefix_ids)
@@ -143,6 +162,11 @@ class Finder:
         )
 
 
+def indexes_of(store: Store, scope: str) -> list[Index]:
+    """The texts of a scope that the stores which a store is made of know."""
+    return [tier.index(scope) for tier in tiers_of(store) if isinstance(tier, Findable)]
+
+
 def _tokens(matches: Iterable[Match]) -> int:
     return sum(one.stop - one.start for one in matches)
 
@@ -156,8 +180,8 @@ def _note(matches: Sequence[Match], learnt: Sequence[Match]) -> str:
 class _WithParts:
     """A store in which found chunks are entries, or parts of them."""
 
-    def __init__(self, store: Store, places: Mapping[str, Place], indexes: Sequence[Index]) -> None:
-        self._store, self._places, self._indexes = store, places, indexes
+    def __init__(self, store: Store, places: Mapping[str, Place], scope: str) -> None:
+        self._store, self._places, self._scope = store, places, scope
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -170,12 +194,13 @@ class _WithParts:
         if place is None:
             return self._store.open(key)
         entry = self._store.open(place.key)
-        if entry is None:  # it has gone since: not to be found again
-            for index in self._indexes:
-                index.discard(place.key)
-        if entry is None or len(entry) < place.stop:
-            return self._store.open(key) if key != place.key else None
-        return part_of(entry, key, place.start, place.stop)
+        if key == place.key and entry is not None:
+            return entry
+        if entry is not None and place.holds(entry, self._scope):
+            return part_of(entry, key, place.start, place.stop)
+        for index in indexes_of(self._store, self._scope):  # it has gone since: not to be found again
+            index.discard(place.key)
+        return None if key == place.key else self._store.open(key)
 
     def read_ahead(self, keys: Sequence[str]) -> None:
         if isinstance(self._store, ReadsAhead):

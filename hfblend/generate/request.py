@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from ..arguments import described
 from ..config import BlendConfig
 from ..kv.chunk import ChunkKV
+from ..kv.ids import ids_in
 from ..model.hf_model import cache_given, is_token_input
 from ..model.weights import adapters
 from ..prompts.prompt import ChunkSpans, Prompt, spans_by_row
@@ -141,7 +142,7 @@ class Request:
         rows, planned = ids.cpu(), Plan(ids.shape[1], ids)  # the only wait for the ids
         for i, start in enumerate(padding):
             row = rows[i : i + 1, start:]
-            planned.add_row(row, self._split(row[0].tolist()) if spans is None else spans[i].moved(-start))
+            planned.add_row(row, self._split(row[0]) if spans is None else spans[i].moved(-start))
         reasons = [self._nothing_reused(prompt.chunk_spans) for prompt in planned.prompts]
         planned.prefilled = {place: reason for place, reason in enumerate(reasons) if reason}
         planned.fallback = reasons[0] if all(reasons) else self._after_splitting(ids, planned)
@@ -201,13 +202,14 @@ class Request:
     def _extra_inputs(self, ids: torch.Tensor) -> list[str]:
         return [name for name, value in self.kwargs.items() if name not in _TOKEN_INPUTS and is_token_input(value, ids)]
 
-    def _split(self, ids: list[int]) -> ChunkSpans:
+    def _split(self, row: torch.Tensor) -> ChunkSpans:
         spans = ChunkSpans(())
         if self.separator is not None:
+            ids = row.tolist()
             if len(ids) >= self.config.min_reused_tokens:
                 self.separator.warn_if_hidden(ids)
             spans = ChunkSpans(self.separator.chunk_spans(ids))
-        return spans if spans or self.find is None else self.find(ids)
+        return spans if spans or self.find is None else self.find(ids_in(row))
 
     def _left_padding(self, ids: torch.Tensor) -> Sequence[int] | None:
         """Returns the (B,) tokens that `generate` masks at each prompt's start; `None` if it masks others, or all.

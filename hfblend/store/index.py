@@ -189,20 +189,20 @@ class _Group:
 
     def _compared(self, prompt: Numbers, texts: Numbers, shifts: Numbers) -> list[Match]:
         """The runs of equal ids of texts that begin at places of the prompt, which may lie before its start."""
-        starts = self._starts.rows[texts]
+        starts, stops = self._starts.rows[texts], self._stops.rows[texts]
         first = np.maximum(0, -shifts)
-        sizes = np.minimum(self._stops.rows[texts] - starts, len(prompt) - shifts) - first
+        sizes = np.minimum(stops - starts, len(prompt) - shifts) - first
         few = np.cumsum(sizes) <= _EACH * len(prompt) + _PENDING
-        starts, first, sizes, shifts, texts = (one[few] for one in (starts, first, sizes, shifts, texts))
+        starts, stops, first, sizes, shifts, texts = (one[few] for one in (starts, stops, first, sizes, shifts, texts))
         ends = np.cumsum(sizes)
         number = np.repeat(np.arange(len(sizes)), sizes)
         at = np.arange(len(number)) + (first - ends + sizes)[number]  # in the text
         begin, end = _runs(self._ids.rows[starts[number] + at] == prompt[shifts[number] + at], ends)
-        which, offsets = number[begin], at[begin]
-        found = zip(texts[which].tolist(), (offsets + shifts[which]).tolist(), offsets.tolist(), (end - begin).tolist())
+        which, offsets, ids = number[begin], at[begin], self._ids.rows
+        parts = (offsets + shifts[which], end - begin, offsets, texts[which], starts[which], stops[which])
         return [
-            Match(start, start + size, key, offset, self._text(text))
-            for text, start, offset, size in found
+            Match(start, start + size, key, offset, ids[first:last])
+            for start, size, offset, text, first, last in zip(*map(np.ndarray.tolist, parts))
             if (key := self._keys[text]) is not None
         ]
 

@@ -118,6 +118,8 @@ class MemoryStore:
 
     def _make_room(self, newest: str) -> None:
         """Drops the least recently used entries, and the newest only if pinned ones leave it no room."""
+        if self.num_bytes <= self.max_bytes:
+            return
         for key in [key for key in self._entries if key not in self._pinned]:
             if self.num_bytes <= self.max_bytes:
                 return
