@@ -254,10 +254,11 @@ class _Table:
         left, found = np.flatnonzero(at < stops), [(np.empty(0, np.int64), np.empty(0, np.uint32))]
         at, stops, wanted = at[left], stops[left], hashes[left]
         while len(left):
-            hit = self._hashes[at] == wanted
+            here = self._hashes[at]
+            hit = here == wanted
             found.append((left[hit], self._places[at[hit]]))
             at = at + 1
-            more = at < stops
+            more = (at < stops) & (here <= wanted)
             left, at, stops, wanted = left[more], at[more], stops[more], wanted[more]
         numbers, places = (np.concatenate(parts) for parts in zip(*found))
         return numbers, places.astype(np.int64)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from ..arguments import described
 from ..kv.ids import plain_ids
 
+_NONE = array("q")
 _KEY = re.compile(r"[0-9a-f]{64}")
 SUFFIX = ".safetensors"
 
@@ -28,7 +30,7 @@ def chunk_key(
         behind_ids: the exact ids before an isolated chunk; `None` for KV captured in some context.
     """
     provenance = "in_context" if behind_ids is None else "isolated"
-    behind_ids = behind_ids or ()
+    behind_ids = _NONE if behind_ids is None else behind_ids
     lengths = (len(ids), len(behind_ids))  # without them, ids could pass from one list to the other
     digest = _hash_of_header(fingerprint, dtype, namespace, provenance, lengths).copy()
     digest.update(plain_ids(ids))
