@@ -238,8 +238,8 @@ def test_a_damaged_index_is_made_anew_from_the_entries(tmp_path, harm, caplog):
     caplog.set_level(logging.INFO)
     store.put(KEYS[4], kv(4))
     assert in_store(store, range(5)) == in_store(DiskStore(tmp_path), range(5)) == set(range(5))
-    assert ("are damaged; made anew" in caplog.text) == (harm in ("cut", "garbage"))
-    assert "entries; their headers are read" in caplog.text
+    assert ("are damaged; it is made anew" in caplog.text) == (harm in ("cut", "garbage"))
+    assert "entries; their headers were read" in caplog.text
     _, texts = (journal := Journal(LocalFolder(tmp_path), path.name)).news()
     assert (len(texts), journal.damaged) == (5, 0)
 
@@ -274,7 +274,15 @@ def test_a_folder_that_cannot_be_read_is_said_and_finds_nothing(tmp_path, caplog
     store.put(KEYS[0], kv(0))
     (tmp_path / (SCOPE + INDEX)).mkdir()
     assert in_store(store, range(1)) == set()
-    assert "not looked for" in caplog.text
+    assert "is left alone" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+    DiskStore(tmp_path).put(KEYS[0], kv(0))
+    store = DiskStore(tmp_path)
+    monkeypatch.setattr(store._folder, "write", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+    assert in_store(store, range(2)) == {0} == in_store(store, range(2))
+    assert not list(tmp_path.glob("*" + INDEX))
 
 
 def test_a_part_of_an_entry_is_its_rows(tmp_path):

@@ -167,7 +167,7 @@ class LocalTexts(Texts):
 
     def __init__(self, journal: Journal, *how: Any) -> None:
         super().__init__(*how)
-        self._journal, self._listed = journal, 0
+        self._journal, self._listed, self._next = journal, 0, 0.0
 
     def note(self, text: Text) -> None:
         with contextlib.suppress(OSError):  # the entry is not found until the next process looks
@@ -175,28 +175,30 @@ class LocalTexts(Texts):
 
     def refresh(self) -> None:
         with self._looking:
+            if time.monotonic() < self._next:
+                return
             try:
                 is_new, texts = self._journal.news()
-                if is_new:
-                    self._known.clear()
-                    self.index.clear()
                 self._take(texts)
                 if is_new or self._journal.damaged or len(self._known) > 2 * self._listed + _SLACK:
                     self._repair()
-            except OSError as error:
-                logger.warning("Texts are not looked for in %s: %s", self._journal.name, error)
+            except OSError as error:  # a folder that may not be written, for one
+                logger.warning("%s is left alone for %g s: %s", self._journal.name, _STALE_S, error)
+                self._next = time.monotonic() + _STALE_S
 
     def _repair(self) -> None:
         """Makes the file as complete as the folder's entries, and no larger than twice that."""
-        lines, missing = len(self._known), self._compared()
+        lines, missing, damaged = len(self._known), self._compared(), self._journal.damaged
         self._listed = len(self._known) + len(missing)
-        if self._journal.damaged or lines > 2 * self._listed + _SLACK or not self._journal.is_there:
-            if self._journal.damaged:
-                logger.warning("%d lines of %s are damaged; made anew.", self._journal.damaged, self._journal.name)
-            self._journal.keep(self._known)
+        found = list(self._read(missing))
+        self._take(found)
+        if damaged:
+            logger.warning("%d lines of %s are damaged; it is made anew.", damaged, self._journal.name)
         if missing:
-            logger.info("%s lacks %d entries; their headers are read.", self._journal.name, len(missing))
-            self._journal.append(self._read(missing))
+            logger.info("%s lacks %d entries; their headers were read.", self._journal.name, len(missing))
+        if damaged or lines > 2 * self._listed + _SLACK or not self._journal.is_there:
+            self._journal.keep(self._known)
+        self._journal.append(found)
         _, texts = self._journal.news()
         self._take(texts)
 
