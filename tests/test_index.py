@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from entries import entry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfblend.kv.part import part_of
+from hfblend.kv.rows import full_length_cache, packed
 from hfblend.store import DiskStore, MemoryStore, RemoteStore
 from hfblend.store import index as module
 from hfblend.store.folders import LocalFolder
@@ -301,7 +304,13 @@ def test_a_part_of_an_entry_is_its_rows(tmp_path):
 
 
 def test_scopes_differ_by_model_dtype_and_namespace():
-    import torch
-
     scopes = {scope_of(m, d, n) for m in "ab" for d in (torch.float32, torch.bfloat16) for n in ("", "x")}
     assert len(scopes) == 8
+
+
+def test_a_gpu_s_kernels_read_a_part_where_it_lies():
+    whole = kv(0)
+    whole = replace(whole, cache=full_length_cache(packed(whole.layer(i)) for i in range(whole.num_layers)))
+    part, here, layers = part_of(whole, KEYS[1], 5, 37), torch.device("cpu"), range(whole.num_layers)
+    assert part.addresses_in(here, layers).tolist() == [part.rows(i).data_ptr() for i in layers]
+    assert part.rows(0).data_ptr() == whole.rows(0)[5].data_ptr()

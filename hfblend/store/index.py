@@ -95,6 +95,7 @@ class Index:
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, int], _Group] = {}
+        self._keys: Numbers | None = None  # (G, 2) of the groups, once they were asked for
         self._group_of: dict[str, _Group] = {}
         self._lock = Mutex()
 
@@ -113,7 +114,9 @@ class Index:
         """Adds an entry's text; `behind` stands for the `num_behind` ids that it was computed after (`Hashed.sums`)."""
         with self._lock:
             if key not in self._group_of and len(ids) >= LEAST:
-                group = self._groups.setdefault((num_behind, behind), _Group())
+                if (num_behind, behind) not in self._groups:
+                    self._groups[num_behind, behind], self._keys = _Group(num_behind, behind), None
+                group = self._groups[num_behind, behind]
                 group.add(key, Hashed(ids))
                 self._group_of[key] = group
 
@@ -123,11 +126,15 @@ class Index:
             group = self._group_of.pop(key, None)
             if group is not None:
                 group.discard(key)
+                if not len(group):
+                    del self._groups[group.key]
+                    self._keys = None
 
     def clear(self) -> None:
         """Removes every text."""
         with self._lock:
             self._groups.clear()
+            self._keys = None
             self._group_of.clear()
 
     def find(self, prompt: Hashed, place: Callable[[Numbers, Numbers], Numbers]) -> list[tuple[int, list[Match]]]:
@@ -137,21 +144,26 @@ class Index:
             place: of the groups' (G,) numbers of ids before them and (G,) sums; negative for those not to be used.
         """
         with self._lock:
-            groups = list(self._groups.values())
-            keys = np.array([*self._groups], np.uint64).reshape(-1, 2)
-            places = place(keys[:, 0].astype(np.int64), keys[:, 1])
-            return [(int(places[i]), groups[i].find(prompt)) for i in np.flatnonzero(places >= 0)]
+            if self._keys is None:
+                self._keys = np.array([*self._groups], np.uint64).reshape(-1, 2)
+            places = place(self._keys[:, 0].astype(np.int64), self._keys[:, 1])
+            used = [(int(places[i]), tuple(self._keys[i].tolist())) for i in np.flatnonzero(places >= 0)]
+            return [(start, self._groups[key].find(prompt)) for start, key in used]
 
 
 class _Group:
     """Texts, one after the other, and tables of their windows, the largest table first."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_behind: int, behind: int) -> None:
+        self.key = num_behind, behind
         self._ids = _Growing(np.int32)
         self._starts, self._stops, self._keys = _Growing(np.int64), _Growing(np.int64), list[str | None]()
         self._text_of: dict[str, int] = {}
         self._tables: list[_Table] = []
         self._pending: list[_Windows] = []
+
+    def __len__(self) -> int:
+        return len(self._text_of)
 
     def add(self, key: str, text: Hashed) -> None:
         start, (offsets, hashes) = len(self._ids), text.windows
@@ -166,7 +178,7 @@ class _Group:
         self._keys[self._text_of.pop(key)] = None
         if len(self._text_of) < len(self._keys) // 2:
             kept = [(one, self._text(i)) for one, i in self._text_of.items()]
-            vars(self).update(vars(_Group()))
+            vars(self).update(vars(_Group(*self.key)))
             for one, ids in kept:
                 self.add(one, Hashed(ids))
 
