@@ -203,7 +203,7 @@ def test_pages_and_words_are_few():
     words = sum(len(page.read_text(encoding="utf-8").split()) for page in DOCS if page.name != "models.md")
     assert len(DOCS) <= 17
     # 18,000 when the pages were merged; correction, rivals, generated tasks, security, turns and finding came after
-    assert words <= 19_473
+    assert words <= 19_520
 
 
 @pytest.mark.parametrize("page", [*GUIDES, *NOTES], ids=name_of)
