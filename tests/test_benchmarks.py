@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import sys
+import threading
+from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -18,15 +22,16 @@ import hfblend
 from hfblend.cli import app
 from hfblend.lab import report
 from hfblend.lab.baselines import METHODS, Case
-from hfblend.lab.bench import answers, pair, run, runner, start_up, throughput, ttft
+from hfblend.lab.bench import answers, batching, pair, run, runner, start_up, stream, ttft
 from hfblend.lab.bench.flops import Shape, causal_keys, flops, full_prefill_flops, kv_bytes, least_bytes
 from hfblend.lab.bench.pair import Arrivals, Pair, empty_stores
 from hfblend.lab.bench.runner import paired
+from hfblend.lab.bench.stream import PrefixCache, throughput
 from hfblend.lab.clock import Peaks, Turn, if_memory_lasts
 from hfblend.lab.plots import plot_ttft
 from hfblend.lab.report import markdown
 from hfblend.lab.settings import GPU_LENGTHS, BenchSettings
-from hfblend.lab.synthetic import SHAPES, Layout, PromptMaker, random_model, twin_of
+from hfblend.lab.synthetic import SHAPES, Layout, PromptMaker, Stream, random_model, twin_of
 
 PEAKS = Peaks(flops_per_s=1e12, bytes_per_s=1e11, load_bytes_per_s=1e10)
 LAYOUT = Layout(prefix=8, chunk=100, suffix=8)
@@ -175,13 +180,74 @@ def test_arrivals_count_from_the_first_new_token(monkeypatch):
     assert arrivals.token_ms == [500.0, 1500.0]
 
 
-def test_prompts_of_a_stream_share_a_pool_in_orders_of_their_own():
-    pool, prompts = PromptMaker(500, LAYOUT).stream(300, 4)
+def test_prompts_of_a_batch_share_a_pool_in_orders_of_their_own():
+    pool, prompts = PromptMaker(500, LAYOUT).batch(300, 4)
     chunks = {tuple(ids) for prompt in pool for ids in prompt.chunk_ids}
     assert len(chunks) == 6
     assert all({tuple(ids) for ids in prompt.chunk_ids} < chunks for prompt in prompts)
     assert len({tuple(prompt.prefix_ids) for prompt in (*pool, *prompts)}) == 1
     assert len({tuple(prompt.suffix_ids) for prompt in prompts}) == 4
+
+
+def test_a_stream_draws_by_rank_from_a_pool_that_changes():
+    def counts(**settings):
+        drawn = PromptMaker(500, LAYOUT).stream(300, Stream(pool=4, **settings))
+        prompts = list(islice(drawn, 300))
+        assert all(len({tuple(ids) for ids in prompt.chunk_ids}) == 3 for prompt in prompts)
+        return Counter(tuple(ids) for prompt in prompts for ids in prompt.chunk_ids)
+
+    still = [count for _, count in counts(churn=0.0).most_common()]
+    assert len(still) == 12
+    assert still[0] > 2 * still[3] > 2 * still[-1]
+    assert len(counts(churn=0.01)) == pytest.approx(12 + 36, abs=5)  # some come and go undrawn
+    even = [count for _, count in counts(churn=0.0, zipf=0.0).most_common()]
+    assert even[0] < 2 * even[-1]
+
+
+def test_prefix_caching_finds_equal_beginnings_and_answers_as_stock():
+    model = random_model("tiny", "cpu")
+    store = hfblend.MemoryStore()
+    cache = PrefixCache(model, store)
+    a, b, c = ([i] * 20 for i in (5, 6, 7))
+    found = []
+    for chunks in ([a, b], [a, b], [a, c], [b, a]):
+        prompt = hfblend.Prompt.from_ids([1, 2, 3], chunks, [8, 9])
+        number, whole = cache.generate(prompt)
+        cache.keep(prompt, whole)
+        found.append(number)
+        expected = model(prompt.input_ids, use_cache=True).past_key_values
+        for ours, stock in zip(whole.layers, expected.layers):
+            torch.testing.assert_close(ours.keys, stock.keys)
+            torch.testing.assert_close(ours.values, stock.values)
+    assert found == [0, 2, 1, 0]
+    assert len(store) == 6  # the prefix among them
+
+
+@pytest.mark.thorough
+def test_a_stream_lasts():
+    """Neither its hits nor what it holds depends on how many prompts have been."""
+    held = []
+
+    def say(what):
+        if what.startswith(("prompt 100 ", "prompt 200 ")):
+            gc.collect()
+            held.append((len(gc.get_objects()), threading.active_count()))
+
+    maker = PromptMaker(80, Layout(prefix=8, chunk=24, suffix=8))
+    with paired(make_llama()) as both:
+        rows = throughput(both, maker, 72, 200, Stream(full_prefill_every=20), "ram", say)
+    first, second, _, last = rows
+    assert [row["last_prompt"] for row in rows] == [50, 100, 150, 200]
+    assert 0.5 < second["hit_rate"] < 1  # a part of the pool is not stored
+    assert last["hit_rate"] >= second["hit_rate"] - 0.1
+    assert first["hit_rate"] <= second["hit_rate"] + 0.1  # it found empty stores
+    assert all(row["prefix_hit_rate"] < row["hit_rate"] - 0.2 for row in rows)
+    for row in rows:
+        assert 0.8 * row["store_max_mb"] < row["store_mb"] <= row["store_max_mb"]
+        assert row["prefix_store_mb"] <= row["store_max_mb"]
+    (objects_before, threads_before), (objects, threads) = held
+    assert objects <= 1.01 * objects_before
+    assert threads <= threads_before
 
 
 def test_another_attention_has_run_before_anything_is_measured(monkeypatch):
@@ -369,7 +435,7 @@ SETTINGS = BenchSettings(
     attention="eager",
     decoded_tokens=3,
     static_cache=True,
-    throughput_prompts=2,
+    throughput_prompts=6,
     batch_prompts=2,
 )
 ROW_KEYS = {
@@ -416,8 +482,12 @@ def test_figures_of_the_results(results):
         assert found["decoded_tokens"] == 3
         assert found["static_cache"] == "not compiled"  # on a CPU
         assert found["static_first_answer_ms"] > 0
-    assert [found["chunks_in_pool"] for found in results["throughput"]] == [6, 12]
-    assert all(found["blended_prompts_per_s"] > 0 for found in results["throughput"])
+    assert [found["last_prompt"] for found in results["throughput"]] == 2 * [1, 3, 4, 6]
+    assert [found["chunks_in_pool"] for found in results["throughput"]] == 4 * [48] + 4 * [96]
+    for found in results["throughput"]:
+        for name in ("stock", "prefix", "blended"):
+            assert 0 < found[f"{name}_ttft_ms_p50"] <= found[f"{name}_ttft_ms_p95"]
+            assert found[f"{name}_prompts_per_s"] > 0
     for found in results["batching"]:
         assert found["prompts"] == 2
         assert min(value for name, value in found.items() if name.endswith("_ms")) > 0
@@ -441,7 +511,7 @@ def test_markdown_names_the_machine_and_leaves_empty_columns_out(results):
     assert "Answers of 3 tokens after 616: stock" in text
     assert text.count("The same by stock with a static cache, not compiled") == 2
     assert "batch over batch" in text
-    assert "Throughput, 2 prompts of 616 tokens, 6 chunks each of a pool of 12" in text
+    assert "Stream, prompts 5 to 6 of 616 tokens, 6 chunks each of a pool of 96" in text
 
 
 def test_results_of_an_earlier_version_are_shown(results):
@@ -563,5 +633,5 @@ def test_settings_refuse_what_is_out_of_bounds():
 
 
 def test_the_runner_needs_neither_typer_nor_rich():
-    for module in (answers, pair, report, runner, start_up, throughput, ttft):
+    for module in (answers, batching, pair, report, runner, start_up, stream, ttft):
         assert not {"typer", "rich", "Console"} & set(vars(module))

@@ -55,7 +55,7 @@ def bench(
     decode: Annotated[int, Option(help="Tokens of whole answers; 0 measures none.", min=0)] = 64,
     decode_at: Lengths = "",
     static: Annotated[bool, Option("--static", help="Measure answers by stock with a static cache, too.")] = False,
-    throughput: Annotated[int, Option(help="Prompts of a stream that shares chunks; 0 measures none.", min=0)] = 0,
+    throughput: Annotated[int, Option(help="Prompts of a stream whose documents come and go; 0: none.", min=0)] = 0,
     batch: Annotated[int, Option(help="Prompts in one batch; 0 measures none.", min=0)] = 0,
     batch_at: Lengths = "",
     seed: Annotated[int, Option(help="Of the prompts.")] = 0,

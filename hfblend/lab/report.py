@@ -78,10 +78,15 @@ _NOTES = {
         "Decoding after {tokens:,} tokens: {failed}.",
     ),
     "throughput": (
-        "Throughput, {prompts} prompts of {tokens:,} tokens, {chunks_per_prompt} chunks each of a pool of "
-        "{chunks_in_pool}: full prefill {stock_prompts_per_s:.3g} prompts/s, {method} {ratio:g} "
-        "{blended_prompts_per_s:.3g} prompts/s; ratio {blended_over_stock:.2f}.",
-        "Throughput at {tokens:,} tokens: {failed}.",
+        "Stream, prompts {first_prompt:,} to {last_prompt:,} of {tokens:,} tokens, {chunks_per_prompt} chunks each of "
+        "a pool of {chunks_in_pool} that changes: {method} {ratio:g} finds {hit_rate:.1%} of the chunks, TTFT p50 "
+        "{blended_ttft_ms_p50:.1f} ms, p95 {blended_ttft_ms_p95:.1f} ms, {blended_prompts_per_s:.3g} prompts/s; prefix "
+        "caching {prefix_hit_rate:.1%}, {prefix_ttft_ms_p50:.1f} ms, {prefix_ttft_ms_p95:.1f} ms, "
+        "{prefix_prompts_per_s:.3g} prompts/s; full prefill {stock_ttft_ms_p50:.1f} ms, {stock_ttft_ms_p95:.1f} ms, "
+        "{stock_prompts_per_s:.3g} prompts/s. Speed-up {blended_over_stock:.2f}, prefix caching's "
+        "{prefix_over_stock:.2f}, hfblend's over it {blended_over_prefix:.2f}. Stores {store_mb:,.1f} and "
+        "{prefix_store_mb:,.1f} MB of {store_max_mb:,.1f} MB, process {rss_mb:,.0f} MB.",
+        "A stream of prompts of {tokens:,} tokens: {failed}.",
     ),
     "batching": (
         "First tokens of {prompts} prompts of {tokens:,} tokens: full prefill {stock_single_ms:.1f} ms one by one, "
@@ -151,7 +156,7 @@ def _filled(form: str, row: Row) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """Of a benchmark: loading, start-up, decoding, throughput, batches and the machine's peaks, a line each."""
+    """Of a benchmark: loading, start-up, decoding, a stream, batches and the machine's peaks, a line each."""
     if "peaks" not in results:
         return []
     loads = [_loading_note(found) for found in results["loading"]]

@@ -11,7 +11,7 @@ from ..arguments import one_of, whole
 from ..config import Correction
 from ..store.quantise import require_kv_dtype
 from .baselines import METHODS, Case, Method
-from .synthetic import Layout
+from .synthetic import Layout, Stream
 
 GPU_LENGTHS = (4096, 8192, 16384, 32768, 65536)
 CPU_LENGTHS = (2000,)
@@ -87,7 +87,8 @@ class BenchSettings(Settings):
         decoded_tokens: per answer, 2 or more, to measure whole answers and the speed of decoding; 0 measures none.
         decode_at, batch_at: the lengths at which answers and batches are measured; `()`: all.
         static_cache: whether stock answers with a static cache, which Transformers compiles on a GPU, are measured too.
-        throughput_prompts: of a stream of prompts that share chunks; 0 measures none.
+        throughput_prompts: of a stream whose documents come and go, at a store smaller than all; 0 measures none.
+        stream: how it draws them.
         batch_prompts: of one batch, compared with the same prompts one by one; 0 measures none.
     """
 
@@ -102,6 +103,7 @@ class BenchSettings(Settings):
     decode_at: tuple[int, ...] = ()
     static_cache: bool = False
     throughput_prompts: int = 0
+    stream: Stream = field(default_factory=Stream)
     batch_prompts: int = 0
     batch_at: tuple[int, ...] = ()
 

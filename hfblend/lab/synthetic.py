@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import nsmallest
 from typing import Any
 
 import torch
@@ -97,6 +99,25 @@ class Layout:
             whole(name, getattr(self, name), least)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """How a stream draws its chunks, how many of them a store holds, and how often full prefill is measured.
+
+    Attributes:
+        zipf: exponent; the pool's n-th chunk is drawn with a weight of 1 / n ** zipf.
+        pool: chunks in the pool, for each chunk of a prompt.
+        churn: share of the pool that is replaced by new chunks, per prompt; each takes the rank of the one that goes.
+        store: a store's budget, as a share of the K/V of all chunks in the pool.
+        full_prefill_every: prompts, of which the first is prefilled in full, too.
+    """
+
+    zipf: float = 1.0
+    pool: int = 16
+    churn: float = 0.0005
+    store: float = 0.5
+    full_prefill_every: int = 5
+
+
 class PromptMaker:
     """Makes prompts of one layout; the same seed gives the same ones."""
 
@@ -113,18 +134,39 @@ class PromptMaker:
         chunks = [self.ids(min(size, chunk_tokens - start)) for start in range(0, chunk_tokens, size)]
         return Prompt.from_ids(self.ids(self._layout.prefix), chunks, self.ids(self._layout.suffix))
 
-    def stream(self, chunk_tokens: int, count: int) -> tuple[list[Prompt], list[Prompt]]:
+    def batch(self, chunk_tokens: int, count: int) -> tuple[list[Prompt], list[Prompt]]:
         """Prompts that share a prefix and a pool of chunks, twice as many as a prompt holds.
 
         Returns:
             Two prompts that together hold the pool, and `count` prompts with chunks drawn from it in random order, each
             with a new suffix.
         """
-        each = max(1, chunk_tokens // self._layout.chunk)
-        prefix, pool = self.ids(self._layout.prefix), [self.ids(self._layout.chunk) for _ in range(2 * each)]
+        each, prefix = self.chunks_in(chunk_tokens), self.ids(self._layout.prefix)
+        pool = self._chunks(2 * each)
+        halves = [self._holding(prefix, pool[:each]), self._holding(prefix, pool[each:])]
+        return halves, [self._holding(prefix, self._random.sample(pool, each)) for _ in range(count)]
 
-        def holding(chunks: list[list[int]]) -> Prompt:
-            return Prompt.from_ids(prefix, chunks, self.ids(self._layout.suffix))
+    def stream(self, chunk_tokens: int, stream: Stream) -> Iterator[Prompt]:
+        """Prompts without end that share a prefix; their chunks, in the order drawn, are of a pool that changes."""
+        each, prefix = self.chunks_in(chunk_tokens), self.ids(self._layout.prefix)
+        pool = self._chunks(each * stream.pool)
+        due = 0.0
+        while True:
+            # the first of several exponential clocks to ring are a draw by weight, without replacement
+            clocks = [self._random.expovariate(rank**-stream.zipf) for rank in range(1, len(pool) + 1)]
+            drawn = nsmallest(each, range(len(pool)), key=clocks.__getitem__)
+            yield self._holding(prefix, [pool[i] for i in drawn])
+            due += stream.churn * len(pool)
+            for _ in range(int(due)):
+                pool[self._random.randrange(len(pool))] = self.ids(self._layout.chunk)
+            due %= 1
 
-        halves = [holding(pool[:each]), holding(pool[each:])]
-        return halves, [holding(self._random.sample(pool, each)) for _ in range(count)]
+    def chunks_in(self, chunk_tokens: int) -> int:
+        """Chunks of a prompt whose chunks are all of the same size."""
+        return max(1, chunk_tokens // self._layout.chunk)
+
+    def _chunks(self, count: int) -> list[list[int]]:
+        return [self.ids(self._layout.chunk) for _ in range(count)]
+
+    def _holding(self, prefix: list[int], chunks: list[list[int]]) -> Prompt:
+        return Prompt.from_ids(prefix, chunks, self.ids(self._layout.suffix))

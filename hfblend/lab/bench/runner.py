@@ -1,4 +1,4 @@
-"""A whole benchmark: start-up costs, then for every length the table, loading, decoding, throughput and batches.
+"""A whole benchmark: start-up costs, then for every length the table, loading, decoding, a stream and batches.
 
 In the last three, stock full prefill and hfblend's default settings take turns.
 """
@@ -23,11 +23,12 @@ from ..report import Results, Row, header_of
 from ..settings import BenchSettings
 from ..synthetic import PromptMaker, twin_of
 from .answers import decoding
+from .batching import batching
 from .flops import Shape
 from .loading import loading
 from .pair import Pair, Stores, empty_stores
 from .start_up import start_up
-from .throughput import batching, throughput
+from .stream import throughput
 from .ttft import OUT_OF_MEMORY, rows_of
 
 PARTS = ("start_up", "rows", "loading", "decoding", "throughput", "batching")
@@ -138,25 +139,27 @@ def _measure_length(
     def saying(part: str) -> Say:
         return lambda what: say(f"{len(prompt)} tokens, {part}: {what}")
 
-    def of_stream(measure: Callable[..., Row], count: int, say: Say) -> Row:
-        pool, prompts = maker.stream(length, count)
-        return measure(pair, pool, prompts, stores, repeats, say)
+    def of_stream(count: int, say: Say) -> list[Row]:
+        return throughput(pair, maker, length, count, settings.stream, settings.chunks_in[0], say)
+
+    def of_batch(count: int, say: Say) -> list[Row]:
+        return [batching(pair, *maker.batch(length, count), stores, repeats, say)]
 
     with empty_stores(settings.chunks_in) as stores:
         turns = ttft_turns(pair, prompt, stores, settings.cases(), repeats, saying("first token"))
         loads = if_memory_lasts(lambda: list(loading(pair, prompt, stores, repeats, saying("loading")))) or []
         found = {"rows": rows_of(turns, prompt, shape, pair.model.dtype.itemsize, peaks, loads), "loading": loads}
-        extras: dict[str, tuple[int, tuple[int, ...], Callable[[int, Say], Row]]] = {
+        extras: dict[str, tuple[int, tuple[int, ...], Callable[[int, Say], list[Row]]]] = {
             "decoding": (
-                settings.decoded_tokens, settings.decode_at, lambda n, say: answers(stores, n, repeats, say)
+                settings.decoded_tokens, settings.decode_at, lambda n, say: [answers(stores, n, repeats, say)]
             ),
-            "throughput": (settings.throughput_prompts, (), partial(of_stream, throughput)),
-            "batching": (settings.batch_prompts, settings.batch_at, partial(of_stream, batching)),
+            "throughput": (settings.throughput_prompts, (), of_stream),
+            "batching": (settings.batch_prompts, settings.batch_at, of_batch),
         }  # fmt: skip
         for part, (count, lengths, measure) in extras.items():
             failed = {"tokens": len(prompt), "failed": OUT_OF_MEMORY}
             once = partial(measure, count, saying(part))
-            found[part] = [if_memory_lasts(once) or failed] if count and length in (lengths or (length,)) else []
+            found[part] = (if_memory_lasts(once) or [failed]) if count and length in (lengths or (length,)) else []
     return found
 
 
