@@ -135,6 +135,7 @@ def _figures(turns: list[Row]) -> Row:
         ms = [turn[name] for turn in turns if turn[name]]
         p50, p95 = np.percentile(ms, (50, 95)).tolist()
         row |= {f"{name}_ttft_ms_p50": p50, f"{name}_ttft_ms_p95": p95, f"{name}_prompts_per_s": 1000 / mean(ms)}
-    for slow, fast in (("stock", "blended"), ("stock", "prefix"), ("prefix", "blended")):
-        row[f"{fast}_over_{slow}"] = median(turn[slow] / turn[fast] for turn in turns if turn[slow])
+    for name in ("blended_over_stock", "prefix_over_stock", "blended_over_prefix"):
+        fast, slow = name.split("_over_")
+        row[name] = median(turn[slow] / turn[fast] for turn in turns if turn[slow])
     return row
