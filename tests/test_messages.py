@@ -88,6 +88,7 @@ PATCH = {
     "store": "None text name store",
     "verify": "None 3",
     "trace": "",
+    "find": "None",
 }
 BLEND = {
     "prompt": "prompt",
@@ -135,6 +136,7 @@ FIELDS = {
     "score_layers": "None array tensor",
     "deviation": "",
     "correction": "None",
+    "find": "None",
     "min_reused_tokens": "3",
     "force_chunk_start": "3",
     "chunk_prefix": "",
