@@ -257,6 +257,20 @@ def test_a_part_whose_rows_saw_other_text_is_not_used():
         assert [chunk.span for chunk in blender.trace.chunks] == [(9, 84)]
 
 
+@pytest.mark.parametrize("seed", range(4))  # keys in either order
+def test_equal_texts_share_the_rows_that_saw_least(seed):
+    """A text stands twice: the second time, an entry in which other text precedes it would do, too."""
+    model, before, text = shared(make_llama), ids(70, 40 + seed), ids(60, 500 + seed)
+    with hfblend.patch(model, config()) as blender:
+        blender.precompute([[*before, *text], text], prefix=PREFIX)
+        answer(model, plain(PREFIX, text, ids(4, 3), before[:66], ids(3, 4), text, SUFFIX))
+        assert [(chunk.cached_start, chunk.exact) for chunk in blender.trace.chunks] == [
+            (9, True),
+            (9, False),
+            (9, False),
+        ]
+
+
 # --- what came before -------------------------------------------------------------------------------------------------
 
 

@@ -138,12 +138,14 @@ class Finder:
         return prefix
 
     def _placed(self, ids: array[int], start: int, matches: Sequence[Match]) -> list[Match]:
-        """Returns the matches, without whole texts whose key is not their entry's, and notes where the KV is."""
+        """Returns the matches, without whole texts whose key is not their entry's, and notes where the KV is: of equal
+        texts, where it has seen the fewest other ids."""
         chunks_of, placed = self._chunks_after(ids[:start]), []
         after_ids, texts = plain_ids(chunks_of.after_ids), [ids[one.start : one.stop] for one in matches]
         for one, text, key in zip(matches, texts, chunks_of.keys((text, after_ids) for text in texts)):
             if key == one.key or len(text) < len(one.ids):
-                self.places[key] = Place(one.key, one.offset, one.offset + len(text), text, after_ids)
+                if key not in self.places or one.offset < self.places[key].start:
+                    self.places[key] = Place(one.key, one.offset, one.offset + len(text), text, after_ids)
                 placed.append(one)
         return placed
 

@@ -325,7 +325,7 @@ def longest_first(matches: Iterable[Match], start: int, length: int, others: Ite
     for one in others:
         taken[one.start : one.stop] = True
     chosen: list[Match] = []
-    for match in sorted(matches, key=lambda one: (one.start - one.stop, one.start, one.key)):
+    for match in sorted(matches, key=lambda one: (one.start - one.stop, one.start, one.offset, one.key)):
         place = taken[match.start : match.stop]
         if not place.any():
             parts = [match]
