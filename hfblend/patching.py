@@ -222,6 +222,7 @@ class Blender:
         if config.find is None:
             return None
         self.hf_model.ranks.require_one("find", "Mark the chunks.")
+        self.hf_model.fingerprint.current(self.hf_model.model)  # a prompt in which nothing is found asks no more
         finder = Finder(self.hf_model, self.store, config)
         if config.find == "learn" and config.on_miss == "isolated":
             finder.heard = self._heard.setdefault(finder.scope, Traffic())
@@ -495,7 +496,7 @@ class Blender:
         if chunk_spans is not None:
             args, kwargs = self._on_device(args, kwargs)
         is_inside = self._running_call() is not None or self.hf_model.lock.is_mine
-        finder = self._finder_of(config)
+        finder = None if is_inside or not config.enabled else self._finder_of(config)
         planned = Request(
             self.hf_model,
             self.model,

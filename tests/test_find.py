@@ -154,6 +154,24 @@ def test_namespaces_and_dtypes_find_nothing_of_each_other(tmp_path):
             assert blender.trace.fallback == "no_chunks"
 
 
+@pytest.mark.parametrize("find", ["stored", "learn"])
+def test_texts_of_changed_weights_are_found_at_once(find):
+    """Weights may change after prompts in which nothing was found, too."""
+    model, other, store = make_llama(), make_llama(), MemoryStore()
+    input_ids = plain(PREFIX, TEXTS[0][1:], TEXTS[1], SUFFIX)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    with hfblend.patch(other, config(), store=store) as blender:
+        blender.precompute(TEXTS, prefix=PREFIX)
+    with hfblend.patch(model, config(recompute_ratios=(1.0,)), store=store, find=find) as blender:
+        for factor, hits in ((1.0, 0), (1.5, 2), (2.0, 0)):
+            with torch.no_grad():
+                model.model.layers[1].mlp.up_proj.weight.mul_(factor)
+            found = answer(model, input_ids)
+            assert (blender.trace.hits, blender.trace.misses) == (hits, 0)
+            assert torch.equal(found, stock(model, input_ids))
+
+
 def test_what_is_gone_is_a_miss_once_and_then_found_again(tmp_path):
     model, input_ids = shared(make_llama), plain(PREFIX, ids(1, 6), TEXTS[0][1:], SUFFIX)
     store = DiskStore(tmp_path)

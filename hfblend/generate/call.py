@@ -226,7 +226,7 @@ class Call(Running):
         state = Blending(
             self.hf_model, ids, spans, self.store, self.config, trace,
             prompt_length=length, controller=self.controller, ids=known_ids, given=self.plan.given,
-            weights_are_known=place > 0,
+            weights_are_known=place > 0 or (self.by_stock and self.config.find is not None),
         )  # fmt: skip
         if reason:
             found = f" {found_chunks([prompt.chunk_spans], self.config, None)}" if prompt.chunk_spans else ""
