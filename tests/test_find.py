@@ -317,6 +317,17 @@ def test_the_same_prompt_again_is_no_passage():
         assert len(blender.store) == 0
 
 
+@pytest.mark.parametrize("chunk_prefix", ["prompt", "none"])
+def test_equal_rows_of_a_batch_are_one_prompt(chunk_prefix):
+    model, input_ids = shared(make_llama), plain(PREFIX, TEXTS[0], ids(100, 70), TEXTS[1][1:], SUFFIX)
+    with hfblend.patch(model, config(chunk_prefix=chunk_prefix), find="learn") as blender:
+        blender.precompute(TEXTS[:1], prefix=PREFIX)
+        found = answer(model, input_ids.expand(3, -1))
+        assert len({id(trace) for trace in blender.traces}) == 1
+        assert blender.trace.hits == 1
+        assert torch.equal(found, found[:1].expand(3, -1))
+
+
 def test_learning_keeps_to_its_namespace_and_budget():
     model, (one, other) = shared(make_llama), (plain(ids(20, i), TEXTS[2], SUFFIX) for i in (80, 81))
     with hfblend.patch(model, config(), find="learn") as blender:

@@ -71,10 +71,17 @@ class Finder:
     config: BlendConfig
     heard: Traffic | None = None
     places: dict[str, Place] = field(default_factory=dict)
+    _spans: dict[bytes, ChunkSpans] = field(default_factory=dict)
 
     def spans(self, ids: Sequence[int]) -> ChunkSpans:
-        """Returns the spans of stored texts in a prompt, with a note of what was found."""
+        """Returns the spans of stored texts in a prompt, with a note of what was found; equal prompts share theirs."""
         ids = plain_ids(ids)
+        key = ids.tobytes()
+        if key not in self._spans:
+            self._spans[key] = self._spans_in(ids)
+        return self._spans[key]
+
+    def _spans_in(self, ids: array[int]) -> ChunkSpans:
         prompt = Hashed(ids)
         by_start = self._found(prompt, self._place(prompt))
         chosen = {start: longest_first(only_seen(found), start, len(ids)) for start, found in by_start.items()}
