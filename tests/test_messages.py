@@ -28,7 +28,7 @@ from hfblend.demo import model as demo_model
 from hfblend.generate.blending import Blending
 from hfblend.generate.fallbacks import Fallback
 from hfblend.lab import plots
-from hfblend.prompts.prompt import spans_by_row
+from hfblend.prompts.prompt import ChunkSpans, spans_by_row
 from hfblend.prompts.separator import Separator
 from hfblend.store import DiskStore, MemoryStore, RemoteStore, TieredStore, store_at
 
@@ -270,6 +270,8 @@ def entry_points() -> dict:
         ),
         "Prompt.crop(cache)": (lambda v, m, b: PROMPT.crop(v, PROMPT.input_ids), ""),
         "Prompt.crop(held_ids)": (lambda v, m, b: PROMPT.crop(DynamicCache(), v), "ids"),
+        "ChunkSpans(prefix_stop)": (lambda v, m, b: ChunkSpans([(2, 5)], prefix_stop=v).check(9), "None"),
+        "generate(find)": (lambda v, m, b: b.model.generate(PROMPT.input_ids, max_new_tokens=1, find=v), "None"),
         "filler_ids": (lambda v, m, b: hfblend.filler_ids(v), "tokenizer"),
         "prefill_chunk(model)": (lambda v, m, b: hfblend.prefill_chunk(v, [1]), ""),
         "prefill_chunk(ids)": (lambda v, m, b: hfblend.prefill_chunk(m, v), "array tensor"),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -256,3 +258,14 @@ def test_what_is_no_span_is_named(wrong):
         spans_by_row(wrong, torch.arange(20)[None])
     with pytest.raises(ValueError, match=r"\(start, stop\).*got"):
         Prompt(torch.arange(20)[None], wrong)
+
+
+@pytest.mark.parametrize("stop", [-1, 3, 100, True, 1.5, "1", (1,)])
+def test_ids_before_chunks_end_where_the_first_one_starts(stop):
+    with pytest.raises((TypeError, ValueError), match="prefix_stop must be"):
+        Prompt(torch.arange(20)[None], ChunkSpans([(2, 5)], prefix_stop=stop))
+    for right in (None, 0, 1, np.int64(2)):
+        spans = ChunkSpans([(2, 5)], prefix_stop=right)
+        spans.check(20)
+        assert copy.deepcopy(spans).prefix_stop == spans.moved(3).moved(-3).prefix_stop == (2 if right is None else right)
+        assert pickle.loads(pickle.dumps(spans)).prefix_stop == spans.from_token(1).prefix_stop == spans.prefix_stop

@@ -261,6 +261,9 @@ def test_a_cache_is_cut_where_an_answer_reads_otherwise():
     prompt = prompt_of(1, hfblend.Prompt(others, prompt_of(0).chunk_spans))
     stock = generate(model, {"input_ids": prompt.input_ids, "attention_mask": torch.ones_like(prompt.input_ids)})
     cache = first.past_key_values
+    for wrong in (first.sequences[0], first.sequences.tolist(), first.sequences.float(), -first.sequences):
+        with pytest.raises((TypeError, ValueError), match="held_ids must be"):
+            prompt.crop(cache, wrong)
     with pytest.raises(ValueError, match="held_ids must be the"):
         prompt.crop(cache, first.sequences[:, :-2])
     assert prompt.crop(cache, first.sequences) == cache.get_seq_length() == others.shape[1] - 2

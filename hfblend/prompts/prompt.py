@@ -48,7 +48,8 @@ class ChunkSpans(tuple[Span, ...]):
     ) -> ChunkSpans:
         self = super().__new__(cls, [_as_span(span, spans) for span in _listed(spans)])
         self.differs_from_joined_text, self.note = differs_from_joined_text, note
-        self.prefix_stop = prefix_stop if prefix_stop is not None else self[0][0] if self else 0
+        first = self[0][0] if self else 0
+        self.prefix_stop = first if prefix_stop is None else whole("prefix_stop", prefix_stop)
         return self
 
     def check(self, length: int) -> None:
@@ -62,6 +63,8 @@ class ChunkSpans(tuple[Span, ...]):
             if start < stop_before:
                 raise ValueError(f"Chunk spans must ascend and not overlap, got {tuple(self)}.")
             stop_before = stop
+        if not 0 <= self.prefix_stop <= (last := self[0][0] if self else length):
+            raise ValueError(f"prefix_stop must be 0 … {last}, where the first chunk starts, got {self.prefix_stop}.")
 
     def from_token(self, start: int) -> ChunkSpans:
         """Returns the spans that begin at a token or after it."""
@@ -210,7 +213,7 @@ class Prompt:
         """
         if not (hasattr(cache, "crop") and hasattr(cache, "get_seq_length")):
             raise TypeError(f"cache must be a Cache of transformers, got {described(cache)}.")
-        _require_prompt_ids(held_ids)
+        _require_prompt_ids(held_ids, "held_ids")
         held, given = int(cache.get_seq_length()), held_ids[0].tolist()
         if len(given) < held:
             raise ValueError(f"held_ids must be the {held} ids that the cache holds, or more, got {len(given)}.")
@@ -413,15 +416,15 @@ class Prompt:
         return cls(input_ids, ChunkSpans(separator.chunk_spans(input_ids[0].tolist())))
 
 
-def _require_prompt_ids(input_ids: Any) -> None:
+def _require_prompt_ids(input_ids: Any, name: str = "input_ids") -> None:
     how = "a tensor (1, T) of token ids, as of tokenizer(text, return_tensors='pt').input_ids"
-    require("input_ids", input_ids, torch.Tensor, how)
+    require(name, input_ids, torch.Tensor, how)
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-        raise TypeError(f"input_ids must be whole numbers, got {described(input_ids)}.")
+        raise TypeError(f"{name} must be whole numbers, got {described(input_ids)}.")
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
-        raise ValueError(f"A prompt's input_ids must be (1, T), got shape {tuple(input_ids.shape)}.")
+        raise ValueError(f"{name} must be (1, T), of one prompt, got shape {tuple(input_ids.shape)}.")
     if input_ids.device.type == "cpu" and bool((input_ids < 0).any()):  # on a GPU, looking would wait for it
-        raise ValueError(f"input_ids must be 0 or more, got {int(input_ids.min())}.")
+        raise ValueError(f"{name} must be 0 or more, got {int(input_ids.min())}.")
 
 
 _DOCUMENTS_OF_TEMPLATE = (
