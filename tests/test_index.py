@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from dataclasses import replace
 
@@ -224,6 +225,39 @@ def test_damaged_lines_cost_reuse_only(tmp_path_factory, cut, flipped, more):
     lines = {text.line for text in texts}
     assert all(text.line in lines for text in read)
     assert {text.key for text in read} >= {text.key for text in texts[4 : 4 + more]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"key": "../../x"}, {"key": "0" * 63}, {"key": ""}, {"num_behind": -1}, {"num_behind": 2**63},
+     {"num_behind": 2**70}, {"behind": -1}, {"behind": 2**64}],
+    ids=str,
+)  # fmt: skip
+def test_a_line_that_claims_what_cannot_be_is_damaged(wrong, tmp_path):
+    """A digest that is right proves no author."""
+    store = DiskStore(tmp_path)
+    store.put(KEYS[0], kv(0))
+    assert in_store(store, range(2)) == {0}
+    path = tmp_path / (SCOPE + INDEX)
+    path.write_bytes(path.read_bytes() + Text.of(KEYS[1], kv(1))._replace(**wrong).line + b"\n")
+    assert in_store(store, range(2)) == in_store(DiskStore(tmp_path), range(2)) == {0}
+    assert path.read_bytes().split() == Text.of(KEYS[0], kv(0)).line.split()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_in_the_place_of_the_index_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / (SCOPE + INDEX))
+    store = DiskStore(tmp_path)
+
+    def work():
+        store.put(KEYS[0], kv(0))
+        in_store(store, range(1))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert KEYS[0] in store
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut", "garbage", "empty"])

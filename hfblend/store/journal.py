@@ -25,6 +25,7 @@ from ..kv.chunk import ChunkKV
 from ..locks import Mutex
 from .folders import LocalFolder
 from .index import Index, stands_for
+from .keys import file_name_of
 from .requests import LATE, DaemonThreads
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 INDEX = ".index"
 _STALE_S = 30.0  # how old the texts of a URL may be
 _SLACK = 1024  # entries that may be gone before the folder is listed
-_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_BINARY"))
+_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))  # waits for no pipe
 
 
 class Text(NamedTuple):
@@ -59,9 +60,11 @@ class Text(NamedTuple):
         if xxhash.xxh3_64_hexdigest(said).encode() != digest:
             return None
         with contextlib.suppress(ValueError):
-            key, num_behind, behind, ids = said.split(b" ")
-            own = np.frombuffer(base64.b64decode(ids), "<u4")
-            return cls(key.decode(), own, int(num_behind), int(behind, 16))
+            key, num_behind, behind, ids = said.decode().split(" ")
+            file_name_of(key)
+            before = int(num_behind), int(behind, 16)
+            if 0 <= before[0] < 2**31 and 0 <= before[1] < 2**64:
+                return cls(key, np.frombuffer(base64.b64decode(ids), "<u4"), *before)
         return None
 
 
