@@ -20,9 +20,11 @@ import torch
 from helpers import config, entry, generate, largest_difference, make_llama, make_prompt
 
 import hfblend
+from hfblend.generate.learn import Traffic
 from hfblend.kv.streams import on_stream, switch_back
 from hfblend.locks import Condition, ForwardLock, Mutex, Running
-from hfblend.store import TieredStore
+from hfblend.store import DiskStore, MemoryStore, TieredStore
+from hfblend.store.index import Hashed
 from hfblend.support.registry import model_of
 
 # Python reports an exception that comes as a generator is dropped, and goes on.
@@ -488,6 +490,81 @@ def test_an_exception_in_put_leaves_no_store_that_waits(monkeypatch):
         assert in_another_thread(put_and_flush, store, "b" * 64)
         assert in_another_thread(put_and_flush, store, "a" * 64)
         store.close()
+
+
+# --- texts that are found in prompts ----------------------------------------------------------------------------------
+
+
+def text_of(number):
+    return torch.randint(7, 97, (60,), generator=torch.Generator().manual_seed(number)).tolist()
+
+
+def found_in(index, number):
+    found = index.find(Hashed(text_of(number)), lambda numbers, sums: numbers)
+    return {match.key for _, matches in found for match in matches if match.stop - match.start == 60}
+
+
+class Texts:
+    """A store whose texts are put, found, removed and put again."""
+
+    scope, numbers = "a" * 64, range(8)
+
+    def __init__(self, kind, path):
+        size = entry(60, ids=text_of(0)).held_bytes
+        self.store = MemoryStore(max_bytes=6 * size) if kind == "memory" else DiskStore(path)
+
+    def run(self):
+        for number in self.numbers[:6]:
+            behind = range(1 + number % 2)
+            self.store.put(f"{number:064x}", entry(60, ids=text_of(number), scope=self.scope, behind_ids=behind))
+            if number % 2:
+                self.found()
+        for number in self.numbers[:4]:
+            if isinstance(self.store, DiskStore):
+                self.store.remove(f"{number:064x}")
+        self.found()
+        for number in self.numbers[6:]:
+            self.store.put(f"{number:064x}", entry(60, ids=text_of(number), scope=self.scope))
+
+    def found(self):
+        index = self.store.index(self.scope)
+        return {key for number in self.numbers for key in found_in(index, number)}
+
+
+class Prompts:
+    """Prompts that are remembered, more than there is room for."""
+
+    def __init__(self, *_):
+        self.traffic = Traffic(most=200)
+
+    def run(self):
+        for number in range(6):
+            prompt = Hashed(text_of(number) + text_of(number + 1))
+            self.traffic.repeated(prompt, (), None)
+            self.traffic.add(prompt)
+
+    def found(self):
+        prompt = Hashed([5, *text_of(5), *text_of(6), 5])
+        return {(match.start, match.stop) for match in self.traffic.repeated(prompt, (), 0)[1]}
+
+
+@pytest.mark.parametrize(("make", "kind"), [(Texts, "memory"), (Texts, "disk"), (Prompts, "prompts")])
+def test_an_exception_leaves_an_index_that_finds(make, kind, tmp_path):
+    whole = make(kind, tmp_path / "whole")
+    with Interrupter("line") as events:
+        whole.run()
+    expected = whole.found()
+    assert expected
+    files = ("index.py", "journal.py", "memory.py", "learn.py")
+    here = [at for at, (file, *_) in enumerate(events.events) if file.endswith(files)]
+    for number, at in enumerate(random.Random(0).sample(here[: len(here) * 9 // 10], 25)):
+        case = make(kind, tmp_path / str(number))
+        with contextlib.suppress(KeyboardInterrupt), Interrupter("line", at=at) as one:
+            case.run()
+        assert at < len(one.events)
+        case.found()
+        case.run()
+        assert case.found() == expected
 
 
 def test_a_thread_that_is_interrupted_while_it_waits_undoes_nothing_of_the_pass_it_waits_for():

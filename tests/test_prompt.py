@@ -267,5 +267,7 @@ def test_ids_before_chunks_end_where_the_first_one_starts(stop):
     for right in (None, 0, 1, np.int64(2)):
         spans = ChunkSpans([(2, 5)], prefix_stop=right)
         spans.check(20)
-        assert copy.deepcopy(spans).prefix_stop == spans.moved(3).moved(-3).prefix_stop == (2 if right is None else right)
+        assert (
+            copy.deepcopy(spans).prefix_stop == spans.moved(3).moved(-3).prefix_stop == (2 if right is None else right)
+        )
         assert pickle.loads(pickle.dumps(spans)).prefix_stop == spans.from_token(1).prefix_stop == spans.prefix_stop

@@ -25,9 +25,14 @@ class Traffic:
     """
 
     def __init__(self, most: int = MOST) -> None:
-        self.most, self.num_ids = most, 0
+        self.most = most
         self._index, self._prompts = Index(), dict[str, Numbers]()
         self._count, self._lock = 0, Mutex()
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that are remembered."""
+        return sum(map(len, self._prompts.values()))
 
     def repeated(self, prompt: Hashed, taken: Sequence[Match], start: int | None) -> tuple[int, list[Match]]:
         """Returns the passages of a prompt that came before, outside of the matches that are taken, and what they are
@@ -38,6 +43,7 @@ class Traffic:
         """
         with self._lock:
             found = [match for _, found in self._index.find(prompt, lambda n, sums: n) for match in found]
+            found = [match for match in found if match.key in self._prompts]
             earlier = [self._prompts[key] for key in {match.key for match in found}]
         if start is None:
             start = min((_shared(prompt.ids, one) for one in earlier), default=0)
@@ -50,11 +56,11 @@ class Traffic:
             key, self._count = str(self._count), self._count + 1
             self._prompts[key] = prompt.ids
             self._index.add(key, prompt.ids, 0, 0)
-            self.num_ids += len(prompt.ids)
-            while self.num_ids > self.most:
+            too_many = self.num_ids - self.most
+            while too_many > 0:
                 oldest = next(iter(self._prompts))
                 self._index.discard(oldest)
-                self.num_ids -= len(self._prompts.pop(oldest))
+                too_many -= len(self._prompts.pop(oldest))
 
 
 def _shared(one: Numbers, other: Numbers) -> int:

@@ -115,7 +115,7 @@ class Index:
         with self._lock:
             if key not in self._group_of and len(ids) >= LEAST:
                 if (num_behind, behind) not in self._groups:
-                    self._groups[num_behind, behind], self._keys = _Group(num_behind, behind), None
+                    self._keys, self._groups[num_behind, behind] = None, _Group(num_behind, behind)
                 group = self._groups[num_behind, behind]
                 group.add(key, Hashed(ids))
                 self._group_of[key] = group
@@ -127,14 +127,14 @@ class Index:
             if group is not None:
                 group.discard(key)
                 if not len(group):
-                    del self._groups[group.key]
                     self._keys = None
+                    self._groups.pop(group.key, None)
 
     def clear(self) -> None:
         """Removes every text."""
         with self._lock:
-            self._groups.clear()
             self._keys = None
+            self._groups.clear()
             self._group_of.clear()
 
     def find(self, prompt: Hashed, place: Callable[[Numbers, Numbers], Numbers]) -> list[tuple[int, list[Match]]]:
@@ -152,12 +152,15 @@ class Index:
 
 
 class _Group:
-    """Texts, one after the other, and tables of their windows, the largest table first."""
+    """Texts, one after the other, and tables of their windows, the largest table first.
+
+    An exception may end any step: a text is there once its end is, and what is past the last end is written over.
+    """
 
     def __init__(self, num_behind: int, behind: int) -> None:
         self.key = num_behind, behind
-        self._ids = _Growing(np.int32)
-        self._starts, self._stops, self._keys = _Growing(np.int64), _Growing(np.int64), list[str | None]()
+        self._ids, self._ends, self._keys = _Growing(np.int32), _Growing(np.int64), list[str | None]()
+        self._ends.extend([0])
         self._text_of: dict[str, int] = {}
         self._tables: list[_Table] = []
         self._pending: list[_Windows] = []
@@ -166,24 +169,30 @@ class _Group:
         return len(self._text_of)
 
     def add(self, key: str, text: Hashed) -> None:
-        start, (offsets, hashes) = len(self._ids), text.windows
-        self._text_of[key] = len(self._keys)
-        self._keys.append(key)
-        self._starts.extend([start])
-        self._ids.extend(text.ids)
-        self._stops.extend([len(self._ids)])
+        number, start, (offsets, hashes) = len(self._starts), int(self._ends.rows[-1]), text.windows
+        self._keys[number:] = [key]
+        self._ids.extend(text.ids, start)
+        self._ends.extend([len(self._ids)])
+        self._text_of[key] = number
         self._pending.append((start + offsets, hashes))
 
     def discard(self, key: str) -> None:
-        self._keys[self._text_of.pop(key)] = None
+        if (number := self._text_of.get(key)) is not None:
+            self._keys[number] = None
+            del self._text_of[key]
         if len(self._text_of) < len(self._keys) // 2:
-            kept = [(one, self._text(i)) for one, i in self._text_of.items()]
-            vars(self).update(vars(_Group(*self.key)))
-            for one, ids in kept:
-                self.add(one, Hashed(ids))
+            fresh = _Group(*self.key)
+            for one, i in self._text_of.items():
+                fresh.add(one, Hashed(self._ids.rows[self._starts[i] : self._stops[i]]))
+            vars(self).update(vars(fresh))
 
-    def _text(self, number: int) -> Numbers:
-        return self._ids.rows[self._starts.rows[number] : self._stops.rows[number]]
+    @property
+    def _starts(self) -> Numbers:
+        return self._ends.rows[:-1]
+
+    @property
+    def _stops(self) -> Numbers:
+        return self._ends.rows[1:]
 
     def find(self, prompt: Hashed) -> list[Match]:
         """The longest parts of texts in a prompt, wherever windows of them are met."""
@@ -192,8 +201,8 @@ class _Group:
             return []
         offsets, hashes = prompt.windows
         numbers, places = (np.concatenate(parts) for parts in zip(*(table.find(hashes) for table in self._tables)))
-        texts = np.searchsorted(self._starts.rows, places, "right") - 1
-        shifts = offsets[numbers] - (places - self._starts.rows[texts])  # of the text's first id, in the prompt
+        texts = np.searchsorted(self._starts, places, "right") - 1
+        shifts = offsets[numbers] - (places - self._starts[texts])  # of the text's first id, in the prompt
         both, counts = np.unique((texts << 32) + shifts, return_counts=True)  # a text has less than 2³¹ ids
         most = both[np.argsort(-counts, kind="stable")[:_MOST]]
         texts = (most + 2**31) >> 32
@@ -201,7 +210,7 @@ class _Group:
 
     def _compared(self, prompt: Numbers, texts: Numbers, shifts: Numbers) -> list[Match]:
         """The runs of equal ids of texts that begin at places of the prompt, which may lie before its start."""
-        starts, stops = self._starts.rows[texts], self._stops.rows[texts]
+        starts, stops = self._starts[texts], self._stops[texts]
         first = np.maximum(0, -shifts)
         sizes = np.minimum(stops - starts, len(prompt) - shifts) - first
         few = np.cumsum(sizes) <= _EACH * len(prompt) + _PENDING
@@ -222,12 +231,13 @@ class _Group:
         """Brings new windows into a table, and tables that are near in size into one."""
         if not self._pending:
             return
-        if self._tables and len(self._tables[-1]) < _PENDING:
-            self._pending.append(self._tables.pop().windows)
-        self._tables.append(_Table.of(self._pending))
-        self._pending = []
-        while len(self._tables) > 1 and len(self._tables[-2]) < _GROWTH * len(self._tables[-1]) > _PENDING:
-            self._tables[-2:] = [_Table.of([one.windows for one in self._tables[-2:]])]
+        tables, pending = [*self._tables], self._pending
+        if tables and len(tables[-1]) < _PENDING:
+            pending = [*pending, tables.pop().windows]
+        tables.append(_Table.of(pending))
+        while len(tables) > 1 and len(tables[-2]) < _GROWTH * len(tables[-1]) > _PENDING:
+            tables[-2:] = [_Table.of([one.windows for one in tables[-2:]])]
+        self._tables, self._pending = tables, []
 
 
 class _Table:
@@ -289,11 +299,13 @@ class _Growing:
     def rows(self) -> Numbers:
         return self._room[: self._length]
 
-    def extend(self, more: Sequence[int] | Numbers) -> None:
-        stop = self._length + len(more)
+    def extend(self, more: Sequence[int] | Numbers, start: int | None = None) -> None:
+        """Puts numbers at `start`, by default after the last one; those after them are gone."""
+        start = self._length if start is None else start
+        stop = start + len(more)
         if stop > len(self._room):
-            self._room = np.concatenate([self.rows, np.empty(stop, self._room.dtype)])
-        self._room[self._length : stop] = more
+            self._room = np.concatenate([self._room[:start], np.empty(stop, self._room.dtype)])
+        self._room[start:stop] = more
         self._length = stop
 
 

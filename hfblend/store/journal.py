@@ -107,6 +107,10 @@ class Journal:
         kept = {text.key: line for line in lines if (text := Text.in_line(line)) is not None and text.key in keys}
         self._folder.write(self.name, b"".join(line + b"\n" for line in kept.values()))
 
+    def begin_anew(self) -> None:
+        """Lets the next `news` bring every text."""
+        self._file = (0, 0)
+
     def news(self) -> tuple[bool, list[Text]]:
         """Returns whether the file was begun anew or is not there, and the texts that have come since the last call."""
         try:
@@ -153,8 +157,8 @@ class Texts:
 
     def _take(self, texts: Iterable[Text]) -> None:
         for text in texts:
-            self._known.add(text.key)
             self.index.add(text.key, text.ids, text.num_behind, text.behind)
+            self._known.add(text.key)  # last: an exception may come between
 
     def _compared(self) -> set[str]:
         """Drops texts of entries that are gone; returns the keys of those whose text is not known."""
@@ -188,6 +192,9 @@ class LocalTexts(Texts):
             except OSError as error:  # a folder that may not be written, for one
                 logger.warning("%s is left alone for %g s: %s", self._journal.name, _STALE_S, error)
                 self._next = time.monotonic() + _STALE_S
+            except BaseException:  # an interrupt: what was read may not have been taken
+                self._journal.begin_anew()
+                raise
 
     def _repair(self) -> None:
         """Makes the file as complete as the folder's entries, and no larger than twice that."""

@@ -58,8 +58,8 @@ class MemoryStore:
             return
         with self._lock:
             self._remove(key)
+            self._index(key, chunk_kv)  # first: a text without an entry is a miss, once
             self._entries[key] = chunk_kv
-            self._index(key, chunk_kv)
             self.num_bytes += chunk_kv.held_bytes
             self.counts.add(stored=1)
             self._make_room(key)
@@ -79,10 +79,11 @@ class MemoryStore:
         """Returns the texts of the entries of one scope; from then on it is kept up to date."""
         with self._lock:
             if scope not in self._indexes:
-                self._indexes[scope] = Index()
+                index = Index()
                 for key, entry in self._entries.items():
                     if entry.scope == scope:
-                        self._index(key, entry)
+                        _add_to(index, key, entry)
+                self._indexes[scope] = index
             return self._indexes[scope]
 
     def pin(self, key: str) -> None:
@@ -136,8 +137,13 @@ class MemoryStore:
                 self._indexes[entry.scope].discard(key)
 
     def _index(self, key: str, entry: ChunkKV) -> None:
-        if entry.scope in self._indexes and entry.provenance == "isolated":
-            self._indexes[entry.scope].add(key, entry.ids, entry.num_behind, stands_for(entry.behind_ids))
+        if entry.scope in self._indexes:
+            _add_to(self._indexes[entry.scope], key, entry)
+
+
+def _add_to(index: Index, key: str, entry: ChunkKV) -> None:
+    if entry.provenance == "isolated":
+        index.add(key, entry.ids, entry.num_behind, stands_for(entry.behind_ids))
 
 
 def _device(device: Any) -> torch.device:
