@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import VOCABULARY, make_llama, shared
+from helpers import MODELS, VOCABULARY, make_llama, shared
+from transformers import DynamicCache
 
 import hfblend
 from hfblend.generate.learn import Traffic
+from hfblend.model.hf_model import CACHE
 from hfblend.store import DiskStore, MemoryStore, TieredStore
 from hfblend.store.index import Hashed
 
@@ -287,6 +289,41 @@ def test_equal_texts_share_the_rows_that_saw_least(seed):
             (9, False),
             (9, False),
         ]
+
+
+# --- after a conversation's cache -------------------------------------------------------------------------------------
+
+
+def conversation(model, blender=None):
+    """The ids after each of four plain turns of one cache, and what was found in them."""
+    cache, before, told = DynamicCache(config=model.config), PREFIX, []
+    for turn in range(4):
+        texts = TEXTS[turn][turn % 3 :], TEXTS[(turn + 1) % 4]
+        input_ids = plain(before, ids(2, 90 + turn), texts[0], ids(1, 7), texts[1], ids(70, 55), ids(5, 80 + turn))
+        held = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers if layer.is_initialized]
+        found = answer(model, input_ids, attention_mask=torch.ones_like(input_ids), **{CACHE: cache})
+        for layer, (keys, values) in zip(cache.layers, held):
+            assert torch.equal(layer.keys[:, :, : keys.shape[2]], keys)
+            assert torch.equal(layer.values[:, :, : keys.shape[2]], values)
+        told.append((found, blender and blender.trace, len(held) and held[0][0].shape[2]))
+        before = found[0].tolist()
+    return told
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, []], ids=["after the prefix", "after none"])
+@pytest.mark.parametrize(("find", "hits"), [("stored", [2, 2, 2, 2]), ("learn", [2, 2, 3, 3])])
+@pytest.mark.parametrize("name", ["llama-gqa", pytest.param("mistral-full", marks=pytest.mark.thorough)])
+def test_texts_of_later_turns_are_found_after_the_cache(name, find, hits, prefix):
+    model = shared(MODELS[name])
+    expected = conversation(model)
+    with hfblend.patch(model, config(find=find, recompute_ratios=(1.0,))) as blender:
+        blender.precompute(TEXTS, prefix=prefix)
+        told = conversation(model, blender)
+    for (found, trace, held), (of_stock, *_), count in zip(told, expected, hits):
+        assert torch.equal(found, of_stock)
+        assert trace.hits == count
+        assert trace.prefix is None or trace.prefix.span == (0, held or len(PREFIX))
+        assert trace.computed_pairs <= (trace.num_tokens - held) * trace.num_layers
 
 
 # --- what came before -------------------------------------------------------------------------------------------------
