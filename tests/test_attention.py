@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hfblend.attention import tiles
 from hfblend.attention.by_position import QueryRows, attend
 from hfblend.attention.record import AttentionRecord
 from hfblend.kernels.reference import AttentionArgs, reference_attention, visible
@@ -45,44 +44,6 @@ def test_attend_equals_the_reference(heads, kv_heads, length, which, window):
     positions = rows[which][None].expand(2, -1)
     args = AttentionArgs(*states(2, heads, kv_heads, positions.shape[1], length), 0.25, window)
     assert torch.allclose(attend(args, QueryRows(positions, length)), reference_attention(args, positions), atol=2e-6)
-
-
-@pytest.mark.parametrize("size", [1, 7, 40])
-@pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("hides", [False, True])
-@pytest.mark.parametrize("order", ["rising", "any"])
-def test_tiles_of_any_size_equal_the_reference(monkeypatch, size, window, hides, order):
-    monkeypatch.setattr(tiles, "LARGEST", size)
-    generator = torch.Generator().manual_seed(1)
-    positions = torch.stack([torch.randperm(97, generator=generator)[:40] for _ in range(2)])
-    positions = positions.sort().values if order == "rising" else positions
-    hidden = torch.tensor([k for k in (3, 50, 51, 96) if not (positions == k).any()]) if hides else None
-    assert hidden is None or len(hidden)
-    args = AttentionArgs(*states(2, 6, 2, 40, 97), 0.25, window)
-    rows = QueryRows(positions, 97, hidden)
-    assert len(rows.tiles(window, torch.float32)) == -(-40 // size)
-    assert torch.allclose(attend(args, rows), reference_attention(args, positions, hidden), atol=2e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tiles_in_half_precision(monkeypatch, dtype):
-    monkeypatch.setattr(tiles, "LARGEST", 7)
-    args = AttentionArgs(*(one.to(dtype) for one in states(1, 4, 2, 30, 90)), 0.25)
-    positions = torch.arange(0, 90, 3)[None]
-    exact = reference_attention(args.float(), positions)
-    assert (attend(args, QueryRows(positions, 90)).float() - exact).norm() < 2e-2 * exact.norm()
-
-
-def test_rising_rows_leave_out_what_none_of_them_sees():
-    found = tiles.tiles_of(torch.arange(0, 4000, 4)[None], 4000, None, None, torch.float32)
-    assert [(tile.keys.stop, tile.mask.shape[-1]) for tile in found] == [
-        (997, 997),
-        (1997, 997),
-        (2997, 997),
-        (3997, 997),
-    ]
-    windowed = tiles.tiles_of(torch.arange(0, 4000, 4)[None], 4000, 100, None, torch.float32)
-    assert [tile.keys.start for tile in windowed] == [0, 901, 1901, 2901]
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])

@@ -1,9 +1,8 @@
 """Attention of queries at given positions over all keys: key position ≤ query position, and nothing later.
 
-`attend` is the one front door: the Triton kernel on a GPU, PyTorch's attention with a mask elsewhere (on a CPU in
-tiles), and the plain reference where neither can. `switch.py` puts it in the place of a model's own attention for the
-length of a pass, so that in a stock forward over scattered rows each row sees exactly the keys that it saw in a full
-prefill:
+`attend` is the one front door: the Triton kernel on a GPU, PyTorch's attention with a mask elsewhere, and the plain
+reference where neither can. `switch.py` puts it in the place of a model's own attention for the length of a pass, so
+that in a stock forward over scattered rows each row sees exactly the keys that it saw in a full prefill:
 
         keys 0 1 2 3 4 5
     row 1    ■ ■ ⬚ ⬚ ⬚ ⬚
@@ -18,8 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +25,9 @@ import torch.nn.functional as F
 from ..kernels.device import HAS_TRITON, has_kernels
 from ..kernels.reference import AttentionArgs, mask_of, reference_attention, visible
 from .record import AttentionRecord
-from .tiles import Tile, attend_in_tiles, run_in_tiles, tiles_of
 
 if HAS_TRITON:
     from ..kernels import by_position as kernel
-
-T = TypeVar("T")
 
 HALF = (torch.float16, torch.bfloat16)  # what the attention kernel computes in
 LARGEST_HEAD_DIM = 256  # that it takes
@@ -77,13 +72,12 @@ class QueryRows:
     record: AttentionRecord | None = None
     state: Any = None
     attending: Callable[[int, AttentionArgs], None] | None = None
-    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    _made: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
-    def _once(self, *key: Any, make: Callable[[], T]) -> T:
+    def _once(self, *key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         if key not in self._made:
             self._made[key] = make()
-        found: T = self._made[key]
-        return found
+        return self._made[key]
 
     def for_kernels(self, device: torch.device) -> torch.Tensor:
         """(B, S) positions as the kernels read them."""
@@ -118,11 +112,6 @@ class QueryRows:
 
         return self._once("additive", window, dtype, device, make=make)
 
-    def tiles(self, window: int | None, dtype: torch.dtype) -> list[Tile]:
-        """Of a pass on a CPU."""
-        make = partial(tiles_of, self.positions, self.length, window, self.hidden, dtype)
-        return self._once("tiles", window, dtype, make=make)
-
 
 def runs_on_kernels(args: AttentionArgs) -> bool:
     """Whether the Triton kernel takes these states: on a GPU, in half precision, heads of up to 256 dimensions."""
@@ -144,7 +133,6 @@ def attend(args: AttentionArgs, rows: QueryRows) -> torch.Tensor:
     | --- | --- |
     | on a GPU, fp16 or bf16 | `kernels.by_position`: no mask is made |
     | with softcap or sinks, elsewhere | `reference_attention` |
-    | on a CPU, keys and values of one width | `attend_in_tiles` |
     | all others | `sdpa_attention`, with a mask that is made once a pass |
 
     Returns:
@@ -157,8 +145,6 @@ def attend(args: AttentionArgs, rows: QueryRows) -> torch.Tensor:
         return _attend_by_kernel(args, rows)[0]
     if args.softcap is not None or args.sinks is not None:
         return reference_attention(args, rows.positions.to(device), rows.hidden)
-    if run_in_tiles(args):
-        return attend_in_tiles(args, rows.tiles(args.sliding_window, args.query.dtype))
     return sdpa_attention(args, rows.additive_mask(args.sliding_window, args.query.dtype, device))
 
 
