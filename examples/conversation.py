@@ -3,7 +3,7 @@
     turn 1   system | documents | question 1 | answer 1
     turn 2   ▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨▨ | documents | question 2 | answer 2      ▨ in the cache
 
-The documents are computed once, before. Stock generate answers the same questions next to it, with a cache of its own.
+The documents are computed once, before. Stock generate answers the same questions, and keeps a cache too.
 
 python examples/conversation.py
 """

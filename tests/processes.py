@@ -93,7 +93,7 @@ def _ended(process: Any) -> int:
 
 def _copies_of(preparation: str, jobs: Connection) -> None:
     exec(compile(preparation, "<preparation>", "exec"), {})
-    with contextlib.suppress(EOFError):  # nobody asks any more
+    with contextlib.suppress(EOFError):  # the process that asks has ended
         while job := jobs.recv():
             copy = multiprocessing.get_context("fork").Process(target=_run, args=job)
             copy.start()

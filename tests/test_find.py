@@ -265,7 +265,7 @@ def test_auto_and_verify_go_with_it():
 
 
 def test_a_part_whose_rows_saw_other_text_is_not_used():
-    """What a text was stored after, inside of its own entry, must not reach a prompt that has it not."""
+    """What stands before a text in the entry that holds it must not reach a prompt without it."""
     model = shared(make_llama)
     with hfblend.patch(model, config()) as blender:
         blender.precompute([[*ids(40, 70), *TEXTS[0]]], prefix=PREFIX)

@@ -180,8 +180,8 @@ class Blend:
         """
         if self.is_nearly_all():
             return self.full_pass(None)
-        rows = merged(self.selected_idx, self.reuse.fresh_idx)
-        return self.rows_pass("recompute", self.look_up.new_rows if self.config.recomputes_all else rows)
+        rows = self.look_up.new_rows if self.config.recomputes_all else merged(self.selected_idx, self.reuse.fresh_idx)
+        return self.rows_pass("recompute", rows)
 
     def is_nearly_all(self) -> bool:
         """Whether what is exact is so little that a forward over all tokens, which needs no positions, is quicker."""

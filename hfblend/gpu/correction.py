@@ -18,7 +18,7 @@ from ..kernels.device import HAS_TRITON
 from ..kernels.reference import AttentionArgs
 from ..kv.rows import KV, rows_behind, sent
 from ..model.hf_model import HFModel
-from ..model.rotary_tables import TableKind
+from ..model.rotary_tables import TableKind, kind_of
 from ..trace.observer import Observer
 
 if HAS_TRITON:
@@ -42,8 +42,7 @@ class Offsets:
 
     @cached_property
     def _kinds(self) -> list[TableKind]:
-        found = ((r.source, r.layout, r.sign) for r in self.hf_model.rotations if r is not None)
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(kind_of(one) for one in self.hf_model.rotations if one is not None))
 
     def _with(self, tables: list[Tables]) -> OffsetKernels:
         turns: dict[int, Turn | None] = {}
@@ -52,7 +51,7 @@ class Offsets:
             if rotation is None:
                 turns[layer] = None
                 continue
-            nth = self._kinds.index((rotation.source, rotation.layout, rotation.sign))
+            nth = self._kinds.index(kind_of(rotation))
             turns[layer] = Turn(rotation.slot, tables[nth][0].shape[1], rotation.pairing == "half", nth)
         return OffsetKernels(self.hf_model.layouts, turns, BLOCK, Asking(NUM_QUERIES, DOUBTED, TRUSTED))
 

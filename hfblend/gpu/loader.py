@@ -28,7 +28,7 @@ from ..kv.chunk import ChunkKV, Reader, first_position
 from ..kv.rows import KV, ROOM, RowLayout, packed, rows_behind, sent
 from ..kv.streams import bus_stream, on_stream
 from ..model.hf_model import HFModel
-from ..model.rotary_tables import TableKind
+from ..model.rotary_tables import TableKind, kind_of
 from ..prompts.separator import Span
 
 if HAS_TRITON:
@@ -151,7 +151,7 @@ class GPULoader:
             return self._realigner.tables(layer_idx, self.device)
         if rotation is None or not self._reuse.moved:
             return None
-        kind = rotation.source, rotation.layout, rotation.sign
+        kind = kind_of(rotation)
         if kind not in self._tables_of_kind:
             length = max(self._length, self._cached_up_to)
             self._tables_of_kind[kind] = self.hf_model.unit_tables(kind, length)

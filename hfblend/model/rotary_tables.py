@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..blend.rotation import KeyRotation, Layout, Tables
 from ..kv.rows import sent
 
-Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
-TableKind = tuple[int, Any, int]  # source; layout and sign of a `KeyRotation`
+TableKind = tuple[int, Layout, int]  # source, layout and sign of a `KeyRotation`
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ class RotarySource:
     def _ask(self, module: nn.Module, positions: torch.Tensor) -> Any:
         extra = () if self.layer_type is None else (self.layer_type,)
         return module(torch.zeros((), dtype=torch.float32, device=positions.device), positions, *extra)
+
+
+def kind_of(rotation: KeyRotation) -> TableKind:
+    """The tables that a rotation turns by."""
+    return rotation.source, rotation.layout, rotation.sign
 
 
 class KeptTables:
