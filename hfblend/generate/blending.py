@@ -95,7 +95,7 @@ class Blending:
         self.prompt_length = prompt_length or self.length
         self.ids = ids_in((self.input_ids if ids is None else ids)[0])
         spans.check(self.length)
-        _require_known(self.ids, model.num_ids)
+        require_known(self.ids, model.num_ids)
         self.trace = BlendTrace() if trace is None else trace
         self._algorithm, self._beside, self._given = algorithm, Beside(device), given
         self._lost, self._prefilled = frozenset[str](), frozenset[str]()
@@ -182,7 +182,7 @@ class Blending:
         self.trace.notes.append(f"{lost}; blended again without it.")
 
 
-def _require_known(ids: Any, num_ids: int | None) -> None:
+def require_known(ids: Any, num_ids: int | None) -> None:
     """Raises `ValueError` for ids outside the embedding: an index error of PyTorch's on a CPU, worse on a GPU."""
     found = np.frombuffer(ids, np.int64)
     if num_ids and not 0 <= found.min() <= found.max() < num_ids:

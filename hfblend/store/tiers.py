@@ -8,6 +8,8 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from ..arguments import described
 from ..kv.chunk import ChunkKV, Reader
 from .background import Background, keeps_unchanged
@@ -207,6 +209,12 @@ def flush(store: Store) -> None:
 def tiers_of(store: Any) -> list[Any]:
     """Returns the stores that a store is made of, itself if of no others, in the order in which they are asked."""
     return [one for tier in store.stores for one in tiers_of(tier)] if hasattr(store, "stores") else [store]
+
+
+def held_on(store: Store, device: torch.device) -> int:
+    """Returns the most bytes of a device's memory that a store may take."""
+    stores = [one for one in tiers_of(store) if isinstance(one, MemoryStore)]
+    return sum(one.max_bytes for one in stores if one.device in (None, device))
 
 
 def file_stores_of(store: Store) -> list[FileStore]:
