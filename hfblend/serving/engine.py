@@ -20,7 +20,8 @@ import os
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,8 +161,8 @@ class _BlendingScheduler(FIFOScheduler):
         """Blends a prompt into new blocks. An error would end the engine: stock prefills the prompt instead."""
         prompt, engine = request.prompt, self.engine
         try:
-            model, ids, spans = model_of(engine.model), prompt.input_ids, prompt.chunk_spans
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream), engine.own_attention():
+                model, ids, spans = model_of(engine.model), prompt.input_ids, prompt.chunk_spans
                 blending = Blending(model, ids, spans, engine.store, request.config, request.trace, ids=ids)
                 blending.run(model.decoder_forward)
                 self.cache.write(state, blending.buffers, len(prompt) - 1)
@@ -325,6 +326,18 @@ class Engine(ContinuousBatchingManager):
         super().cancel_request(request_id)
         with self.output_router._lock:  # stock keeps the handler for an output that never comes
             self.output_router.result_handlers.pop(request_id, None)
+
+    @contextmanager
+    def own_attention(self) -> Iterator[None]:
+        """Gives the model its own attention for a blend: stock's paged one masks nothing outside of its steps."""
+        in_steps, own = self.model.config._attn_implementation, self._original_attn_impl
+        if own is not None:
+            self.model.set_attn_implementation(own)
+        try:
+            yield
+        finally:
+            if own is not None:
+                self.model.set_attn_implementation(in_steps)
 
     # --- life -----------------------------------------------------------------------------------------------------
 
