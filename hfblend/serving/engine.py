@@ -1,14 +1,13 @@
 """Blended prefill inside Transformers' continuous batching; no other file knows that.
 
-A blended prompt enters where stock has a prompt with a matched prefix: K/V of all its tokens but the last lie in the
-request's blocks, and stock goes on from there.
+A blended prompt enters where stock has one with a matched prefix: K/V of all its tokens but the last lie in the
+request's blocks, and stock goes on from there. Requests wait in stock's queue; at each step, in the order of coming,
 
-    add_request   checks a request, which then waits in stock's queue
-    each step     takes the requests that wait in the order of coming; a prompt
-                    without chunks     is prefilled by stock
-                    blended before     gets the blocks of an equal prompt, and stock prefills the rest of its suffix
-                    to blend           is blended, one a step; others wait for later steps
-    any error     of a blend: the prompt is prefilled in full; of the engine: its requests fail, and it is rebuilt
+    a prompt without chunks    is prefilled by stock
+    one blended before         gets the blocks of an equal prompt, and stock prefills the rest of its suffix
+    one to blend               is blended, one a step: others, which decode, must not wait for several
+
+If a blend fails, its prompt is prefilled in full. If the engine dies, its requests fail, and it is rebuilt.
 """
 
 from __future__ import annotations
@@ -20,33 +19,12 @@ import os
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
-from torch import nn
-from transformers import GenerationConfig
-
-from ..arguments import described
-from ..config import BlendConfig
-from ..generate.blending import Blending
-from ..kv.rows import KV
-from ..prompts.prompt import Prompt
-from ..store import Store, held_on, store_at
-from ..store.sizes import num_bytes_of
-from ..support.registry import model_of
-from .request import Request, checked
-
-if Version(transformers.__version__) < Version("5.23"):
-    raise ImportError(
-        f"Serving needs Transformers 5.23 or later, got {transformers.__version__}: run `pip install 'hfblend[serve]'`."
-    )
-
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
@@ -54,9 +32,16 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.continuous_batching.utils import get_device_and_memory_breakdown
 
+from ..config import BlendConfig
+from ..generate.blending import Blending
+from ..kv.rows import KV
+from ..prompts.prompt import Prompt
+from ..store import Store, left_by, store_at
+from ..support.registry import model_of
+from .request import Request, checked
+
 logger = logging.getLogger(__name__)
 
-_SCHEDULER = "hfblend"
 _PAUSE_S = 1.0  # before a dead engine is rebuilt: one that dies at once would fill the log
 
 
@@ -99,16 +84,11 @@ class _SaltedCache(PagedAttentionCache):
 
 
 class _BlendingScheduler(FIFOScheduler):
-    """Stock's scheduler, which blends a prompt when its turn has come.
-
-    Attributes:
-        stream: of the engine's steps, `None` on a CPU. A blend waits there for the step in flight, which may still
-            write to blocks that were freed since it began.
-    """
+    """Stock's scheduler, which blends a prompt when its turn has come."""
 
     cache: _SaltedCache
     engine: Engine
-    stream: Any
+    stream: Any  # of the steps, None on a CPU: a blend waits for the one in flight, which may write to freed blocks
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         if not self.active_requests:  # stock waits for one to finish, also if all were cancelled
@@ -116,8 +96,7 @@ class _BlendingScheduler(FIFOScheduler):
         return super().schedule_batch(token_budget, cache_budget)
 
     def clear_cancelled_requests(self) -> list[RequestState]:
-        cancelled = super().clear_cancelled_requests()
-        for state in cancelled:
+        for state in (cancelled := super().clear_cancelled_requests()):
             self.engine.requests.pop(state.request_id, None)
         return cancelled
 
@@ -125,14 +104,18 @@ class _BlendingScheduler(FIFOScheduler):
         """Holds back prompts that are to be blended later: stock would prefill them in full."""
         ready, may_blend = [], True
         for state in super()._get_waiting_candidates():
-            request = self.engine.requests[state.request_id]
-            if request.blends and not state.is_cpu_offloaded and not self._takes_over(state, request):
+            request = self.engine.requests.get(state.request_id)
+            if request is None:  # it came while the engine died, and was failed
+                self.set_request_cancellation(state.request_id)
+                continue
+            if request.blends and not state.is_cpu_offloaded:
                 if not may_blend:
                     continue
-                if not self._has_room(state):
-                    break  # those that came later wait, too: else it might never have room
-                may_blend = False
-                self._blend(state, request)
+                if not self._takes_over(state, request):
+                    if not self._has_room(state):
+                        break  # those that came later wait, too: else it might never have room
+                    may_blend = False
+                    self._blend(state, request)
             ready.append(state)
         return ready
 
@@ -159,20 +142,26 @@ class _BlendingScheduler(FIFOScheduler):
     @torch.no_grad()
     def _blend(self, state: RequestState, request: Request) -> None:
         """Blends a prompt into new blocks. An error would end the engine: stock prefills the prompt instead."""
-        prompt, engine = request.prompt, self.engine
+        engine, ids, spans = self.engine, request.prompt.input_ids, request.prompt.chunk_spans
+        of_steps = engine.model.config._attn_implementation  # stock's paged one masks nothing elsewhere
+        own = engine._original_attn_impl or of_steps
         try:
-            with torch.cuda.stream(self.stream), engine.own_attention():
-                model, ids, spans = model_of(engine.model), prompt.input_ids, prompt.chunk_spans
+            if own != of_steps:
+                engine.model.set_attn_implementation(own)
+            with torch.cuda.stream(self.stream):
+                model = model_of(engine.model)
                 blending = Blending(model, ids, spans, engine.store, request.config, request.trace, ids=ids)
                 blending.run(model.decoder_forward)
-                self.cache.write(state, blending.buffers, len(prompt) - 1)
+                self.cache.write(state, blending.buffers, len(request.prompt) - 1)
+            self._admit(state, len(request.prompt) - 1, "blended")
         except Exception as error:
             logger.warning("Request %s is prefilled in full: %s", state.request_id, error, exc_info=True)
             self.cache.free_blocks(state.request_id, no_cache=True)
             request.prefill("failed", f"{type(error).__name__}: {error}")
             engine.counts["failed"] += 1
-        else:
-            self._admit(state, len(prompt) - 1, "blended")
+        finally:
+            if own != of_steps:
+                engine.model.set_attn_implementation(of_steps)
 
     def _admit(self, state: RequestState, count: int, counted_as: str) -> None:
         """Goes on with a request whose first `count` tokens are in its blocks, as stock does after a matched prefix."""
@@ -187,20 +176,17 @@ class _BlendingScheduler(FIFOScheduler):
 class _Router(OutputRouter):
     """Gives outputs their request's `trace`, and forgets a request at its end; drops outputs of cancelled ones."""
 
-    def __init__(self, requests: dict[str, Request]) -> None:
-        super().__init__()
-        self._requests = requests
+    requests: dict[str, Request]
 
     def deliver(self, output: GenerationOutput) -> None:
         self.deliver_batch([output])
 
-    def deliver_batch(self, outputs: Iterable[GenerationOutput]) -> None:
-        known = []
-        for output in outputs:
-            look_up = self._requests.pop if output.is_finished() else self._requests.get
-            if (request := look_up(output.request_id, None)) is not None:
-                output.trace = request.trace  # type: ignore[attr-defined]
-                known.append(output)
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        known = [output for output in outputs if output.request_id in self.requests]
+        for output in known:
+            output.trace = self.requests[output.request_id].trace
+            if output.is_finished():
+                del self.requests[output.request_id]
         super().deliver_batch(known)
 
 
@@ -211,9 +197,8 @@ class Engine(ContinuousBatchingManager):
     ...     engine.add_request(prompt, max_new_tokens=64)
     ...     print(engine.get_result())
 
-    What is not here is stock's: `get_result`, `register_result_handler`, `pause`. Outputs have an attribute `trace`, a
-    `hfblend.BlendTrace`. Blocks are shared by requests with the same beginning and namespace, and those of a blended
-    prompt by equal prompts with equal settings.
+    The rest is stock's: `get_result`, `register_result_handler`, `pause`. Outputs have a `trace`, a `BlendTrace`.
+    Requests of one namespace share blocks of equal beginnings; of blended ones, equal prompts with equal settings do.
 
     Args:
         model: a causal LM in eval mode, not patched.
@@ -226,25 +211,19 @@ class Engine(ContinuousBatchingManager):
 
     Attributes:
         requests: by id, from `add_request` to the last output.
-        capacity: the most tokens of a request, its answer included; known after `start`.
-        counts: prompts `"blended"`, `"matched"` (their blocks were there), `"failed"` (prefilled in full after an
-            error); and how often the engine was `"rebuilt"`.
+        capacity: tokens of the longest possible request, its answer included; known after `start`.
+        counts: prompts `"blended"`, `"matched"` (with blocks of an equal one), `"failed"` (prefilled in full after an
+            error), and how often the engine was `"rebuilt"`.
 
     Raises:
-        UnsupportedModel: the model's KV cannot be moved.
-        ValueError: a patched model, settings that do not fit it, several answers a request, too few bytes.
+        UnsupportedModel, ValueError: a model that cannot be blended or is patched; unfit settings; too few bytes.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        store: Store | str | os.PathLike[str] | None = None,
-        config: BlendConfig | None = None,
-        *,
-        generation_config: GenerationConfig | None = None,
-        max_bytes: int | str | None = None,
-        **options: Any,
-    ) -> None:
+        self, model: torch.nn.Module, store: Store | str | os.PathLike[str] | None = None,
+        config: BlendConfig | None = None, *, generation_config: GenerationConfig | None = None,
+        max_bytes: int | str | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         self.hf_model, self.store = model_of(model), store_at(store)
         if self.hf_model.unwrapped_forward is not None:
             raise ValueError("The model is patched, and the engine blends by itself: call blender.remove() first.")
@@ -257,35 +236,25 @@ class Engine(ContinuousBatchingManager):
         generation_config = copy.deepcopy(generation_config or base.generation_config)
         if (generation_config.num_return_sequences or 1) > 1:
             raise ValueError("The engine gives one answer a request: add a prompt once for each answer.")
-        options = {"max_memory_percent": self._share_of_free(max_bytes), **options, "scheduler_type": _SCHEDULER}
-        SCHEDULER_MAPPING[_SCHEDULER] = _BlendingScheduler
+        options = {"max_memory_percent": self._share_of_free(max_bytes), **options, "scheduler_type": "hfblend"}
+        SCHEDULER_MAPPING["hfblend"] = _BlendingScheduler
         super().__init__(base, generation_config, ContinuousBatchingConfig(**options))
-        self.output_router = _Router(self.requests)
+        self.output_router = _Router()
+        self.output_router.requests = self.requests
 
     def _share_of_free(self, max_bytes: int | str | None) -> float:
         """The share of the free memory, in (0, 1], that stock may use."""
         _, total, reserved, allocated = get_device_and_memory_breakdown()
         free = max(1, total - max(reserved, allocated))
-        budget = free * 4 // 5 if max_bytes is None else num_bytes_of(max_bytes)
-        in_store = held_on(self.store, self.hf_model.device)
-        if budget <= in_store:
-            raise ValueError(
-                f"Of {budget:,} bytes the store may take {in_store:,}, which leaves none for blocks: raise max_bytes, "
-                "or lower the store's."
-            )
-        return min(1.0, (budget - in_store) / free)
+        budget = free * 4 // 5 if max_bytes is None else max_bytes
+        return min(1.0, left_by(self.store, self.hf_model.device, budget) / free)
 
     # --- requests -------------------------------------------------------------------------------------------------
 
     def add_request(
-        self,
-        input_ids: Prompt | Sequence[int],
-        request_id: str | None = None,
-        max_new_tokens: int | None = None,
-        *args: Any,
-        config: BlendConfig | None = None,
-        **options: Any,
-    ) -> str:
+        self, input_ids: Prompt | Sequence[int], request_id: str | None = None, max_new_tokens: int | None = None,
+        *args: Any, config: BlendConfig | None = None, **options: Any,
+    ) -> str:  # fmt: skip
         """Adds a request, of a prompt or of plain ids, and returns its id.
 
         Args:
@@ -295,49 +264,34 @@ class Engine(ContinuousBatchingManager):
 
         Raises:
             EngineDown: try again soon.
-            ValueError: ids that the model does not have, an id in use, a request larger than all blocks together.
+            ValueError: ids that the model does not have, an id in use, a request larger than all blocks.
         """
         request = Request.of(self.hf_model, input_ids, self.config if config is None else config)
-        self._require_up()
-        wanted = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        room = self.capacity - len(request.prompt)
-        if max(1, wanted or 1) > room:  # stock's engine dies at such a request
+        reason = self.background_thread_status.can_accept_new_requests()
+        if reason is not None or not self.is_running():
+            raise EngineDown(reason or "The engine is not running.")
+        wanted, room = max_new_tokens or self.generation_config.max_new_tokens, self.capacity - len(request.prompt)
+        if (wanted or 1) > room:  # stock's engine dies at such a request
             raise ValueError(
-                f"A prompt of {len(request.prompt)} tokens and an answer of {wanted or 1} do not fit into the engine's "
-                f"blocks, for {self.capacity} tokens: shorten them, or give the engine more bytes."
+                f"A prompt of {len(request.prompt)} tokens and an answer of {wanted or 1} do not fit into blocks for "
+                f"{self.capacity} tokens: shorten them, or give the engine more bytes."
             )
-        request_id = uuid.uuid4().hex if request_id is None else request_id
+        request_id = request_id or uuid.uuid4().hex
         if self.requests.setdefault(request_id, request) is not request:
-            raise ValueError(f"A request {described(request_id)} is running; wait for its end, or take another id.")
-        added = None
+            raise ValueError(f"A request {request_id!r} is running; wait for its end, or take another id.")
         try:
-            added = super().add_request(
-                request.prompt.ids, request_id, room if wanted is None else wanted, *args, **options
-            )
-        finally:
-            if added is None:
-                self.requests.pop(request_id, None)
-        if added is None:
-            raise EngineDown("The engine has just gone down.")
-        return added
+            if super().add_request(request.prompt.ids, request_id, wanted or room, *args, **options) is None:
+                raise EngineDown("The engine has just gone down.")
+        except BaseException:
+            self.requests.pop(request_id, None)
+            raise
+        return request_id
 
     def cancel_request(self, request_id: str) -> None:
         """Ends a request at the next step. It has no more outputs."""
         super().cancel_request(request_id)
         with self.output_router._lock:  # stock keeps the handler for an output that never comes
             self.output_router.result_handlers.pop(request_id, None)
-
-    @contextmanager
-    def own_attention(self) -> Iterator[None]:
-        """Gives the model its own attention for a blend: stock's paged one masks nothing outside of its steps."""
-        in_steps, own = self.model.config._attn_implementation, self._original_attn_impl
-        if own is not None:
-            self.model.set_attn_implementation(own)
-        try:
-            yield
-        finally:
-            if own is not None:
-                self.model.set_attn_implementation(in_steps)
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -352,7 +306,7 @@ class Engine(ContinuousBatchingManager):
         """Makes the blocks and starts two threads: the engine's, and one that rebuilds it. Once an engine."""
         if self._supervisor is not None:
             raise RuntimeError("An engine can be started once; make another one.")
-        self.warmup()
+        self.warmup()  # errors of making blocks come here, not in a thread
         assert self.batch_processor is not None
         self.capacity = infer_max_single_request_tokens(self.batch_processor.cache)
         # When these blocks are made again, the store will have taken its part of what is free now.
@@ -367,17 +321,11 @@ class Engine(ContinuousBatchingManager):
             self._closing.set()
         super().stop(*args, **options)
 
-    def _require_up(self) -> None:
-        reason = self.background_thread_status.can_accept_new_requests()
-        if reason is not None or not self.is_running():
-            raise EngineDown(reason or "The engine is not running.")
-
     def _create_batch_processor(self) -> Any:
         processor: Any = super()._create_batch_processor()
-        scheduler, cache = processor.scheduler, processor.cache
-        cache.__class__ = _SaltedCache
-        cache.requests, cache.page_size = self.requests, self.continuous_batching_config.page_size
-        scheduler.engine, scheduler.stream = self, processor.inputs_and_outputs.compute_stream
+        cache, page_size = processor.cache, self.continuous_batching_config.page_size
+        cache.__class__, cache.requests, cache.page_size = _SaltedCache, self.requests, page_size
+        processor.scheduler.engine, processor.scheduler.stream = self, processor.inputs_and_outputs.compute_stream
         return processor
 
     def _supervise(self) -> None:
@@ -388,10 +336,12 @@ class Engine(ContinuousBatchingManager):
                 return
             reason = f"The engine died: {self.background_thread_status.fatal_error or 'its thread was ended'}"
             logger.error("%s; it is rebuilt.", reason)
-            self._fail_all_remaining_requests(EngineDown(reason), self.batch_processor)
-            # Its state is not trusted, and there is no memory for a second one. The error's traceback holds it, too.
+            # Its state is not trusted, and must go before there is room for another; the error's traceback holds it.
             self.batch_processor = self.background_thread_status.fatal_error = None
             gc.collect()
+            self._fail_all_remaining_requests(EngineDown(reason), None)  # those in the queue
+            for request_id in list(self.requests):
+                self.output_router.deliver(GenerationOutput(request_id, error=reason, status=RequestStatus.FAILED))
             self._closing.wait(_PAUSE_S)
             with self._turn:
                 if self._closing.is_set():

@@ -57,9 +57,11 @@ class Request:
 
     @classmethod
     def of(cls, model: TestedModel, prompt: Prompt | Sequence[int], config: BlendConfig) -> Request:
-        """A request of a prompt, or of plain ids; raises `ValueError` for ids that the model does not have."""
+        """A request of a prompt, or of plain ids; raises `ValueError` for none, and for ids that the model has not."""
+        if len(prompt) == 0:
+            raise ValueError("A prompt needs one or more tokens, got none.")
         if not isinstance(prompt, Prompt):
-            prompt = Prompt(torch.tensor([list(prompt)]), ChunkSpans(()))
+            prompt = Prompt(torch.tensor([list(prompt)], dtype=torch.int64), ChunkSpans(()))
         require_known(array("q", prompt.ids), model.num_ids)
         return cls(prompt, checked(config, model), BlendTrace(num_tokens=len(prompt), num_layers=model.num_layers))
 

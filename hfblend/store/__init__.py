@@ -6,9 +6,9 @@ from .disk import DiskStore
 from .keys import chunk_key
 from .memory import MemoryStore
 from .remote import RemoteStore
-from .tiers import TieredStore, file_stores_of, flush, held_on, holds, store_at, tiers_of
+from .tiers import TieredStore, file_stores_of, flush, holds, left_by, store_at, tiers_of
 
 __all__ = [
     "DiskStore", "MemoryStore", "Reader", "ReadsAhead", "RemoteStore", "Store", "TieredStore", "chunk_key",
-    "file_stores_of", "flush", "held_on", "holds", "store_at", "tiers_of",
+    "file_stores_of", "flush", "holds", "left_by", "store_at", "tiers_of",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from .files import FileStore
 from .loader import LayerwiseChunk
 from .memory import MemoryStore
 from .remote import RemoteStore
+from .sizes import num_bytes_of
 
 
 class TieredStore:
@@ -211,10 +212,13 @@ def tiers_of(store: Any) -> list[Any]:
     return [one for tier in store.stores for one in tiers_of(tier)] if hasattr(store, "stores") else [store]
 
 
-def held_on(store: Store, device: torch.device) -> int:
-    """Returns the most bytes of a device's memory that a store may take."""
-    stores = [one for one in tiers_of(store) if isinstance(one, MemoryStore)]
-    return sum(one.max_bytes for one in stores if one.device in (None, device))
+def left_by(store: Store, device: torch.device, max_bytes: int | str) -> int:
+    """Returns how many bytes of a device's memory a store leaves to others; raises `ValueError` if it leaves none."""
+    stores = [one for one in tiers_of(store) if isinstance(one, MemoryStore) and one.device in (None, device)]
+    left = num_bytes_of(max_bytes) - sum(one.max_bytes for one in stores)
+    if left <= 0:
+        raise ValueError(f"Of max_bytes={max_bytes!r} the store leaves none to others: raise it, or lower the store's.")
+    return left
 
 
 def file_stores_of(store: Store) -> list[FileStore]:
