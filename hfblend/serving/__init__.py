@@ -4,10 +4,11 @@ request.py  whether a prompt is blended, and what its blocks are found under
 engine.py   continuous batching
 """
 
-import transformers
+from importlib.metadata import version
+
 from packaging.version import Version
 
-if Version(transformers.__version__) < Version("5.23"):
+if Version(version("transformers")) < Version("5.23"):
     raise ImportError(
-        f"Serving needs Transformers 5.23 or later, got {transformers.__version__}: run `pip install 'hfblend[serve]'`."
+        f"Serving needs Transformers 5.23 or later, got {version('transformers')}: run `pip install 'hfblend[serve]'`."
     )

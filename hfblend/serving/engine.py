@@ -20,7 +20,6 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,9 +62,10 @@ class _SaltedCache(PagedAttentionCache):
         request = self.requests.get(state.request_id)
         if request is None or not complete_blocks:  # stock fails at a request that was cancelled during its step
             return
-        ids = request.salted(state.initial_tokens + state.generated_tokens, self.page_size)
-        seen = {"request_id": state.request_id, "status": state.status, "initial_tokens": ids, "generated_tokens": []}
-        super().mark_complete_blocks(SimpleNamespace(**seen), complete_blocks)  # type: ignore[arg-type]
+        salted: Any = copy.copy(state)
+        salted.initial_tokens = request.salted(state.initial_tokens + state.generated_tokens, self.page_size)
+        salted.generated_tokens = []
+        super().mark_complete_blocks(salted, complete_blocks)
 
     def write(self, state: RequestState, buffers: dict[int, KV], count: int) -> None:
         """Writes the first `count` tokens of K/V (1, Hkv, T + room, D), by layer, to a request's new blocks."""
@@ -144,10 +144,9 @@ class _BlendingScheduler(FIFOScheduler):
         """Blends a prompt into new blocks. An error would end the engine: stock prefills the prompt instead."""
         engine, ids, spans = self.engine, request.prompt.input_ids, request.prompt.chunk_spans
         of_steps = engine.model.config._attn_implementation  # stock's paged one masks nothing elsewhere
-        own = engine._original_attn_impl or of_steps
         try:
-            if own != of_steps:
-                engine.model.set_attn_implementation(own)
+            if engine._original_attn_impl:
+                engine.model.set_attn_implementation(engine._original_attn_impl)
             with torch.cuda.stream(self.stream):
                 model = model_of(engine.model)
                 blending = Blending(model, ids, spans, engine.store, request.config, request.trace, ids=ids)
@@ -160,7 +159,7 @@ class _BlendingScheduler(FIFOScheduler):
             request.prefill("failed", f"{type(error).__name__}: {error}")
             engine.counts["failed"] += 1
         finally:
-            if own != of_steps:
+            if engine._original_attn_impl:
                 engine.model.set_attn_implementation(of_steps)
 
     def _admit(self, state: RequestState, count: int, counted_as: str) -> None:
@@ -182,11 +181,12 @@ class _Router(OutputRouter):
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[Any]) -> None:
-        known = [output for output in outputs if output.request_id in self.requests]
-        for output in known:
-            output.trace = self.requests[output.request_id].trace
-            if output.is_finished():
-                del self.requests[output.request_id]
+        known = []
+        for output in outputs:
+            look_up = self.requests.pop if output.is_finished() else self.requests.get
+            if (request := look_up(output.request_id, None)) is not None:
+                output.trace = request.trace
+                known.append(output)
         super().deliver_batch(known)
 
 
@@ -267,9 +267,8 @@ class Engine(ContinuousBatchingManager):
             ValueError: ids that the model does not have, an id in use, a request larger than all blocks.
         """
         request = Request.of(self.hf_model, input_ids, self.config if config is None else config)
-        reason = self.background_thread_status.can_accept_new_requests()
-        if reason is not None or not self.is_running():
-            raise EngineDown(reason or "The engine is not running.")
+        if self.background_thread_status.can_accept_new_requests() is not None or not self.is_running():
+            raise EngineDown("The engine is not running: it is not started, is stopping, or is being rebuilt.")
         wanted, room = max_new_tokens or self.generation_config.max_new_tokens, self.capacity - len(request.prompt)
         if (wanted or 1) > room:  # stock's engine dies at such a request
             raise ValueError(
@@ -323,8 +322,8 @@ class Engine(ContinuousBatchingManager):
 
     def _create_batch_processor(self) -> Any:
         processor: Any = super()._create_batch_processor()
-        cache, page_size = processor.cache, self.continuous_batching_config.page_size
-        cache.__class__, cache.requests, cache.page_size = _SaltedCache, self.requests, page_size
+        processor.cache.__class__, processor.cache.requests = _SaltedCache, self.requests
+        processor.cache.page_size = self.continuous_batching_config.page_size
         processor.scheduler.engine, processor.scheduler.stream = self, processor.inputs_and_outputs.compute_stream
         return processor
 
