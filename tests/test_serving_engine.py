@@ -420,6 +420,15 @@ def test_a_dead_engine_takes_no_requests(monkeypatch):
     assert not engine._supervisor.is_alive()
 
 
+def test_a_request_that_was_failed_before_its_state_came_is_dropped():
+    """As one that is added while the engine dies."""
+    with running() as engine:
+        continuous_api.ContinuousBatchingManager.add_request(engine, PROMPT.ids, "stray")
+        assert len(result_of(engine, PROMPT).generated_tokens) == 6
+        until(lambda: not engine.batch_processor.has_pending_requests())
+        assert engine.counts["rebuilt"] == 0
+
+
 class DeadStore:
     def put(self, key, chunk_kv):
         raise OSError("the store is dead")
