@@ -17,6 +17,7 @@ from hfblend.kv.rows import RowLayout, empty_kv, rows_behind
 
 pytest.importorskip("triton")
 from hfblend.kernels.by_position import attend, received
+from hfblend.kernels.paged import decode
 from hfblend.kernels.rows import load_rows, pieces_of, write_rows
 from hfblend.kernels.state import State
 
@@ -393,3 +394,46 @@ def test_kernels_find_the_prompt_through_a_state(dims):
     counted = AttentionArgs(query[:, :, :live], *expected_kv, 0.3).float()
     close(out[1], attention_weights(counted, visible(positions[None, :live], length))[0].mean(1), dtype)
     assert not out[0].any()
+
+
+def paged(prompts, heads, kv_heads, lengths, dim, tokens, dtype):
+    """Queries, new K/V, pages with room between them, a table, and the K/V of each prompt, its new token last."""
+    torch.manual_seed(0)
+    of_pages = [-(-length // tokens) for length in lengths]
+    count = sum(of_pages) + 2
+    order = torch.randperm(count)[: sum(of_pages)].split(of_pages)
+    table = torch.full((prompts, max(of_pages) + 1), -1, dtype=torch.int32)
+    # As they lie in Transformers' cache: a layer's keys and values next to each other, those of other layers between.
+    store = torch.randn(count, 4, tokens, kv_heads, dim, device=DEVICE, dtype=dtype)
+    keys, values = (store.flatten(0, 1).as_strided((count * 4 - 2, tokens, kv_heads, dim), store.stride()[1:], at)
+                    for at in (0, store.stride(1)))  # fmt: skip
+    query, *new = (torch.randn(1, prompts, h, dim, device=DEVICE, dtype=dtype).transpose(1, 2)
+                   for h in (heads, kv_heads, kv_heads))  # fmt: skip
+    every = []
+    for i, (length, pages) in enumerate(zip(lengths, order)):
+        table[i, : len(pages)] = pages * 4
+        rows = [states[(pages * 4).to(DEVICE)].flatten(0, 1)[:length].clone() for states in (keys, values)]
+        for states, fresh in zip(rows, new):
+            states[-1:] = fresh[0, :, i]
+        every.append([states.transpose(0, 1)[None] for states in rows])
+    return query, tuple(new), store, (keys, values), table.to(DEVICE), every
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (8, 2, 128), (6, 1, 80), (4, 2, 256)])
+@pytest.mark.parametrize("tokens", [256, 16])
+@pytest.mark.parametrize("lengths", [(1, 300, 64, 65), (17,), (255, 256, 257, 2, 3)])
+def test_a_token_of_each_prompt_attends_to_pages(heads, kv_heads, dim, tokens, lengths):
+    dtype = DTYPES[0]
+    query, new, store, pages, table, every = paged(len(lengths), heads, kv_heads, lengths, dim, tokens, dtype)
+    filled = torch.cat([query, query[:, :, :1]], 2)  # the last row only fills a graph's batch
+    new = tuple(torch.cat([states, states[:, :, :1]], 2) for states in new)
+    ends = torch.tensor([0, *lengths, 0]).cumsum(0).to(DEVICE, torch.int32)
+    before = store.clone()
+    out = decode(filled, new, pages, torch.cat([table, table[:1]]), ends, 0.3)
+    for i, (keys, values) in enumerate(every):
+        args = AttentionArgs(query[:, :, i : i + 1], keys, values, 0.3)
+        close(out[:, :, i : i + 1], reference_attention(args, torch.tensor([[lengths[i] - 1]], device=DEVICE)), dtype)
+        page, row = int(table[i, (lengths[i] - 1) // tokens]), (lengths[i] - 1) % tokens
+        for states, fresh in zip(pages, new):
+            assert torch.equal(states[page, row], fresh[0, :, i])
+    assert int((store != before).flatten(3).any(-1).sum()) == 2 * len(lengths), "other rows are as before"

@@ -37,10 +37,12 @@ from ..kv.rows import KV
 from ..prompts.prompt import Prompt
 from ..store import Store, left_by, store_at
 from ..support.registry import model_of
+from . import attention
 from .request import Request, checked
 
 logger = logging.getLogger(__name__)
 
+_LONGEST, _MOST_AT_ONCE = 131_072, 256  # tokens of a request, and requests in one step, that decode with block tables
 _PAUSE_S = 1.0  # before a dead engine is rebuilt: one that dies at once would fill the log
 
 
@@ -143,10 +145,8 @@ class _BlendingScheduler(FIFOScheduler):
     def _blend(self, state: RequestState, request: Request) -> None:
         """Blends a prompt into new blocks. An error would end the engine: stock prefills the prompt instead."""
         engine, ids, spans = self.engine, request.prompt.input_ids, request.prompt.chunk_spans
-        of_steps = engine.model.config._attn_implementation  # stock's paged one masks nothing elsewhere
+        of_steps = engine.attends_as(engine._original_attn_impl)  # stock's paged one masks nothing elsewhere
         try:
-            if engine._original_attn_impl:
-                engine.model.set_attn_implementation(engine._original_attn_impl)
             with torch.cuda.stream(self.stream):
                 model = model_of(engine.model)
                 blending = Blending(model, ids, spans, engine.store, request.config, request.trace, ids=ids)
@@ -159,8 +159,7 @@ class _BlendingScheduler(FIFOScheduler):
             request.prefill("failed", f"{type(error).__name__}: {error}")
             engine.counts["failed"] += 1
         finally:
-            if engine._original_attn_impl:
-                engine.model.set_attn_implementation(of_steps)
+            engine.attends_as(of_steps)
 
     def _admit(self, state: RequestState, count: int, counted_as: str) -> None:
         """Goes on with a request whose first `count` tokens are in its blocks, as stock does after a matched prefix."""
@@ -239,8 +238,38 @@ class Engine(ContinuousBatchingManager):
         options = {"max_memory_percent": self._share_of_free(max_bytes), **options, "scheduler_type": "hfblend"}
         SCHEDULER_MAPPING["hfblend"] = _BlendingScheduler
         super().__init__(base, generation_config, ContinuousBatchingConfig(**options))
+        if self.model.config._attn_implementation == attention.NAME:
+            self._decode_with_tables(options)
         self.output_router = _Router()
         self.output_router.requests = self.requests
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """As stock's; where it finds no flash attention, kernels of ours take its place if the model allows that."""
+        super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+        own = model.config._attn_implementation
+        if auto_switch_to_flash and "flash" not in own and attention.takes(self.hf_model):
+            self._original_attn_impl = self._original_attn_impl or own
+            self.attends_as(attention.NAME)
+
+    def attends_as(self, implementation: str | None) -> str:
+        """Sets the name of the model's attention, unless `None`, and returns the one before. Stock's setter loads
+        packages by that name."""
+        owners: list[Any] = [self.hf_model.model, self.hf_model.layer_owner]
+        configs = {id(one.config): one.config for one in owners}
+        before: str = self.model.config._attn_implementation
+        for config in configs.values() if implementation else ():
+            vars(config)["_attn_implementation_internal"] = implementation
+        return before
+
+    def _decode_with_tables(self, options: dict[str, Any]) -> None:
+        """Has stock decode with block tables in CUDA graphs, as it does with flash attention 2 and 3."""
+        config = self.continuous_batching_config
+        longest = min(getattr(self.model.config, "max_position_embeddings", _LONGEST), _LONGEST)
+        config.max_blocks_per_request = options.get("max_blocks_per_request") or -(-longest // config.page_size)
+        if "max_requests_per_batch" not in options:  # a graph is recorded for each power of 2
+            config.max_requests_per_batch = _MOST_AT_ONCE
+        if "use_cuda_graph" not in options:  # prompts come in too many lengths
+            config.use_cuda_graph = (False, True)
 
     def _share_of_free(self, max_bytes: int | str | None) -> float:
         """The share of the free memory, in (0, 1], that stock may use."""
