@@ -256,7 +256,7 @@ class Engine(ContinuousBatchingManager):
         packages by that name."""
         owners: list[Any] = [self.hf_model.model, self.hf_model.layer_owner]
         configs = {id(one.config): one.config for one in owners}
-        before: str = self.model.config._attn_implementation
+        before: str = owners[0].config._attn_implementation
         for config in configs.values() if implementation else ():
             vars(config)["_attn_implementation_internal"] = implementation
         return before
