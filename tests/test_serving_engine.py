@@ -6,9 +6,13 @@ import ctypes
 import dataclasses
 import importlib
 import inspect
+import json
 import random
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -552,3 +556,14 @@ def test_the_model_is_as_it_was_afterwards():
     assert model.config._attn_implementation == "eager"
     assert "generate" not in vars(model)
     assert torch.equal(model.generate(PROMPT.input_ids, max_new_tokens=4, do_sample=False), before)
+
+
+@pytest.mark.thorough
+def test_the_benchmark_runs():
+    sizes = "--shape tiny --tokens 512 --batches 2 --answer 8 --requests 2 --store-bytes 200MB --max-bytes 1GB"
+    script = Path(__file__).parent.parent / "benchmarks" / "serving.py"
+    output = subprocess.run([sys.executable, script, *sizes.split()], capture_output=True, text=True, check=True)
+    report = json.loads(output.stdout)
+    assert report["engine, 2"]["tokens/s"] > 0
+    assert report["gap, ms"]["longest gap"] >= report["gap, ms"]["step"]
+    assert report["throughput"]["ratio"] > 0
