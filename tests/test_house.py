@@ -21,6 +21,7 @@ KNOWS_TRANSFORMERS = (
     "attention/switch.py",
     "serving/engine.py",
     "serving/attention.py",
+    "serving/app.py",
     "demo/model.py",
     "lab/synthetic.py",
 )

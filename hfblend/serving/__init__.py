@@ -1,7 +1,10 @@
-"""Serving: blended prompts in Transformers' own continuous batching, which `engine.py` alone knows.
+"""Serving: blended prompts in Transformers' own continuous batching, after the app of `transformers serve`.
 
 request.py  whether a prompt is blended, and what its blocks are found under
-engine.py   continuous batching
+engine.py   continuous batching, which no other file knows
+schema.py   bodies of requests, checked, and OpenAI's form of errors
+caller.py   who asks
+app.py      the server, which alone knows `transformers.cli.serving`
 """
 
 from importlib.metadata import version

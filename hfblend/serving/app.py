@@ -1,0 +1,448 @@
+"""The server: Transformers' own serving app, in front of one `Engine`.
+
+    body -> schema.py -> Prompt, with its chunks -> Engine -> Answer: text, reasoning, tool calls -> stock's responses
+
+Routes, responses, and the parsing of tool calls are those of `transformers serve`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from openai.types import Completion, CompletionChoice, CompletionUsage
+from starlette.exceptions import HTTPException
+from tokenizers.decoders import DecodeStream
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import (
+    BaseHandler,
+    GenerationState,
+    Modality,
+    ReasoningText,
+    ToolCall,
+    build_response_parser,
+    response_events_to_chunks,
+)
+
+from ..prompts.prompt import Prompt
+from ..prompts.separator import Separator
+from ..store import flush
+from .caller import caller
+from .engine import Engine, EngineDown
+from .schema import ChatBody, CompletionBody, Message, invalid, parsed, refusal
+
+logger = logging.getLogger(__name__)
+
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
+
+
+def build_app(engine: Engine, tokenizer: Any, name: str, separator: str | None = None) -> FastAPI:
+    """Returns the app of a started engine, which it stops at its end.
+
+    Args:
+        tokenizer: the model's, a fast one; chats need its chat template.
+        name: that clients call the model by.
+        separator: text between the chunks of plain prompts; default, they have none.
+
+    Raises:
+        ValueError: a tokenizer without Rust's, or a separator that it does not know.
+    """
+    served = Served(engine, tokenizer, name, separator)
+    state, none = State(engine), cast(Any, None)  # the other routes are taken off
+    app = build_server(served, Chats(served, state), Completions(served, state), none, none, none, state)
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
+    app.exception_handler(HTTPException)(_refused)
+    app.exception_handler(RequestValidationError)(_refused)
+    app.exception_handler(EngineDown)(_refused)
+    app.exception_handler(Exception)(_refused)
+    return app
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    error = _as_http(error)
+    return JSONResponse(error.detail, error.status_code, error.headers)
+
+
+def _as_http(error: Exception) -> HTTPException:
+    """An error as a client is told it."""
+    if isinstance(error, RequestValidationError):
+        return invalid(error.errors())
+    if isinstance(error, EngineDown):
+        return refusal(str(error), 503, code="engine_down", headers={"Retry-After": "2"})
+    if not isinstance(error, HTTPException):
+        logger.error("A request failed.", exc_info=error)
+        return refusal("The server failed at this request.", 500)
+    if isinstance(error.detail, dict):
+        return error
+    headers = dict(error.headers or {})
+    return refusal(str(error.detail), error.status_code, headers=headers)
+
+
+@contextmanager
+def _client_errors(param: str | None, code: str | None = None) -> Iterator[None]:
+    """Refuses a request whose content fails, in a chat template say: it is the client's, whatever is raised."""
+    try:
+        yield
+    except (HTTPException, EngineDown):
+        raise
+    except Exception as error:
+        logger.info("A request was refused.", exc_info=True)
+        raise refusal(str(error) or type(error).__name__, param=param, code=code) from error
+
+
+class Served(ModelManager):
+    """The one model that is served, in the place of stock's manager of many."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, name: str, separator: str | None) -> None:
+        if not getattr(tokenizer, "is_fast", False):  # stock's would load models here
+            raise ValueError("The server needs a fast tokenizer, which decodes token by token; this one is in Python.")
+        self.engine, self.tokenizer, self.name = engine, tokenizer, name
+        self.separator = None if separator is None else Separator(separator, tokenizer)
+        functions = (tokenizer.apply_chat_template, Prompt.from_chat)
+        self.not_for_clients = {name for one in functions for name in inspect.signature(one).parameters}
+
+    def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+        return [{"id": self.name, "object": "model", "created": 0, "owned_by": "hfblend"}]
+
+    get_gen_models = list_models  # its name in Transformers 5.23
+
+    def shutdown(self) -> None:
+        """Ends the engine, and writes what the store has not yet written."""
+        self.engine.stop(hard_stop=True)
+        flush(self.engine.store)
+
+    # --- prompts --------------------------------------------------------------------------------------------------
+
+    def chat_prompt(self, asked: ChatBody) -> Prompt:
+        """The chat template's prompt; its chunks are the documents, or the parts with `cache_control`."""
+        if refused := self.not_for_clients & asked.chat_template_kwargs.keys():
+            raise refusal(f"{min(refused)} is not for clients.", param="chat_template_kwargs")
+        mark, chunks = f"{{{uuid.uuid4().hex}}}", list[str]()
+        messages = [_plain(message, mark, chunks) for message in asked.messages]
+        options = {"tools": asked.usable_tools, **asked.chat_template_kwargs}
+        if asked.documents and chunks:
+            raise refusal("Chunks come as documents or as parts with cache_control; got both.", param="documents")
+        if asked.documents:
+            return Prompt.from_chat(self.tokenizer, messages, asked.documents, **options)
+        if chunks:
+            each = [[chunk] for chunk in chunks]
+            return Prompt.from_chat(self.tokenizer, messages, each, placeholder=mark, document_end="", **options)
+        template = {"add_generation_prompt": True, "return_dict": False, **options}
+        return self.split(self.tokenizer.apply_chat_template(messages, **template))
+
+    def split(self, ids: list[int]) -> Prompt:
+        """The prompt of plain ids, which are split at the separator if there is one."""
+        input_ids = torch.tensor([ids], dtype=torch.int64)
+        if self.separator is None:
+            return Prompt(input_ids, ())  # type: ignore[arg-type]
+        self.separator.warn_if_hidden(ids)
+        return Prompt.from_separated_ids(input_ids, self.separator)
+
+
+def _plain(message: Message, mark: str, chunks: list[str]) -> dict[str, Any]:
+    """A message for the chat template, a mark in the place of each chunk, which is added to `chunks`."""
+    pieces = []
+    for part in message.content if isinstance(message.content, list) else ():
+        if part.cache_control:
+            chunks.append(part.text)
+        pieces += [mark if part.cache_control else part.text, "" if part.text[-1:].isspace() else "\n\n"]
+    fields = message.model_dump(exclude_none=True)
+    if isinstance(message.content, list):
+        fields["content"] = "".join(pieces[:-1])
+    (plain,) = BaseHandler.get_processor_inputs_from_messages([fields], Modality.LLM)
+    return plain | {name: fields[name] for name in ("name", "reasoning_content") if name in fields}
+
+
+class State(GenerationState):
+    """Tells stock's `/health` whether the engine takes requests."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(continuous_batching=True)
+        self.engine = engine
+
+    def is_cb_alive(self) -> bool:
+        return self.engine.is_running() and self.engine.background_thread_status.can_accept_new_requests() is None
+
+
+class Answer:
+    """An answer on its way from the engine: its tokens become text, reasoning and tool calls.
+
+    Text that may be the beginning of a stop string waits until the next token.
+
+    Attributes:
+        output: the engine's last one.
+        finish_reason: `None` before the end.
+    """
+
+    def __init__(self, served: Served, kind: str, parser: Any, stops: list[str], started: float) -> None:
+        self.id, self.created = f"{kind}-{uuid.uuid4().hex}", int(time.time())  # ids of a client's might be another's
+        self.engine = served.engine
+        self.output: Any = None
+        self.num_tokens, self.num_calls = 0, 0
+        self.finish_reason: str | None = None
+        self._ttft_ms: float | None = None
+        self._started, self._stops, self._parser, self._held = started, stops, parser, ""
+        self._tokenizer, self._stream = served.tokenizer._tokenizer, DecodeStream([], parser is None)
+        self._queue = asyncio.Queue[Any]()
+        if parser is not None:
+            self._put(parser.initial_events)
+
+    def start(self, prompt: Prompt, **options: Any) -> None:
+        """Adds the request to the engine; raises its errors."""
+        self.engine.register_result_handler(self.id, self._take)
+        try:
+            self.engine.add_request(prompt, self.id, record_timestamps=True, **options)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the request, if it has not ended."""
+        if self.finish_reason is None:
+            self.finish_reason = "cancelled"
+            self.engine.cancel_request(self.id)
+
+    async def items(self) -> AsyncIterator[str | ToolCall]:
+        """Yields text, `ReasoningText` and tool calls; raises `EngineDown`."""
+        while (item := await self._queue.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def usage(self) -> CompletionUsage:
+        """Tokens, those whose K/V were there before, and the chunks."""
+        trace, prompt_tokens = self.output.trace, len(self.output.prompt_ids)
+        found = [range(*piece.span) for piece in trace.pieces if piece.status == "hit"]
+        selected = [] if trace.selected_idx is None else trace.selected_idx.tolist()
+        cached = sum(map(len, found)) - sum(any(i in one for one in found) for i in selected)
+        facts = {"hits": trace.hits, "misses": trace.misses, "recomputed": trace.selected_tokens}
+        return CompletionUsage.model_validate({
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self.num_tokens,
+            "total_tokens": prompt_tokens + self.num_tokens,
+            "prompt_tokens_details": {"cached_tokens": max(cached, getattr(self.output, "num_matched", 0))},
+            "hfblend": {**facts, "fallback": trace.fallback, "ttft_ms": self._ttft_ms},
+        })  # fmt: skip
+
+    # --- on the event loop, whenever the engine has an output -----------------------------------------------------
+
+    def _take(self, output: Any) -> None:
+        if self.finish_reason is not None:
+            return
+        self.output = output
+        try:
+            self._read(output)
+        except Exception as error:  # stock gives other requests their outputs after this
+            self._queue.put_nowait(error)
+
+    def _read(self, output: Any) -> None:
+        new = output.generated_tokens[self.num_tokens :]
+        if new and self._ttft_ms is None:
+            self._ttft_ms = round(1000 * ((output.timestamps or [time.perf_counter()])[0] - self._started), 3)
+        for token in new:
+            self.num_tokens += 1
+            self._held += self._stream.step(self._tokenizer, token) or ""
+            if self._release():
+                self.close()
+                return self._end("stop")
+        if output.error is not None:
+            self._queue.put_nowait(EngineDown(output.error))
+        elif output.is_finished():
+            eos = self.engine.generation_config.eos_token_id
+            eos = eos if isinstance(eos, list) else [eos]
+            self._say(self._held)
+            self._end("stop" if output.generated_tokens[-1:] and output.generated_tokens[-1] in eos else "length")
+
+    def _release(self) -> bool:
+        """Says the text that belongs to no stop string; returns whether one has come."""
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        beginnings = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+        end = min(places, default=len(self._held) - max(beginnings, default=0))
+        self._say(self._held[:end])
+        self._held = self._held[end:]
+        return bool(places)
+
+    def _say(self, text: str) -> None:
+        if self._parser is not None:
+            self._put(self._parser.feed(text))
+        elif text:
+            self._queue.put_nowait(text)
+
+    def _put(self, events: list[Any]) -> None:
+        for item in response_events_to_chunks(events):
+            self.num_calls += isinstance(item, ToolCall)
+            self._queue.put_nowait(item)
+
+    def _end(self, reason: str) -> None:
+        if self._parser is not None:
+            try:
+                self._put(self._parser.finalize()[1])
+            except (ValueError, RuntimeError) as error:  # as stock: the answer ended inside a tool call
+                logger.warning("The end of an answer could not be parsed: %s", error)
+        self.finish_reason = "tool_calls" if self.num_calls else reason
+        self._queue.put_nowait(None)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events, which end their request however they end."""
+
+    def __init__(self, events: AsyncIterator[str], answer: Answer) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.answer = answer
+
+    async def __call__(self, *args: Any) -> None:
+        try:
+            await super().__call__(*args)
+        finally:
+            self.answer.close()
+
+
+class _Handler(BaseHandler):
+    """Both routes: a checked body, its prompt, and the answer as a whole or as events."""
+
+    model_manager: Served
+    body: type[Any]
+    kind: str  # of ids
+    object: str  # of events
+
+    def __init__(self, served: Served, state: State) -> None:
+        super().__init__(served, state)
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        started, served = time.perf_counter(), self.model_manager
+        asked = parsed(self.body, body)
+        if asked.model not in (None, served.name):
+            message = f"The model {asked.model!r} does not exist; this server has {served.name!r}."
+            raise refusal(message, 404, param="model", code="model_not_found")
+        prompt, parser = await asyncio.to_thread(self._prepared, asked)
+        answer = Answer(served, self.kind, parser, asked.stops, started)
+        self._start(answer, asked, prompt)
+        if asked.stream:
+            return _Stream(self._events(answer, asked.includes_usage), answer)
+        try:
+            items = [item async for item in answer.items()]
+        finally:
+            answer.close()
+        return JSONResponse(self._whole(answer, items))
+
+    def _start(self, answer: Answer, asked: Any, prompt: Prompt) -> None:
+        engine = self.model_manager.engine
+        namespace = caller.get().namespace or engine.config.namespace
+        with _client_errors("hfblend"):
+            config = replace(engine.config, namespace=namespace, **asked.hfblend.model_dump(exclude_unset=True))
+        wanted = asked.max_new_tokens or engine.generation_config.max_new_tokens or 1
+        code = "context_length_exceeded" if len(prompt) + wanted > engine.capacity else None
+        with _client_errors(None, code):
+            streaming = bool(asked.stream or asked.stops)
+            options = {"max_new_tokens": asked.max_new_tokens, "streaming": streaming, **asked.sampling}
+            answer.start(prompt, config=config, **options)
+
+    async def _events(self, answer: Answer, includes_usage: bool) -> AsyncIterator[str]:
+        num_calls = 0
+        try:
+            async for item in answer.items():
+                yield self._event(answer, item, num_calls)
+                num_calls += isinstance(item, ToolCall)
+            usage = None if includes_usage else answer.usage()
+            yield self._event(answer, finish_reason=answer.finish_reason, usage=usage)
+            if includes_usage:
+                yield self.chunk_to_sse(json.dumps(self._usage_alone(answer)))
+        except Exception as error:
+            yield self.chunk_to_sse(json.dumps(_as_http(error).detail))
+
+    def _usage_alone(self, answer: Answer) -> dict[str, Any]:
+        head = {"id": answer.id, "object": self.object, "created": answer.created, "model": self.model_manager.name}
+        return {**head, "choices": [], "usage": answer.usage().model_dump()}
+
+    def _prepared(self, asked: Any) -> tuple[Prompt, Any]:
+        """The prompt, and the parser of its answer if there is one."""
+        raise NotImplementedError
+
+    def _event(self, answer: Answer, item: Any = None, num_calls: int = 0, **end: Any) -> str:
+        """The event of an item, which comes after so many tool calls, or of the end."""
+        raise NotImplementedError
+
+    def _whole(self, answer: Answer, items: list[Any]) -> dict[str, Any]:
+        """The answer that is not streamed."""
+        raise NotImplementedError
+
+
+class Chats(_Handler, ChatCompletionHandler):
+    """`/v1/chat/completions`."""
+
+    body, kind, object = ChatBody, "chatcmpl", "chat.completion.chunk"
+
+    def _prepared(self, asked: ChatBody) -> tuple[Prompt, Any]:
+        served = self.model_manager
+        with _client_errors("messages"):
+            prompt = served.chat_prompt(asked)
+            model: Any = served.engine.model
+            return prompt, build_response_parser(served.tokenizer, model, prompt.ids, tools=asked.usable_tools)
+
+    async def _events(self, answer: Answer, includes_usage: bool) -> AsyncIterator[str]:
+        yield self._build_chunk_sse(answer.id, model=self.model_manager.name, role="assistant")
+        async for event in super()._events(answer, includes_usage):
+            yield event
+
+    def _event(self, answer: Answer, item: Any = None, num_calls: int = 0, **end: Any) -> str:
+        name = "content"
+        if isinstance(item, ToolCall):
+            name, item = "tool_calls", [{"index": num_calls, **_call(answer, item, num_calls)}]
+        elif isinstance(item, ReasoningText):
+            name = "reasoning_content"
+        return self._build_chunk_sse(answer.id, model=self.model_manager.name, **{name: item}, **end)
+
+    def _whole(self, answer: Answer, items: list[Any]) -> dict[str, Any]:
+        calls = [item for item in items if isinstance(item, ToolCall)]
+        reasoning = "".join(item for item in items if isinstance(item, ReasoningText))
+        return self._build_completion(
+            answer.id,
+            "".join(item for item in items if type(item) is str),
+            self.model_manager.name,
+            str(answer.finish_reason),
+            answer.usage(),
+            [_call(answer, call, i) for i, call in enumerate(calls)] or None,
+            reasoning or None,
+        )
+
+
+def _call(answer: Answer, call: ToolCall, number: int) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"{answer.id}_tool_call_{number}", "type": "function", "function": function}
+
+
+class Completions(_Handler, CompletionHandler):
+    """`/v1/completions`."""
+
+    body, kind, object = CompletionBody, "cmpl", "text_completion"
+
+    def _prepared(self, asked: CompletionBody) -> tuple[Prompt, Any]:
+        served = self.model_manager
+        with _client_errors("prompt"):
+            prompt = asked.prompt
+            return served.split(served.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt), None
+
+    def _event(self, answer: Answer, item: Any = None, num_calls: int = 0, **end: Any) -> str:
+        return self._build_chunk_sse(answer.id, self.model_manager.name, item or "", **end)
+
+    def _whole(self, answer: Answer, items: list[Any]) -> dict[str, Any]:
+        reason: Any = answer.finish_reason
+        choice = CompletionChoice(text="".join(items), index=0, finish_reason=reason)
+        head = {"id": answer.id, "created": answer.created, "model": self.model_manager.name}
+        whole = Completion(**head, object="text_completion", choices=[choice], usage=answer.usage())
+        return whole.model_dump(exclude_none=True)
