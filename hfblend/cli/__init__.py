@@ -23,6 +23,7 @@ _COMMANDS = {  # name -> its place, and its line in the list of commands
     "run": ("explain.run", "Answer the prompts of files; chunks that they share are computed once."),
     "explain": ("explain.explain", "Blend one prompt, and show which chunks and tokens were reused."),
     "playground": ("demo.playground", "Serve a page on this machine: reorder chunks, move the ratio, see the effects."),
+    "serve": ("serve.serve", "Serve a model with OpenAI's API; documents in chats are computed once."),
     "verify": ("explain.verify", "Compare the blended prompts of a file with their full prefills."),
     "eval": ("evaluate.evaluate", "Measure methods on questions: closeness to full prefill, answers, times."),
     "bench": ("bench.bench", "Measure speed: time to first token by length, method and ratio."),

@@ -1,0 +1,105 @@
+"""`hfblend serve`: an OpenAI-style server that reuses chunks."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from ..config import BlendConfig
+from ..util import require
+from .common import console, corrected, given, load, store_at
+from .options import Correction, Device, DType, KeptIn, Ratio, Rule
+
+if TYPE_CHECKING:
+    from ..serving.engine import Engine
+    from ..store import Store
+
+_GRACE_S = 5  # after Ctrl-C, for answers to end
+
+
+def serve(
+    model: Annotated[
+        str | None, Argument(help="Hub id or folder of a causal LM.", show_default="SmolLM2-135M-Instruct")
+    ] = None,
+    store: KeptIn = None,
+    host: Annotated[str, Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
+    served_model_name: Annotated[
+        str | None, Option(help="Clients call the model by it.", show_default="the model's name")
+    ] = None,
+    max_bytes: Annotated[
+        str | None,
+        Option(help="For KV blocks and chunks in memory, a half each.", show_default="80 %, with 4GiB for chunks"),
+    ] = None,
+    separator: Annotated[
+        str | None, Option(help="Text between chunks in prompts without documents.", show_default="none")
+    ] = None,
+    ratio: Ratio = 0.15,
+    selection: Rule = None,
+    correction: Correction = None,
+    min_reused_tokens: Annotated[int, Option(help="Prompts with fewer chunk tokens are not blended.", min=0)] = 256,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Serve a model with OpenAI's API; KV of documents in chats is stored, and later chats reuse it.
+
+    Example: hfblend serve --store chunks
+
+    Example: hfblend serve path/or/hub-id --store s3://bucket/chunks --max-bytes 60GB --port 9000
+    """
+    for package in ("fastapi", "uvicorn", "openai"):
+        require(package, package, "serve", "The server needs")
+    chosen = {**given(selection=selection), **corrected(correction), "separator": separator}
+    config = BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=min_reused_tokens, **chosen)
+    with _listening(host, port) as listening:
+        loaded, tokenizer, name = load(model, device, dtype)
+
+        from ..serving.engine import Engine
+
+        engine = Engine(loaded, _tiered(store, max_bytes), config, max_bytes=max_bytes)
+        engine.start()
+        name = served_model_name or (Path(name).name if Path(name).is_dir() else name)
+        _run(serve_app(engine, tokenizer, name, separator), listening)
+
+
+def _tiered(where: str | None, max_bytes: str | None) -> Store:
+    """A store in memory, half of `max_bytes` large, in front of one in a folder or at a URL."""
+    from ..store import MemoryStore, TieredStore
+    from ..store.sizes import num_bytes_of
+
+    memory = MemoryStore() if max_bytes is None else MemoryStore(num_bytes_of(max_bytes) // 2)
+    return memory if where is None else TieredStore([memory, store_at(where)])
+
+
+def serve_app(engine: Engine, tokenizer: Any, name: str, separator: str | None) -> Any:
+    """The ASGI app of a started engine, which it ends when the server ends."""
+    from ..serving.app import build_app
+
+    return build_app(engine, tokenizer, name, separator)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A bound socket, before any model is loaded; raises `OSError` for a taken port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(
+            f"Port {port} of {host} cannot be used ({error.strerror}). Choose another with --port."
+        ) from error
+
+
+def _run(app: Any, listening: socket.socket) -> None:
+    """Serves until Ctrl-C or SIGTERM."""
+    import uvicorn
+
+    host, port = listening.getsockname()[:2]
+    console.print(f"Serving at http://{host}:{port}/v1 until Ctrl-C.", highlight=False, soft_wrap=True)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
+    try:
+        uvicorn.Server(config).run([listening])
+    except KeyboardInterrupt:
+        console.print("Stopped.")
