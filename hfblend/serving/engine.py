@@ -57,8 +57,9 @@ class _SaltedCache(PagedAttentionCache):
     page_size: int
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
-        salted = self.requests[request_id].salted(prompt_ids, self.page_size)
-        return super().search_prefix_match(request_id, salted)
+        request = self.requests[request_id]
+        request.num_matched = super().search_prefix_match(request_id, request.salted(prompt_ids, self.page_size))
+        return request.num_matched
 
     def mark_complete_blocks(self, state: Any, complete_blocks: dict[str, int]) -> None:
         request = self.requests.get(state.request_id)
@@ -126,6 +127,7 @@ class _BlendingScheduler(FIFOScheduler):
         count = self.cache.search_prefix_match(state.request_id, state.initial_tokens)
         if count < request.num_blended:
             self.cache.free_blocks(state.request_id)
+            request.num_matched = 0
             return False
         request.trace.blended = True
         request.trace.notes.append(f"K/V of the first {count} tokens were in blocks of an equal prompt.")
@@ -172,7 +174,10 @@ class _BlendingScheduler(FIFOScheduler):
 
 
 class _Router(OutputRouter):
-    """Gives outputs their request's `trace`, and forgets a request at its end; drops outputs of cancelled ones."""
+    """Gives outputs their request's `trace` and `num_matched`, and forgets a request at its end.
+
+    Drops outputs of cancelled ones.
+    """
 
     requests: dict[str, Request]
 
@@ -184,7 +189,7 @@ class _Router(OutputRouter):
         for output in outputs:
             look_up = self.requests.pop if output.is_finished() else self.requests.get
             if (request := look_up(output.request_id, None)) is not None:
-                output.trace = request.trace
+                output.trace, output.num_matched = request.trace, request.num_matched
                 known.append(output)
         super().deliver_batch(known)
 

@@ -38,12 +38,14 @@ class Request:
     Attributes:
         blends: whether it is to be blended; an error ends that.
         trace: of its blend; otherwise it says why it was not blended.
+        num_matched: first tokens whose K/V were in blocks of an earlier request.
     """
 
     prompt: Prompt
     config: BlendConfig
     trace: BlendTrace
     blends: bool = field(init=False, default=True)
+    num_matched: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         num_chunk_tokens = sum(stop - start for start, stop in self.prompt.chunk_spans)
