@@ -44,6 +44,7 @@ from ..prompts.separator import Separator
 from ..store import flush
 from .caller import caller
 from .engine import Engine, EngineDown
+from .request import checked
 from .schema import ChatBody, CompletionBody, Message, invalid, parsed, refusal
 
 logger = logging.getLogger(__name__)
@@ -204,6 +205,7 @@ class Answer:
 
     def start(self, prompt: Prompt, **options: Any) -> None:
         """Adds the request to the engine; raises its errors."""
+        self.prompt = prompt
         self.engine.register_result_handler(self.id, self._take)
         try:
             self.engine.add_request(prompt, self.id, record_timestamps=True, **options)
@@ -225,18 +227,19 @@ class Answer:
             yield item
 
     def usage(self) -> CompletionUsage:
-        """Tokens, those whose K/V were there before, and the chunks."""
-        trace, prompt_tokens = self.output.trace, len(self.output.prompt_ids)
+        """The tokens, those whose K/V were there before, and the chunks."""
+        trace, num_matched = self.output.trace, min(self.output.num_matched, len(self.prompt))
         found = [range(*piece.span) for piece in trace.pieces if piece.status == "hit"]
         selected = [] if trace.selected_idx is None else trace.selected_idx.tolist()
         cached = sum(map(len, found)) - sum(any(i in one for one in found) for i in selected)
-        facts = {"hits": trace.hits, "misses": trace.misses, "recomputed": trace.selected_tokens}
+        hits = trace.hits if trace.chunks or not trace.blended else len(self.prompt.chunk_spans)  # in blocks
+        facts = {"hits": hits, "misses": trace.misses, "recomputed": trace.selected_tokens, "fallback": trace.fallback}
         return CompletionUsage.model_validate({
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": len(self.prompt),
             "completion_tokens": self.num_tokens,
-            "total_tokens": prompt_tokens + self.num_tokens,
-            "prompt_tokens_details": {"cached_tokens": max(cached, getattr(self.output, "num_matched", 0))},
-            "hfblend": {**facts, "fallback": trace.fallback, "ttft_ms": self._ttft_ms},
+            "total_tokens": len(self.prompt) + self.num_tokens,
+            "prompt_tokens_details": {"cached_tokens": max(cached, num_matched)},
+            "hfblend": {**facts, "ttft_ms": self._ttft_ms},
         })  # fmt: skip
 
     # --- on the event loop, whenever the engine has an output -----------------------------------------------------
@@ -344,7 +347,8 @@ class _Handler(BaseHandler):
         engine = self.model_manager.engine
         namespace = caller.get().namespace or engine.config.namespace
         with _client_errors("hfblend"):
-            config = replace(engine.config, namespace=namespace, **asked.hfblend.model_dump(exclude_unset=True))
+            chosen = asked.hfblend.model_dump(exclude_unset=True)
+            config = checked(replace(engine.config, namespace=namespace, **chosen), engine.hf_model)
         wanted = asked.max_new_tokens or engine.generation_config.max_new_tokens or 1
         code = "context_length_exceeded" if len(prompt) + wanted > engine.capacity else None
         with _client_errors(None, code):
