@@ -297,6 +297,16 @@ def test_a_client_chooses_settings_of_blending(tiny, client):
     assert more.usage.hfblend["recomputed"] == 30
 
 
+def test_sampling_is_a_request_s_own(tiny, client):
+    greedy = chat(client, temperature=0).choices[0].message.content
+    drawn = {"temperature": 1.5, "seed": 3, "max_tokens": 20}
+    first, second = (chat(client, **drawn).choices[0].message.content for _ in range(2))
+    assert first == second
+    assert chat(client, **{**drawn, "seed": 4}).choices[0].message.content != first
+    assert chat(client, **drawn, top_k=1).choices[0].message.content.startswith(greedy)
+    assert chat(client, **drawn, top_p=1e-6).choices[0].message.content.startswith(greedy)
+
+
 def test_namespaces_are_apart(tiny):
     hits = []
     for namespace in ("a", "b", "a", ""):
@@ -486,6 +496,16 @@ def test_tool_calls_and_reasoning_are_parsed():
         )  # fmt: skip
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "hm"
     assert "".join(delta.content or "" for delta in deltas) == "Yes."
+
+
+@pytest.mark.parametrize("call", ['{"name": 5', '{"name": "look_up"}', "[1]"])
+def test_a_tool_call_that_cannot_be_read_comes_as_text(call):
+    qwen3 = SimpleNamespace(config=SimpleNamespace(model_type="qwen3"))
+    tokenizer = byte_tokenizer(response_template=utils.get_response_template(SimpleNamespace(), qwen3))
+    text = f"<tool_call>{call}</tool_call>So."
+    (said_in_pieces, reason, _), whole, _ = both_ways(tokenizer, f"Yes.{text}<|im_end|>")
+    assert said_in_pieces == whole.choices[0].message.content == f"Yes.{text}"
+    assert reason == whole.choices[0].finish_reason == "stop"
 
 
 def test_an_engine_that_dies_ends_answers_with_an_error():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +64,7 @@ def serve(
         engine = Engine(loaded, _tiered(store, max_bytes), config, max_bytes=max_bytes)
         engine.start()
         name = served_model_name or (Path(name).name if Path(name).is_dir() else name)
-        _run(serve_app(engine, tokenizer, name, separator), listening)
+        _run(serve_app(engine, tokenizer, name, separator), engine, listening)
 
 
 def _tiered(where: str | None, max_bytes: str | None) -> Store:
@@ -92,14 +94,22 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _run(app: Any, listening: socket.socket) -> None:
-    """Serves until Ctrl-C or SIGTERM."""
+def _run(app: Any, engine: Engine, listening: socket.socket) -> None:
+    """Serves until Ctrl-C or SIGTERM; then answers have some seconds to end, before the engine does."""
     import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            end = asyncio.get_running_loop().call_later(_GRACE_S, partial(engine.stop, hard_stop=True))
+            await super().shutdown(sockets)
+            end.cancel()
 
     host, port = listening.getsockname()[:2]
     console.print(f"Serving at http://{host}:{port}/v1 until Ctrl-C.", highlight=False, soft_wrap=True)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
     try:
-        uvicorn.Server(config).run([listening])
+        Server(uvicorn.Config(app, log_level="warning")).run([listening])
     except KeyboardInterrupt:
         console.print("Stopped.")
+    finally:
+        if engine.is_running():  # after a second Ctrl-C
+            engine.stop(hard_stop=True)

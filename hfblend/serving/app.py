@@ -13,7 +13,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -124,7 +124,8 @@ class Served(ModelManager):
 
     def shutdown(self) -> None:
         """Ends the engine, and writes what the store has not yet written."""
-        self.engine.stop(hard_stop=True)
+        if self.engine.is_running():
+            self.engine.stop(hard_stop=True)
         flush(self.engine.store)
 
     # --- prompts --------------------------------------------------------------------------------------------------
@@ -197,11 +198,13 @@ class Answer:
         self.num_tokens, self.num_calls = 0, 0
         self.finish_reason: str | None = None
         self._ttft_ms: float | None = None
-        self._started, self._stops, self._parser, self._held = started, stops, parser, ""
+        self._started, self._stops, self._parser, self._held, self._unparsed = started, stops, parser, "", ""
+        eos = self.engine.generation_config.eos_token_id
+        self._eos = eos if isinstance(eos, list) else [eos]
         self._tokenizer, self._stream = served.tokenizer._tokenizer, DecodeStream([], parser is None)
         self._queue = asyncio.Queue[Any]()
         if parser is not None:
-            self._put(parser.initial_events)
+            self._parse(lambda: parser.initial_events)
 
     def start(self, prompt: Prompt, **options: Any) -> None:
         """Adds the request to the engine; raises its errors."""
@@ -259,17 +262,16 @@ class Answer:
             self._ttft_ms = round(1000 * ((output.timestamps or [time.perf_counter()])[0] - self._started), 3)
         for token in new:
             self.num_tokens += 1
-            self._held += self._stream.step(self._tokenizer, token) or ""
+            is_shown = self._parser is not None or token not in self._eos  # a parser takes it for the end of a part
+            self._held += (self._stream.step(self._tokenizer, token) if is_shown else None) or ""
             if self._release():
                 self.close()
                 return self._end("stop")
         if output.error is not None:
             self._queue.put_nowait(EngineDown(output.error))
         elif output.is_finished():
-            eos = self.engine.generation_config.eos_token_id
-            eos = eos if isinstance(eos, list) else [eos]
             self._say(self._held)
-            self._end("stop" if output.generated_tokens[-1:] and output.generated_tokens[-1] in eos else "length")
+            self._end("stop" if output.generated_tokens[-1] in self._eos else "length")
 
     def _release(self) -> bool:
         """Says the text that belongs to no stop string; returns whether one has come."""
@@ -282,21 +284,26 @@ class Answer:
 
     def _say(self, text: str) -> None:
         if self._parser is not None:
-            self._put(self._parser.feed(text))
+            self._unparsed += text
+            self._parse(lambda: self._parser.feed(text))
         elif text:
             self._queue.put_nowait(text)
 
-    def _put(self, events: list[Any]) -> None:
-        for item in response_events_to_chunks(events):
+    def _parse(self, events: Callable[[], Any]) -> None:
+        """Passes on what the parser made of the text; a tool call that it cannot read comes as text."""
+        try:
+            items = response_events_to_chunks(events())
+        except Exception as error:
+            logger.info("An answer goes on unparsed: %s", error)
+            items, self._parser = [self._unparsed], None
+        for item in items:
+            self._unparsed = ""
             self.num_calls += isinstance(item, ToolCall)
             self._queue.put_nowait(item)
 
     def _end(self, reason: str) -> None:
         if self._parser is not None:
-            try:
-                self._put(self._parser.finalize()[1])
-            except (ValueError, RuntimeError) as error:  # as stock: the answer ended inside a tool call
-                logger.warning("The end of an answer could not be parsed: %s", error)
+            self._parse(lambda: self._parser.finalize()[1])
         self.finish_reason = "tool_calls" if self.num_calls else reason
         self._queue.put_nowait(None)
 
