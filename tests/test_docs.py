@@ -158,7 +158,7 @@ def test_the_page_of_commands_has_each_with_all_its_options():
     sections = dict(re.findall(r"^##+ `(.+?)`\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL))
     commands = dict(commands_of(typer.main.get_command(app)))
     assert list(sections) == list(commands)
-    assert len(commands) == 18
+    assert len(commands) == 19
     for name, command in commands.items():
         options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
         assert set(re.findall(r"^\* `(--[\w-]+)", sections[name], re.MULTILINE)) == options - {"--help"}

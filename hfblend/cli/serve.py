@@ -111,5 +111,4 @@ def _run(app: Any, engine: Engine, listening: socket.socket) -> None:
     except KeyboardInterrupt:
         console.print("Stopped.")
     finally:
-        if engine.is_running():  # after a second Ctrl-C
-            engine.stop(hard_stop=True)
+        engine.stop(hard_stop=True)  # after a second Ctrl-C, the app has not

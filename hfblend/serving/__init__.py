@@ -3,6 +3,7 @@
 request.py  whether a prompt is blended, and what its blocks are found under
 engine.py   continuous batching, which no other file knows
 schema.py   bodies of requests, checked, and OpenAI's form of errors
+prompts.py  prompts of bodies, with their chunks
 caller.py   who asks
 app.py      the server, which alone knows `transformers.cli.serving`
 """

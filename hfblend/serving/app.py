@@ -1,6 +1,6 @@
 """The server: Transformers' own serving app, in front of one `Engine`.
 
-    body -> schema.py -> Prompt, with its chunks -> Engine -> Answer: text, reasoning, tool calls -> stock's responses
+    body -> schema.py: checked -> prompts.py: ids, chunks -> Engine: tokens -> Reply: text -> stock's responses
 
 Routes, responses, and the parsing of tool calls are those of `transformers serve`.
 """
@@ -8,7 +8,6 @@ Routes, responses, and the parsing of tool calls are those of `transformers serv
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import logging
 import time
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -32,7 +30,6 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import (
     BaseHandler,
     GenerationState,
-    Modality,
     ReasoningText,
     ToolCall,
     build_response_parser,
@@ -40,15 +37,16 @@ from transformers.cli.serving.utils import (
 )
 
 from ..prompts.prompt import Prompt
-from ..prompts.separator import Separator
 from ..store import flush
 from .caller import caller
 from .engine import Engine, EngineDown
+from .prompts import Prompts
 from .request import checked
-from .schema import ChatBody, CompletionBody, Message, invalid, parsed, refusal
+from .schema import ChatBody, CompletionBody, invalid, parsed, refusal
 
 logger = logging.getLogger(__name__)
 
+_UNFIT = (TypeError, ValueError)
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 
 
@@ -64,13 +62,11 @@ def build_app(engine: Engine, tokenizer: Any, name: str, separator: str | None =
         ValueError: a tokenizer without Rust's, or a separator that it does not know.
     """
     served = Served(engine, tokenizer, name, separator)
-    state, none = State(engine), cast(Any, None)  # the other routes are taken off
+    state, none = EngineState(engine), cast(Any, None)  # the other routes are taken off
     app = build_server(served, Chats(served, state), Completions(served, state), none, none, none, state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
-    app.exception_handler(HTTPException)(_refused)
-    app.exception_handler(RequestValidationError)(_refused)
-    app.exception_handler(EngineDown)(_refused)
-    app.exception_handler(Exception)(_refused)
+    for kind in (HTTPException, RequestValidationError, EngineDown, Exception):
+        app.exception_handler(kind)(_refused)
     return app
 
 
@@ -90,32 +86,29 @@ def _as_http(error: Exception) -> HTTPException:
         return refusal("The server failed at this request.", 500)
     if isinstance(error.detail, dict):
         return error
-    headers = dict(error.headers or {})
-    return refusal(str(error.detail), error.status_code, headers=headers)
+    return refusal(str(error.detail), error.status_code, headers=dict(error.headers or {}))
 
 
 @contextmanager
-def _client_errors(param: str | None, code: str | None = None) -> Iterator[None]:
-    """Refuses a request whose content fails, in a chat template say: it is the client's, whatever is raised."""
+def _client_errors(kinds: Any, param: str | None, code: str | None = None) -> Iterator[None]:
+    """Refuses a request whose content raises an error of these kinds."""
     try:
         yield
-    except (HTTPException, EngineDown):
+    except HTTPException:
         raise
-    except Exception as error:
+    except kinds as error:
         logger.info("A request was refused.", exc_info=True)
         raise refusal(str(error) or type(error).__name__, param=param, code=code) from error
 
 
 class Served(ModelManager):
-    """The one model that is served, in the place of stock's manager of many."""
+    """The one model that is served, in the place of stock's manager of many, whose `__init__` would load them."""
 
     def __init__(self, engine: Engine, tokenizer: Any, name: str, separator: str | None) -> None:
-        if not getattr(tokenizer, "is_fast", False):  # stock's would load models here
+        if not getattr(tokenizer, "is_fast", False):
             raise ValueError("The server needs a fast tokenizer, which decodes token by token; this one is in Python.")
         self.engine, self.tokenizer, self.name = engine, tokenizer, name
-        self.separator = None if separator is None else Separator(separator, tokenizer)
-        functions = (tokenizer.apply_chat_template, Prompt.from_chat)
-        self.not_for_clients = {name for one in functions for name in inspect.signature(one).parameters}
+        self.prompts = Prompts(tokenizer, separator)
 
     def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         return [{"id": self.name, "object": "model", "created": 0, "owned_by": "hfblend"}]
@@ -124,53 +117,11 @@ class Served(ModelManager):
 
     def shutdown(self) -> None:
         """Ends the engine, and writes what the store has not yet written."""
-        if self.engine.is_running():
-            self.engine.stop(hard_stop=True)
+        self.engine.stop(hard_stop=True)
         flush(self.engine.store)
 
-    # --- prompts --------------------------------------------------------------------------------------------------
 
-    def chat_prompt(self, asked: ChatBody) -> Prompt:
-        """The chat template's prompt; its chunks are the documents, or the parts with `cache_control`."""
-        if refused := self.not_for_clients & asked.chat_template_kwargs.keys():
-            raise refusal(f"{min(refused)} is not for clients.", param="chat_template_kwargs")
-        mark, chunks = f"{{{uuid.uuid4().hex}}}", list[str]()
-        messages = [_plain(message, mark, chunks) for message in asked.messages]
-        options = {"tools": asked.usable_tools, **asked.chat_template_kwargs}
-        if asked.documents and chunks:
-            raise refusal("Chunks come as documents or as parts with cache_control; got both.", param="documents")
-        if asked.documents:
-            return Prompt.from_chat(self.tokenizer, messages, asked.documents, **options)
-        if chunks:
-            each = [[chunk] for chunk in chunks]
-            return Prompt.from_chat(self.tokenizer, messages, each, placeholder=mark, document_end="", **options)
-        template = {"add_generation_prompt": True, "return_dict": False, **options}
-        return self.split(self.tokenizer.apply_chat_template(messages, **template))
-
-    def split(self, ids: list[int]) -> Prompt:
-        """The prompt of plain ids, which are split at the separator if there is one."""
-        input_ids = torch.tensor([ids], dtype=torch.int64)
-        if self.separator is None:
-            return Prompt(input_ids, ())  # type: ignore[arg-type]
-        self.separator.warn_if_hidden(ids)
-        return Prompt.from_separated_ids(input_ids, self.separator)
-
-
-def _plain(message: Message, mark: str, chunks: list[str]) -> dict[str, Any]:
-    """A message for the chat template, a mark in the place of each chunk, which is added to `chunks`."""
-    pieces = []
-    for part in message.content if isinstance(message.content, list) else ():
-        if part.cache_control:
-            chunks.append(part.text)
-        pieces += [mark if part.cache_control else part.text, "" if part.text[-1:].isspace() else "\n\n"]
-    fields = message.model_dump(exclude_none=True)
-    if isinstance(message.content, list):
-        fields["content"] = "".join(pieces[:-1])
-    (plain,) = BaseHandler.get_processor_inputs_from_messages([fields], Modality.LLM)
-    return plain | {name: fields[name] for name in ("name", "reasoning_content") if name in fields}
-
-
-class State(GenerationState):
+class EngineState(GenerationState):
     """Tells stock's `/health` whether the engine takes requests."""
 
     def __init__(self, engine: Engine) -> None:
@@ -181,7 +132,7 @@ class State(GenerationState):
         return self.engine.is_running() and self.engine.background_thread_status.can_accept_new_requests() is None
 
 
-class Answer:
+class Reply:
     """An answer on its way from the engine: its tokens become text, reasoning and tool calls.
 
     Text that may be the beginning of a stop string waits until the next token.
@@ -268,7 +219,8 @@ class Answer:
                 self.close()
                 return self._end("stop")
         if output.error is not None:
-            self._queue.put_nowait(EngineDown(output.error))
+            logger.warning("Request %s failed: %s", self.id, output.error)
+            self._queue.put_nowait(EngineDown("The engine failed at this request; try again soon."))
         elif output.is_finished():
             self._say(self._held)
             self._end("stop" if output.generated_tokens[-1] in self._eos else "length")
@@ -283,7 +235,7 @@ class Answer:
         return bool(places)
 
     def _say(self, text: str) -> None:
-        if self._parser is not None:
+        if text and self._parser is not None:
             self._unparsed += text
             self._parse(lambda: self._parser.feed(text))
         elif text:
@@ -311,15 +263,15 @@ class Answer:
 class _Stream(StreamingResponse):
     """Server-sent events, which end their request however they end."""
 
-    def __init__(self, events: AsyncIterator[str], answer: Answer) -> None:
+    def __init__(self, events: AsyncIterator[str], reply: Reply) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self.answer = answer
+        self.reply = reply
 
     async def __call__(self, *args: Any) -> None:
         try:
             await super().__call__(*args)
         finally:
-            self.answer.close()
+            self.reply.close()
 
 
 class _Handler(BaseHandler):
@@ -330,7 +282,7 @@ class _Handler(BaseHandler):
     kind: str  # of ids
     object: str  # of events
 
-    def __init__(self, served: Served, state: State) -> None:
+    def __init__(self, served: Served, state: EngineState) -> None:
         super().__init__(served, state)
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
@@ -340,55 +292,55 @@ class _Handler(BaseHandler):
             message = f"The model {asked.model!r} does not exist; this server has {served.name!r}."
             raise refusal(message, 404, param="model", code="model_not_found")
         prompt, parser = await asyncio.to_thread(self._prepared, asked)
-        answer = Answer(served, self.kind, parser, asked.stops, started)
-        self._start(answer, asked, prompt)
+        reply = Reply(served, self.kind, parser, asked.stops, started)
+        self._start(reply, asked, prompt)
         if asked.stream:
-            return _Stream(self._events(answer, asked.includes_usage), answer)
+            return _Stream(self._events(reply, asked.includes_usage), reply)
         try:
-            items = [item async for item in answer.items()]
+            items = [item async for item in reply.items()]
         finally:
-            answer.close()
-        return JSONResponse(self._whole(answer, items))
+            reply.close()
+        return JSONResponse(self._whole(reply, items))
 
-    def _start(self, answer: Answer, asked: Any, prompt: Prompt) -> None:
+    def _start(self, reply: Reply, asked: Any, prompt: Prompt) -> None:
         engine = self.model_manager.engine
         namespace = caller.get().namespace or engine.config.namespace
-        with _client_errors("hfblend"):
+        with _client_errors(_UNFIT, "hfblend"):
             chosen = asked.hfblend.model_dump(exclude_unset=True)
             config = checked(replace(engine.config, namespace=namespace, **chosen), engine.hf_model)
         wanted = asked.max_new_tokens or engine.generation_config.max_new_tokens or 1
         code = "context_length_exceeded" if len(prompt) + wanted > engine.capacity else None
-        with _client_errors(None, code):
+        with _client_errors(_UNFIT, None, code):
             streaming = bool(asked.stream or asked.stops)
             options = {"max_new_tokens": asked.max_new_tokens, "streaming": streaming, **asked.sampling}
-            answer.start(prompt, config=config, **options)
+            reply.start(prompt, config=config, **options)
 
-    async def _events(self, answer: Answer, includes_usage: bool) -> AsyncIterator[str]:
+    async def _events(self, reply: Reply, includes_usage: bool) -> AsyncIterator[str]:
         num_calls = 0
         try:
-            async for item in answer.items():
-                yield self._event(answer, item, num_calls)
+            async for item in reply.items():
+                yield self._event(reply, item, num_calls)
                 num_calls += isinstance(item, ToolCall)
-            usage = None if includes_usage else answer.usage()
-            yield self._event(answer, finish_reason=answer.finish_reason, usage=usage)
+            usage = None if includes_usage else reply.usage()
+            yield self._event(reply, finish_reason=reply.finish_reason, usage=usage)
             if includes_usage:
-                yield self.chunk_to_sse(json.dumps(self._usage_alone(answer)))
+                yield self.chunk_to_sse(json.dumps(self._usage_alone(reply)))
         except Exception as error:
             yield self.chunk_to_sse(json.dumps(_as_http(error).detail))
 
-    def _usage_alone(self, answer: Answer) -> dict[str, Any]:
-        head = {"id": answer.id, "object": self.object, "created": answer.created, "model": self.model_manager.name}
-        return {**head, "choices": [], "usage": answer.usage().model_dump()}
+    def _usage_alone(self, reply: Reply) -> dict[str, Any]:
+        head = {"id": reply.id, "object": self.object, "created": reply.created, "model": self.model_manager.name}
+        return {**head, "choices": [], "usage": reply.usage().model_dump()}
 
     def _prepared(self, asked: Any) -> tuple[Prompt, Any]:
         """The prompt, and the parser of its answer if there is one."""
         raise NotImplementedError
 
-    def _event(self, answer: Answer, item: Any = None, num_calls: int = 0, **end: Any) -> str:
+    def _event(self, reply: Reply, item: Any = None, num_calls: int = 0, **end: Any) -> str:
         """The event of an item, which comes after so many tool calls, or of the end."""
         raise NotImplementedError
 
-    def _whole(self, answer: Answer, items: list[Any]) -> dict[str, Any]:
+    def _whole(self, reply: Reply, items: list[Any]) -> dict[str, Any]:
         """The answer that is not streamed."""
         raise NotImplementedError
 
@@ -399,42 +351,41 @@ class Chats(_Handler, ChatCompletionHandler):
     body, kind, object = ChatBody, "chatcmpl", "chat.completion.chunk"
 
     def _prepared(self, asked: ChatBody) -> tuple[Prompt, Any]:
-        served = self.model_manager
-        with _client_errors("messages"):
-            prompt = served.chat_prompt(asked)
-            model: Any = served.engine.model
+        served, model = self.model_manager, cast(Any, self.model_manager.engine.model)
+        with _client_errors(Exception, "messages"):  # chat templates raise whatever they like
+            prompt = served.prompts.of_chat(asked)
             return prompt, build_response_parser(served.tokenizer, model, prompt.ids, tools=asked.usable_tools)
 
-    async def _events(self, answer: Answer, includes_usage: bool) -> AsyncIterator[str]:
-        yield self._build_chunk_sse(answer.id, model=self.model_manager.name, role="assistant")
-        async for event in super()._events(answer, includes_usage):
+    async def _events(self, reply: Reply, includes_usage: bool) -> AsyncIterator[str]:
+        yield self._build_chunk_sse(reply.id, model=self.model_manager.name, role="assistant")
+        async for event in super()._events(reply, includes_usage):
             yield event
 
-    def _event(self, answer: Answer, item: Any = None, num_calls: int = 0, **end: Any) -> str:
+    def _event(self, reply: Reply, item: Any = None, num_calls: int = 0, **end: Any) -> str:
         name = "content"
         if isinstance(item, ToolCall):
-            name, item = "tool_calls", [{"index": num_calls, **_call(answer, item, num_calls)}]
+            name, item = "tool_calls", [{"index": num_calls, **_call(reply, item, num_calls)}]
         elif isinstance(item, ReasoningText):
             name = "reasoning_content"
-        return self._build_chunk_sse(answer.id, model=self.model_manager.name, **{name: item}, **end)
+        return self._build_chunk_sse(reply.id, model=self.model_manager.name, **{name: item}, **end)
 
-    def _whole(self, answer: Answer, items: list[Any]) -> dict[str, Any]:
+    def _whole(self, reply: Reply, items: list[Any]) -> dict[str, Any]:
         calls = [item for item in items if isinstance(item, ToolCall)]
         reasoning = "".join(item for item in items if isinstance(item, ReasoningText))
         return self._build_completion(
-            answer.id,
+            reply.id,
             "".join(item for item in items if type(item) is str),
             self.model_manager.name,
-            str(answer.finish_reason),
-            answer.usage(),
-            [_call(answer, call, i) for i, call in enumerate(calls)] or None,
+            str(reply.finish_reason),
+            reply.usage(),
+            [_call(reply, call, i) for i, call in enumerate(calls)] or None,
             reasoning or None,
         )
 
 
-def _call(answer: Answer, call: ToolCall, number: int) -> dict[str, Any]:
+def _call(reply: Reply, call: ToolCall, number: int) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"{answer.id}_tool_call_{number}", "type": "function", "function": function}
+    return {"id": f"{reply.id}_tool_call_{number}", "type": "function", "function": function}
 
 
 class Completions(_Handler, CompletionHandler):
@@ -443,17 +394,15 @@ class Completions(_Handler, CompletionHandler):
     body, kind, object = CompletionBody, "cmpl", "text_completion"
 
     def _prepared(self, asked: CompletionBody) -> tuple[Prompt, Any]:
-        served = self.model_manager
-        with _client_errors("prompt"):
-            prompt = asked.prompt
-            return served.split(served.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt), None
+        with _client_errors(Exception, "prompt"):
+            return self.model_manager.prompts.of_text(asked.prompt), None
 
-    def _event(self, answer: Answer, item: Any = None, num_calls: int = 0, **end: Any) -> str:
-        return self._build_chunk_sse(answer.id, self.model_manager.name, item or "", **end)
+    def _event(self, reply: Reply, item: Any = None, num_calls: int = 0, **end: Any) -> str:
+        return self._build_chunk_sse(reply.id, self.model_manager.name, item or "", **end)
 
-    def _whole(self, answer: Answer, items: list[Any]) -> dict[str, Any]:
-        reason: Any = answer.finish_reason
+    def _whole(self, reply: Reply, items: list[Any]) -> dict[str, Any]:
+        reason: Any = reply.finish_reason
         choice = CompletionChoice(text="".join(items), index=0, finish_reason=reason)
-        head = {"id": answer.id, "created": answer.created, "model": self.model_manager.name}
-        whole = Completion(**head, object="text_completion", choices=[choice], usage=answer.usage())
+        head = {"id": reply.id, "created": reply.created, "model": self.model_manager.name}
+        whole = Completion(**head, object="text_completion", choices=[choice], usage=reply.usage())
         return whole.model_dump(exclude_none=True)

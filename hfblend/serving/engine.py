@@ -349,10 +349,11 @@ class Engine(ContinuousBatchingManager):
         self._supervisor.start()
 
     def stop(self, *args: Any, **options: Any) -> None:
-        """As stock's: waits for all requests, or fails them with `hard_stop=True`."""
+        """As stock's: waits for all requests, or fails them with `hard_stop=True`. A second time, does nothing."""
         with self._turn:
             self._closing.set()
-        super().stop(*args, **options)
+        if self._generation_thread is not None:
+            super().stop(*args, **options)
 
     def _create_batch_processor(self) -> Any:
         processor: Any = super()._create_batch_processor()

@@ -30,7 +30,7 @@ class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
-class Blend(_Object):
+class BlendOptions(_Object):
     """The settings of blending that a client may choose for its request, as in `BlendConfig`."""
 
     enabled: bool = True
@@ -61,7 +61,7 @@ class Body(_Object):
     stop: _STOP | Annotated[list[_STOP], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    hfblend: Blend = Blend()
+    hfblend: BlendOptions = BlendOptions()
     # Accepted, and without effect on the answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -88,7 +88,7 @@ class CacheControl(_Lenient):
     type: Literal["ephemeral"]
 
 
-class Part(_Object):
+class TextPart(_Object):
     """A part of a message; with `cache_control`, it is a chunk."""
 
     type: Literal["text"]
@@ -121,7 +121,7 @@ class Tool(_Object):
 
 class Message(_Object):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | list[TextPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
