@@ -29,7 +29,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
-from transformers.generation.continuous_batching.utils import get_device_and_memory_breakdown
+from transformers.generation.continuous_batching.utils import CudaGraphBuffer, get_device_and_memory_breakdown
 
 from ..config import BlendConfig
 from ..generate.blending import Blending
@@ -39,6 +39,7 @@ from ..store import Store, left_by, store_at
 from ..support.registry import model_of
 from . import attention
 from .request import Request, checked
+from .sampling import Sampler, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +174,18 @@ class _BlendingScheduler(FIFOScheduler):
         self.engine.counts[counted_as] += 1
 
 
+class _Graphs(CudaGraphBuffer):
+    """Stock's CUDA graphs, one more for each kind of step of the sampler."""
+
+    sampler: Sampler
+
+    def get_graph(self, key: tuple[int, ...]) -> Any:
+        return super().get_graph((*key, self.sampler.step))
+
+    def set_graph(self, key: tuple[int, ...], graph: Any) -> None:
+        super().set_graph((*key, self.sampler.step), graph)
+
+
 class _Router(OutputRouter):
     """Gives outputs their request's `trace` and `num_matched`, and forgets a request at its end.
 
@@ -208,13 +221,14 @@ class Engine(ContinuousBatchingManager):
         model: a causal LM in eval mode, not patched.
         store: of chunk KV: a store, a folder or a URL; default, a new `MemoryStore`.
         config: default `BlendConfig()`; a request may bring its own.
-        generation_config: of all requests; default the model's.
+        generation_config: of all requests; default the model's. A request may bring its own sampling settings.
         max_bytes: of the model's device, for blocks, a step's tensors and the chunk KV that a `MemoryStore` may keep
             there, together; a number or `"16GB"`. Default: 80 % of what is free.
         options: of `transformers.ContinuousBatchingConfig`.
 
     Attributes:
         requests: by id, from `add_request` to the last output.
+        sampling: settings of requests that bring none; greedy, if the generation config's `do_sample` is off.
         capacity: tokens of the longest possible request, its answer included; known after `start`.
         counts: prompts `"blended"`, `"matched"` (with blocks of an equal one), `"failed"` (prefilled in full after an
             error), and how often the engine was `"rebuilt"`.
@@ -240,11 +254,14 @@ class Engine(ContinuousBatchingManager):
         generation_config = copy.deepcopy(generation_config or base.generation_config)
         if (generation_config.num_return_sequences or 1) > 1:
             raise ValueError("The engine gives one answer a request: add a prompt once for each answer.")
+        self.sampling = Sampling.of(generation_config)
+        generation_config.do_sample = False  # stock takes the argmax of the sampler's logits, and warps none itself
         options = {"max_memory_percent": self._share_of_free(max_bytes), **options, "scheduler_type": "hfblend"}
         SCHEDULER_MAPPING["hfblend"] = _BlendingScheduler
         super().__init__(base, generation_config, ContinuousBatchingConfig(**options))
         if self.model.config._attn_implementation == attention.NAME:
             self._decode_with_tables(options)
+        self.logit_processor: Any = Sampler(self.logit_processor)
         self.output_router = _Router()
         self.output_router.requests = self.requests
 
@@ -287,19 +304,29 @@ class Engine(ContinuousBatchingManager):
 
     def add_request(
         self, input_ids: Prompt | Sequence[int], request_id: str | None = None, max_new_tokens: int | None = None,
-        *args: Any, config: BlendConfig | None = None, **options: Any,
+        *args: Any, config: BlendConfig | None = None, temperature: float | None = None, top_p: float | None = None,
+        top_k: int | None = None, seed: int | None = None, **options: Any,
     ) -> str:  # fmt: skip
         """Adds a request, of a prompt or of plain ids, and returns its id.
 
         Args:
             max_new_tokens: default, the generation config's, or as many as there is room for.
             config: of this request. Its `namespace` keeps chunks and blocks apart from those of others.
+            temperature: 0 takes the most probable token; default `engine.sampling`'s, as for the next two.
+            top_p: draws from the most probable tokens that have this much probability together; 1 from all.
+            top_k: draws from this many most probable tokens; 0 from all.
+            seed: with the same one, the same prompt and settings draw the same tokens, whichever requests run
+                meanwhile: unless their logits differ in the last bits, as they may between batches. Default, random.
             args, options: as stock's: `streaming`, `eos_token_id`, ….
 
         Raises:
             EngineDown: try again soon.
-            ValueError: ids that the model does not have, an id in use, a request larger than all blocks.
+            ValueError: ids that the model does not have, an id in use, a request larger than all blocks, a sampling
+                setting out of its range.
         """
+        sampling = self.sampling.but(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        if sampling.step and self.continuous_batching_config.return_logprobs:
+            raise ValueError("The engine has log-probabilities of greedy requests only: use temperature=0.")
         request = Request.of(self.hf_model, input_ids, self.config if config is None else config)
         if self.background_thread_status.can_accept_new_requests() is not None or not self.is_running():
             raise EngineDown("The engine is not running: it is not started, is stopping, or is being rebuilt.")
@@ -313,6 +340,7 @@ class Engine(ContinuousBatchingManager):
         if self.requests.setdefault(request_id, request) is not request:
             raise ValueError(f"A request {request_id!r} is running; wait for its end, or take another id.")
         try:
+            options["sampling"] = sampling  # stock hands it to the sampler, as it does other keywords
             if super().add_request(request.prompt.ids, request_id, wanted or room, *args, **options) is None:
                 raise EngineDown("The engine has just gone down.")
         except BaseException:
@@ -360,6 +388,9 @@ class Engine(ContinuousBatchingManager):
         processor.cache.__class__, processor.cache.requests = _SaltedCache, self.requests
         processor.cache.page_size = self.continuous_batching_config.page_size
         processor.scheduler.engine, processor.scheduler.stream = self, processor.inputs_and_outputs.compute_stream
+        for pair in getattr(processor.inputs_and_outputs, "io_pairs", [processor.inputs_and_outputs]):
+            graphs = getattr(pair, "device_io", pair).graphs
+            graphs.__class__, graphs.sampler = _Graphs, self.logit_processor
         return processor
 
     def _supervise(self) -> None:
