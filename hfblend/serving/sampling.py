@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _NARROW = 1024  # logits that a top-k takes where it can: a sort of a large vocabulary costs ten times as much
 _ALL = 2**31 - 1  # top_k of those who keep all
-_RANGES = (
+_RANGES: tuple[tuple[str, Any, int, int, str], ...] = (
     ("temperature", Real, 0, 1000, "a number from 0 (greedy) to 1000"),
     ("top_p", Real, 0, 1, "a number from 0 to 1 (all tokens)"),
     ("top_k", Integral, 0, _ALL, "an integer from 0 (all tokens) up"),
@@ -102,7 +102,7 @@ class Sampling:
         return Step.DRAW if self.top_p == 1 else Step.SORT
 
     def packed(self, position: int) -> bytes:
-        """The row of a tensor of int32: temperature and top-p as floats, top-k, and 64 bits for the noise."""
+        """Five int32: temperature and top-p as floats, top-k, and two for the noise."""
         if self.step is Step.GREEDY:
             return struct.pack("=ffiii", 0.0, math.inf, _ALL, 0, 0)
         top_p = math.inf if self.top_p == 1 else self.top_p
@@ -117,7 +117,12 @@ _GREEDY = Sampling()
 
 
 def noise(factor: torch.Tensor, offset: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns Gumbel noise (R, V) of two int32 numbers of each row: lowbias32, a hash, of odd multiples of the ids.
+    """Returns Gumbel noise (R, V) of two int32 numbers of each row."""
+    return gumbel(hashed(factor, offset, count))
+
+
+def hashed(factor: torch.Tensor, offset: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns uniform int32 numbers (R, V): lowbias32, a hash, of odd multiples of the ids.
 
     Source: https://nullprogram.com/blog/2018/07/31/
     """
@@ -125,7 +130,7 @@ def noise(factor: torch.Tensor, offset: torch.Tensor, count: int) -> torch.Tenso
     for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
         bits ^= (bits >> shift).bitwise_and_((1 << (32 - shift)) - 1)  # `>>` alone repeats the sign
         bits *= multiplier
-    return gumbel(bits)
+    return bits
 
 
 def gumbel(bits: torch.Tensor) -> torch.Tensor:
@@ -168,8 +173,13 @@ def _lowest_of(
     return kept, is_all | (is_there & ((top_k <= width) | (top_k == _ALL)))
 
 
+def as_rows(packed: list[bytes]) -> torch.Tensor:
+    """Returns an int32 tensor (5, R) of the settings of R requests."""
+    return torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.int32).view(len(packed), -1).T
+
+
 def perturbed(scores: torch.Tensor, rows: torch.Tensor, step: Step) -> torch.Tensor:
-    """Returns logits (R, V) whose argmax are the next tokens, for rows (5, R) as `Sampling.packed` has them."""
+    """Returns logits (R, V) whose argmax are the next tokens, for rows (5, R) of `as_rows`."""
     if step is Step.GREEDY:
         return scores
     temperature, top_p = rows[:2].view(torch.float32).unsqueeze(-1)
@@ -193,7 +203,7 @@ class Sampler:
     """
 
     do_processing = True
-    _rows = 5
+    _rows = 5  # of int32: those of `as_rows`
 
     def __init__(self, processors: Any) -> None:
         self.processors = processors
@@ -205,7 +215,7 @@ class Sampler:
 
     def fill_defaults(self, storage: torch.Tensor) -> None:
         self.processors.fill_defaults(storage[: -self._rows])
-        storage[-self._rows :].zero_()  # greedy
+        storage[-self._rows :] = as_rows([_GREEDY.packed(0)]).to(storage.device)
 
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: torch.Tensor) -> torch.Tensor:
         """Writes the settings of requests that get a token now. A warm-up's requests have none: they are greedy."""
@@ -218,8 +228,7 @@ class Sampler:
         ]
         self.step = max((sampling.step for sampling, _ in drawn), default=Step.GREEDY)
         if drawn:
-            packed = bytearray(b"".join(sampling.packed(position) for sampling, position in drawn))
-            rows = torch.frombuffer(packed, dtype=torch.int32).view(-1, self._rows).T
+            rows = as_rows([sampling.packed(position) for sampling, position in drawn])
             arg_storage[-self._rows :, : len(drawn)] = rows.to(arg_storage.device)
         return arg_storage
 
