@@ -531,3 +531,27 @@ def test_each_kind_of_step_has_its_own_graphs():
             assert ios.get_graph() is graph
         sampler.step = Step.GREEDY
         assert ios.get_graph().step is Step.GREEDY
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", list(Step)[1:])
+def test_a_cuda_graph_draws_what_a_cpu_draws(step):
+    """The graph is captured with greedy rows, and replayed with others."""
+    settings = {Step.DRAW: {}, Step.TOP: {"top_k": 50, "top_p": 0.9}, Step.SORT: {"top_p": 0.9}}[step]
+    scores = 3 * torch.randn(8, 151936, generator=torch.Generator().manual_seed(0))
+    rows = rows_of(*((Sampling(0.8, seed=i, **settings), 50 + i) for i in range(8)))
+    static_scores, static_rows = scores.cuda(), rows_of(*[(Sampling(), 0)] * 8).cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(perturbed(static_scores, static_rows, step).argmax(-1).cpu(), scores.argmax(-1))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = perturbed(static_scores, static_rows, step).argmax(-1)
+    for shift in range(10):
+        static_scores.copy_(scores.roll(shift, 0))
+        static_rows.copy_(rows.roll(shift, 1))
+        graph.replay()
+        expected = perturbed(scores, rows, step).argmax(-1).roll(shift, 0)
+        assert torch.equal(drawn.cpu(), expected)

@@ -1,11 +1,14 @@
 """Serving: blended prompts in Transformers' own continuous batching, after the app of `transformers serve`.
 
-request.py  whether a prompt is blended, and what its blocks are found under
-engine.py   continuous batching, which no other file knows
-schema.py   bodies of requests, checked, and OpenAI's form of errors
-prompts.py  prompts of bodies, with their chunks
-caller.py   who asks
-app.py      the server, which alone knows `transformers.cli.serving`
+request.py    whether a prompt is blended, and what its blocks are found under
+sampling.py   temperature, top-p, top-k and seed of each request
+attention.py  attention over blocks on a GPU without flash-attn
+engine.py     continuous batching, which no other file knows
+schema.py     bodies of requests, checked, and OpenAI's form of errors
+prompts.py    prompts of bodies, with their chunks
+app.py        the server, which alone knows `transformers.cli.serving`
+gate.py       the layer around it: keys, limits, deadlines, cancellation, metrics
+caller.py     who asks, told by the gate to the app
 """
 
 from importlib.metadata import version

@@ -159,16 +159,17 @@ def _lowest_of(
     scores: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Looks for the least logits among the `width` largest ones; returns whether they suffice, too."""
-    top = scores.topk(min(width, scores.size(-1))).values  # (R, W), descending
-    in_top_k = torch.arange(top.size(-1), device=scores.device) < top_k
+    is_part = width < scores.size(-1)
+    top = scores.topk(width).values if is_part else scores.sort(descending=True).values  # (R, W)
+    is_beyond = torch.arange(top.size(-1), device=scores.device) >= top_k
     scale = temperature.clamp_min(torch.finfo(torch.float32).tiny)
-    weights = ((top - top[:, :1]) / scale).exp().where(in_top_k, 0.0)  # probabilities, but for a factor
+    weights = ((top - top[:, :1]) / scale).exp().masked_fill_(is_beyond, 0.0)  # probabilities, but for a factor
     of_all = ((scores - top[:, :1]) / scale).exp().sum(-1, keepdim=True)
     total = weights.sum(-1, keepdim=True).where(top_k < _ALL, of_all)
-    before = ((weights.cumsum(-1) < top_p * total) & in_top_k).sum(-1, keepdim=True)
+    before = ((weights.cumsum(-1) < top_p * total) & ~is_beyond).sum(-1, keepdim=True)
     last = torch.minimum(before, top_k - 1)
     is_there = last < top.size(-1)
-    kept = top.gather(-1, last.clamp_max(top.size(-1) - 1)).where(is_there, -torch.inf)
+    kept = top.gather(-1, last.clamp_max(top.size(-1) - 1)).masked_fill_(~is_there, -torch.inf)
     is_all = (top_k == _ALL) & top_p.isinf()
     return kept, is_all | (is_there & ((top_k <= width) | (top_k == _ALL)))
 
