@@ -26,8 +26,8 @@ from transformers.generation.continuous_batching import input_outputs, model_run
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
 from hfblend.serving import sampling as module
-from hfblend.serving.engine import Engine, _Graphs
-from hfblend.serving.sampling import Sampler, Sampling, Step, as_rows, gumbel, hashed, noise, perturbed
+from hfblend.serving.engine import Engine
+from hfblend.serving.sampling import Sampler, Sampling, Step, _Graphs, as_rows, gumbel, hashed, noise, perturbed
 
 PAGE = 16
 ROOMY = {"page_size": PAGE, "num_blocks": 128, "max_batch_tokens": 256}
@@ -446,6 +446,7 @@ def test_a_request_with_an_unknown_setting_fails_alone():
 
 def test_the_sampler_has_what_is_called_of_the_stock_processors():
     public = {name for name in vars(ContinuousBatchingLogitsProcessorList) if not name.startswith("_")}
+    assert vars(input_outputs.CudaGraphBuffer).keys() - {"__init__", "__del__"} >= {"get_graph", "set_graph"}
     assert public == {"check_kwargs", "clear", "fill_defaults", "prepare_tensor_args"}
     stock = ContinuousBatchingLogitsProcessorList([])
     assert set(vars(stock)) == {
@@ -455,7 +456,7 @@ def test_the_sampler_has_what_is_called_of_the_stock_processors():
         "ignored_keys",
         "do_processing",
     }
-    sampler = Sampler(stock)
+    sampler = Sampler(stock, Sampling())
     assert sampler.do_processing
     assert sampler.tensors_required == 5
 
@@ -531,6 +532,18 @@ def test_each_kind_of_step_has_its_own_graphs():
             assert ios.get_graph() is graph
         sampler.step = Step.GREEDY
         assert ios.get_graph().step is Step.GREEDY
+        assert isinstance(ios.graphs, _Graphs)
+        assert not isinstance(ios.graphs.graphs, _Graphs)  # made at the warm-up, and kept at the start
+
+
+def test_a_warm_up_takes_the_steps_of_the_default_settings():
+    """So that a GPU has recorded their graphs before the first request."""
+    made_up = requests.RequestState("made up", [0])
+    batch, storage = [requests.FutureRequestState(made_up, True, {}, 1)], torch.zeros(5, 1, dtype=torch.int32)
+    for default, step in ((Sampling(), Step.GREEDY), (Sampling(0.6, 0.9, 20), Step.TOP)):
+        sampler = Sampler(ContinuousBatchingLogitsProcessorList([]), default)
+        sampler.prepare_tensor_args(requests_in_batch=batch, arg_storage=storage)
+        assert sampler.step is step
 
 
 @pytest.mark.gpu
@@ -555,3 +568,15 @@ def test_a_cuda_graph_draws_what_a_cpu_draws(step):
         graph.replay()
         expected = perturbed(scores, rows, step).argmax(-1).roll(shift, 0)
         assert torch.equal(drawn.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_draws_in_graphs():
+    options = {"page_size": 64, "num_blocks": 256, "max_batch_tokens": 512, "max_requests_per_batch": 4}
+    with running(make_llama(dtype=torch.bfloat16).to("cuda"), **options) as engine:
+        greedy = answers(engine, (PROMPT.ids, {}))[0]  # from here on all find the same blocks, and round alike
+        drawn = [answers(engine, (PROMPT.ids, settings))[0] for settings in SEEDED]
+        assert [answers(engine, (PROMPT.ids, settings))[0] for settings in SEEDED] == drawn
+        assert len({tuple(tokens) for tokens in [greedy, *drawn]}) == len(SEEDED) + 1
+        pairs = engine.batch_processor.inputs_and_outputs.io_pairs
+        assert {key[-1] for pair in pairs for key in pair.device_io.graphs.graphs._storage} == set(Step)

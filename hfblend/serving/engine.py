@@ -29,7 +29,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
-from transformers.generation.continuous_batching.utils import CudaGraphBuffer, get_device_and_memory_breakdown
+from transformers.generation.continuous_batching.utils import get_device_and_memory_breakdown
 
 from ..config import BlendConfig
 from ..generate.blending import Blending
@@ -174,18 +174,6 @@ class _BlendingScheduler(FIFOScheduler):
         self.engine.counts[counted_as] += 1
 
 
-class _Graphs(CudaGraphBuffer):
-    """Stock's CUDA graphs, one more for each kind of step of the sampler."""
-
-    sampler: Sampler
-
-    def get_graph(self, key: tuple[int, ...]) -> Any:
-        return super().get_graph((*key, self.sampler.step))
-
-    def set_graph(self, key: tuple[int, ...], graph: Any) -> None:
-        super().set_graph((*key, self.sampler.step), graph)
-
-
 class _Router(OutputRouter):
     """Gives outputs their request's `trace` and `num_matched`, and forgets a request at its end.
 
@@ -261,7 +249,7 @@ class Engine(ContinuousBatchingManager):
         super().__init__(base, generation_config, ContinuousBatchingConfig(**options))
         if self.model.config._attn_implementation == attention.NAME:
             self._decode_with_tables(options)
-        self.logit_processor: Any = Sampler(self.logit_processor)
+        self.logit_processor: Any = Sampler(self.logit_processor, self.sampling)
         self.output_router = _Router()
         self.output_router.requests = self.requests
 
@@ -388,9 +376,7 @@ class Engine(ContinuousBatchingManager):
         processor.cache.__class__, processor.cache.requests = _SaltedCache, self.requests
         processor.cache.page_size = self.continuous_batching_config.page_size
         processor.scheduler.engine, processor.scheduler.stream = self, processor.inputs_and_outputs.compute_stream
-        for pair in getattr(processor.inputs_and_outputs, "io_pairs", [processor.inputs_and_outputs]):
-            graphs = getattr(pair, "device_io", pair).graphs
-            graphs.__class__, graphs.sampler = _Graphs, self.logit_processor
+        self.logit_processor.keeps_apart_graphs_of(processor.inputs_and_outputs)
         return processor
 
     def _supervise(self) -> None:

@@ -197,17 +197,18 @@ def perturbed(scores: torch.Tensor, rows: torch.Tensor, step: Step) -> torch.Ten
 class Sampler:
     """Stands where the engine has Transformers' logits processors: calls those, and draws from their logits.
 
-    The engine then takes the argmax. Requests bring their settings as the keyword argument `sampling`.
+    The engine then takes the argmax. Requests bring their settings as the keyword argument `sampling`; those that a
+    warm-up makes up have the default ones.
 
     Attributes:
-        step: of the batch that was prepared last. A CUDA graph cannot branch: each kind of step needs its own one.
+        step: of the batch that was prepared last.
     """
 
     do_processing = True
     _rows = 5  # of int32: those of `as_rows`
 
-    def __init__(self, processors: Any) -> None:
-        self.processors = processors
+    def __init__(self, processors: Any, default: Sampling) -> None:
+        self.processors, self.default = processors, default
         self.tensors_required = processors.tensors_required + self._rows
         self.step = Step.GREEDY
 
@@ -219,11 +220,11 @@ class Sampler:
         storage[-self._rows :] = as_rows([_GREEDY.packed(0)]).to(storage.device)
 
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: torch.Tensor) -> torch.Tensor:
-        """Writes the settings of requests that get a token now. A warm-up's requests have none: they are greedy."""
+        """Writes the settings of requests that get a token now."""
         self.processors.prepare_tensor_args(requests_in_batch, arg_storage)
         # The position is that of the new token: unlike the list of tokens it is right while a step is in flight.
         drawn = [
-            (request.state.logit_processor_kwargs.get("sampling", _GREEDY), request.state.position_offset)
+            (request.state.logit_processor_kwargs.get("sampling", self.default), request.state.position_offset)
             for request in requests_in_batch
             if request.has_new_token
         ]
@@ -236,3 +237,23 @@ class Sampler:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
         scores = self.processors(input_ids, scores, storage)
         return perturbed(scores, storage[-self._rows :, : scores.size(0)], self.step)
+
+    def keeps_apart_graphs_of(self, inputs_and_outputs: Any) -> None:
+        """Has the engine record and replay a separate CUDA graph for each kind of step: a graph cannot branch."""
+        for pair in getattr(inputs_and_outputs, "io_pairs", [inputs_and_outputs]):  # pairs, if batches are asynchronous
+            held = getattr(pair, "device_io", pair)
+            if not isinstance(held.graphs, _Graphs):
+                held.graphs = _Graphs(held.graphs, self)
+
+
+class _Graphs:
+    """Stock's CUDA graphs by sizes of a step, and also by its kind."""
+
+    def __init__(self, graphs: Any, sampler: Sampler) -> None:
+        self.graphs, self.sampler = graphs, sampler
+
+    def get_graph(self, key: tuple[int, ...]) -> Any:
+        return self.graphs.get_graph((*key, self.sampler.step))
+
+    def set_graph(self, key: tuple[int, ...], graph: Any) -> None:
+        self.graphs.set_graph((*key, self.sampler.step), graph)
