@@ -84,6 +84,9 @@ def test_a_request_changes_what_it_names_and_has_a_new_seed():
 def test_settings_that_are_not_applied_are_named(caplog):
     Sampling.of(GenerationConfig(do_sample=True, min_p=0.1, typical_p=0.9))
     assert "min_p, typical_p are not applied" in caplog.text
+    caplog.clear()
+    Sampling.of(GenerationConfig(do_sample=True, typical_p=1.0, epsilon_cutoff=0.0))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class Sampling:
     def of(cls, generation_config: Any) -> Sampling:
         """The settings of a generation config: greedy, if its `do_sample` is off."""
         samples, values = bool(generation_config.do_sample), vars(generation_config)
-        if samples and (names := [name for name in _NOT_APPLIED if values.get(name)]):
+        if samples and (names := [name for name in _NOT_APPLIED if values.get(name) not in (None, 0, 1)]):
             logger.warning("The generation config's %s are not applied in serving.", ", ".join(names))
         temperature, top_p, top_k = (values.get(name) for name in ("temperature", "top_p", "top_k"))
         return cls(
