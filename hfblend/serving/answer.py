@@ -19,10 +19,11 @@ class Answer:
     """What a client gets, from the app or, as `fail`, from the gate.
 
     Errors of the app are held until they are whole, and get OpenAI's form. A whole stream ends with `[DONE]`; one with
-    an error does not, so that `[DONE]` says that nothing is missing.
+    an error does not, so that `[DONE]` says that nothing is missing. The end of a stream waits until the app returns:
+    `BaseHTTPMiddleware` ends a stream that failed as if it were whole, and raises only then.
 
     Attributes:
-        is_whole: all of it was sent.
+        is_whole: the app has given all of it.
         is_closed: to the app.
     """
 
@@ -62,11 +63,17 @@ class Answer:
             if not more:
                 await self._answer(head["status"], checks.in_openai_form(head["status"], bytes(self._held)),
                                    MutableHeaders(raw=head["headers"]))  # fmt: skip
-            return
-        if self._events is not None:
+        elif self._events is not None:
             self._events.add(body)
-            body += b"" if more else self._events.ending()
-        await self._write(body, more)
+            await self._write(body, True)
+        else:
+            await self._write(body, more)
+        self.is_whole = not more
+
+    async def finish(self) -> None:
+        """Ends a whole answer, once the app has returned."""
+        if self._events is not None:
+            await self._write(self._events.ending(), False)
 
     async def fail(self, refused: Refused) -> None:
         """Sends an error in the way that is left; if none is, the server closes the connection in mid-answer."""
@@ -74,7 +81,7 @@ class Answer:
             if not self._is_started:
                 headers = MutableHeaders({**refused.headers, "x-request-id": self._id})
                 await self._answer(refused.status, refused.body, headers)
-            elif self._events is not None and not self.is_whole:
+            elif self._events is not None:
                 await self._write(b"\n\ndata: " + refused.body + b"\n\n", False)  # after an event cut short, too
 
     async def _answer(self, status: int, body: bytes, headers: MutableHeaders) -> None:
@@ -91,7 +98,6 @@ class Answer:
         if body:
             self._watched.byte_sent()
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        self.is_whole = not more
 
 
 class _Events:

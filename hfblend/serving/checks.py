@@ -199,7 +199,7 @@ def parse_api_keys(text: str, source: str = KEYS_VARIABLE) -> dict[str, str]:
         ValueError: an entry of another form, or a key twice. Messages count entries and never show a key.
     """
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    entries = [entry.strip() for line in lines for entry in line.split(",") if line.strip()]
+    entries = [entry for line in lines for entry in map(str.strip, line.split(",")) if entry]
     keys: dict[str, str] = {}
     for i, entry in enumerate(entries, 1):
         key, equals, namespace = entry.rpartition("=")  # a key may end with =

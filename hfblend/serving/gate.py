@@ -234,7 +234,7 @@ class _Exchange:
         caller.reset(token)
         try:
             await asyncio.wait({task, leaving}, timeout=self._left_s(), return_when=asyncio.FIRST_COMPLETED)
-            if self.answer.is_whole:  # the server calls that a disconnect, too; the app may have something to tidy up
+            if self.answer.is_whole:  # servers call that a disconnect, too; the app may have something to tidy up
                 await asyncio.wait({task}, timeout=self._left_s())
         finally:
             self.answer.is_closed = True
@@ -275,3 +275,4 @@ class _Exchange:
             await self.answer.fail(Refused(504, "The deadline of this request has passed.", x_should_retry="false"))
         else:
             self.watched.outcome = "answered"
+            await self.answer.finish()
