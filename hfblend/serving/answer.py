@@ -70,10 +70,11 @@ class Answer:
             await self._write(body, more)
         self.is_whole = not more
 
-    async def finish(self) -> None:
+    async def finish(self, within_s: float) -> None:
         """Ends a whole answer, once the app has returned."""
-        if self._events is not None:
-            await self._write(self._events.ending(), False)
+        with anyio.move_on_after(max(within_s, _LAST_WORD_S)):
+            if self._events is not None:
+                await self._write(self._events.ending(), False)
 
     async def fail(self, refused: Refused) -> None:
         """Sends an error in the way that is left; if none is, the server closes the connection in mid-answer."""

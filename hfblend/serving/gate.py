@@ -58,7 +58,7 @@ class GateSettings:
 
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     metrics_key: str | None = field(default=None, repr=False)
-    max_body_bytes: int = 8 << 20
+    max_body_bytes: int = 4 << 20
     max_depth: int = 64
     read_timeout_s: float = 30.0
     max_requests: int = 64
@@ -275,4 +275,4 @@ class _Exchange:
             await self.answer.fail(Refused(504, "The deadline of this request has passed.", x_should_retry="false"))
         else:
             self.watched.outcome = "answered"
-            await self.answer.finish()
+            await self.answer.finish(self._left_s())

@@ -148,11 +148,11 @@ class _EngineNumbers:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         try:
-            numbers = dict(self._numbers())
+            numbers = {name: float(value) for name, value in self._numbers().items()}
         except Exception:
             logger.warning("The engine gave no numbers for metrics.", exc_info=True)
             return
         for name, value in numbers.items():
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             name = "hfblend_engine_" + re.sub(r"\W", "_", name, flags=re.ASCII)
-            yield kind(name, f"{name} of the engine.", value=float(value))
+            yield kind(name, f"{name} of the engine.", value=value)
