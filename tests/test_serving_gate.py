@@ -85,7 +85,7 @@ def raw_app(notes):
             notes.seen.append(scope["type"])
             return
         body = json.loads((await receive())["body"] or b"{}")
-        with notes.of(body, dict(scope["headers"])):
+        with notes.of(body, scope["headers"]):
             await notes.do(body.get("do"))
             if body.get("do") == "silent":
                 return
@@ -480,6 +480,7 @@ async def test_slow_clients_get_a_408_and_no_place_for_long(more):
         assert (await there.client.post(CHAT, json={}, headers={"x-api-key": "key1"})).status_code == 429
         answer = await asyncio.wait_for(reader.read(), 10)  # the server closes
         assert answer.startswith(b"HTTP/1.1 408")
+        assert b"\r\nconnection: close\r\n" in answer
         assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["code"] == "request_timeout"
         writer.close()
         assert (await there.client.post(CHAT, json={}, headers={"x-api-key": "key1"})).status_code == 200
@@ -774,7 +775,7 @@ async def test_request_ids_are_the_client_s_if_they_are_safe():
         got = response.headers["x-request-id"]
         is_safe = given_id in (b"my-id_1.2", b"a" * 64)
         assert (got == given_id.decode("latin-1")) == is_safe
-        assert notes.seen[-1][2][b"x-request-id"] == got.encode()
+        assert [value for name, value in notes.seen[-1][2] if name == b"x-request-id"] == [got.encode()]
         assert len(got) <= 64
     first, second = [await client.post(CHAT, json={}) for _ in range(2)]
     assert first.headers["x-request-id"] != second.headers["x-request-id"]
