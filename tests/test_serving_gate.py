@@ -70,6 +70,9 @@ class Notes:
             await self.release.wait()
         elif what == "fail":
             raise RuntimeError(SECRET)
+        elif what == "overhear":
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.get_running_loop().create_future()
         elif what == "cling":  # to its life
             for _ in range(2):
                 with contextlib.suppress(asyncio.CancelledError):
@@ -197,6 +200,17 @@ async def until(is_so, seconds=10.0):
             return
         await asyncio.sleep(0.01)
     raise AssertionError("It did not come to be in time.")
+
+
+async def ask_directly(gate, body, send):
+    """Gives a gate a request, and then a client that stays."""
+    bodies = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+    async def receive():
+        return bodies.pop() if bodies else await asyncio.get_running_loop().create_future()
+
+    headers = [(b"content-type", b"application/json")]
+    await gate({"type": "http", "method": "POST", "path": CHAT, "headers": headers}, receive, send)
 
 
 def as_request(body, path=CHAT, more=""):
@@ -592,19 +606,26 @@ async def test_a_client_that_does_not_read_is_given_up_at_the_deadline(monkeypat
 @in_loop
 async def test_an_end_that_nobody_reads_holds_no_place(monkeypatch, body):
     monkeypatch.setattr("hfblend.serving.answer._LAST_WORD_S", 0.1)
-    gate, text = Gate(raw_app(Notes()), GateSettings(timeout_s=0.5)), json.dumps(body).encode()
-    bodies = [{"type": "http.request", "body": text}]
-
-    async def receive():
-        return bodies.pop() if bodies else await asyncio.get_running_loop().create_future()
+    gate = Gate(raw_app(Notes()), GateSettings(timeout_s=0.5))
 
     async def send(message):
         if message["type"] == "http.response.body" and not message["more_body"]:
             await asyncio.get_running_loop().create_future()
 
-    headers = [(b"content-type", b"application/json")]
-    await gate({"type": "http", "method": "POST", "path": CHAT, "headers": headers}, receive, send)
+    await ask_directly(gate, body, send)
     assert gate._inside.total() == 0
+
+
+@in_loop
+async def test_an_app_cannot_speak_after_its_deadline():
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    await ask_directly(Gate(raw_app(Notes()), GateSettings(timeout_s=0.5)), {"do": "overhear"}, send)
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[0]["status"] == 504
 
 
 # --- clients that leave -----------------------------------------------------------------------------------------------
