@@ -94,6 +94,7 @@ def raw_app(notes):
                 return
             kind = body.get("kind", "text/event-stream; charset=utf-8" if "pieces" in body else "application/json")
             headers = [(b"content-type", kind.encode()), (b"x-of-app", b"yes")]
+            headers += [(name.encode(), value.encode()) for name, value in body.get("headers", {}).items()]
             await send({"type": "http.response.start", "status": body.get("status", 200), "headers": headers})
             for piece in body.get("pieces", ()):
                 await send({"type": "http.response.body", "body": piece.encode(), "more_body": True})
@@ -728,6 +729,21 @@ async def test_a_whole_stream_ends_with_done(pieces, end):
         assert (await client.post(path, json={"pieces": pieces})).text == "".join(pieces) + end
     assert (await client.post("/v1/responses", json={"pieces": pieces})).text.strip() == "".join(pieces).strip()
     assert (await client.post(CHAT, json={"pieces": pieces, "kind": "text/plain"})).text == "".join(pieces)
+
+
+@in_loop
+async def test_headers_of_the_app_fit_what_is_sent():
+    client, _ = inside(raw_app(Notes()))
+    body = {"pieces": [EVENT], "headers": {"content-length": str(len(EVENT))}}
+    response = await client.post(CHAT, json=body)
+    assert response.text == EVENT + DONE
+    assert "content-length" not in response.headers
+    response = await client.post(CHAT, json={**body, "headers": {"content-encoding": "identity"}})
+    assert response.text == EVENT  # what may be compressed is not touched
+    response = await client.post(CHAT, json={"status": 404, "text": "", "headers": {"content-encoding": "gzip"}})
+    assert error_of(response, 404) == "Not Found"
+    response = await client.post(CHAT, json={**body, "status": 404})
+    assert response.text == EVENT  # no whole answer
 
 
 @APPS
