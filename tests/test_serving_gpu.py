@@ -95,3 +95,21 @@ def test_models_that_attend_otherwise_keep_their_attention():
     with Engine(model, MemoryStore(), config(0.2), **ROOMY) as engine:
         assert engine.model.config._attn_implementation == "sdpa"
         assert result_of(engine, PROMPTS[0]).trace.blended
+
+
+def test_sampled_requests_have_graphs_of_their_own():
+    """Each kind of sampling is recorded at its first step; a seed draws the same tokens again."""
+    model = make_llama(dtype=torch.bfloat16).to("cuda")
+    kinds = [{}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 5}, {"temperature": 0.9, "top_p": 0.8}]
+    answers = []
+    with Engine(model, MemoryStore(), config(0.2), **ROOMY) as engine:
+        assert result_of(engine, PROMPTS[0]).trace.blended
+        for _ in range(2):
+            for kind in kinds:
+                result = result_of(engine, PROMPTS[0], max_new_tokens=20, **({"seed": 7, **kind} if kind else {}))
+                answers.append(result.generated_tokens)
+        mixed = [engine.add_request(PROMPTS[i], max_new_tokens=20, **kind) for i, kind in enumerate(kinds)]
+        assert all(result.error is None for result in results_of(engine, mixed).values())
+        assert all_blocks_are_free(engine)
+    assert answers[:4] == answers[4:]
+    assert len({tuple(answer) for answer in answers}) == len(kinds)
