@@ -63,7 +63,7 @@ notebooks-run: $(VENV)/.notebooks
 	$(BIN)/jupytext --quiet --to ipynb --execute examples/notebooks/*.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest
+	rm -rf $(VENV) $(VENV)-oldest*
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
