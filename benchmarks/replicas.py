@@ -69,7 +69,8 @@ def replica(number: int, replicas: int, args: Any, folder: Path, barrier: Any, r
     precompute(model, [[5] * 512] * 2, store=MemoryStore())  # compiles
     barrier.wait()
     results.put(("chunks/s", args.chunks / stored(model, args, folder, share)))
-    results.put(("requests/s", args.requests / answered(model, args, share, barrier)))
+    if args.requests:
+        results.put(("requests/s", args.requests / answered(model, args, share, barrier)))
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def dump(key: str, chunk_kv: ChunkKV, kv_dtype: str | None = None) -> bytes:
     With a `kv_dtype`, KV is in 8 bits, if all of it is finite and of one dtype. Quantised KV is kept in no other form.
     """
     layers = [rows_of(chunk_kv.layer(i)).cpu().contiguous() for i in range(chunk_kv.num_layers)]
-    if len({rows.dtype for rows in layers}) > 1 or not all(map(can_be_quantised, layers)):
+    if kv_dtype is not None and not (len({rows.dtype for rows in layers}) == 1 and all(map(can_be_quantised, layers))):
         kv_dtype = None
     if not takes(kv_dtype, chunk_kv.quantised):
         raise ValueError(f"KV that was quantised to {chunk_kv.quantised} cannot be kept as {kv_dtype or 'computed'}.")
