@@ -17,9 +17,19 @@ from .options import Correction, Device, DType, KeptIn, Ratio, Rule
 
 if TYPE_CHECKING:
     from ..serving.engine import Engine
+    from ..serving.gate import GateSettings
     from ..store import Store
 
 _GRACE_S = 5  # after Ctrl-C, for answers to end
+
+ApiKeys = Annotated[
+    Path | None, Option(help="File with a key=namespace a line; each namespace has its own chunks.", exists=True,
+                        dir_okay=False, show_default="$HFBLEND_API_KEYS, else open to all")
+]  # fmt: skip
+MetricsKey = Annotated[
+    str | None, Option(help="Key that opens /metrics, and nothing else.", envvar="HFBLEND_METRICS_KEY",
+                       show_default="open without API keys, else shut")
+]  # fmt: skip
 
 
 def serve(
@@ -45,6 +55,12 @@ def serve(
     min_reused_tokens: Annotated[int, Option(help="Prompts with fewer chunk tokens are not blended.", min=0)] = 256,
     device: Device = None,
     dtype: DType = None,
+    api_keys: ApiKeys = None,
+    metrics_key: MetricsKey = None,
+    max_requests: Annotated[int, Option(help="At once, waiting ones included; more get a 429.", min=1)] = 64,
+    max_requests_per_namespace: Annotated[int | None, Option(help="At once of one.", show_default="all", min=1)] = None,
+    timeout: Annotated[float, Option(help="Longest time of a request, in seconds.", min=0.001)] = 600.0,
+    demo: Annotated[bool, Option(help="Show a page at / that asks with and without reuse.")] = False,
 ) -> None:
     """Serve a model with OpenAI's API; KV of documents in chats is stored, and later chats reuse it.
 
@@ -56,15 +72,26 @@ def serve(
         require(package, package, "serve", "The server needs")
     chosen = {**given(selection=selection), **corrected(correction), "separator": separator}
     config = BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=min_reused_tokens, **chosen)
+    limits = {"max_requests": max_requests, "max_requests_per_namespace": max_requests_per_namespace}
+    gate_settings = _gate_settings(api_keys, metrics_key=metrics_key, timeout_s=timeout, **limits)
     with _listening(host, port) as listening:
         loaded, tokenizer, name = load(model, device, dtype)
 
         from ..serving.engine import Engine
+        from ..serving.server import guarded_app
 
         engine = Engine(loaded, _tiered(store, max_bytes), config, max_bytes=max_bytes)
-        engine.start()
         name = served_model_name or (Path(name).name if Path(name).is_dir() else name)
-        _run(serve_app(engine, tokenizer, name, separator), engine, listening)
+        app = guarded_app(engine, tokenizer, name, separator, gate_settings, with_page=demo)
+        engine.start()
+        _run(app, engine, listening)
+
+
+def _gate_settings(keys_file: Path | None, **settings: Any) -> GateSettings:
+    from ..serving.checks import read_api_keys
+    from ..serving.gate import GateSettings
+
+    return GateSettings(read_api_keys(keys_file), **settings)
 
 
 def _tiered(where: str | None, max_bytes: str | None) -> Store:
@@ -74,13 +101,6 @@ def _tiered(where: str | None, max_bytes: str | None) -> Store:
 
     memory = MemoryStore() if max_bytes is None else MemoryStore(num_bytes_of(max_bytes) // 2)
     return memory if where is None else TieredStore([memory, store_at(where)])
-
-
-def serve_app(engine: Engine, tokenizer: Any, name: str, separator: str | None) -> Any:
-    """The ASGI app of a started engine, which it ends when the server ends."""
-    from ..serving.app import build_app
-
-    return build_app(engine, tokenizer, name, separator)
 
 
 def _listening(host: str, port: int) -> socket.socket:

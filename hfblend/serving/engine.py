@@ -342,6 +342,15 @@ class Engine(ContinuousBatchingManager):
         with self.output_router._lock:  # stock keeps the handler for an output that never comes
             self.output_router.result_handlers.pop(request_id, None)
 
+    def numbers(self) -> dict[str, float]:
+        """Numbers for metrics: whether it takes requests, those it has, the blocks they hold, and `counts`."""
+        processor: Any = self.batch_processor  # None while it is rebuilt
+        allocators = () if processor is None else processor.cache.cache_allocators.values()
+        tables = [table for one in allocators for table in list(one.block_table.values())]
+        totals = {f"{name}_total": self.counts[name] for name in ("blended", "matched", "failed", "rebuilt")}
+        is_up = self.is_running() and self.background_thread_status.can_accept_new_requests() is None
+        return {"up": is_up, "requests": len(self.requests), "blocks_held": sum(map(len, tables)), **totals}
+
     # --- life -----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Engine:
