@@ -41,7 +41,9 @@ def served(store: Any = None, settings: GateSettings | None = None, **options: A
     """The whole server of a tiny model: its address and its engine, which is left without requests and blocks."""
     tokenizer = make_word_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    engine = Engine(make_llama(), store, config(0.2), **{**ROOMY, **options})
+    model = make_llama()
+    model.generation_config.max_new_tokens = 8
+    engine = Engine(model, store, config(0.2), **{**ROOMY, **options})
     engine.start()
     with live(guarded_app(engine, tokenizer, "tiny", settings=settings)) as url:
         yield SimpleNamespace(url=url, engine=engine)
