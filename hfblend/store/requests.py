@@ -27,7 +27,7 @@ LATE = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # 
 
 
 class Requests:
-    """Reads, or writes, of one store. Failures are logged, counted, and `OSError`s.
+    """Reads, or writes, of one store. Failures are counted and `OSError`s, and logged: one that repeats, once until an answer.
 
     Without a timeout, the thread that asks makes them. With one, other threads do: after one late answer, or
     `max_failures` errors in a row, none is made for `pause_s`. The first error after a pause begins another. When one
@@ -47,6 +47,7 @@ class Requests:
         self._where, self._counts, self._answers = where, counts, answers
         self._timeout_s, self._pause_s, self._max_failures = timeout_s, pause_s, max_failures
         self._failures, self._until = 0, 0.0
+        self._said, self._pause_said = "", False  # in the log since the last answer
         self._lock, self._threads = Mutex(), None if timeout_s is None else DaemonThreads(REQUESTS, "hfblend-remote")
         self.siblings: tuple[Requests, ...] = (self,)
 
@@ -88,7 +89,9 @@ class Requests:
             is_late = isinstance(error, LATE)
             reason = f"no answer within {within_s:g} s" if is_late and within_s else f"{type(error).__name__}: {error}"
             self._counts.add(failed=1)
-            logger.warning("A chunk's KV could not be %s %s: %s", what, self._where, reason)
+            if self._said != reason:
+                logger.warning("A chunk's KV could not be %s %s: %s", what, self._where, reason)
+            self._said = reason
             self._failed(is_late)
             raise OSError(reason) from error
         finally:
@@ -98,10 +101,10 @@ class Requests:
 
     def _succeeded(self) -> None:
         """Forgets earlier failures, unless a pause has begun since the request was made."""
-        if self._failures:
+        if self._failures or self._said:
             with self._lock:
                 if not self.is_paused:
-                    self._failures = 0
+                    self._failures, self._said, self._pause_said = 0, "", False
 
     def _failed(self, is_late: bool) -> None:
         if self._threads is None:
@@ -109,7 +112,8 @@ class Requests:
         with self._lock:
             self._failures += 1
         pausing = self.siblings if is_late else (self,) if self._failures >= self._max_failures else ()
-        if sum(one._pause() for one in pausing):
+        was_said = any(one._pause_said for one in self.siblings)
+        if sum(one._pause() for one in pausing) and not was_said:
             logger.warning("%s is left alone for %g s; chunks are prefilled.", self._where, self._pause_s)
 
     def _pause(self) -> bool:
@@ -117,6 +121,7 @@ class Requests:
         with self._lock:
             was_paused = self.is_paused
             self._failures, self._until = self._max_failures, time.monotonic() + self._pause_s
+            self._pause_said = True
         assert self._threads is not None
         self._threads.drop()
         return not was_paused
