@@ -62,6 +62,12 @@ class FileStore(Upkeep):
             logger.info("A chunk's KV that was in %s is not kept in %s.", chunk_kv.quantised, self.where)
             return
         file = dump(key, chunk_kv, self.kv_dtype)
+        if len(file) > (self._folder.most_bytes or len(file)):
+            logger.warning(
+                "A chunk's KV of %d bytes is not kept in %s, where an entry has at most %d: make chunks shorter, or "
+                "keep KV in 8 bits (kv_dtype).", len(file), self.where, self._folder.most_bytes,
+            )  # fmt: skip
+            return
         with contextlib.suppress(OSError), contextlib.ExitStack() as over:
             if self.max_bytes is not None:
                 made_room = self._writing.begin(partial(self._make_room, len(file), key))

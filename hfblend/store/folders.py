@@ -44,6 +44,8 @@ class File(NamedTuple):
 class LocalFolder:
     """A folder on a disk. Links in it are not followed; only writing changes anything in it; errors are `OSError`s."""
 
+    most_bytes: int | None = None  # of a file
+
     def __init__(self, path: Path) -> None:
         self.path, self._is_tidy = path, False
         try:
@@ -193,6 +195,8 @@ class RemoteFolder:
     Asynchronous filesystems keep to `timeout_s` for a request. Raises as `RemoteStore`.
     """
 
+    most_bytes: int | None = None
+
     def __init__(self, url: str, timeout_s: float, storage_options: dict[str, Any]) -> None:
         self.url = re.sub(r"//[^/@]*@", "//", str(url))
         self.filesystem, root = _filesystem_at(url, self.url, storage_options)
@@ -202,7 +206,7 @@ class RemoteFolder:
         self._give_up = {"timeout": timeout_s} if getattr(self.filesystem, "async_impl", False) else {}
 
     def files(self) -> Iterator[File]:
-        with _as_os_errors():
+        with as_os_errors():
             self.filesystem.invalidate_cache(self._root)  # others write, too
             try:
                 found = self.filesystem.ls(self._root, detail=True, **self._give_up)
@@ -214,11 +218,11 @@ class RemoteFolder:
                 yield File(one["name"].rpartition("/")[2], int(one["size"] or 0), _changed(one))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        with _as_os_errors():
+        with as_os_errors():
             return self.filesystem.cat_file(self._path(name), start=start, end=stop, **self._give_up)
 
     def write(self, name: str, data: bytes) -> None:
-        with _as_os_errors():
+        with as_os_errors():
             if self._puts_are_atomic:
                 self.filesystem.pipe_file(self._path(name), data, **self._give_up)
                 return
@@ -238,7 +242,7 @@ class RemoteFolder:
 
     def _refusal_of(self, name: str) -> OSError | None:
         try:
-            with _as_os_errors(), contextlib.suppress(FileNotFoundError):
+            with as_os_errors(), contextlib.suppress(FileNotFoundError):
                 self.filesystem.rm_file(self._path(name), **self._give_up)
         except LATE:
             raise
@@ -247,7 +251,7 @@ class RemoteFolder:
         return None
 
     def state(self, name: str) -> tuple[int, Any]:
-        with _as_os_errors():
+        with as_os_errors():
             self.filesystem.invalidate_cache(self._path(name))
             info = self.filesystem.info(self._path(name), **self._give_up)
             if info["type"] != "file":
@@ -265,7 +269,7 @@ class RemoteFolder:
 
 
 @contextlib.contextmanager
-def _as_os_errors() -> Iterator[None]:
+def as_os_errors() -> Iterator[None]:
     """Turns every filesystem's own exceptions into `OSError`s."""
     try:
         yield

@@ -19,6 +19,7 @@ from .format import Contents
 from .journal import RemoteTexts
 from .keys import file_name_of
 from .loader import Source
+from .redis import RedisFolder, is_redis
 from .sources import ObjectSource
 from .upkeep import USED
 
@@ -46,16 +47,19 @@ class RemoteStore(FileStore):
     forked needs a new store.
 
     Args:
-        url: of the folder, as fsspec has it: `"s3://bucket/prefix"`, `"gs://…"`, `"memory://…"`.
+        url: of the folder, as fsspec has it: `"s3://bucket/prefix"`, `"gs://…"`, `"memory://…"`. Or of a Redis or
+            Valkey server: `"redis://user:password@host:6379/0?prefix=tenant:&ttl=3600"`, `"rediss://…"`,
+            `"valkey://…"`, `"unix:///run/redis.sock?db=0"`; it evicts by itself, pinned entries too.
         max_bytes: of all objects together; a number or `"1TB"`. Default, as many as there are. Several stores that
             write at the same time may pass it, by a 32nd of it or by one entry for each.
         timeout_s: for one write, and for one read from when it is waited for.
         pause_s, max_failures: how long a failing remote is left alone; after how many errors in a row.
         kv_dtype: `"int8"` or `"fp8"` keeps KV in 8 bits, as in `DiskStore`.
-        storage_options: of fsspec's filesystem: `endpoint_url`, `anon`, ….
+        storage_options: of fsspec's filesystem: `endpoint_url`, `anon`, …; of Redis: `prefix` of its keys (default
+            `"hfblend:"`), `ttl` in seconds from when an entry was written, and its client's options.
 
     Raises:
-        ImportError: fsspec or the package of the URL's protocol is missing (the message says what to install).
+        ImportError: fsspec, redis or the package of the URL's protocol is missing (the message says what to install).
         TypeError: a limit that is no number; an option that is spelt almost like one of these.
         ValueError: an unknown protocol; a URL without a bucket or a path; an invalid limit, budget or `kv_dtype`.
     """
@@ -80,7 +84,7 @@ class RemoteStore(FileStore):
             if not number_in(name, limit, 0, float("inf")):
                 raise ValueError(f"{name} must be above 0, got {limit}.")
         limits["max_failures"] = whole("max_failures", max_failures, 1)
-        folder = RemoteFolder(url, timeout_s, storage_options)
+        folder = (RedisFolder if is_redis(url) else RemoteFolder)(url, timeout_s, storage_options)
         super().__init__(folder, folder.url, max_bytes, kv_dtype, **limits)
         self.url, self.timeout_s = folder.url, timeout_s
         self._ahead: dict[str, Future[tuple[ObjectSource, Contents]]] = {}  # begun, and not yet asked for

@@ -27,7 +27,7 @@ LATE = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # 
 
 
 class Requests:
-    """Reads, or writes, of one store. Failures are counted and `OSError`s, and logged: one that repeats, once until an answer.
+    """Reads, or writes, of one store. Failures are logged, counted, and `OSError`s; one that repeats is logged once.
 
     Without a timeout, the thread that asks makes them. With one, other threads do: after one late answer, or
     `max_failures` errors in a row, none is made for `pause_s`. The first error after a pause begins another. When one
