@@ -1,0 +1,72 @@
+"""TTFT with chunks at a URL, against the same chunks in memory and in a folder, and full prefill.
+
+    python benchmarks/shared_store.py redis://127.0.0.1:6379/0
+
+SmolLM2, random ids. Places take turns; no store stands before the folder or the URL, so that each turn reads all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+
+import hfblend
+from hfblend.demo.model import load
+from hfblend.store import DiskStore, MemoryStore, RemoteStore
+
+
+def prompt_of(chunks: int, seed: int = 0) -> hfblend.Prompt:
+    """A prompt of 32 tokens, chunks of 512, and 32 tokens."""
+    ids = torch.randint(100, 40_000, (64 + 512 * chunks,), generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = [ids[32 + 512 * i : 32 + 512 * (i + 1)] for i in range(chunks)]
+    return hfblend.Prompt.from_ids(ids[:32], parts, ids[-32:])
+
+
+def ttft_ms(model: Any, inputs: Any) -> float:
+    began = time.perf_counter()
+    model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    return 1000 * (time.perf_counter() - began)
+
+
+def measured(model: Any, prompt: hfblend.Prompt, stores: dict[str, Any], ratio: float, turns: int) -> dict[str, float]:
+    """The median TTFT in ms at each place; raises `RuntimeError` if a chunk was not found."""
+    seen: dict[str, list[float]] = {name: [] for name in ("full prefill", *stores)}
+    for turn in range(turns + 1):
+        seen["full prefill"].append(ttft_ms(model, {"input_ids": prompt.input_ids}))
+        for name, store in stores.items():
+            config = hfblend.BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=0)
+            with hfblend.patch(model, config=config, store=store) as blender:
+                if not turn:
+                    ttft_ms(model, prompt.inputs())
+                seen[name].append(ttft_ms(model, prompt.inputs()))
+                if blender.trace.misses:
+                    raise RuntimeError(f"{blender.trace.misses} chunks were not found in {store}")
+    return {name: statistics.median(times[1:]) for name, times in seen.items()}  # the first turn stores and warms up
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("url")
+    parser.add_argument("--chunks", default="4,11", help="of 512 tokens, in a prompt")
+    parser.add_argument("--ratios", default="0,0.15")
+    parser.add_argument("--turns", type=int, default=7)
+    asked = parser.parse_args()
+    model, _ = load(None, device="cpu", dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        stores = {"memory": MemoryStore("4GB"), "disk": DiskStore(folder), "URL": RemoteStore(asked.url)}
+        for chunks in map(int, asked.chunks.split(",")):
+            for ratio in map(float, asked.ratios.split(",")):
+                found = measured(model, prompt_of(chunks, seed=chunks), stores, ratio, asked.turns)
+                times = ", ".join(f"{name} {ms:,.0f} ms" for name, ms in found.items())
+                print(f"{64 + 512 * chunks:,} tokens, ratio {ratio:g}: {times}; ", end="")
+                print(f"URL / disk {found['URL'] / found['disk']:.2f}", flush=True)
+        print(stores["URL"])
+
+
+if __name__ == "__main__":
+    main()
