@@ -26,7 +26,7 @@ TEMPLATE = (
 def live(app: Any) -> Iterator[str]:
     """Serves an ASGI app by uvicorn in a thread; gives its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, name="loop")
     thread.start()
     try:
         until(lambda: server.started)

@@ -352,7 +352,8 @@ def test_templates_are_rendered_off_the_event_loop(tiny, client, monkeypatch):
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", seen)
     chat(client)
-    assert [name.partition("_")[0] for name in threads] == ["asyncio"]
+    assert threads
+    assert "loop" not in threads
 
 
 def test_a_streaming_client_that_leaves_ends_its_request(tiny, client):
