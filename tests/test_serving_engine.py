@@ -558,6 +558,12 @@ def test_the_model_is_as_it_was_afterwards():
     assert torch.equal(model.generate(PROMPT.input_ids, max_new_tokens=4, do_sample=False), before)
 
 
+def test_too_little_memory_for_blocks_is_told():
+    engine = Engine(make_llama(), MemoryStore("1MB"), max_bytes="1200KB")
+    with pytest.raises(ValueError, match=r"too little memory for blocks .*: raise max_bytes"):
+        engine.start()
+
+
 @pytest.mark.thorough
 def test_the_benchmark_runs():
     sizes = "--shape tiny --tokens 512 --batches 2 --answer 8 --requests 2 --store-bytes 200MB --max-bytes 1GB"

@@ -44,6 +44,7 @@ from .sampling import Sampler, Sampling
 logger = logging.getLogger(__name__)
 
 _LONGEST, _MOST_AT_ONCE = 131_072, 256  # tokens of a request, and requests in one step, that decode with block tables
+_BATCH_ON_CPU = 1024  # tokens of a step: stock's 8,192 need masks and logits of gigabytes
 _PAUSE_S = 1.0  # before a dead engine is rebuilt: one that dies at once would fill the log
 
 
@@ -249,6 +250,8 @@ class Engine(ContinuousBatchingManager):
         super().__init__(base, generation_config, ContinuousBatchingConfig(**options))
         if self.model.config._attn_implementation == attention.NAME:
             self._decode_with_tables(options)
+        elif self.hf_model.device.type == "cpu" and "max_batch_tokens" not in options:
+            self.continuous_batching_config.max_batch_tokens = _BATCH_ON_CPU
         self.logit_processor: Any = Sampler(self.logit_processor, self.sampling)
         self.output_router = _Router()
         self.output_router.requests = self.requests
@@ -364,7 +367,13 @@ class Engine(ContinuousBatchingManager):
         """Makes the blocks and starts two threads: the engine's, and one that rebuilds it. Once an engine."""
         if self._supervisor is not None:
             raise RuntimeError("An engine can be started once; make another one.")
-        self.warmup()  # errors of making blocks come here, not in a thread
+        try:
+            self.warmup()  # errors of making blocks come here, not in a thread
+        except (MemoryError, ValueError) as error:  # stock's, in its own numbers
+            raise ValueError(
+                f"There is too little memory for blocks and a step's tensors ({error}): raise max_bytes, or lower "
+                "max_batch_tokens or the store's max_bytes."
+            ) from error
         assert self.batch_processor is not None
         self.capacity = infer_max_single_request_tokens(self.batch_processor.cache)
         # When these blocks are made again, the store will have taken its part of what is free now.
