@@ -1,4 +1,4 @@
-"""TTFT with chunks at a URL, against the same chunks in memory and in a folder, and full prefill.
+"""TTFT with chunks at a URL, against the same chunks in memory and in a folder.
 
     python benchmarks/shared_store.py redis://127.0.0.1:6379/0
 
@@ -35,9 +35,8 @@ def ttft_ms(model: Any, inputs: Any) -> float:
 
 def measured(model: Any, prompt: hfblend.Prompt, stores: dict[str, Any], ratio: float, turns: int) -> dict[str, float]:
     """The median TTFT in ms at each place; raises `RuntimeError` if a chunk was not found."""
-    seen: dict[str, list[float]] = {name: [] for name in ("full prefill", *stores)}
+    seen: dict[str, list[float]] = {name: [] for name in stores}
     for turn in range(turns + 1):
-        seen["full prefill"].append(ttft_ms(model, {"input_ids": prompt.input_ids}))
         for name, store in stores.items():
             config = hfblend.BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=0)
             with hfblend.patch(model, config=config, store=store) as blender:

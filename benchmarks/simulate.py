@@ -29,6 +29,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -512,8 +513,9 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 
 # --- the check ----------------------------------------------------------------------------------------------------
 
-CHECKED = Workload(requests=60, rate=0.5, documents=24, alpha=0.9, chunks=4, chunk_tokens=256, other_tokens=64, seed=1)
-_EVERY = 12  # requests between two measurements of the unit costs
+CHECKED = Workload(requests=60, documents=24, chunks=4, chunk_tokens=128, seed=1)
+_BUSY = 0.5  # share of the time, as it is predicted from the first unit costs
+_EVERY = 6  # requests between two measurements of the unit costs
 
 
 class Real:
@@ -590,30 +592,29 @@ class Real:
         return records, costs
 
 
-def measured_of(costs: Sequence[dict[str, float]], load: Workload, kv_bytes: int) -> tuple[Measured, float]:
-    """Unit costs as a simulation has them, and the disk's bytes a second, from seconds of whole prompts: medians."""
-    full, none, disk, memory = (
-        float(np.median([one[name] for one in costs])) for name in ("full", "none", "disk", "memory")
-    )
-    num_bytes = load.chunks * load.chunk_tokens * kv_bytes
+def replica_of(costs: Sequence[dict[str, float]], real: Real) -> tuple[Measured, list[Tier]]:
+    """What a replica takes, and its tiers, by seconds of whole prompts: their means, since means are predicted."""
+    full, none, disk, memory = (mean(one[name] for one in costs) for name in ("full", "none", "disk", "memory"))
+    load, (in_memory, on_disk) = real.load, real.budgets
     curves = (Curve((load.tokens,), (seconds,)) for seconds in (full, memory, 1e-9))  # all of loading is waited for
-    return Measured(*curves, (none - memory) / load.chunks, kv_bytes), num_bytes / max(1e-6, disk - memory)
+    bytes_per_s = load.chunks * load.chunk_tokens * real.kv_bytes / max(1e-6, disk - memory)
+    tiers = [Tier("memory", in_memory), Tier("disk", on_disk, bytes_per_s, freed=1 / 16)]
+    return Measured(*curves, (none - memory) / load.chunks, real.kv_bytes), tiers
 
 
 def check(load: Workload = CHECKED, budgets: Sequence[float] = (5.5, 12.5)) -> dict[str, tuple[float, float]]:
     """Name -> predicted and real, of a stream through memory and a disk with room for so many chunks."""
-    real, stream = Real(load, budgets), requests_of(load)
+    real = Real(load, budgets)
     real.unit_costs(10**6)  # the first calls
-    records, costs = real.serve(stream)
-    measured, bytes_per_s = measured_of(costs, load, real.kv_bytes)
-    memory, disk = real.budgets
-    tiers = [Tier("memory", memory), Tier("disk", disk, bytes_per_s, freed=1 / 16)]
+    measured, tiers = replica_of([real.unit_costs(10**6 + 1) for _ in range(3)], real)
+    load = replace(load, rate=_BUSY / run(requests_of(load), load, measured, tiers, filling=0.0).gpu_s)
+    records, costs = real.serve(stream := requests_of(load))
+    measured, tiers = replica_of(costs, real)
     outcomes = run(stream, load, measured, tiers, filling=0.0), Outcome(records, [Replica([])])
-    print({name: round(float(np.median([one[name] for one in costs])), 3) for name in costs[0]})
     figures: dict[str, Callable[[Outcome], float]] = {
         "hit rate": lambda one: one.hit_rate,
-        "seconds of service, mean": lambda one: one.gpu_s,
-        "TTFT in s, mean": lambda one: float(np.mean([record.ttft_s for record in one.records])),
+        "service in s, mean": lambda one: one.gpu_s,
+        "TTFT in s, mean": lambda one: mean(record.ttft_s for record in one.records),
         "TTFT in s, 95th percentile": lambda one: one.ttft_ms(95) / 1e3,
     }
     return {name: (figure(outcomes[0]), figure(outcomes[1])) for name, figure in figures.items()}
