@@ -37,13 +37,11 @@ def live(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def served(
-    store: Any = None, settings: GateSettings | None = None, model: Any = None, **options: Any
-) -> Iterator[SimpleNamespace]:
+def served(store: Any = None, settings: GateSettings | None = None, **options: Any) -> Iterator[SimpleNamespace]:
     """The whole server of a tiny model: its address and its engine, which is left without requests and blocks."""
     tokenizer = make_word_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    model = make_llama() if model is None else model
+    model = make_llama()
     model.generation_config.max_new_tokens = 8
     engine = Engine(model, store, config(0.2), **{**ROOMY, **options})
     engine.start()
