@@ -37,15 +37,20 @@ def live(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def served(store: Any = None, settings: GateSettings | None = None, **options: Any) -> Iterator[SimpleNamespace]:
+def served(
+    store: Any = None, settings: GateSettings | None = None, *, model: Any = None, tokenizer: Any = None,
+    with_page: bool = False, **options: Any,
+) -> Iterator[SimpleNamespace]:  # fmt: skip
     """The whole server of a tiny model: its address and its engine, which is left without requests and blocks."""
-    tokenizer = make_word_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    model = make_llama()
+    model = make_llama() if model is None else model
+    if tokenizer is None:
+        tokenizer = make_word_tokenizer()
+        tokenizer.chat_template = TEMPLATE
     model.generation_config.max_new_tokens = 8
     engine = Engine(model, store, config(0.2), **{**ROOMY, **options})
+    app = guarded_app(engine, tokenizer, "tiny", settings=settings, with_page=with_page)
     engine.start()
-    with live(guarded_app(engine, tokenizer, "tiny", settings=settings)) as url:
+    with live(app) as url:
         yield SimpleNamespace(url=url, engine=engine)
         until(lambda: not engine.requests)
         assert all_blocks_are_free(engine)

@@ -14,9 +14,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import torch
 from browsers import chromium, in_every_form, page_of, running
-from helpers import make_llama
+from helpers import make_llama, save_byte_model
 from typer.testing import CliRunner
 
 from hfblend import BlendConfig
@@ -261,31 +260,8 @@ def test_a_taken_port_is_named(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
-    """A random model with a byte-level tokenizer, which knows any text."""
-    from tokenizers import Tokenizer
-    from tokenizers.decoders import ByteLevel as Decoder
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
-    from tokenizers.trainers import BpeTrainer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    inner = Tokenizer(BPE())
-    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), Decoder()
-    trainer = BpeTrainer(
-        vocab_size=600, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    inner.train_from_iterator([chunk for preset in presets().values() for chunk in preset.chunks], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.15, bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    texts = [chunk for preset in presets().values() for chunk in preset.chunks]
+    return save_byte_model(tmp_path_factory.mktemp("tiny"), texts)
 
 
 @pytest.fixture(scope="module")
