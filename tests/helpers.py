@@ -131,7 +131,7 @@ def make_word_tokenizer():
 
 
 def save_byte_model(folder, texts, chat_template=None):
-    """Saves a random model with a byte-level tokenizer, trained on `texts`, which knows any text; returns the folder."""
+    """Saves a random model with a byte-level tokenizer, which is trained on `texts`; returns the folder."""
     inner = Tokenizer(BPE())
     inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     trainer = BpeTrainer(

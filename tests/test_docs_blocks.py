@@ -20,7 +20,9 @@ from hfblend.demo.demo import demo_data
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?```python\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
-NOT_RUN = Counter({"generate.md": 4, "models.md": 1, "performance.md": 1, "store.md": 1, "troubleshooting.md": 2})
+NOT_RUN = Counter(
+    {"generate.md": 4, "models.md": 1, "performance.md": 1, "serving.md": 2, "store.md": 1, "troubleshooting.md": 2}
+)
 CALLS = {"quality.md": "pictures(model, prompt)"}  # where a page only defines a function
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

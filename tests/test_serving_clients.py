@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from pathlib import Path
 
 import pytest
 import transformers
@@ -10,9 +12,11 @@ from packaging.version import Version
 
 if Version(transformers.__version__) < Version("5.23"):
     pytest.skip("serving needs Transformers 5.23 or later", allow_module_level=True)
-openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
+pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
+
+import openai
 
 from live_server import served  # isort: skip
 
@@ -80,6 +84,13 @@ def test_openai(client):
     check([(text, usage.model_dump()) for text, usage in [*answers, (text, last.usage)]])
 
 
+def test_the_five_lines_of_the_page(server, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(import openai\n.+?)```", page, re.DOTALL)[1]
+    exec(block.replace("http://127.0.0.1:8000", server.url), {})
+    assert "'misses': 2" in capsys.readouterr().out
+
+
 def test_openai_without_documents(client):
     assert client.models.list().data[0].id == "tiny"
     texts = []
@@ -131,7 +142,9 @@ def test_langchain(server):
 
 
 def test_llamaindex(server):
-    package = pytest.importorskip("llama_index.llms.openai_like", reason="llama-index-llms-openai-like is not installed")
+    package = pytest.importorskip(
+        "llama_index.llms.openai_like", reason="llama-index-llms-openai-like is not installed"
+    )
     types = pytest.importorskip("llama_index.core.llms")
     question = [types.ChatMessage(role="user", content=QUESTION)]
 

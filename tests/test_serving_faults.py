@@ -15,13 +15,14 @@ from packaging.version import Version
 
 if Version(transformers.__version__) < Version("5.23"):
     pytest.skip("serving needs Transformers 5.23 or later", allow_module_level=True)
-httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
 pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
 import fsspec
+import httpx
 from helpers import make_llama
 from test_remote_store import FaultyFileSystem
 from test_serving_engine import DeadStore, killed, until
@@ -77,7 +78,9 @@ def require_error(response, *statuses):
 def metrics(server):
     """Name -> value of the metrics without labels."""
     lines = HTTP.get(f"{server.url}/metrics").text.splitlines()
-    return {name: float(value) for name, value in (line.split() for line in lines if line[0] != "#" and "{" not in line)}
+    return {
+        name: float(value) for name, value in (line.split() for line in lines if line[0] != "#" and "{" not in line)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +369,7 @@ def timed(server, numbers, options):
         turn = [(seen, of_a), (unseen, of_nobody)]
         for times, content in turn if random.Random(number).random() < 0.5 else turn[::-1]:
             times.append(asked_by("b", server, content)["hfblend"]["ttft_ms"])
-        if number % 10 == 0:
+        if number % 4 == 0:
             again.append(asked_by("b", server, of_a)["hfblend"]["ttft_ms"])
     return seen, unseen, again
 
@@ -384,6 +387,6 @@ def test_time_does_not_tell_what_another_tenant_has(is_blended):
                 times += more
     control, _ = auc(again, unseen)
     found, error = auc(seen, unseen)
-    assert control > 0.75, f"AUC {control:.3f} of what B has: this machine's times tell nothing."
+    assert control > 0.6, f"AUC {control:.3f} of what B has: this machine's times tell nothing."
     assert abs(found - 0.5) <= 0.05, f"AUC {found:.3f} ± {error:.3f} of {len(seen)} pairs"
     print(f"AUC {found:.3f} ± {error:.3f} of {len(seen)} pairs; of what B has {control:.3f}")  # noqa: T201

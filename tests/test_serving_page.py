@@ -8,11 +8,12 @@ from packaging.version import Version
 
 if Version(transformers.__version__) < Version("5.23"):
     pytest.skip("serving needs Transformers 5.23 or later", allow_module_level=True)
-httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
 pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
+import httpx
 from browsers import chromium, in_every_form, opened
 from helpers import save_byte_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -111,7 +112,8 @@ def test_the_page_is_at_the_root_only_and_loads_nothing(server):
 
 
 def test_a_page_and_keys_do_not_go_together():
-    with pytest.raises(ValueError, match="demo page asks without a key"), served(
-        settings=GateSettings(keys={"key": "tenant"}), with_page=True
+    with (
+        pytest.raises(ValueError, match="demo page asks without a key"),
+        served(settings=GateSettings(keys={"key": "tenant"}), with_page=True),
     ):
         pass
