@@ -26,7 +26,9 @@ import httpx
 from helpers import make_llama
 from test_remote_store import FaultyFileSystem
 from test_serving_engine import DeadStore, killed, until
+from typer.testing import CliRunner
 
+from hfblend.cli import app
 from hfblend.serving import schema
 from hfblend.serving.gate import GateSettings
 from hfblend.store import MemoryStore, RemoteStore, TieredStore
@@ -390,3 +392,16 @@ def test_time_does_not_tell_what_another_tenant_has(is_blended):
     assert control > 0.6, f"AUC {control:.3f} of what B has: this machine's times tell nothing."
     assert abs(found - 0.5) <= 0.05, f"AUC {found:.3f} ± {error:.3f} of {len(seen)} pairs"
     print(f"AUC {found:.3f} ± {error:.3f} of {len(seen)} pairs; of what B has {control:.3f}")  # noqa: T201
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_file_of_keys_ends_the_command_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("hfblend.demo.model.load", None)
+    file = tmp_path / "keys.txt"
+    file.write_text("good-secret=tenant\nother-secret=tenant with blanks\n")
+    outcome = CliRunner().invoke(app, ["serve", "--port", "0", "--api-keys", str(file)])
+    assert outcome.exit_code == 2
+    assert "Entry 2" in outcome.output
+    assert "secret" not in outcome.output.replace(str(file), "")

@@ -84,7 +84,7 @@ def serve(
         name = served_model_name or (Path(name).name if Path(name).is_dir() else name)
         app = guarded_app(engine, tokenizer, name, separator, gate_settings, with_page=demo)
         engine.start()
-        _run(app, engine, listening)
+        _run(app, engine, listening, "/" if demo else "/v1")
 
 
 def _gate_settings(keys_file: Path | None, **settings: Any) -> GateSettings:
@@ -114,7 +114,7 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _run(app: Any, engine: Engine, listening: socket.socket) -> None:
+def _run(app: Any, engine: Engine, listening: socket.socket, path: str) -> None:
     """Serves until Ctrl-C or SIGTERM; then answers have some seconds to end, before the engine does."""
     import uvicorn
 
@@ -125,7 +125,7 @@ def _run(app: Any, engine: Engine, listening: socket.socket) -> None:
             end.cancel()
 
     host, port = listening.getsockname()[:2]
-    console.print(f"Serving at http://{host}:{port}/v1 until Ctrl-C.", highlight=False, soft_wrap=True)
+    console.print(f"Serving at http://{host}:{port}{path} until Ctrl-C.", highlight=False, soft_wrap=True)
     try:
         Server(uvicorn.Config(app, log_level="warning")).run([listening])
     except KeyboardInterrupt:
