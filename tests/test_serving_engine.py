@@ -486,6 +486,36 @@ def test_a_cancelled_request_frees_its_blocks(is_blended):
         assert all_blocks_are_free(engine)
 
 
+def test_a_cancelled_request_has_no_more_outputs():
+    """Not even those of the step in which it was cancelled, which nobody would take from the common queue."""
+    with running() as engine:
+        scheduler, router = engine.batch_processor.scheduler, engine.output_router
+        for is_last in (False, True):
+            request_id = engine.add_request(PROMPT.ids, max_new_tokens=1000, streaming=True)
+            until(lambda: engine.get_result(timeout=0.1) is not None)
+            with engine.pause():
+                state = scheduler.active_requests[request_id]
+                engine.cancel_request(request_id)
+                while engine.get_result(timeout=0.01) is not None:
+                    pass  # those before
+                output = state.to_generation_output()
+                output.status = requests.RequestStatus.FINISHED if is_last else output.status
+                router.deliver(output)
+                assert router.output_queue.empty()
+            until(lambda: all_blocks_are_free(engine))
+
+
+def test_a_cancellation_that_is_read_before_its_request_is_heeded():
+    """Stock empties its queue of requests before that of cancellations; a request may come between the two."""
+    with running() as engine:
+        with engine.pause():
+            request_id = engine.add_request(PROMPT.ids, max_new_tokens=1000)
+            engine.cancel_request(request_id)
+            assert engine.cancel_queue.get_nowait() == request_id
+        until(lambda: not engine.requests)
+        assert engine.get_result(timeout=0.1) is None
+
+
 def test_requests_wait_no_longer_for_cancelled_ones():
     """Stock takes no new requests after a reset until one finishes, and none does when all are cancelled."""
     with running() as engine:

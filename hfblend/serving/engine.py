@@ -110,7 +110,8 @@ class _BlendingScheduler(FIFOScheduler):
         ready, may_blend = [], True
         for state in super()._get_waiting_candidates():
             request = self.engine.requests.get(state.request_id)
-            if request is None:  # it came while the engine died, and was failed
+            # It came while the engine died, and was failed; or stock read its cancellation before the request itself.
+            if request is None or request.is_cancelled:
                 self.set_request_cancellation(state.request_id)
                 continue
             if request.blends and not state.is_cpu_offloaded:
@@ -181,19 +182,31 @@ class _Router(OutputRouter):
     Drops outputs of cancelled ones.
     """
 
-    requests: dict[str, Request]
+    def __init__(self, requests: dict[str, Request]) -> None:
+        super().__init__()
+        self.requests = requests
+        self._lock: Any = threading.RLock()  # no request is cancelled between the look at it and its delivery
+
+    def cancel(self, request_id: str) -> None:
+        """Ends the outputs of a request, whose handler stock would keep for the last one."""
+        with self._lock:
+            if (request := self.requests.get(request_id)) is not None:
+                request.is_cancelled = True
+            self.result_handlers.pop(request_id, None)
 
     def deliver(self, output: GenerationOutput) -> None:
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[Any]) -> None:
         known = []
-        for output in outputs:
-            look_up = self.requests.pop if output.is_finished() else self.requests.get
-            if (request := look_up(output.request_id, None)) is not None:
-                output.trace, output.num_matched = request.trace, request.num_matched
-                known.append(output)
-        super().deliver_batch(known)
+        with self._lock:
+            for output in outputs:
+                look_up = self.requests.pop if output.is_finished() else self.requests.get
+                request = look_up(output.request_id, None)
+                if request is not None and not request.is_cancelled:  # nobody takes it from the common queue
+                    output.trace, output.num_matched = request.trace, request.num_matched
+                    known.append(output)
+            super().deliver_batch(known)
 
 
 class Engine(ContinuousBatchingManager):
@@ -253,8 +266,7 @@ class Engine(ContinuousBatchingManager):
         elif self.hf_model.device.type == "cpu" and "max_batch_tokens" not in options:
             self.continuous_batching_config.max_batch_tokens = _BATCH_ON_CPU
         self.logit_processor: Any = Sampler(self.logit_processor, self.sampling)
-        self.output_router = _Router()
-        self.output_router.requests = self.requests
+        self.output_router: _Router = _Router(self.requests)
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """As stock's; where it finds no flash attention, kernels of ours take its place if the model allows that."""
@@ -341,9 +353,8 @@ class Engine(ContinuousBatchingManager):
 
     def cancel_request(self, request_id: str) -> None:
         """Ends a request at the next step. It has no more outputs."""
+        self.output_router.cancel(request_id)
         super().cancel_request(request_id)
-        with self.output_router._lock:  # stock keeps the handler for an output that never comes
-            self.output_router.result_handlers.pop(request_id, None)
 
     def numbers(self) -> dict[str, float]:
         """Numbers for metrics: whether it takes requests, those it has, the blocks they hold, and `counts`."""

@@ -39,6 +39,7 @@ class Request:
         blends: whether it is to be blended; an error ends that.
         trace: of its blend; otherwise it says why it was not blended.
         num_matched: first tokens whose K/V were in blocks of an earlier request.
+        is_cancelled: has no more outputs; its blocks are freed at the next step.
     """
 
     prompt: Prompt
@@ -46,6 +47,7 @@ class Request:
     trace: BlendTrace
     blends: bool = field(init=False, default=True)
     num_matched: int = field(init=False, default=0)
+    is_cancelled: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         num_chunk_tokens = sum(stop - start for start, stop in self.prompt.chunk_spans)
