@@ -470,6 +470,14 @@ def test_characters_of_several_tokens_come_whole():
         assert chat(client).choices[0].message.content == text
 
 
+def test_a_character_that_is_cut_short_ends_an_answer():
+    tokenizer = byte_tokenizer()
+    engine = Scripted(tokenizer, "a🙂")
+    del engine.tokens[-1]
+    with live(build_app(engine, tokenizer, "tiny")) as url, client_of(url) as client:
+        assert streamed(client)[0] == chat(client).choices[0].message.content == "a\N{REPLACEMENT CHARACTER}"
+
+
 def test_the_end_token_ends_an_answer():
     (text, reason, usage), whole, _ = both_ways(byte_tokenizer(), "ab<|im_end|>", max_tokens=3)
     assert (text, reason, usage.completion_tokens) == ("ab", "stop", 3)

@@ -6,6 +6,7 @@ attention.py  attention over blocks on a GPU without flash-attn
 engine.py     continuous batching, which no other file knows
 schema.py     bodies of requests, checked, and OpenAI's form of errors
 prompts.py    prompts of bodies, with their chunks
+text.py       text of answers, token by token
 app.py        the server, which alone knows `transformers.cli.serving`
 gate.py       the layer around it: keys, limits, deadlines, cancellation, metrics
 caller.py     who asks, told by the gate to the app

@@ -22,7 +22,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from starlette.exceptions import HTTPException
-from tokenizers.decoders import DecodeStream
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -43,6 +42,7 @@ from .engine import Engine, EngineDown
 from .prompts import Prompts
 from .request import checked
 from .schema import ChatBody, CompletionBody, invalid, parsed, refusal
+from .text import Text
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class Reply:
         self._started, self._stops, self._parser, self._held, self._unparsed = started, stops, parser, "", ""
         eos = self.engine.generation_config.eos_token_id
         self._eos = eos if isinstance(eos, list) else [eos]
-        self._tokenizer, self._stream = served.tokenizer._tokenizer, DecodeStream([], parser is None)
+        self._text = Text(served.tokenizer._tokenizer, skips_special=parser is None)
         self._queue = asyncio.Queue[Any]()
         if parser is not None:
             self._parse(lambda: parser.initial_events)
@@ -214,7 +214,7 @@ class Reply:
         for token in new:
             self.num_tokens += 1
             is_shown = self._parser is not None or token not in self._eos  # a parser takes it for the end of a part
-            self._held += (self._stream.step(self._tokenizer, token) if is_shown else None) or ""
+            self._held += self._text.add(token) if is_shown else ""
             if self._release():
                 self.close()
                 return self._end("stop")
@@ -222,7 +222,7 @@ class Reply:
             logger.warning("Request %s failed: %s", self.id, output.error)
             self._queue.put_nowait(EngineDown("The engine failed at this request; try again soon."))
         elif output.is_finished():
-            self._say(self._held)
+            self._say(self._held + self._text.rest())
             self._end("stop" if output.generated_tokens[-1] in self._eos else "length")
 
     def _release(self) -> bool:
