@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
-from hfblend.cli import app
+from hfblend.cli import app, serve
 from hfblend.demo import model as demo_model
 
 
@@ -40,6 +41,25 @@ def test_a_taken_port_is_named_before_a_model_is_loaded(monkeypatch):
 def test_unfit_settings_are_refused(monkeypatch):
     monkeypatch.setattr(demo_model, "load", lambda *args, **kwargs: pytest.fail("loaded before the settings"))
     assert run("--separator", " ")[0] == run("--ratio", "2")[0] == run("--selection", "nonsense")[0] == 2
+
+
+@pytest.mark.parametrize("moment", ["start", "print", "run"])
+def test_ctrl_c_at_any_moment_ends_the_engine(monkeypatch, moment):
+    """Its thread is no daemon: the process would never end."""
+    uvicorn = pytest.importorskip("uvicorn")
+    done = []
+
+    def interrupt(name):
+        done.append(name)
+        if name == moment:
+            raise KeyboardInterrupt
+
+    engine = SimpleNamespace(start=lambda: interrupt("start"), stop=lambda hard_stop: done.append("stop"))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: interrupt("run"))
+    monkeypatch.setattr(serve.console, "print", lambda text, **_: "Serving" in text and interrupt("print"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        serve._run(None, engine, listening)
+    assert done[-2:] == [moment, "stop"]
 
 
 @pytest.mark.thorough

@@ -29,6 +29,7 @@ import uvicorn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from starlette.background import BackgroundTask
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, StreamingResponse
 from transformers.cli.serving.server import build_server
 
@@ -903,6 +904,22 @@ async def test_a_span_has_the_client_s_trace_and_one_child_a_phase():
     *_, server = memory.get_finished_spans()
     assert server.parent is None
     assert server.status.status_code is trace.StatusCode.ERROR
+
+
+@in_loop
+@APPS
+async def test_the_work_for_headers_grows_with_their_number_only(make, monkeypatch):
+    """Each look at a header goes through all of them; a client chooses how many there are."""
+    looks, look_up = [], Headers.__getitem__
+    monkeypatch.setattr(Headers, "__getitem__", lambda self, name: (looks.append(name), look_up(self, name))[1])
+    client, _ = inside(make(Notes()))
+    counts = []
+    for number in (0, 500):
+        looks.clear()
+        headers = {f"x-{i}": "a" for i in range(number)} | {"traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01"}
+        assert (await client.post(CHAT, json={}, headers=headers)).status_code == 200
+        counts.append(len(looks))
+    assert 0 < counts[0] == counts[1]
 
 
 # --- the official client ----------------------------------------------------------------------------------------------

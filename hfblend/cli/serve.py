@@ -83,7 +83,6 @@ def serve(
         engine = Engine(loaded, _tiered(store, max_bytes), config, max_bytes=max_bytes)
         name = served_model_name or (Path(name).name if Path(name).is_dir() else name)
         app = guarded_app(engine, tokenizer, name, separator, gate_settings, with_page=demo)
-        engine.start()
         _run(app, engine, listening, "/" if demo else "/v1")
 
 
@@ -115,7 +114,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _run(app: Any, engine: Engine, listening: socket.socket, path: str) -> None:
-    """Serves until Ctrl-C or SIGTERM; then answers have some seconds to end, before the engine does."""
+    """Starts the engine, and serves until Ctrl-C or SIGTERM; then answers have some seconds to end, before it does."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -125,10 +124,12 @@ def _run(app: Any, engine: Engine, listening: socket.socket, path: str) -> None:
             end.cancel()
 
     host, port = listening.getsockname()[:2]
-    console.print(f"Serving at http://{host}:{port}{path} until Ctrl-C.", highlight=False, soft_wrap=True)
     try:
-        Server(uvicorn.Config(app, log_level="warning")).run([listening])
+        engine.start()
+        console.print(f"Serving at http://{host}:{port}{path} until Ctrl-C.", highlight=False, soft_wrap=True)
+        # h11 bounds a request's headers; httptools, which uvicorn prefers where it is installed, does not.
+        Server(uvicorn.Config(app, http="h11", log_level="warning")).run([listening])
     except KeyboardInterrupt:
         console.print("Stopped.")
     finally:
-        engine.stop(hard_stop=True)  # after a second Ctrl-C, the app has not
+        engine.stop(hard_stop=True)  # after a Ctrl-C before the app, or a second one, the app has not

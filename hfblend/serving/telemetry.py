@@ -87,7 +87,10 @@ class Telemetry:
             return
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        name, parent = f"{method} {route}", TraceContextTextMapPropagator().extract(dict(headers))
+        propagator = TraceContextTextMapPropagator()
+        # A dict of all headers takes the square of their number, which a client chooses.
+        parent = propagator.extract({name: headers[name] for name in propagator.fields if name in headers})
+        name = f"{method} {route}"
         attributes = {"http.request.method": method, "http.route": route}
         options = {"context": parent, "kind": self._otel.SpanKind.SERVER, "attributes": attributes}
         with self._otel.get_tracer(_TRACER).start_as_current_span(name, **options) as span:
