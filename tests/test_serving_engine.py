@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -586,6 +586,38 @@ def test_the_model_is_as_it_was_afterwards():
     assert model.config._attn_implementation == "eager"
     assert "generate" not in vars(model)
     assert torch.equal(model.generate(PROMPT.input_ids, max_new_tokens=4, do_sample=False), before)
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda model: Engine(model, nonsense=1),
+        lambda model: Engine(model, page_size=1),
+        lambda model: Engine(model, num_blocks=10**9, page_size=PAGE).start(),
+        lambda model: Engine(model, **ROOMY).stop(),
+    ],
+)
+def test_an_engine_that_does_not_run_leaves_the_model_as_it_was(fail):
+    """Stock changes an eager model's attention at once, and `generate` would then see the tokens to come."""
+    model = make_llama(attn_implementation="eager")
+    expected = plain_answer(model, PROMPT, 6)
+    with suppress(ValueError, TypeError):
+        fail(model)
+    assert model.config._attn_implementation == "eager"
+    assert plain_answer(model, PROMPT, 6) == expected
+
+
+@pytest.mark.parametrize("moment", ["before", "during"])
+def test_an_engine_that_was_stopped_first_does_not_start(moment):
+    engine = Engine(make_llama(), **ROOMY)
+    if moment == "before":
+        engine.stop()
+    else:
+        warm_up = engine.warmup
+        engine.warmup = lambda: (warm_up(), engine.stop())  # by another thread
+    with pytest.raises(RuntimeError, match="stopped before it had started"):
+        engine.start()
+    assert not engine.is_running()
 
 
 def test_too_little_memory_for_blocks_is_told():

@@ -260,7 +260,12 @@ class Engine(ContinuousBatchingManager):
         generation_config.do_sample = False  # stock takes the argmax of the sampler's logits, and warps none itself
         options = {"max_memory_percent": self._share_of_free(max_bytes), **options, "scheduler_type": "hfblend"}
         SCHEDULER_MAPPING["hfblend"] = _BlendingScheduler
-        super().__init__(base, generation_config, ContinuousBatchingConfig(**options))
+        attention_before = self.attends_as(None)
+        try:
+            super().__init__(base, generation_config, ContinuousBatchingConfig(**options))
+        except BaseException:
+            self.attends_as(attention_before)  # stock has changed it, and `generate` would attend to everything
+            raise
         if self.model.config._attn_implementation == attention.NAME:
             self._decode_with_tables(options)
         elif self.hf_model.device.type == "cpu" and "max_batch_tokens" not in options:
@@ -380,7 +385,10 @@ class Engine(ContinuousBatchingManager):
             raise RuntimeError("An engine can be started once; make another one.")
         try:
             self.warmup()  # errors of making blocks come here, not in a thread
-        except (MemoryError, ValueError) as error:  # stock's, in its own numbers
+        except BaseException as error:
+            self.stop()
+            if not isinstance(error, (MemoryError, ValueError)):  # stock's, in its own numbers
+                raise
             raise ValueError(
                 f"There is too little memory for blocks and a step's tensors ({error}): raise max_bytes, or lower "
                 "max_batch_tokens or the store's max_bytes."
@@ -389,9 +397,12 @@ class Engine(ContinuousBatchingManager):
         self.capacity = infer_max_single_request_tokens(self.batch_processor.cache)
         # When these blocks are made again, the store will have taken its part of what is free now.
         self.continuous_batching_config.max_memory_percent = 1.0
-        super().start()
-        self._supervisor = threading.Thread(target=self._supervise, name="hfblend-supervisor", daemon=True)
-        self._supervisor.start()
+        with self._turn:
+            if self._closing.is_set():
+                raise RuntimeError("The engine was stopped before it had started; make another one.")
+            super().start()
+            self._supervisor = threading.Thread(target=self._supervise, name="hfblend-supervisor", daemon=True)
+            self._supervisor.start()
 
     def stop(self, *args: Any, **options: Any) -> None:
         """As stock's: waits for all requests, or fails them with `hard_stop=True`. A second time, does nothing."""
@@ -399,6 +410,8 @@ class Engine(ContinuousBatchingManager):
             self._closing.set()
         if self._generation_thread is not None:
             super().stop(*args, **options)
+        elif self._supervisor is None:  # it never ran
+            self.attends_as(self._original_attn_impl)
 
     def _create_batch_processor(self) -> Any:
         processor: Any = super()._create_batch_processor()
