@@ -44,7 +44,7 @@ from .sampling import Sampler, Sampling
 logger = logging.getLogger(__name__)
 
 _LONGEST, _MOST_AT_ONCE = 131_072, 256  # tokens of a request, and requests in one step, that decode with block tables
-_BATCH_ON_CPU = 1024  # tokens of a step: stock's 8,192 need masks and logits of gigabytes
+_BATCH_ON_CPU = 512  # tokens of a step: requests that were cancelled go, and others get a token, only after it
 _PAUSE_S = 1.0  # before a dead engine is rebuilt: one that dies at once would fill the log
 
 
@@ -269,6 +269,7 @@ class Engine(ContinuousBatchingManager):
         if self.model.config._attn_implementation == attention.NAME:
             self._decode_with_tables(options)
         elif self.hf_model.device.type == "cpu" and "max_batch_tokens" not in options:
+            # Stock would prefill all waiting prompts in one step, with one mask of gigabytes.
             self.continuous_batching_config.max_batch_tokens = _BATCH_ON_CPU
         self.logit_processor: Any = Sampler(self.logit_processor, self.sampling)
         self.output_router: _Router = _Router(self.requests)
