@@ -57,7 +57,10 @@ def server(model: str | None, max_requests: int) -> Iterator[tuple[str, int]]:
             yield re.findall(r"http://[\d.]+:\d+", line)[0], process.pid
         finally:
             process.terminate()
-            process.wait(30)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def process_numbers(pid: int) -> tuple[float, int]:
