@@ -67,6 +67,7 @@ def test_chunk_starts_go_round_the_chunks():
     assert chunk_starts(candidates[[0, 2, 4]], [(2, 5), (7, 10)], 2).tolist() == [0, 2]
     assert chunk_starts(candidates, [(2, 5)], 0).tolist() == []
     assert chunk_starts(candidates[:0], [], 3).tolist() == []
+    assert chunk_starts(candidates, [(2, 5), (7, 10)], 2**62).tolist() == [0, 3, 1, 4, 2, 5]  # at once
 
 
 PROMPT = make_prompt()

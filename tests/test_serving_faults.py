@@ -186,6 +186,27 @@ def test_malformed_bodies_get_errors(server, count):
     assert metrics(server)["hfblend_engine_rebuilt_total"] == 0
 
 
+@pytest.mark.parametrize("name", schema.BlendOptions.model_fields)
+def test_a_large_setting_does_not_hold_up_the_engine(server, name):
+    """One of `range(setting)` would run in the engine's thread for ever."""
+    for large in (2**62, [2**62], [1.0] * 100_000, [1] * 100_000):
+        response = post(server, body(hfblend={name: large}))
+        assert response.status_code in (200, 400), response.text
+    assert answered(post(server, plain()))["completion_tokens"] == 4
+
+
+def test_stop_strings_are_told_what_is_wrong_with_them(server):
+    for stop, message in (
+        ("x" * 257, "at most 256 characters"), (["x"] * 5, "at most 4 items"), ("", "at least 1 character"),
+        (5, "valid list"), ([5], "valid string"),
+    ):  # fmt: skip
+        error = require_error(post(server, plain(stop=stop)), 400)
+        assert error["param"] == "stop"
+        assert message in error["message"]
+    for stop in (None, [], "zz", ["zz"] * 4):
+        assert answered(post(server, plain(stop=stop)))["completion_tokens"] == 4
+
+
 def test_bodies_that_are_too_large_or_no_json_are_refused(server):
     require_error(post(server, plain(user="x" * (9 << 20))), 413)
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a", ""):

@@ -123,6 +123,7 @@ def chunk_starts(candidate_idx: torch.Tensor, spans: Sequence[tuple[int, int]], 
     """
     if count == 0:  # the rest would wait for the GPU
         return candidate_idx[:0]
+    count = min(count, max((stop - start for start, stop in spans), default=0))
     wanted = [start + offset for offset in range(count) for start, stop in spans if start + offset < stop]
     tokens = torch.tensor(wanted, dtype=torch.long, device=candidate_idx.device)
     places = torch.searchsorted(candidate_idx, tokens).clamp_max(max(candidate_idx.numel() - 1, 0))

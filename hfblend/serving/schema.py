@@ -49,6 +49,10 @@ class StreamOptions(_Object):
     include_obfuscation: Literal[False] | None = None
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class Body(_Object):
     """The options of chats and completions."""
 
@@ -58,7 +62,7 @@ class Body(_Object):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: _STOP | Annotated[list[_STOP], Field(max_length=4)] | None = None
+    stop: Annotated[list[_STOP], BeforeValidator(_as_list), Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     hfblend: BlendOptions = BlendOptions()
@@ -71,7 +75,7 @@ class Body(_Object):
     @property
     def stops(self) -> list[str]:
         """The stop strings."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return self.stop or []
 
     @property
     def sampling(self) -> dict[str, Any]:
