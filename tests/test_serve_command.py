@@ -58,7 +58,7 @@ def test_ctrl_c_at_any_moment_ends_the_engine(monkeypatch, moment):
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: interrupt("run"))
     monkeypatch.setattr(serve.console, "print", lambda text, **_: "Serving" in text and interrupt("print"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        serve._run(None, engine, listening)
+        serve._run(None, engine, listening, "/v1")
     assert done[-2:] == [moment, "stop"]
 
 
