@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from ..config import BlendConfig
+from ..trace.progress import told
 from ..util import require
 from .common import console, corrected, given, load, store_at
 from .options import Correction, Device, DType, KeptIn, Ratio, Rule
@@ -61,12 +65,19 @@ def serve(
     max_requests_per_namespace: Annotated[int | None, Option(help="At once of one.", show_default="all", min=1)] = None,
     timeout: Annotated[float, Option(help="Longest time of a request, in seconds.", min=0.001)] = 600.0,
     demo: Annotated[bool, Option(help="Show a page at / that asks with and without reuse.")] = False,
+    ray: Annotated[bool, Option("--ray", help="Run replicas on Ray, of this machine or of $RAY_ADDRESS.")] = False,
+    replicas: Annotated[int, Option(help="With --ray; each has a GPU, or a share of the CPUs.", min=1)] = 2,
+    max_replicas: Annotated[
+        int | None, Option(help="With --ray, so many under load.", min=1, show_default="--replicas")
+    ] = None,
 ) -> None:
     """Serve a model with OpenAI's API; KV of documents in chats is stored, and later chats reuse it.
 
     Example: hfblend serve --store chunks
 
     Example: hfblend serve path/or/hub-id --store s3://bucket/chunks --max-bytes 60GB --port 9000
+
+    Example: hfblend serve --store chunks --ray --replicas 2
     """
     for package in ("fastapi", "uvicorn", "openai"):
         require(package, package, "serve", "The server needs")
@@ -74,16 +85,50 @@ def serve(
     config = BlendConfig(recompute_ratios=(ratio,), min_reused_tokens=min_reused_tokens, **chosen)
     limits = {"max_requests": max_requests, "max_requests_per_namespace": max_requests_per_namespace}
     gate_settings = _gate_settings(api_keys, metrics_key=metrics_key, timeout_s=timeout, **limits)
+    if ray and demo:
+        raise ValueError("The demo page is for one process: leave out --demo, or --ray.")
+    build = partial(_engine, model, device, dtype, store, config, served_model_name)
     with _listening(host, port) as listening:
-        loaded, tokenizer, name = load(model, device, dtype)
+        if not ray:
+            engine, tokenizer, name = build(max_bytes)
 
-        from ..serving.engine import Engine
-        from ..serving.server import guarded_app
+            from ..serving.server import guarded_app
 
-        engine = Engine(loaded, _tiered(store, max_bytes), config, max_bytes=max_bytes)
-        name = served_model_name or (Path(name).name if Path(name).is_dir() else name)
-        app = guarded_app(engine, tokenizer, name, separator, gate_settings, with_page=demo)
-        _run(app, engine, listening, "/" if demo else "/v1")
+            app = guarded_app(engine, tokenizer, name, separator, gate_settings, with_page=demo)
+            return _run(app, engine, listening, "/" if demo else "/v1")
+        host, port = listening.getsockname()[:2]
+    place = {"host": host, "port": port, "separator": separator, "gate": partial(_gate, gate_settings)}
+    _run_on_ray(partial(_app, build, separator), max_bytes, replicas, max(replicas, max_replicas or 0), place)
+
+
+def _engine(
+    model: str | None, device: str | None, dtype: str | None, store: str | None, config: BlendConfig,
+    served_model_name: str | None, max_bytes: str | int | None,
+) -> tuple[Engine, Any, str]:  # fmt: skip
+    """An engine, its tokenizer, and the name that clients use."""
+    loaded, tokenizer, name = load(model, device, dtype)
+
+    from ..serving.engine import Engine
+
+    engine = Engine(loaded, _tiered(store, max_bytes), config, max_bytes=max_bytes)
+    return engine, tokenizer, served_model_name or (Path(name).name if Path(name).is_dir() else name)
+
+
+def _app(
+    build: Callable[..., tuple[Engine, Any, str]], separator: str | None, max_bytes: str | int | None
+) -> Any:  # fmt: skip
+    """The app of a replica; the gate is in front of all of them."""
+    from ..serving.app import build_app
+
+    engine, tokenizer, name = build(max_bytes)
+    engine.start()
+    return build_app(engine, tokenizer, name, separator)
+
+
+def _gate(settings: GateSettings, app: Any) -> Any:
+    from ..serving.gate import Gate
+
+    return Gate(app, settings)
 
 
 def _gate_settings(keys_file: Path | None, **settings: Any) -> GateSettings:
@@ -93,7 +138,7 @@ def _gate_settings(keys_file: Path | None, **settings: Any) -> GateSettings:
     return GateSettings(read_api_keys(keys_file), **settings)
 
 
-def _tiered(where: str | None, max_bytes: str | None) -> Store:
+def _tiered(where: str | None, max_bytes: str | int | None) -> Store:
     """A store in memory, half of `max_bytes` large, in front of one in a folder or at a URL."""
     from ..store import MemoryStore, TieredStore
     from ..store.sizes import num_bytes_of
@@ -133,3 +178,24 @@ def _run(app: Any, engine: Engine, listening: socket.socket, path: str) -> None:
         console.print("Stopped.")
     finally:
         engine.stop(hard_stop=True)  # after a Ctrl-C before the app, or a second one, the app has not
+
+
+def _run_on_ray(
+    build: Callable[..., Any], max_bytes: str | None, replicas: int, max_replicas: int, place: dict[str, Any]
+) -> None:
+    """Serves replicas until Ctrl-C or SIGTERM."""
+    require("ray.serve", "ray[serve,data]", "ray", "Replicas need")
+    from ..serving import cluster
+
+    try:
+        with told("Starting Ray") as line, cluster.joined():
+            for one in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
+                signal.signal(one, signal.default_int_handler)
+            line.say("Starting replicas")
+            of_each = partial(build, max_bytes or cluster.bytes_of(max_replicas))
+            with cluster.deployed(of_each, replicas=replicas, max_replicas=max_replicas, **place):
+                where = f"http://{place['host']}:{place['port']}/v1"
+                console.print(f"Serving at {where} until Ctrl-C.", highlight=False, soft_wrap=True)
+                threading.Event().wait()
+    except KeyboardInterrupt:
+        console.print("Stopped.")

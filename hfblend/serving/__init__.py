@@ -10,6 +10,12 @@ text.py       text of answers, token by token
 app.py        the server, which alone knows `transformers.cli.serving`
 gate.py       the layer around it: keys, limits, deadlines, cancellation, metrics
 caller.py     who asks, told by the gate to the app
+
+With several replicas, on Ray:
+
+routing.py    which replica a prompt goes to
+relay.py      answers of replicas, which outlive a replica
+cluster.py    replicas and workers, which alone knows Ray
 """
 
 from importlib.metadata import version
