@@ -114,6 +114,16 @@ def test_texts_are_tokenised_as_a_prompts_are(model, word_tokenizer):
         assert (blender.trace.hits, blender.trace.misses, blender.trace.prefix.status) == (3, 0, "hit")
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_keys_are_known_before_anything_is_computed(model, settings):
+    store, options = MemoryStore(), {"prefix": PROMPT.prefix_ids, "config": config(**settings)}
+    keys = precomputing.chunk_keys(model, PROMPT.chunk_ids, **options)
+    precomputing.precompute(model, PROMPT.chunk_ids[:1], store=store, **options)
+    assert [key in store for key in keys] == [True, False, False]
+    precomputing.precompute(model, PROMPT.chunk_ids, store=store, **options)
+    assert [key in store for key in keys] == [True] * 3
+
+
 def test_an_edited_weight_makes_new_keys():
     model = make_llama()
     with hfblend.patch(model, config=config(0.3)) as blender:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
 
 from ..arguments import require_text
 from ..config import BlendConfig
+from ..util import require
 from .common import console, given, load, print_json, stderr, store_at, wake
 from .completion import CHUNK_PREFIXES, values
 from .options import Device, DType, KVDType, Model, existing
+
+if TYPE_CHECKING:
+    from ..generate.precompute import Precomputed
+    from ..store import Store
 
 
 def precompute(
@@ -43,26 +49,29 @@ def precompute(
     ] = None,
     device: Device = None,
     dtype: DType = None,
+    ray: Annotated[
+        bool, Option("--ray", help="Work on Ray, of this machine or of $RAY_ADDRESS; all workers reach the store.")
+    ] = False,
+    workers: Annotated[
+        int | None, Option(help="With --ray, models that work at once.", min=1, show_default="one a GPU, else 1")
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
     """Compute and store the KV of a corpus' chunks. Stopped and started again, it goes on where it was.
 
     Example: hfblend precompute --corpus passages.jsonl --store chunks --prefix-file system.txt
+
+    Example: hfblend precompute --corpus passages.jsonl --store s3://bucket/chunks --ray --workers 8
     """
     try:
         config = BlendConfig(namespace=namespace, **given(chunk_prefix=chunk_prefix))
         before, total = prefix_of(prefix, prefix_file), count_texts(corpus, field)
 
-        wake()
-        from ..generate.precompute import precompute as precompute_texts
-        from ..prompts.filler import filler_ids
-
-        kept_in = store_at(store, max_bytes, kv_dtype)
-        loaded, tokenizer, _ = load(model, device, dtype)
-        if chunk_prefix == "filler":
-            config = replace(config, filler_ids=filler_ids(tokenizer))
-        options: dict[str, Any] = {"prefix": before, "batch_size": batch_size, "store": kept_in, "config": config}
-        report = precompute_texts(loaded, _Counted(corpus, field, total), tokenizer=tokenizer, **options)
+        texts = _Counted(corpus, field, total)
+        open_store = partial(store_at, store, max_bytes, kv_dtype)
+        work = partial(_Work, model, device, dtype, open_store, before, config, batch_size)
+        on_ray = ray or workers is not None
+        report = _on_ray(work, open_store(), texts, workers) if on_ray else work().compute(texts)
     except KeyboardInterrupt as error:
         stderr.print("Stopped. The stored chunks stay; the same command goes on from there.")
         raise typer.Exit(130) from error
@@ -72,6 +81,44 @@ def precompute(
         console.print(str(report), highlight=False, soft_wrap=True)
     if report.failed:
         raise typer.Exit(1)
+
+
+class _Work:
+    """A loaded model, and what its chunks are computed with."""
+
+    def __init__(
+        self, model: str | None, device: str | None, dtype: str | None, open_store: Callable[[], Store], prefix: str,
+        config: BlendConfig, batch_size: int | None,
+    ) -> None:  # fmt: skip
+        wake()
+        from ..prompts.filler import filler_ids
+
+        self.store, self.batch_size = open_store(), batch_size
+        self.model, tokenizer, _ = load(model, device, dtype)
+        if config.chunk_prefix == "filler":
+            config = replace(config, filler_ids=filler_ids(tokenizer))
+        self.options: dict[str, Any] = {"prefix": prefix, "config": config, "tokenizer": tokenizer}
+
+    def keys(self, texts: Iterable[str]) -> list[str]:
+        """The keys of chunks."""
+        from ..generate.precompute import chunk_keys
+
+        return chunk_keys(self.model, texts, **self.options)
+
+    def compute(self, texts: Iterable[str]) -> Precomputed:
+        """Stores the chunks that are missing."""
+        from ..generate.precompute import precompute as precompute_texts
+
+        return precompute_texts(self.model, texts, store=self.store, batch_size=self.batch_size, **self.options)
+
+
+def _on_ray(work: Callable[[], _Work], store: Store, texts: Iterable[str], workers: int | None) -> Precomputed:
+    require("ray.data", "ray[serve,data]", "ray", "Workers need")
+    wake()
+    from ..serving import cluster
+
+    with cluster.joined():
+        return cluster.precompute(work, store, texts, workers)
 
 
 def count_texts(corpus: Path, field: str) -> int:

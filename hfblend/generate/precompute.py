@@ -25,7 +25,7 @@ from ..kv.chunk import ChunkKV, ChunkLost, Reader, in_memory
 from ..model.prefill import Ids, prefill
 from ..prompts.prompt import Prompt
 from ..prompts.tokenize import Encoder, text_in
-from ..store import Store, flush, holds, store_at
+from ..store import MemoryStore, Store, flush, holds, store_at
 from ..support.registry import TestedModel, model_of
 from ..trace.progress import Line, told
 
@@ -124,6 +124,21 @@ def precompute(
             return run.over(to_ids(i, chunk) for i, chunk in enumerate(chunks))
         finally:
             run.chunks_of.kv = None  # frees this KV without the garbage collector
+
+
+def chunk_keys(
+    model: nn.Module, chunks: Iterable[str | Sequence[int]], *, prefix: str | Sequence[int] = (),
+    config: BlendConfig | None = None, tokenizer: Any = None, separator: str | Sequence[int] | None = None,
+    add_special_tokens: bool = False,
+) -> list[str]:  # fmt: skip
+    """Returns the keys under which `precompute` with these arguments stores chunks; raises its errors."""
+    _require_several(chunks)
+    hf_model = model_of(model)
+    to_ids = _ToIds(hf_model, tokenizer)
+    prefix_ids = to_ids.prefix(prefix, separator, add_special_tokens)
+    hf_model.fingerprint.current(hf_model.model)
+    chunks_of = ChunksOf(hf_model, MemoryStore(), as_config(config), prefix_ids)
+    return chunks_of.keys([(to_ids(i, chunk), chunks_of.after_ids) for i, chunk in enumerate(chunks)])
 
 
 def _tell(line: Line, progress: Callable[[Precomputed], None] | None, report: Precomputed) -> None:
