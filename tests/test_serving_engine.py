@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import dataclasses
 import importlib
@@ -10,7 +11,9 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -514,6 +517,33 @@ def test_a_cancellation_that_is_read_before_its_request_is_heeded():
             assert engine.cancel_queue.get_nowait() == request_id
         until(lambda: not engine.requests)
         assert engine.get_result(timeout=0.1) is None
+
+
+def test_handlers_are_called_in_their_loops_and_a_closed_loop_hurts_nobody():
+    """Stock calls all handlers of a step in one of their loops, and dies if that is closed."""
+
+    async def answered(name, leaves):
+        ended, here, wrong = asyncio.Event(), threading.get_ident(), []
+
+        def take(output):
+            wrong.extend([output] * (threading.get_ident() != here))
+            if leaves or output.is_finished():
+                ended.set()
+
+        engine.register_result_handler(name, take)
+        engine.add_request(PROMPT.ids, name, 1000 if leaves else 40, streaming=True)
+        await asyncio.wait_for(ended.wait(), 60)
+        return not wrong
+
+    with running() as engine, ThreadPoolExecutor(4) as pool:
+        with engine.pause():
+            jobs = [pool.submit(asyncio.run, answered(f"{i}", leaves=i == 0)) for i in range(4)]
+            until(lambda: len(engine.requests) == 4)
+        assert all(job.result() for job in jobs)
+        until(lambda: not engine.requests)
+        assert engine.output_router.result_handlers == {}
+        assert len(result_of(engine, PROMPT).generated_tokens) == 6
+        assert not engine.counts["rebuilt"]
 
 
 def test_requests_wait_no_longer_for_cancelled_ones():

@@ -101,6 +101,9 @@ class _BlendingScheduler(FIFOScheduler):
         return super().schedule_batch(token_budget, cache_budget)
 
     def clear_cancelled_requests(self) -> list[RequestState]:
+        for request_id, request in list(self.engine.requests.items()):
+            if request.is_cancelled:  # also if stock has read its cancellation before the request itself
+                self.set_request_cancellation(request_id)
         for state in (cancelled := super().clear_cancelled_requests()):
             self.engine.requests.pop(state.request_id, None)
         return cancelled
@@ -110,8 +113,7 @@ class _BlendingScheduler(FIFOScheduler):
         ready, may_blend = [], True
         for state in super()._get_waiting_candidates():
             request = self.engine.requests.get(state.request_id)
-            # It came while the engine died, and was failed; or stock read its cancellation before the request itself.
-            if request is None or request.is_cancelled:
+            if request is None:  # it came while the engine died, and was failed
                 self.set_request_cancellation(state.request_id)
                 continue
             if request.blends and not state.is_cpu_offloaded:
@@ -198,15 +200,21 @@ class _Router(OutputRouter):
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[Any]) -> None:
-        known = []
+        by_loop: dict[Any, list[Any]] = {}
         with self._lock:
             for output in outputs:
                 look_up = self.requests.pop if output.is_finished() else self.requests.get
                 request = look_up(output.request_id, None)
                 if request is not None and not request.is_cancelled:  # nobody takes it from the common queue
                     output.trace, output.num_matched = request.trace, request.num_matched
-                    known.append(output)
-            super().deliver_batch(known)
+                    _, loop = self.result_handlers.get(output.request_id, (None, None))
+                    by_loop.setdefault(loop, []).append(output)
+            for of_loop in by_loop.values():  # stock calls all handlers of a batch in the loop of the last one
+                try:
+                    super().deliver_batch(of_loop)
+                except RuntimeError:  # the loop is closed; the engine must not die of that
+                    for output in of_loop:
+                        self.cancel(output.request_id)
 
 
 class Engine(ContinuousBatchingManager):
