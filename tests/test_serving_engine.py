@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import random
 import subprocess
@@ -293,6 +294,31 @@ def test_one_prompt_is_blended_a_step():
             ids = [engine.add_request(make_prompt(seed=i), max_new_tokens=3) for i in range(6)]
         results_of(engine, ids)
         assert len(blends) == len(set(blends)) == 6
+
+
+@pytest.mark.parametrize("large_is_blended", [True, False])
+@pytest.mark.parametrize("small_is_blended", [True, False])
+def test_a_large_prompt_gets_its_turn_while_small_ones_keep_coming(large_is_blended, small_is_blended):
+    """Small ones that are blended took their blocks before the rest of a large one could have them."""
+    large, seeds = make_prompt(sizes=(150, 150, 100), seed=99), itertools.count()
+
+    def add_a_small_one():
+        prompt = make_prompt(sizes=(10, 10), seed=next(seeds))
+        engine.add_request(prompt if small_is_blended else prompt.ids, max_new_tokens=20)
+
+    with running(num_blocks=30, max_batch_tokens=64) as engine:
+        for _ in range(6):
+            add_a_small_one()
+        large_id = engine.add_request(large if large_is_blended else large.ids, max_new_tokens=10)
+        for _ in range(60):
+            add_a_small_one()
+            until(lambda: len(engine.requests) < 8, 60)
+            if large_id not in engine.requests:
+                break
+        assert large_id not in engine.requests, "60 prompts that came later have overtaken it"
+        for request_id in list(engine.requests):
+            engine.cancel_request(request_id)
+        until(lambda: not engine.requests)
 
 
 # --- blocks are found under salted hashes -----------------------------------------------------------------------------

@@ -120,7 +120,7 @@ class _BlendingScheduler(FIFOScheduler):
                 if not may_blend:
                     continue
                 if not self._takes_over(state, request):
-                    if not self._has_room(state):
+                    if not self._has_room(state, ready):
                         break  # those that came later wait, too: else it might never have room
                     may_blend = False
                     self._blend(state, request)
@@ -139,11 +139,15 @@ class _BlendingScheduler(FIFOScheduler):
         self._admit(state, count, "matched")
         return True
 
-    def _has_room(self, state: RequestState) -> bool:
-        """Whether a blended prompt can stay: without a margin, it would soon lose its blocks to the others' answers."""
+    def _has_room(self, state: RequestState, ready: list[RequestState]) -> bool:
+        """Whether a blended prompt can stay: without a margin, it would soon lose its blocks to the others' answers.
+
+        Prompts that came before it and have only a part of their blocks, or none yet, must find room, too.
+        """
         if not self._try_to_meet_safety_margin() and self.active_requests:
             return False
-        count = len(state.initial_tokens) + 1
+        before = {**self.active_requests, **{one.request_id: one for one in ready}}
+        count = len(state.initial_tokens) + 1 + sum(len(one.remaining_prefill_tokens) for one in before.values())
         if not self.cache.can_store_request_tokens(state, count, dry_run=True) and self.cache.evict_cached_blocks():
             self.cache.pool.try_to_free_sectors()
         return self.cache.can_store_request_tokens(state, count, dry_run=True)
