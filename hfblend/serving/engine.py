@@ -110,7 +110,7 @@ class _BlendingScheduler(FIFOScheduler):
 
     def _get_waiting_candidates(self) -> list[RequestState]:
         """Holds back prompts that are to be blended later: stock would prefill them in full."""
-        ready, may_blend = [], True
+        ready, may_blend = list[RequestState](), True
         for state in super()._get_waiting_candidates():
             request = self.engine.requests.get(state.request_id)
             if request is None:  # it came while the engine died, and was failed
