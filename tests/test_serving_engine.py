@@ -676,6 +676,13 @@ def test_an_engine_that_was_stopped_first_does_not_start(moment):
     assert not engine.is_running()
 
 
+def test_a_prompt_of_very_many_chunks_is_refused():
+    """900 of two tokens held up all others for ten seconds."""
+    prompt = hfblend.Prompt.from_ids([3, 4], [[5, 6]] * 513, [7])
+    with running() as engine, pytest.raises(ValueError, match="512 chunks here, got 513"):
+        engine.add_request(prompt)
+
+
 def test_too_little_memory_for_blocks_is_told():
     engine = Engine(make_llama(), MemoryStore("1MB"), max_bytes="1200KB")
     with pytest.raises(ValueError, match=r"too little memory for blocks .*: raise max_bytes"):

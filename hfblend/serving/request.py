@@ -19,6 +19,8 @@ from ..prompts.prompt import ChunkSpans, Prompt
 from ..support.registry import TestedModel
 from ..trace.trace import BlendTrace
 
+_MOST_CHUNKS = 512  # a chunk that is missing is prefilled alone, in one step of the engine with all others
+
 
 def checked(config: BlendConfig | None, model: TestedModel) -> BlendConfig:
     """Returns settings of requests; raises `ValueError` for those that would fail at every prompt."""
@@ -61,11 +63,17 @@ class Request:
 
     @classmethod
     def of(cls, model: TestedModel, prompt: Prompt | Sequence[int], config: BlendConfig) -> Request:
-        """A request of a prompt, or of plain ids; raises `ValueError` for none, and for ids that the model has not."""
+        """A request of a prompt, or of plain ids.
+
+        Raises:
+            ValueError: no ids, ids that the model has not, or so many chunks that a blend would hold up all others.
+        """
         if len(prompt) == 0:
             raise ValueError("A prompt needs one or more tokens, got none.")
         if not isinstance(prompt, Prompt):
             prompt = Prompt(torch.tensor([list(prompt)], dtype=torch.int64), ChunkSpans(()))
+        if (count := len(prompt.chunk_spans)) > _MOST_CHUNKS:
+            raise ValueError(f"A prompt may have {_MOST_CHUNKS} chunks here, got {count}: join short ones.")
         require_known(array("q", prompt.ids), model.num_ids)
         return cls(prompt, checked(config, model), BlendTrace(num_tokens=len(prompt), num_layers=model.num_layers))
 
