@@ -250,7 +250,7 @@ def test_every_scenario_makes_a_table():
 
 
 @pytest.mark.smollm
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_check_compares_the_prediction_with_a_real_run():
     """Hits are those that were predicted; times are compared by hand on a quiet machine (docs/scaling.md)."""
     found = simulate.check(replace(simulate.CHECKED, requests=12, chunk_tokens=64))
