@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -68,8 +69,8 @@ class GateSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_depth", "read_timeout_s", "max_requests", "timeout_s", "retry_after_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)!r}.")
         if self.max_requests_per_namespace is not None and self.max_requests_per_namespace < 1:
             raise ValueError(f"max_requests_per_namespace must be above 0, got {self.max_requests_per_namespace!r}.")
         for i, (key, namespace) in enumerate(self.keys.items(), 1):
