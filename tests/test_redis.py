@@ -26,7 +26,7 @@ from hfblend.store.format import dump, parse
 from hfblend.store.redis import RedisFolder
 
 redis = pytest.importorskip("redis")
-pytestmark = needs_a_server
+pytestmark = [needs_a_server, pytest.mark.thorough]
 
 KEY, OTHER = f"{1:064x}", f"{2:064x}"
 NAME = f"hfblend:{KEY}.safetensors"

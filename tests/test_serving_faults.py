@@ -39,7 +39,7 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 HTTP = httpx.Client(timeout=60)
 QUESTION = [{"role": "user", "content": "w10 w11"}]
 
-pytestmark = pytest.mark.usefixtures("remembered_proofs")
+pytestmark = [pytest.mark.usefixtures("remembered_proofs"), pytest.mark.thorough]
 
 
 def documents(seed, sizes=(30, 30, 30)):

@@ -38,6 +38,8 @@ from hfblend.serving.caller import caller
 from hfblend.serving.checks import parse_api_keys, read_api_keys
 from hfblend.serving.gate import Gate, GateSettings
 
+pytestmark = pytest.mark.thorough
+
 CHAT = "/v1/chat/completions"
 KEYS = {"key1": "tenantA", "key2": "tenantB", "key3=": "tenantA"}
 EVENT, DONE = 'data: {"id": 1}\n\n', "data: [DONE]\n\n"

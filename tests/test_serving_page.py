@@ -23,6 +23,8 @@ from hfblend.serving.gate import GateSettings
 
 from live_server import TEMPLATE, served  # isort: skip
 
+pytestmark = pytest.mark.thorough
+
 HOSTILE = "</textarea><script>window.ran=1</script><img src=x onerror=window.ran=2>"
 
 

@@ -188,6 +188,7 @@ def test_tokens_are_drawn_from_the_softmax(settings):
     assert abs(deviations(observed[expected > 0], expected[expected > 0])) < 4
 
 
+@pytest.mark.thorough
 def test_improbable_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should():
     """The 151,935 others have 1 % together, each one less than a float can be short of 1."""
     scores = torch.zeros(1, 151936)
@@ -343,6 +344,7 @@ def test_a_batch_mixes_greedy_sampled_and_seeded_requests(form):
         assert (engine.counts["blended"] > 0) == (engine.counts["matched"] > 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", ["plain", "blended"])
 def test_a_seeded_request_goes_on_with_the_same_tokens_after_it_lost_its_blocks(form):
     prompts = [prompt.ids if form == "plain" else prompt for prompt in PROMPTS]

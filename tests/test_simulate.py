@@ -18,6 +18,8 @@ sys.modules["simulate"] = simulate
 spec.loader.exec_module(simulate)
 from simulate import Curve, Held, Measured, Tier, Workload, h200, lru_hit_rate, requests_of, run, zipf  # noqa: E402
 
+pytestmark = pytest.mark.thorough
+
 CHUNK = 100  # bytes, of 10 tokens
 LOAD = Workload(requests=400, rate=2.0, documents=200, chunks=4, chunk_tokens=10, other_tokens=10)
 UNIT = Measured(Curve((50.0,), (0.4,)), Curve((50.0,), (0.1,)), Curve((50.0,), (0.02,)), 0.1, CHUNK // 10)
