@@ -689,7 +689,7 @@ def test_too_little_memory_for_blocks_is_told():
         engine.start()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_benchmark_runs():
     sizes = "--shape tiny --tokens 512 --batches 2 --answer 8 --requests 2 --store-bytes 200MB --max-bytes 1GB"
     script = Path(__file__).parent.parent / "benchmarks" / "serving.py"

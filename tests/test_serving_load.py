@@ -27,7 +27,7 @@ from live_server import TEMPLATE  # isort: skip
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads /proc")
 def test_load_leaves_nothing(tmp_path):
     texts = [passage["text"] for passage in demo_data()["passages"]]

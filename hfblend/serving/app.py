@@ -403,6 +403,6 @@ class Completions(_Handler, CompletionHandler):
     def _whole(self, reply: Reply, items: list[Any]) -> dict[str, Any]:
         reason: Any = reply.finish_reason
         choice = CompletionChoice(text="".join(items), index=0, finish_reason=reason)
-        head = {"id": reply.id, "created": reply.created, "model": self.model_manager.name}
+        head: dict[str, Any] = {"id": reply.id, "created": reply.created, "model": self.model_manager.name}
         whole = Completion(**head, object="text_completion", choices=[choice], usage=reply.usage())
         return whole.model_dump(exclude_none=True)
