@@ -97,7 +97,9 @@ def serve(
             app = guarded_app(engine, tokenizer, name, separator, gate_settings, with_page=demo)
             return _run(app, engine, listening, "/" if demo else "/v1")
         host, port = listening.getsockname()[:2]
-    place = {"host": host, "port": port, "separator": separator, "gate": partial(_gate, gate_settings)}
+    from ..serving.gate import Gate
+
+    place = {"host": host, "port": port, "separator": separator, "gate": partial(Gate, settings=gate_settings)}
     _run_on_ray(partial(_app, build, separator), max_bytes, replicas, max(replicas, max_replicas or 0), place)
 
 
@@ -114,21 +116,13 @@ def _engine(
     return engine, tokenizer, served_model_name or (Path(name).name if Path(name).is_dir() else name)
 
 
-def _app(
-    build: Callable[..., tuple[Engine, Any, str]], separator: str | None, max_bytes: str | int | None
-) -> Any:  # fmt: skip
+def _app(build: Callable[..., tuple[Engine, Any, str]], separator: str | None, max_bytes: str | int | None) -> Any:
     """The app of a replica; the gate is in front of all of them."""
     from ..serving.app import build_app
 
     engine, tokenizer, name = build(max_bytes)
     engine.start()
     return build_app(engine, tokenizer, name, separator)
-
-
-def _gate(settings: GateSettings, app: Any) -> Any:
-    from ..serving.gate import Gate
-
-    return Gate(app, settings)
 
 
 def _gate_settings(keys_file: Path | None, **settings: Any) -> GateSettings:

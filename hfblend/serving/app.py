@@ -129,7 +129,7 @@ class EngineState(GenerationState):
         self.engine = engine
 
     def is_cb_alive(self) -> bool:
-        return self.engine.is_running() and self.engine.background_thread_status.can_accept_new_requests() is None
+        return self.engine.is_up
 
 
 class Reply:

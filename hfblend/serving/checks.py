@@ -47,10 +47,15 @@ class Refused(Exception):
         return error_body(self.status, str(self), _CODES.get(self.status))
 
 
-def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> bytes:
-    """Returns an error as OpenAI's API writes it."""
+def openai_error(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """Returns an error as OpenAI's API has it."""
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_body(status: int, message: str, code: str | None = None) -> bytes:
+    """Returns the body of an answer that is an error."""
+    return json.dumps(openai_error(status, message, code)).encode()
 
 
 def in_openai_form(status: int, body: bytes) -> bytes:

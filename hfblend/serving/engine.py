@@ -321,6 +321,11 @@ class Engine(ContinuousBatchingManager):
         budget = free * 4 // 5 if max_bytes is None else max_bytes
         return min(1.0, left_by(self.store, self.hf_model.device, budget) / free)
 
+    @property
+    def is_up(self) -> bool:
+        """Whether it takes requests."""
+        return self.is_running() and self.background_thread_status.can_accept_new_requests() is None
+
     # --- requests -------------------------------------------------------------------------------------------------
 
     def add_request(
@@ -349,7 +354,7 @@ class Engine(ContinuousBatchingManager):
         if sampling.step and self.continuous_batching_config.return_logprobs:
             raise ValueError("The engine has log-probabilities of greedy requests only: use temperature=0.")
         request = Request.of(self.hf_model, input_ids, self.config if config is None else config)
-        if self.background_thread_status.can_accept_new_requests() is not None or not self.is_running():
+        if not self.is_up:
             raise EngineDown("The engine is not running: it is not started, is stopping, or is being rebuilt.")
         wanted, room = max_new_tokens or self.generation_config.max_new_tokens, self.capacity - len(request.prompt)
         if (wanted or 1) > room:  # stock's engine dies at such a request
@@ -380,8 +385,7 @@ class Engine(ContinuousBatchingManager):
         allocators = () if processor is None else processor.cache.cache_allocators.values()
         tables = [table for one in allocators for table in list(one.block_table.values())]
         totals = {f"{name}_total": self.counts[name] for name in ("blended", "matched", "failed", "rebuilt")}
-        is_up = self.is_running() and self.background_thread_status.can_accept_new_requests() is None
-        return {"up": is_up, "requests": len(self.requests), "blocks_held": sum(map(len, tables)), **totals}
+        return {"up": self.is_up, "requests": len(self.requests), "blocks_held": sum(map(len, tables)), **totals}
 
     # --- life -----------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .caller import Caller, caller
+from .checks import error_body
 from .routing import chunks_in
-from .schema import refusal
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ class _Answer:
 
     async def fail(self, why: str) -> None:
         """Says that there is no (further) answer."""
-        error = json.dumps(refusal(why, 503, code="replica_lost").detail).encode()
+        error = error_body(503, why, "replica_lost")
         if self.is_started:
             await self._write(b"data: " + error + b"\n\n", False)
             return

@@ -1,4 +1,4 @@
-"""Bodies of requests, checked, and OpenAI's form of errors."""
+"""Bodies of requests, checked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..arguments import described
 from ..config import Correction, Deviation, Selection
 from ..prompts.tokenize import FIELDS
+from .checks import openai_error
 
 _STOP = Annotated[str, Field(min_length=1, max_length=256)]
 # Fields of OpenAI's that would change the answer, and that are not supported -> values that change nothing.
@@ -214,13 +215,8 @@ def refusal(
     message: str, status: int = 400, *, param: str | None = None, code: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> HTTPException:  # fmt: skip
-    """An error as OpenAI writes it."""
-    names = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-    error = {
-        "message": message,
-        "type": names.get(status, "invalid_request_error" if status < 500 else "server_error"),
-        "param": param,
-        "code": code,
-    }  # a client's half of a surrogate pair, quoted, could not be encoded
+    """The refusal of a request, with an error in OpenAI's form."""
+    error = openai_error(status, message, code, param)["error"]
+    # A client's half of a surrogate pair, quoted, could not be encoded.
     clean = {name: text and text.encode(errors="replace").decode() for name, text in error.items()}
     return HTTPException(status, {"error": clean}, headers)

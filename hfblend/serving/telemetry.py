@@ -152,7 +152,7 @@ class _EngineNumbers:
 
         try:
             numbers = {name: float(value) for name, value in self._numbers().items()}
-        except Exception:
+        except Exception:  # of any kind: the callable is not ours
             logger.warning("The engine gave no numbers for metrics.", exc_info=True)
             return
         for name, value in numbers.items():
