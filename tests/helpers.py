@@ -28,7 +28,7 @@ from hfblend.blend.rotation import Realigner
 from hfblend.kv.rows import full_length_cache
 from hfblend.model.hf_model import CACHE
 from hfblend.store import chunk_key
-from hfblend.store.format import contents_of
+from hfblend.store.format import contents_of, dump
 from hfblend.support.registry import model_of
 
 VOCABULARY = 97
@@ -64,6 +64,14 @@ ROPE = {
     },
 }
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
+FAULTS = {  # of a stored file
+    "flip": lambda file: file[:-9] + bytes([file[-9] ^ 1]) + file[-8:],
+    "header": lambda file: file[:20] + bytes([file[20] ^ 1]) + file[21:],
+    "truncate": lambda file: file[: len(file) // 2],
+    "lengthen": lambda file: file + b"\0",
+    "empty": lambda file: b"",
+    "other key": lambda file: dump(f"{2:064x}", entry()),
+}
 
 
 def make_llama(

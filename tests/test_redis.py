@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import config, entry, generate, make_llama, make_prompt, same
+from helpers import FAULTS, config, entry, generate, make_llama, make_prompt, same
 from processes import run_script
 from redis_servers import Server, needs_a_server
 from typer.testing import CliRunner
@@ -162,15 +162,6 @@ def test_the_command_looks_after_a_server(server):
 
 
 # --- what cannot be trusted ---------------------------------------------------------------------------------------
-
-FAULTS = {
-    "flip": lambda file: file[:-9] + bytes([file[-9] ^ 1]) + file[-8:],
-    "header": lambda file: file[:20] + bytes([file[20] ^ 1]) + file[21:],
-    "truncate": lambda file: file[: len(file) // 2],
-    "lengthen": lambda file: file + b"\0",
-    "empty": lambda file: b"",
-    "other key": lambda file: dump(OTHER, entry()),
-}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

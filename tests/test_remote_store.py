@@ -14,7 +14,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import config, entry, generate, make_llama, make_prompt, same
+from helpers import FAULTS, config, entry, generate, make_llama, make_prompt, same
 
 import hfblend
 from hfblend.kv.chunk import ChunkLost
@@ -234,15 +234,6 @@ def test_keys_cannot_leave_the_folder(key):
 
 
 # --- what cannot be trusted ---------------------------------------------------------------------------------------
-
-FAULTS = {
-    "flip": lambda file: file[:-9] + bytes([file[-9] ^ 1]) + file[-8:],
-    "header": lambda file: file[:20] + bytes([file[20] ^ 1]) + file[21:],
-    "truncate": lambda file: file[: len(file) // 2],
-    "lengthen": lambda file: file + b"\0",
-    "empty": lambda file: b"",
-    "other key": lambda file: dump(OTHER, entry()),
-}
 
 
 @pytest.mark.parametrize("head_bytes", [16, 2**11, 2**16])

@@ -14,11 +14,8 @@ import socket
 from types import SimpleNamespace
 
 import pytest
-import transformers
-from packaging.version import Version
 
-if Version(transformers.__version__) < Version("5.23"):
-    pytest.skip("serving needs Transformers 5.23 or later", allow_module_level=True)
+pytest.importorskip("hfblend.serving", reason="serving needs Transformers 5.23 or later", exc_type=ImportError)
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from helpers import config, make_llama, make_mistral, make_prompt
-from packaging.version import Version
 
-if Version(transformers.__version__) < Version("5.23"):
-    pytest.skip("serving needs Transformers 5.23 or later", allow_module_level=True)
+pytest.importorskip("hfblend.serving", reason="serving needs Transformers 5.23 or later", exc_type=ImportError)
 
 from test_serving_engine import all_blocks_are_free, result_of, results_of
 

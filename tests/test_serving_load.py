@@ -8,14 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
 from helpers import save_byte_model
-from packaging.version import Version
 
 from hfblend.demo.passages import demo_data
 
-if Version(transformers.__version__) < Version("5.23"):
-    pytest.skip("serving needs Transformers 5.23 or later", allow_module_level=True)
+pytest.importorskip("hfblend.serving", reason="serving needs Transformers 5.23 or later", exc_type=ImportError)
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 pytest.importorskip("openai")

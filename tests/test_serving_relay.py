@@ -10,6 +10,7 @@ from collections import Counter
 import httpx
 import pytest
 
+pytest.importorskip("hfblend.serving", reason="serving needs Transformers 5.23 or later", exc_type=ImportError)
 pytest.importorskip("fastapi")
 
 from hfblend.serving.caller import Caller, caller

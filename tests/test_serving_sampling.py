@@ -11,15 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from helpers import config, make_llama, make_prompt
-from packaging.version import Version
 
 import hfblend
 from hfblend.store import MemoryStore
 
-if Version(transformers.__version__) < Version("5.23"):
-    pytest.skip("serving needs Transformers 5.23 or later", allow_module_level=True)
+pytest.importorskip("hfblend.serving", reason="serving needs Transformers 5.23 or later", exc_type=ImportError)
 
 from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.continuous_batching import input_outputs, model_runner, requests

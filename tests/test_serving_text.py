@@ -5,12 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-import transformers
-from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-if Version(transformers.__version__) < Version("5.23"):
-    pytest.skip("serving needs Transformers 5.23 or later", allow_module_level=True)
+pytest.importorskip("hfblend.serving", reason="serving needs Transformers 5.23 or later", exc_type=ImportError)
 
 from hfblend.serving import text as module
 from hfblend.serving.text import Text
